@@ -1,0 +1,126 @@
+"""loss.py: what the student minimises (paper 2.2 and 4.2; Eq. 3, 4, 5).
+
+At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q = pi_teacher(.|s_t):
+
+    Eq. 3  sampled token     log p(y_t) - log q(y_t),  descended as a policy gradient
+    Eq. 4  full vocabulary   KL(p || q)
+    Eq. 5  top-k             KL(p' || q'),  both renormalised on S_t = the student's k likeliest tokens
+    code   top-k, released   sum_v w(v) (log p(v) - log q(v)),  w = p renormalised on S_t and held constant
+
+All of them take log-probabilities (N, V) at N packed positions and return one number a position, (N,), in nats.
+The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4.
+`in_chunks` at the end evaluates any of them from hidden states without ever holding N x V logits.
+
+Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without renormalisation, whose gradient
+pays the student for moving its mass out of the set (tests/test_loss.py shows it).
+"""
+import torch
+from torch.utils.checkpoint import checkpoint
+
+SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
+FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
+CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks: 32 MiB a tensor in float32
+
+
+def sampled_token(log_p, log_q, y):
+    """Eq. 3 as a policy gradient: (N, V), (N, V), (N,) token ids -> (N,).
+
+    value log p(y) - log q(y); gradient -A grad log p(y) with the advantage A = log q(y) - log p(y) held constant.
+    Over y ~ p the value's mean is KL(p || q) and the gradient's mean is the gradient of KL(p || q). Back-propagating
+    the value itself would have zero mean gradient.
+    """
+    log_p, log_q = (x.gather(-1, y.unsqueeze(-1)).squeeze(-1).clamp_min(FLOOR) for x in (log_p, log_q))   # (N,)
+    advantage = (log_q - log_p).detach()
+    return -advantage * _ratio(log_p)
+
+
+def full_vocab(log_p, log_q):
+    """Eq. 4, KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,)."""
+    log_p, log_q = log_p.clamp_min(FLOOR), log_q.detach().clamp_min(FLOOR)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def top_k(log_p, log_q, k=16, support="student"):
+    """Eq. 5, KL(p' || q') with p and q renormalised on a support of each position: (N, V), (N, V) -> (N,).
+
+    0 where the support has fewer than two tokens, so identically 0 at k = 1 with the student's support.
+    support: see token_sets; "intersection" and "difference" are the paper's Overlap and Non-Overlap Top-k (4.2).
+    """
+    S, member = token_sets(log_p, log_q, k, support)                                     # (N, m), (N, m)
+    log_p, log_q = _renormalise(log_p, S, member), _renormalise(log_q.detach(), S, member)
+    return torch.where(member, log_p.exp() * (log_p - log_q), 0).sum(-1)
+
+
+def top_k_released(log_p, log_q, k=16, support="student"):
+    """What the authors' code descends in place of Eq. 5: (N, V), (N, V) -> (N,).
+
+    value sum_S w (log p - log q); gradient sum_S w (log p - log q) grad log p, w held constant.
+    Differs from the paper: w is p renormalised on S, but the log-ratio is the full-vocabulary one, which makes the
+    gradient that of sum_S (p log(p/q) - p + q) divided by the mass sum_S p (held constant), and is not 0 at k = 1.
+    With support "difference" w stays p itself, as in the authors' Non-Overlap arm: a much smaller signal by scale alone.
+    """
+    S, member = token_sets(log_p, log_q, k, support)                                     # (N, m), (N, m)
+    w = log_p.gather(-1, S) if support == "difference" else _renormalise(log_p, S, member)
+    log_p, log_q = log_p.gather(-1, S).clamp_min(FLOOR), log_q.gather(-1, S).clamp_min(FLOOR)
+    advantage = (w.exp() * (log_q - log_p)).detach()                                     # (N, m)
+    return torch.where(member, -advantage * _ratio(log_p), 0).sum(-1)
+
+
+def token_sets(log_p, log_q, k, support):
+    """The tokens that a top-k loss looks at: (N, V), (N, V) -> ids (N, m), member (N, m) bool; only members count.
+
+    With P = TopK(p, k) and Q = TopK(q, k): "student" P, "teacher" Q, "intersection" P & Q, "union" P | Q,
+    "difference" (P | Q) - (P & Q). Raises ValueError for an unknown support or a k outside 1..V.
+    """
+    if support not in SUPPORTS:
+        raise ValueError(f"support={support!r} is none of {', '.join(SUPPORTS)}")
+    if not 1 <= k <= log_p.size(-1):
+        raise ValueError(f"k={k} is outside 1..{log_p.size(-1)}, the size of the vocabulary")
+    P = None if support == "teacher" else log_p.detach().topk(k).indices                 # (N, k)
+    Q = None if support == "student" else log_q.detach().topk(k).indices                 # (N, k)
+    if support in ("student", "teacher"):
+        S = Q if P is None else P
+        return S, torch.ones_like(S, dtype=torch.bool)
+    in_P, in_Q = (torch.zeros_like(log_p, dtype=torch.bool).scatter_(-1, S, True) for S in (P, Q))   # (N, V)
+    if support == "intersection":
+        return P, in_Q.gather(-1, P)
+    only_Q = ~in_P.gather(-1, Q)                                                          # (N, k)
+    from_P = torch.ones_like(only_Q) if support == "union" else ~in_Q.gather(-1, P)
+    return torch.cat([P, Q], -1), torch.cat([from_P, only_Q], -1)                         # (N, 2k)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is true, 0 where it nowhere is: (...), (...) bool -> scalar. NaN or inf under the mask is ignored."""
+    return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
+
+
+def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0, chunk=None):
+    """Evaluate per_position over N packed positions, a chunk at a time; logits exist for one chunk only, in float32.
+
+    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; put what needs a gradient first: the backward pass
+        runs it again up to the last tensor that it needs and no further, so that diagnostics placed after cost nothing.
+    h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: their output heads, (c, H) -> (c, V);
+    y (N,): the sampled tokens. Returns {name: (N,)}, differentiable in h_p and in the parameters of head_p.
+    """
+    def one(h_p, h_q, y):
+        log_p = (head_p(h_p).float() / temperature).log_softmax(-1)                       # (c, V)
+        with torch.no_grad():
+            log_q = (head_q(h_q).float() / teacher_temperature).log_softmax(-1)           # (c, V)
+        return per_position(log_p, log_q, y)
+
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))
+    parts = []
+    for c in zip(h_p.split(chunk), h_q.split(chunk), y.split(chunk), strict=True):
+        parts.append(checkpoint(one, *c, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else one(*c))
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _renormalise(log_x, S, member):
+    """log x on S, scaled so that the members' probabilities sum to 1: (N, V), (N, m), (N, m) -> (N, m)."""
+    return torch.where(member, log_x.gather(-1, S), FLOOR).clamp_min(FLOOR).log_softmax(-1)
+
+
+def _ratio(log_p):
+    """p / stopgrad(p): 1 in value, grad log p in gradient."""
+    return (log_p - log_p.detach()).exp()

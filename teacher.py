@@ -1,0 +1,160 @@
+"""teacher.py: the teacher grades every token that the student wrote (paper 2.2).
+
+    check_pair   do the two models speak of the same tokens at all?
+    split        a model as trunk (ids -> hidden states) and head (hidden states -> logits), so that logits can be made
+                 where and when they are needed
+    grade        both models over the student's responses, a micro-batch at a time: loss and diagnostics a position
+
+The teacher reads the student's very token ids; nothing is decoded and encoded again.
+"""
+import time
+import warnings
+from typing import Callable, NamedTuple
+
+import torch
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM
+
+from loss import in_chunks
+from rollout import position_ids
+
+
+def load(path, *, device="cpu", dtype=torch.float32):
+    """A causal language model from a directory or the hub, in eval mode: dropout would make sampled and scored softmax differ."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+
+
+def freeze(model):
+    """The teacher never learns."""
+    return model.eval().requires_grad_(False)
+
+
+def eos_ids(model, tokenizer):
+    """Every token id that ends a response of this model, from its generation config, its config and its tokenizer: set of int."""
+    found = set()
+    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return found
+
+
+def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
+    """The number of token ids that both models share and may sample and score: int.
+
+    Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
+    real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
+    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has fewer rows than
+    tokens. Warns where the pair works but may surprise: other eos or special tokens, another chat template.
+    """
+    mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()             # token -> id
+    if mine != theirs:
+        def place(vocab, token):
+            return vocab.get(token, "absent")
+        differ = sorted((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)),
+                        key=lambda t: (mine.get(t, theirs.get(t)), t))
+        first = ", ".join(f"{t!r} (student {place(mine, t)}, teacher {place(theirs, t)})" for t in differ[:3])
+        raise ValueError(f"student and teacher disagree on {len(differ)} token ids: {first}; "
+                         "take a teacher with the student's tokenizer")
+    size = max(mine.values()) + 1
+    for role, model in (("student", student), ("teacher", teacher)):
+        rows = model.get_output_embeddings().weight.size(0)
+        if rows < size:
+            raise ValueError(f"the {role} has {rows} output rows for {size} tokens; its checkpoint and tokenizer do not belong together")
+    ends = [eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)]
+    if ends[0] != ends[1]:
+        warnings.warn(f"student ends a response with {_names(student_tokenizer, ends[0])}, teacher with "
+                      f"{_names(student_tokenizer, ends[1])}: any of them ends a rollout")
+    specials = [set(tokenizer.all_special_tokens) for tokenizer in (student_tokenizer, teacher_tokenizer)]
+    if specials[0] != specials[1]:
+        warnings.warn(f"special tokens of only one of the two: {sorted(specials[0] ^ specials[1])}")
+    if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+        warnings.warn("chat templates differ: both models read the student's text")
+    return size
+
+
+def _names(tokenizer, ids):
+    return tokenizer.convert_ids_to_tokens(sorted(ids)) or "nothing"
+
+
+class Split(NamedTuple):
+    """A model in two parts, whose composition is the model's own logits over the first V tokens."""
+    trunk: Callable      # ids (b, L), attention_mask (b, L) -> (b, L, H)
+    head: Callable       # (..., H) -> (..., V)
+    own_logits: bool     # true where the model does more than a linear head: then H = V and the head is the identity
+
+
+@torch.no_grad()
+def _agrees(model, head):
+    """Does head(last hidden state) equal the model's logits on a few tokens?"""
+    ids = torch.arange(8, device=head.weight.device).unsqueeze(0)                           # (1, 8)
+    own, made = model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state)
+    return (own - made).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max()
+
+
+def split(model, vocab_size):
+    """Split(trunk, head) of a transformers causal model, over its first vocab_size tokens.
+
+    Where logits are more than a linear map of the last hidden state (soft-capping in Gemma 2, scaling in Cohere) the two
+    are compared once, here, found to differ, and the trunk gives the model's own logits instead; memory then grows with
+    N x V, and a warning says so.
+    """
+    head = model.get_output_embeddings()
+    if _agrees(model, head):
+        def trunk(ids, attention_mask):
+            return model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
+                                    use_cache=False).last_hidden_state
+        bias = None if head.bias is None else head.bias[:vocab_size]
+        return Split(trunk, lambda h: linear(h, head.weight[:vocab_size], bias), False)
+
+    def trunk(ids, attention_mask):
+        return model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
+                     use_cache=False).logits[..., :vocab_size]
+    warnings.warn(f"{type(model).__name__} does more than a linear output head: its own logits are used, at more memory")
+    return Split(trunk, lambda h: h, True)
+
+
+def states(trunk, ids, attention_mask, is_response):
+    """The hidden states that predict the response tokens, packed: (b, L), (b, L), (b, L) bool -> (N, H)."""
+    h = trunk(ids, attention_mask)                                                          # (b, L, H)
+    return h[:, :-1][is_response[:, 1:]]                                                    # the state at t-1 predicts token t
+
+
+def micro_batches(rollout, budget):
+    """Cut a rollout into parts of at most `budget` padded tokens (at least one row), rows of like length together.
+
+    Yields rows (b,), ids (b, L), attention_mask (b, L), is_response (b, L) without columns that are padding in every row.
+    """
+    mask = rollout.attention_mask
+    is_response = torch.zeros_like(mask)
+    is_response[:, mask.size(1) - rollout.response_mask.size(1):] = rollout.response_mask    # (B, P+T)
+    start, end = mask.long().argmax(1).tolist(), (mask.long().cumsum(1).argmax(1) + 1).tolist()
+    order = sorted(range(len(start)), key=lambda row: (end[row] - start[row], row))
+    while order:
+        part = [order.pop()]                                                                # the longest first: memory peaks early
+        left, right = start[part[0]], end[part[0]]
+        while order:
+            row = order[-1]
+            l, r = min(left, start[row]), max(right, end[row])
+            if (r - l) * (len(part) + 1) > budget:
+                break
+            part, left, right = part + [order.pop()], l, r
+        rows = torch.tensor(part, device=mask.device)
+        yield rows, *(x[rows, left:right] for x in (rollout.ids, mask, is_response))
+
+
+def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temperature=1.0, teacher_temperature=1.0, seconds=None):
+    """Loss and diagnostics at every position of a rollout, a micro-batch at a time, as two Splits see it.
+
+    Yields rows (b,), is_response (b, L) and {name: (N,)} from per_position (see loss.in_chunks), packed row by row. Under
+    torch.enable_grad the results are differentiable in the student; release them before asking for the next.
+    seconds, a dict, collects the time spent in the teacher's trunk.
+    """
+    for rows, ids, mask, is_response in micro_batches(rollout, micro_batch_tokens):
+        started = time.perf_counter()
+        with torch.no_grad():
+            h_q = states(teacher.trunk, ids, mask, is_response)                             # (N, H')
+        if seconds is not None:
+            seconds["teacher"] = seconds.get("teacher", 0.0) + time.perf_counter() - started
+        h_p = states(student.trunk, ids, mask, is_response)                                 # (N, H)
+        y = ids[is_response]                                                                # (N,)
+        yield rows, is_response, in_chunks(per_position, h_p, h_q, student.head, teacher.head, y,
+                                           temperature=temperature, teacher_temperature=teacher_temperature)
