@@ -86,6 +86,108 @@ def _shared(log_p, log_q, k):
 
 def _advantage(p_S, q_S, shared):
     """Eq. 7 from log-probabilities on P and the mask of I: (N, k), (N, k), (N, k) -> (N,)."""
-    p_I, q_I = (torch.where(shared, x, -1e4).log_softmax(-1) for x in (p_S, q_S))
+    p_I, q_I = (torch.where(shared, x, -1e4).clamp_min(-1e4).log_softmax(-1) for x in (p_S, q_S))   # 0 log 0 = 0
     total = torch.where(shared, p_I.exp() * (q_I - p_I), 0).sum(-1)
     return torch.where(shared.any(-1), total / shared.sum(-1), math.nan)
+
+
+# --- Is the answer right? ------------------------------------------------------------------------------------------
+
+
+def read_answer(text):
+    r"""The answer in a response: inside its last \boxed{...}, else after its last "Answer:"; None without either.
+
+    read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"      read_answer("Answer: 12 .") -> "12 ."
+    """
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth, begin = 0, start + len("\\boxed")
+        for i in range(begin, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth == 0:
+                return text[begin + 1:i].strip()
+    _, found, rest = text.rpartition("Answer:")
+    return rest.strip().split("\n")[0].strip() if found and rest.strip() else None
+
+
+def as_number(text):
+    r"""The number that a text is, exactly, or None: "1,200" "$-3$" "2.50" "\frac{3}{4}" "3/4" "12%" "12 ." -> Fraction."""
+    text = _bare(text).replace("{,}", "").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
+    text = re.sub(r"^([+-]?)\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?$", r"\1\2/\3", text)
+    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
+    if not re.fullmatch(r"[+-]?(\d{1,40}/\d{1,40}|\d{1,40}\.?\d{0,40}|\.\d{1,40})", text):
+        return None
+    try:
+        return Fraction(text.rstrip("."))
+    except ZeroDivisionError:
+        return None
+
+
+def same_answer(said, want):
+    """Is an answer right? Compared as numbers where both are, else as text without case, spaces, $ and \\text{}: bool."""
+    if said is None:
+        return False
+    a, b = as_number(said), as_number(want)
+    return a == b if a is not None and b is not None else _bare(said).lower() == _bare(want).lower()
+
+
+def _bare(text):
+    text = re.sub(r"\\(text|mathrm|mbox)\{([^{}]*)\}", r"\2", str(text))
+    text = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |\\%|%|\\\$|\$|\s", "", text)
+    return text.rstrip(".").replace("^\\circ", "").replace("\u2212", "-")
+
+
+def accuracy(model, tokenizer, prompts, answers, *, n, max_new_tokens, temperature, top_p, eos_ids, pad_id, vocab_size,
+             generator, rows=256, what="evaluate"):
+    """avg@n: each of the prompts (token ids) answered n times. -> {"mean", "standard_error", "samples", "truncated"}.
+
+    The standard error is that of the mean over prompts, from the spread of the prompts' own means: the n answers to one
+    prompt are not independent. `rows` bounds the sequences in flight.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))                       # little padding
+    means, truncated, at_once = [], 0, max(1, rows // n)
+    for start in tqdm(range(0, len(order), at_once), desc=what, leave=False, mininterval=1, disable=None):
+        part = order[start:start + at_once]
+        r = rollout(model, [prompts[i] for i in part], n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                    top_p=top_p, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size, generator=generator)
+        texts = [tokenizer.decode(r.response_ids(row), skip_special_tokens=True) for row in range(len(r.ids))]
+        right = [same_answer(read_answer(text), answers[part[row // n]]) for row, text in enumerate(texts)]
+        means += [sum(right[i:i + n]) / n for i in range(0, len(right), n)]
+        truncated += int(r.truncated.sum())
+    means = torch.tensor(means, dtype=torch.float64)                                         # (prompts,)
+    error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
+    return {"mean": means.mean().item(), "standard_error": error, "samples": len(means) * n, "truncated": truncated / (len(means) * n)}
+
+
+def gap_recovery(before, after, teacher):
+    """(after - before) / (teacher - before) from three results of `accuracy`: float, or None where the gap is within noise.
+
+    None when teacher and student lie within two standard errors of each other: the ratio then says nothing.
+    """
+    gap = teacher["mean"] - before["mean"]
+    noise = math.hypot(teacher["standard_error"] or 0, before["standard_error"] or 0)
+    return (after["mean"] - before["mean"]) / gap if abs(gap) > 2 * noise else None
+
+
+# --- Is the run going under? ---------------------------------------------------------------------------------------
+
+
+def collapse(history, window=10):
+    """A sentence when the last steps look like a collapse against the first ones, else None. history: rows of metrics.jsonl.
+
+    Something that should hold falls (the student's overlap mass by .1, or the reward by .2 nats), while something that
+    should not rises (student entropy by half and by .3 nats, length by half, repetition by .2). Means over `window` steps.
+    """
+    if len(history) < 2 * window:
+        return None
+
+    def change(name):
+        first, last = (sum(row[name] for row in part) / window for part in (history[:window], history[-window:]))
+        return first, last, last - first
+    fallen = [(name, *change(name)) for name, bound in (("overlap_mass_student", .1), ("reward", .2)) if change(name)[2] < -bound]
+    risen = [(name, a, b, d) for name, least in (("entropy_student", .3), ("response_length", 1), ("repetition_fraction", .2))
+             for a, b, d in [change(name)] if d > least and (name == "repetition_fraction" or b > 1.5 * a)]
+    if not (fallen and risen):
+        return None
+    return "signs of collapse: " + ", ".join(f"{name} {a:.2f} -> {b:.2f}" for name, a, b, _ in fallen + risen) \
+        + "; shorten --max-new-tokens, lower --lr, or start from a cold start (paper 5.1, 6.1)"

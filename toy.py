@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rollout import position_ids, rollout
 
 CONNECTORS = """so then next now thus hence well ok right first also again plus here therefore step after adding take onward
-    continue further carry keep going let's we get this gives that makes it becomes which means see note count go on
-    finally moving along proceed with more still""".split()
+    continue further carry keep let's we gives makes
+""".split()
 HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look listen honestly frankly
     literally anyway ah oh huh mm eh really simply clearly sure fine true yes indeed""".split()
 LABELS = "abcdef"                     # at most six digits to add
@@ -24,8 +24,9 @@ DIGITS = [str(d) for d in range(10)]
 WORDS = (["<pad>", "<eos>", "Add", ":", ",", ".", "Answer:"] + DIGITS + list(LABELS) + [l + d for l in LABELS for d in DIGITS]
          + [f"{a}+{x}=" for a in DIGITS for x in DIGITS] + CONNECTORS + HESITATIONS)
 ID = {word: i for i, word in enumerate(WORDS)}
+EXPONENT = 1.6
 SHORTEST, LONGEST = 4, len(LABELS)
-SIZES = {"small": (64, 2), "large": (128, 3)}     # hidden size, layers
+SIZES = {"small": (64, 2), "large": (96, 3)}     # hidden size, layers
 
 
 def problems(n, generator):
@@ -35,7 +36,8 @@ def problems(n, generator):
 
 def zipf(n, seed):
     """Zipf's law over n words in a ranking of the seed's own: (n,) probabilities."""
-    return (1 / (torch.randperm(n, generator=torch.Generator().manual_seed(seed)) + 1)).div((1 / torch.arange(1, n + 1)).sum())
+    w = (torch.randperm(n, generator=torch.Generator().manual_seed(seed)) + 1.0) ** -EXPONENT
+    return w / w.sum()
 
 
 def pack(tokens, keep, *more):
@@ -76,7 +78,7 @@ def new(size, seed):
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(WORDS), hidden_size=H, intermediate_size=2 * H, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, initializer_range=.6 / H ** .5,
+        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=.6 / H ** .5,
         pad_token_id=0, eos_token_id=1, bos_token_id=None)).eval()
 
 

@@ -1,0 +1,441 @@
+"""opd.py: on-policy distillation (arXiv 2604.13016), the whole loop. python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
+
+    each step:  1  take the next prompts                                              batch
+                2  the student writes n responses to each, y ~ p(.|x)                 rollout.py
+                3  both models read them: log p, log q at the states it visited       teacher.py
+                4  reverse KL at every token, and its mean over the tokens of the step   loss.py
+                5  Eq. 6-10 from the same softmaxes                                   analysis.py
+                6  one AdamW update of the student
+
+Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs none.
+The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
+"""
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+import analysis
+import loss
+from recipes import apply_template, is_degenerate
+from rollout import encode, load_prompts, rollout
+from teacher import check_pair, eos_ids, freeze, grade, load, split
+
+OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
+
+
+def flag(default, why, *choices):
+    return field(default=default, metadata={"why": why, "choices": choices or None})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on. Each field is a flag; the text says why the default is what it is."""
+    student: str = flag("", "directory or hub name of the model that learns")
+    teacher: str = flag("", "directory or hub name of the model that grades; same tokens as the student")
+    prompts: str = flag("", 'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers')
+    eval: str = flag("", "JSON lines to measure on; without it, a fifth of the prompts (64 at most), which are then not trained on")
+    out: str = flag("runs/opd", "directory of the run")
+    preset: str = flag("", "the settings of the toy world, or the paper's (section 6); flags beside it win", "", "toy", "paper")
+    resume: bool = flag(False, "go on from the checkpoint in --out")
+    objective: str = flag("top-k", "Eq. 5, 4, 3, or what the authors' code descends", *OBJECTIVES)
+    k: int = flag(16, "the paper's; larger gained nothing, 1 was worse (6.3); also the k of the overlap metrics")
+    support: str = flag("student", "whose k likeliest tokens the top-k loss looks at (4.2)", *loss.SUPPORTS)
+    steps: int = flag(100, "enough to see which way a run goes; the paper's figures show 200")
+    batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU")
+    n: int = flag(1, "rollouts a prompt; more prompts say more than more rollouts")
+    max_new_tokens: int = flag(128, "response tokens; dense rewards far out are worth little (6.1)")
+    max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted, never cut; the paper's")
+    lr: float = flag(3e-5, "constant, no warm-up; suits models of 0.1 B and small batches. The paper's 1e-6 is for 256 rollouts a step")
+    temperature: float = flag(1.0, "of the student, when it writes and when it is scored; the paper's")
+    teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's")
+    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it (5.2)")
+    thinking: str = flag("default", "enable_thinking of the chat template, for models that have it", "default", "on", "off")
+    eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
+    eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
+    eval_temperature: float = flag(0.7, "the paper's")
+    eval_top_p: float = flag(0.95, "the paper's")
+    eval_max_new_tokens: int = flag(0, "0: as max_new_tokens; the paper takes 31,744")
+    save_every: int = flag(25, "steps between checkpoints")
+    seed: int = flag(0, "of the prompts' order and of all sampling")
+    device: str = flag("auto", "auto: cuda where there is one, else cpu")
+    dtype: str = flag("float32", "of the computation; the student's own weights stay float32, since bfloat16 loses small updates",
+                      "float32", "bfloat16")
+    micro_batch_tokens: int = flag(16384, "padded tokens in one forward and backward; changes memory, not the result")
+
+
+PRESETS = {
+    "toy": dict(batch_size=64, max_new_tokens=96, lr=2e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0),
+    "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
+                  eval_max_new_tokens=31744, dtype="bfloat16"),
+}
+
+
+# --- flags and files -----------------------------------------------------------------------------------------------
+
+
+def parse(argv):
+    """Flags -> Config. Whatever cannot work is one line on stderr and exit code 2, before a model is loaded."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def refuse(message):
+        print(f"opd.py: {message}", file=sys.stderr)
+        sys.exit(2)
+    parser.error = refuse
+    for f in dataclasses.fields(Config):
+        name, why = "--" + f.name.replace("_", "-"), f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%")
+        if f.type is bool:
+            parser.add_argument(name, action="store_true", help=why)
+        else:
+            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=why, metavar=f.type.__name__.upper())
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+    given = vars(given)
+    try:
+        return check(Config(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
+    except ValueError as error:
+        refuse(str(error))
+
+
+def check(cfg):
+    """The Config itself, or ValueError with the flag and the remedy."""
+    for name in ("student", "teacher"):
+        if not getattr(cfg, name):
+            raise ValueError(f"--{name} is missing: a directory or hub name of a causal language model")
+    for name in ("prompts", "eval"):
+        if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
+            raise ValueError(f"--{name} {getattr(cfg, name)}: no such file")
+    for name in ("k", "steps", "batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every", "micro_batch_tokens"):
+        if getattr(cfg, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
+    for name in ("lr", "temperature", "teacher_temperature"):
+        if not 0 < getattr(cfg, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
+    if not 0 < cfg.eval_top_p <= 1 or cfg.eval_temperature < 0 or cfg.eval_every < 0 or cfg.eval_max_new_tokens < 0:
+        raise ValueError("--eval-top-p must lie in (0, 1], --eval-temperature, --eval-every and --eval-max-new-tokens must not be negative")
+    apply_template("", cfg.template)
+    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {cfg.device}: no CUDA device here; use --device cpu")
+    return cfg
+
+
+def additions(count, seed=0):
+    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer"}."""
+    draw = random.Random(seed)
+    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
+    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)} for a, b in pairs]
+
+
+def questions(cfg):
+    """-> (training, held-out) lists of {"prompt", "answer"}, in the template; the two share no prompt."""
+    train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
+    if cfg.eval:
+        held_out = load_prompts(cfg.eval)
+        seen = {json.dumps(row["prompt"]) for row in held_out}
+        train = [row for row in train if json.dumps(row["prompt"]) not in seen]
+    else:
+        count = min(64, max(1, len(train) // 5))
+        train, held_out = train[:-count], train[-count:]
+    if not train:
+        raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
+    for row in train + held_out:
+        if isinstance(row["prompt"], str):
+            row["prompt"] = apply_template(row["prompt"], cfg.template)
+    return train, held_out
+
+
+def provenance():
+    """What made the numbers: command line, commit, versions."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
+    return {"command": " ".join(sys.argv), "commit": git.stdout.strip() or None, "python": sys.version.split()[0],
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+
+
+def write_json(path, value):
+    """Whole or not at all."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+# --- one step ------------------------------------------------------------------------------------------------------
+
+
+def objective(cfg):
+    """The loss that --objective names: (log_p, log_q, y) -> (N,)."""
+    return {"top-k": lambda log_p, log_q, y: loss.top_k(log_p, log_q, cfg.k, cfg.support),
+            "top-k-released": lambda log_p, log_q, y: loss.top_k_released(log_p, log_q, cfg.k, cfg.support),
+            "full": lambda log_p, log_q, y: loss.full_vocab(log_p, log_q),
+            "sampled": loss.sampled_token}[cfg.objective]
+
+
+def measure(cfg, student, teacher, r, *, learn, seconds=None):
+    """Loss and diagnostics of a rollout, as means over all its response tokens: -> {name: float}.
+
+    learn: also accumulate the gradient of the mean loss in the student. The tokens of the *whole* rollout are counted first
+    and are the only denominator, so that neither the cut into micro-batches nor their padding changes the update.
+    """
+    descend = objective(cfg)
+
+    def per_position(log_p, log_q, y):
+        return {"loss": descend(log_p, log_q, y), **analysis.diagnose(log_p, log_q, y, cfg.k)}
+    total, sums, empty, mismatch = r.response_mask.sum(), {}, 0, 0.0
+    with torch.set_grad_enabled(learn):
+        for rows, _, out in grade(student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
+                                  temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
+            if learn:
+                (out["loss"].sum() / total).backward()
+            recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
+            mismatch = torch.maximum((out.pop("log_p") - recorded).abs().max(), torch.as_tensor(mismatch, device=recorded.device))
+            empty = empty + out["overlap_token_advantage"].isnan().sum()
+            for name, x in out.items():
+                sums[name] = sums.get(name, 0) + torch.nan_to_num(x.detach(), nan=0.0).sum()
+    means = dict(zip(sums, (torch.stack(list(sums.values())) / total).tolist()))
+    empty, total = int(empty), int(total)
+    means["overlap_token_advantage"] = means["overlap_token_advantage"] * total / (total - empty) if total > empty else None
+    return {**means, "overlap_empty": empty, "sampling_mismatch": float(mismatch), "tokens": total}
+
+
+def batch(prompts, step, size, seed):
+    """The prompts of a step: slice `step` of one endless list, a new shuffle of all prompts each epoch."""
+    taken = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, i = divmod(place, len(prompts))
+        if i == 0 or not taken:
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+        taken.append(prompts[order[i]])
+    return taken
+
+
+class Run:
+    """Models, prompts and files of one run. Experiments make one from a Config and call go()."""
+
+    def __init__(self, cfg):
+        self.cfg, self.out, self.started = check(cfg), Path(cfg.out), time.perf_counter()
+        if cfg.resume != (self.out / "checkpoint" / "state.pt").exists() or (self.out / "result.json").exists():
+            raise ValueError(f"--out {cfg.out}: " + ("the run there is complete; take another --out" if (self.out / "result.json").exists()
+                             else "no checkpoint there to resume; leave --resume out" if cfg.resume
+                             else "holds another run; add --resume to go on with it, or take another --out"))
+        train, held_out = questions(cfg)
+        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
+        dtype = getattr(torch, cfg.dtype)
+        self.autocast = (lambda: torch.autocast(self.device.type, dtype)) if dtype != torch.float32 else contextlib.nullcontext
+        self.tokenizer, teacher_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (cfg.student, cfg.teacher))
+        self.student = load(cfg.student, device=self.device)                    # float32 whatever --dtype: master weights
+        self.teacher = freeze(load(cfg.teacher, device=self.device, dtype=dtype))
+        self.vocab_size = check_pair(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
+        if cfg.k > self.vocab_size:
+            raise ValueError(f"--k {cfg.k}: the two models share {self.vocab_size} tokens; take a smaller k")
+        self.eos = eos_ids(self.student, self.tokenizer) | eos_ids(self.teacher, teacher_tokenizer)
+        self.pad = self.tokenizer.pad_token_id or 0                             # fills rectangles only
+        self.splits = split(self.student, self.vocab_size), split(self.teacher, self.vocab_size)
+        self.prompts, self.answers = self.encode(train)[0], None
+        self.held_out, answers = self.encode(held_out)
+        self.answers = answers if all(answer is not None for answer in answers) else None
+        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
+        self.before, self.step, self.history, self.seconds, self.warned = {}, 0, [], 0.0, False
+
+    def encode(self, rows):
+        """Questions -> (token ids, answers) of those that fit into --max-prompt-tokens."""
+        cfg, options = self.cfg, {} if self.cfg.thinking == "default" else {"enable_thinking": self.cfg.thinking == "on"}
+        ids = [encode(self.tokenizer, row["prompt"], **options) for row in rows]
+        fits = [i for i, prompt in enumerate(ids) if 0 < len(prompt) <= cfg.max_prompt_tokens]
+        if not fits:
+            raise ValueError(f"no prompt has 1 to {cfg.max_prompt_tokens} tokens; raise --max-prompt-tokens")
+        if len(fits) < len(ids):
+            warnings.warn(f"{len(ids) - len(fits)} of {len(ids)} prompts are empty or longer than {cfg.max_prompt_tokens} tokens: dropped")
+        longest = max(len(ids[i]) for i in fits) + max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
+        for model in (self.student, self.teacher):
+            room = getattr(model.config, "max_position_embeddings", None) or longest
+            if longest > room:
+                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; lower --max-new-tokens")
+        return [ids[i] for i in fits], [rows[i]["answer"] for i in fits]
+
+    def write(self, prompts, n, seed):
+        """The student's responses to prompts, from exactly the softmax that measure() scores."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        with self.autocast():
+            return rollout(self.student, prompts, n=n, max_new_tokens=self.cfg.max_new_tokens, temperature=self.cfg.temperature,
+                           eos_ids=self.eos, pad_id=self.pad, vocab_size=self.vocab_size, generator=generator)
+
+    def accuracy(self, model, what):
+        """avg@eval_n on the held-out prompts; None where they have no answers. The same draws for whoever is measured."""
+        cfg = self.cfg
+        if self.answers is None:
+            return None
+        with self.autocast():
+            return analysis.accuracy(
+                model, self.tokenizer, self.held_out, self.answers, n=cfg.eval_n, temperature=cfg.eval_temperature,
+                top_p=cfg.eval_top_p, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, eos_ids=self.eos,
+                pad_id=self.pad, vocab_size=self.vocab_size, what=what, generator=torch.Generator(self.device).manual_seed(cfg.seed + 1))
+
+    def distance(self):
+        """Eq. 6-10 and the reverse KL on held-out prompts, at states that the student visits now: {name: float}."""
+        r = self.write(self.held_out[:64], 1, self.cfg.seed + 2)
+        with self.autocast():
+            return measure(self.cfg, *self.splits, r, learn=False)
+
+    def update(self):
+        """One step: rollout, grading, update. -> the row of metrics.jsonl."""
+        cfg, clock, seconds = self.cfg, time.perf_counter(), {}
+        r = self.write(batch(self.prompts, self.step, cfg.batch_size, cfg.seed), cfg.n, cfg.seed * 1_000_003 + self.step + 3)
+        written = time.perf_counter()
+        with self.autocast():
+            row = measure(cfg, *self.splits, r, learn=True, seconds=seconds)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
+        if norm != norm or norm == float("inf"):
+            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; the last checkpoint is whole, lower --lr and --resume")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        done = time.perf_counter()
+        responses = [r.response_ids(i) for i in range(len(r.ids))]
+        self.samples = [{"step": self.step, "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]]),
+                         "truncated": bool(r.truncated[i])} for i in range(min(2, len(responses)))]
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" \
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"step": self.step, **row, "response_length": row["tokens"] / len(responses),
+                "truncated_fraction": r.truncated.float().mean().item(),
+                "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm, "lr": cfg.lr,
+                "time_rollout": written - clock, "time_teacher": seconds["teacher"],
+                "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak}
+
+    def save(self):
+        """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
+        folder = self.out / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        torch.save({"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "student": self.student.state_dict(),
+                    "optimizer": self.optimizer.state_dict(), "seconds": self.clock()}, folder / "state.tmp")
+        os.replace(folder / "state.tmp", folder / "state.pt")
+
+    def restore(self):
+        """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
+        state = torch.load(self.out / "checkpoint" / "state.pt", map_location=self.device, weights_only=True)
+        may_differ = {"resume", "steps", "out", "eval_every", "save_every"}
+        differ = [name for name, value in dataclasses.asdict(self.cfg).items() if name not in may_differ and state["config"].get(name) != value]
+        if differ:
+            raise ValueError(f"--resume: the run in {self.cfg.out} had --{differ[0].replace('_', '-')} {state['config'].get(differ[0])!r}; "
+                             "give the same flags, or take another --out")
+        self.student.load_state_dict(state["student"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.before, self.seconds = state["step"], state["before"], state["seconds"]
+        for name in ("metrics.jsonl", "rollouts.jsonl"):
+            path = self.out / name
+            rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+            rows = [row for row in rows if row["step"] <= self.step]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if name == "metrics.jsonl":
+                self.history = rows
+
+    def clock(self):
+        return self.seconds + time.perf_counter() - self.started
+
+    def go(self):
+        """Measure, train, measure: -> what result.json holds."""
+        cfg = self.cfg
+        if cfg.resume:
+            self.restore()
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.before = {"accuracy_teacher": self.accuracy(self.teacher, "teacher's accuracy"),
+                           "accuracy_before": self.accuracy(self.student, "student's accuracy"), "held_out_before": self.distance()}
+            for name in ("metrics.jsonl", "rollouts.jsonl"):
+                (self.out / name).write_text("")
+            self.save()
+        write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **provenance()})
+        tqdm.write(HEADER)
+        with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as samples:
+            bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
+            while self.step < cfg.steps:
+                row = self.update()
+                if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
+                    measured = self.accuracy(self.student, "student's accuracy")
+                    row["accuracy"] = measured and measured["mean"]
+                self.log(row, metrics, samples)
+                bar.update()
+                if self.step % cfg.save_every == 0 or self.step == cfg.steps:
+                    self.save()
+            bar.close()
+        return self.finish()
+
+    def log(self, row, metrics, samples):
+        """One JSON line, a readable line now and then, and a warning, once, when the run goes under."""
+        self.history.append(row)
+        print(json.dumps(row), file=metrics, flush=True)
+        every = max(1, self.cfg.steps // 20)
+        if self.step % every == 0 or self.step == 1:
+            tqdm.write(LINE.format(**{**row, "overlap_token_advantage": row["overlap_token_advantage"] or float("nan")}))
+            for sample in self.samples:
+                print(json.dumps(sample), file=samples, flush=True)
+        sign = None if self.warned else analysis.collapse(self.history)
+        if sign:
+            self.warned = True
+            tqdm.write(f"warning: step {self.step}: {sign}")
+
+    def finish(self):
+        """Measure the student that came out, save it, and write result.json last: it stands for a complete run."""
+        after = self.accuracy(self.student, "student's accuracy")
+        result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(),
+                  "gap_recovery": after and analysis.gap_recovery(self.before["accuracy_before"], after, self.before["accuracy_teacher"]),
+                  "steps": self.step, "seconds": self.clock(), **provenance()}
+        self.student.generation_config.eos_token_id = sorted(self.eos) or None
+        self.student.save_pretrained(self.out / "student")
+        self.tokenizer.save_pretrained(self.out / "student")
+        write_json(self.out / "result.json", result)
+        return result
+
+
+HEADER = f"{'step':>5} {'loss':>8} {'rev. KL':>8} {'overlap':>8} {'mass p':>7} {'mass q':>7} {'adv.':>8} {'H gap':>7} {'H p':>6} {'reward':>8} {'length':>7} {'cut':>5} {'|grad|':>7}"
+LINE = ("{step:5d} {loss:8.4f} {reverse_kl:8.4f} {overlap_ratio:8.3f} {overlap_mass_student:7.4f} {overlap_mass_teacher:7.4f} "
+        "{overlap_token_advantage:8.4f} {entropy_gap:7.4f} {entropy_student:6.3f} {reward:8.4f} {response_length:7.1f} {truncated_fraction:5.2f} {grad_norm:7.3f}")
+
+
+def summary(result):
+    """What a person wants to know when a run ends, in three lines."""
+    before, after = result["held_out_before"], result["held_out_after"]
+    lines = []
+    if result["accuracy_after"]:
+        names = {"student before": "accuracy_before", "after": "accuracy_after", "teacher": "accuracy_teacher"}
+        lines.append("accuracy       " + ", ".join(f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in names.items()))
+        recovered = result["gap_recovery"]
+        lines.append(f"gap recovery   {recovered:.2f} of the way from student to teacher" if recovered is not None
+                     else "gap recovery   not given: teacher and student are within noise of each other")
+    lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio {before['overlap_ratio']:.3f} -> "
+                 f"{after['overlap_ratio']:.3f}, overlap mass {after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    cfg = parse(argv)
+    try:
+        result = Run(cfg).go()
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("opd.py: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    print(summary(result))
+    print(f"{result['seconds']:.0f} s; {cfg.out}/result.json, {cfg.out}/student")
+
+
+if __name__ == "__main__":
+    main()

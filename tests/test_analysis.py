@@ -1,0 +1,178 @@
+"""Laws of the first half of analysis.py: Eq. 6 to 10, a position at a time, in float64."""
+import functools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
+
+from analysis import diagnose, entropy, entropy_gap, overlap_mass, overlap_ratio, overlap_token_advantage, reverse_kl
+from loss import masked_mean
+
+exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+# Worked by hand at k = 3: P = {0, 1, 2}, Q = {2, 3, 0}, I = {0, 2}.
+P = torch.tensor([[0.50, 0.20, 0.15, 0.10, 0.05]], dtype=torch.float64)
+Q = torch.tensor([[0.20, 0.04, 0.40, 0.30, 0.06]], dtype=torch.float64)
+
+
+@st.composite
+def pairs(draw):
+    """Two sets of log-probabilities (N, V), float64, V in 5..8, from flat to peaked."""
+    size, scale = draw(st.integers(5, 8)), draw(st.sampled_from([0.3, 1.0, 3.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10 ** 6)))
+    return tuple((scale * torch.randn(4, size, dtype=torch.float64, generator=generator)).log_softmax(-1) for _ in range(2))
+
+
+def metrics(log_p, log_q, k):
+    """Every metric of two models: {name: (N,)}."""
+    mass_p, mass_q = overlap_mass(log_p, log_q, k)
+    return {"overlap_ratio": overlap_ratio(log_p, log_q, k), "overlap_mass_student": mass_p, "overlap_mass_teacher": mass_q,
+            "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k), "entropy_gap": entropy_gap(log_p, log_q),
+            "entropy_student": entropy(log_p), "entropy_teacher": entropy(log_q), "reverse_kl": reverse_kl(log_p, log_q)}
+
+
+@pytest.mark.parametrize("name, by_hand", {
+    "overlap_ratio": 2 / 3,                                                                          # Eq. 6
+    "overlap_token_advantage": (10 / 13 * math.log((1 / 3) / (10 / 13))                              # Eq. 7: p' = (.50, .15)/.65
+                                + 3 / 13 * math.log((2 / 3) / (3 / 13))) / 2,                        # q' = (.20, .40)/.60
+    "entropy_gap": abs(sum(-q * math.log(q) for q in Q[0].tolist())
+                       - sum(-p * math.log(p) for p in P[0].tolist())),                              # Eq. 8
+    "overlap_mass_student": 0.50 + 0.15,                                                             # Eq. 9
+    "overlap_mass_teacher": 0.20 + 0.40,                                                             # Eq. 10
+}.items())
+def test_equations_6_to_10_by_hand(name, by_hand):
+    """Each equation on the example at the top of this file."""
+    exact(metrics(P.log(), Q.log(), 3)[name], torch.tensor([by_hand], dtype=torch.float64))
+
+
+@given(pairs(), st.integers(1, 5))
+def test_overlap_against_python_sets(pair, k):
+    """Ratio and masses equal a loop over python sets; masses are not renormalised."""
+    log_p, log_q = pair
+    for t, (p, q) in enumerate(zip(log_p.exp().tolist(), log_q.exp().tolist(), strict=True)):
+        best = [set(sorted(range(len(x)), key=lambda v: -x[v])[:k]) for x in (p, q)]
+        shared = best[0] & best[1]
+        ours = metrics(log_p[t:t + 1], log_q[t:t + 1], k)
+        for name, oracle in (("overlap_ratio", len(shared) / k), ("overlap_mass_student", sum(p[v] for v in shared)),
+                             ("overlap_mass_teacher", sum(q[v] for v in shared))):
+            exact(ours[name], torch.tensor([oracle], dtype=torch.float64))
+
+
+@given(pairs(), st.integers(1, 5))
+def test_overlap_token_advantage_is_minus_the_kl_on_the_shared_tokens_over_their_number(pair, k):
+    """Eq. 7 per position is exactly -KL(p' || q') / |I|, hence never positive."""
+    log_p, log_q = pair
+    for t, advantage in enumerate(overlap_token_advantage(log_p, log_q, k).tolist()):
+        I = sorted(set(log_p[t].topk(k).indices.tolist()) & set(log_q[t].topk(k).indices.tolist()))
+        if not I:
+            assert math.isnan(advantage)
+            continue
+        p, q = (Categorical(probs=x[t, I].exp()) for x in (log_p, log_q))
+        assert advantage == pytest.approx(-kl_divergence(p, q).item() / len(I), abs=1e-12) and advantage <= 1e-12
+
+
+def test_an_empty_intersection_is_left_out_of_the_mean_and_counted():
+    """The paper is silent on it: the advantage is NaN there, nanmean skips it, isnan counts it; ratio and masses are 0."""
+    rising = torch.arange(1, 6, dtype=torch.float64)[None] / 15
+    log_p, log_q = torch.cat([P, rising, P]).log(), torch.cat([Q, rising.flip(-1), P]).log()
+    ours = metrics(log_p, log_q, 2)                         # {0, 1} and {2, 3}; {4, 3} and {0, 1}; {0, 1} twice
+    for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher"):
+        assert not ours[name][:2].any() and ours[name][2] > 0
+    assert ours["overlap_token_advantage"].isnan().tolist() == [True, True, False]
+    assert ours["overlap_token_advantage"].nanmean() == ours["overlap_token_advantage"][2] == 0
+
+
+@given(pairs())
+def test_entropy_and_reverse_kl_are_those_of_torch_distributions(pair):
+    """Over the whole vocabulary, not a renormalised top-k (nano-opd took the entropy gap there)."""
+    log_p, log_q = pair
+    p, q = (Categorical(logits=x) for x in pair)
+    exact(entropy(log_p), p.entropy())
+    exact(entropy_gap(log_p, log_q), (q.entropy() - p.entropy()).abs())
+    exact(reverse_kl(log_p, log_q), kl_divergence(p, q))
+
+
+def test_the_entropy_gap_is_absolute_before_the_mean():
+    """Gaps of opposite sign add up (Eq. 8); the difference of the two mean entropies would be nothing."""
+    sharp, flat = torch.tensor([0., 0, 9]).double().log_softmax(-1), torch.zeros(3).double().log_softmax(-1)
+    log_p, log_q = torch.stack([sharp, flat]), torch.stack([flat, sharp])
+    exact(entropy(log_p).mean(), entropy(log_q).mean())
+    exact(entropy_gap(log_p, log_q).mean(), entropy(flat) - entropy(sharp))
+
+
+@given(pairs(), st.integers(1, 5))
+def test_ranges(pair, k):
+    """Ratio in multiples of 1/k, masses in 0..1, entropies in 0..log V, reverse KL not negative."""
+    ours, size = metrics(*pair, k), pair[0].size(-1)
+    exact(ours["overlap_ratio"] * k, (ours["overlap_ratio"] * k).round())
+    for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher"):
+        assert (ours[name] >= 0).all() and (ours[name] <= 1 + 1e-12).all()
+    for name in ("entropy_student", "entropy_teacher"):
+        assert (ours[name] >= 0).all() and (ours[name] <= math.log(size) + 1e-12).all()
+    assert (ours["reverse_kl"] >= -1e-12).all()
+
+
+@given(pairs(), st.integers(1, 5), st.randoms(use_true_random=False))
+def test_the_order_of_the_vocabulary_does_not_matter(pair, k, random):
+    """Renaming the tokens changes no metric."""
+    order = list(range(pair[0].size(-1)))
+    random.shuffle(order)
+    exact(metrics(*pair, k), metrics(*(x[:, order] for x in pair), k))
+
+
+@given(pairs(), st.integers(1, 5))
+def test_equal_models_are_at_distance_zero(pair, k):
+    """p = q: ratio 1, equal masses, and distances of exactly 0 (trl#6480: a held-out loss that was 0 for unequal ones as well)."""
+    log_p, log_q = pair
+    ours = metrics(log_p, log_p.clone(), k)
+    assert (ours["overlap_ratio"] == 1).all() and torch.equal(ours["overlap_mass_student"], ours["overlap_mass_teacher"])
+    exact(ours["overlap_mass_student"], log_p.exp().topk(k).values.sum(-1))
+    assert all(not ours[name].any() for name in ("reverse_kl", "entropy_gap", "overlap_token_advantage"))
+    assert (reverse_kl(log_p, log_q) > 0).all()
+
+
+@given(pairs(), st.integers(1, 5))
+def test_diagnose_is_the_single_functions(pair, k):
+    """One pass over one top-k of each side gives the very numbers of the functions above, the reward and log p(y)."""
+    log_p, log_q = pair
+    y = torch.arange(len(log_p))
+    log_p_y, log_q_y = (x[torch.arange(len(y)), y] for x in pair)
+    exact(diagnose(log_p, log_q, y, k), {**metrics(log_p, log_q, k), "reward": log_q_y - log_p_y, "log_p": log_p_y})
+
+
+def test_diagnose_takes_no_gradient():
+    """Diagnostics are measurements: nothing of them reaches the student."""
+    log_p = P.log().requires_grad_()
+    assert not any(x.requires_grad for x in diagnose(log_p, Q.log(), torch.tensor([0]), 3).values())
+
+
+@given(pairs())
+def test_the_mean_reward_over_samples_is_minus_the_reverse_kl(pair):
+    """E over y ~ p of log q(y) - log p(y) = -KL(p || q): the sign of the paper's sequence mean reward."""
+    log_p, log_q = pair
+    rewards = [diagnose(log_p, log_q, torch.full((len(log_p),), v), 3)["reward"] for v in range(log_p.size(-1))]
+    exact((torch.stack(rewards, -1) * log_p.exp()).sum(-1), -reverse_kl(log_p, log_q))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_tokens_of_probability_zero_are_harmless(k):
+    """0 log 0 = 0: what the student rules out counts nothing, k larger than its support included."""
+    ninf = -math.inf
+    log_p = torch.tensor([[1., 2, ninf, ninf, ninf]], dtype=torch.float64).log_softmax(-1)
+    log_q = torch.tensor([[2., 1, 0, ninf, ninf]], dtype=torch.float64).log_softmax(-1)
+    ours = metrics(log_p, log_q, k)
+    assert not any(ours[name].isinf().any() for name in ours)
+    exact(ours["entropy_student"], Categorical(logits=log_p[:, :2]).entropy())
+    exact(ours["reverse_kl"], (log_p[:, :2].exp() * (log_p - log_q)[:, :2]).sum(-1))
+    assert ours["overlap_token_advantage"].isnan().any() == (k == 1)       # P = {1}, Q = {0}
+    assert (ours["overlap_token_advantage"].nan_to_num() <= 0).all()
+
+
+def test_metrics_over_padded_positions_are_those_of_the_rest():
+    """masked_mean of a metric ignores padded positions (nano-opd averaged over them)."""
+    log_p, log_q = P.log().repeat(3, 1), torch.cat([Q.log(), P.log(), Q.log()])
+    mask = torch.tensor([True, True, False])
+    exact(masked_mean(reverse_kl(log_p, log_q), mask), reverse_kl(log_p[:2], log_q[:2]).mean())

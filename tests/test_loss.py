@@ -1,0 +1,493 @@
+"""Laws of loss.py: Eq. 3, 4, 5, the released surrogate, the supports, evaluation in chunks.
+
+Oracles enumerate a small vocabulary in float64; gradients are taken with respect to logits unless a test says otherwise.
+"""
+import functools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
+from torch.profiler import ProfilerActivity, profile
+
+from analysis import diagnose
+from loss import SUPPORTS, full_vocab, in_chunks, masked_mean, sampled_token, token_sets, top_k, top_k_released
+
+OBJECTIVES = {                                             # name -> (log_p, log_q, y) -> (N,)
+    "sampled": sampled_token,
+    "full": lambda log_p, log_q, y: full_vocab(log_p, log_q),
+    **{f"top-k {s}": functools.partial(lambda s, log_p, log_q, y: top_k(log_p, log_q, 3, s), s) for s in SUPPORTS},
+    **{f"released {s}": functools.partial(lambda s, log_p, log_q, y: top_k_released(log_p, log_q, 3, s), s) for s in SUPPORTS},
+}
+each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+each_support = pytest.mark.parametrize("support", SUPPORTS)
+exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+
+
+@st.composite
+def pairs(draw):
+    """Student logits (N, V) and teacher log-probabilities (N, V), float64, V in 5..8, from flat to peaked."""
+    size, scale = draw(st.integers(5, 8)), draw(st.sampled_from([0.3, 1.0, 3.0]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10 ** 6)))
+    z, u = (scale * torch.randn(4, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    return z, u.log_softmax(-1)
+
+
+def a_pair():
+    generator = torch.Generator().manual_seed(0)
+    z, u = (torch.randn(4, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    return z, u.log_softmax(-1)
+
+
+def with_grad(f, z):
+    """f(log p) (N,) and the gradient of its sum with respect to the logits z (N, V)."""
+    z = z.clone().requires_grad_()
+    value = f(z.log_softmax(-1))
+    return value.detach(), torch.autograd.grad(value.sum(), z)[0]
+
+
+def over_samples(f, z):
+    """E over y ~ p of f(log p, y), exactly: its value (N,) and the mean of its gradient (N, V)."""
+    p = z.softmax(-1)
+    each = [with_grad(lambda log_p: f(log_p, torch.full((len(z),), v)), z) for v in range(z.size(-1))]
+    return sum(p[:, v] * value for v, (value, _) in enumerate(each)), sum(p[:, v, None] * g for v, (_, g) in enumerate(each))
+
+
+def reverse_kl(log_p, log_q):
+    return kl_divergence(Categorical(logits=log_p), Categorical(logits=log_q))
+
+
+def generalised_kl(log_p, log_q, S):
+    """sum_S (p log(p/q) - p + q), zero and stationary at p = q on any fixed set S (N, k)."""
+    log_p, log_q = log_p.gather(-1, S), log_q.gather(-1, S)
+    return (log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp()).sum(-1)
+
+
+# --- Eq. 3: the sampled token --------------------------------------------------------------------------------------
+
+
+@given(pairs())
+def test_sampled_token_is_the_kl_in_expectation_value_and_gradient(pair):
+    """E over y ~ p of the policy gradient of Eq. 3 is grad KL(p || q), exactly."""
+    z, log_q = pair
+    expected = with_grad(lambda log_p: reverse_kl(log_p, log_q), z)
+    for ours, theirs in zip(over_samples(lambda log_p, y: sampled_token(log_p, log_q, y), z), expected, strict=True):
+        exact(ours, theirs)
+
+
+@given(pairs())
+def test_back_propagating_an_estimator_descends_another_divergence(pair):
+    """Why Eq. 3 needs the detached advantage: k1 descends nothing, k2 reverse KL, k3 forward KL (verl's default yaml)."""
+    z, log_q = pair
+
+    def mean_gradient(f):
+        return over_samples(lambda log_p, y: f((log_p - log_q).gather(-1, y[:, None]).squeeze(-1)), z)[1]
+
+    reverse = with_grad(lambda log_p: reverse_kl(log_p, log_q), z)[1]
+    forward = with_grad(lambda log_p: reverse_kl(log_q, log_p), z)[1]
+    exact(mean_gradient(lambda d: d), torch.zeros_like(z))
+    exact(mean_gradient(lambda d: d ** 2 / 2), reverse)
+    exact(mean_gradient(lambda d: (-d).exp() - 1 + d), forward)
+
+
+@given(pairs(), st.integers(1, 5))
+def test_a_top_k_kl_as_the_advantage_of_the_sampled_token_has_no_signal(pair, k):
+    """One number a position, whatever token was drawn, is a baseline: zero expected gradient (miles#2362, ms-swift#10079)."""
+    z, log_q = pair
+    advantage = top_k(z.log_softmax(-1), log_q, k)
+    gradient = over_samples(lambda log_p, y: advantage * log_p.gather(-1, y[:, None]).squeeze(-1), z)[1]
+    exact(gradient, torch.zeros_like(z))
+
+
+# --- Eq. 4, Eq. 5 and the released surrogate -----------------------------------------------------------------------
+
+
+@given(pairs())
+def test_full_vocab_is_the_kl(pair):
+    """Eq. 4, value and gradient, against torch.distributions."""
+    z, log_q = pair
+    for ours, theirs in zip(with_grad(lambda log_p: full_vocab(log_p, log_q), z),
+                            with_grad(lambda log_p: reverse_kl(log_p, log_q), z), strict=True):
+        exact(ours, theirs)
+
+
+@given(pairs())
+def test_weighted_log_ratios_over_the_vocabulary_have_the_gradient_of_the_kl(pair):
+    """sum_V p (log p - log q) grad log p = grad KL(p || q): the -1 of the product rule sums to nothing."""
+    z, log_q = pair
+    weight = z.softmax(-1) * (z.log_softmax(-1) - log_q)
+    exact(with_grad(lambda log_p: (weight * log_p).sum(-1), z)[1], with_grad(lambda log_p: full_vocab(log_p, log_q), z)[1])
+
+
+@pytest.mark.parametrize("objective", [top_k, top_k_released])
+@pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "difference"])
+@given(pair=pairs())
+def test_all_variants_coincide_at_k_equal_to_the_vocabulary(objective, support, pair):
+    """At k = V every support is the vocabulary and every objective is Eq. 4, in value and gradient."""
+    z, log_q = pair
+    for ours, theirs in zip(with_grad(lambda log_p: objective(log_p, log_q, z.size(-1), support), z),
+                            with_grad(lambda log_p: full_vocab(log_p, log_q), z), strict=True):
+        exact(ours, theirs)
+
+
+@given(pairs())
+def test_top_k_is_nothing_at_k_1_but_released_is_something(pair):
+    """A renormalised set of one token is certain on both sides (Rethinking-OPD#15); the released log-ratio is not renormalised."""
+    z, log_q = pair
+    for part in with_grad(lambda log_p: top_k(log_p, log_q, 1), z):
+        exact(part, torch.zeros_like(part))
+    value, gradient = with_grad(lambda log_p: top_k_released(log_p, log_q, 1), z)
+    best = z.argmax(-1, keepdim=True)
+    exact(value, (z.log_softmax(-1) - log_q).gather(-1, best).squeeze(-1))
+    assert (gradient.abs().sum(-1) > 0).all()
+
+
+@each_objective
+@given(pair=pairs())
+def test_student_equal_to_teacher_is_a_fixed_point(objective, pair):
+    """Zero loss and zero gradient at p = q, whatever token was drawn."""
+    z, _ = pair
+    y = torch.arange(len(z))
+    for part in with_grad(lambda log_p: objective(log_p, z.log_softmax(-1), y), z):
+        exact(part, torch.zeros_like(part))
+
+
+@each_support
+@given(pair=pairs(), k=st.integers(1, 5))
+def test_top_k_is_never_negative(support, pair, k):
+    """Eq. 5 is a KL between two distributions on the set (OPSD#2: clipped entries made it negative)."""
+    assert (top_k(pair[0].log_softmax(-1), pair[1], k, support) >= -1e-12).all()
+
+
+@given(pairs(), st.integers(1, 5))
+def test_released_gradient_is_that_of_the_generalised_kl_over_the_mass(pair, k):
+    """Weights renormalised, log-ratio not (Rethinking-OPD#19): grad sum_S (p log(p/q) - p + q), divided by sum_S p held constant."""
+    z, log_q = pair
+    S = z.topk(k).indices
+    mass = z.softmax(-1).gather(-1, S).sum(-1)
+    exact(with_grad(lambda log_p: top_k_released(log_p, log_q, k), z)[1],
+          with_grad(lambda log_p: generalised_kl(log_p, log_q, S) / mass, z)[1])
+
+
+@given(pairs(), st.integers(1, 5))
+def test_released_and_top_k_gradients_differ_along_the_mass(pair, k):
+    """Released - Eq. 5 = c grad log Z_p with c = KL(p' || q') + log(Z_p / Z_q)."""
+    z, log_q = pair
+    S = z.topk(k).indices
+    log_Z_p, log_Z_q = (x.gather(-1, S).logsumexp(-1) for x in (z.log_softmax(-1), log_q))
+    c = top_k(z.log_softmax(-1), log_q, k) + log_Z_p - log_Z_q
+    difference = [with_grad(lambda log_p: f(log_p, log_q, k), z)[1] for f in (top_k_released, top_k)]
+    exact(difference[0] - difference[1], with_grad(lambda log_p: c * log_p.gather(-1, S).logsumexp(-1), z)[1])
+
+
+@given(pairs(), st.integers(1, 4))
+def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
+    """Why nothing here sums p log(p/q) over a set as it is: its gradient has the mass as an extra term, p = q included (verl#5041)."""
+    z, log_q = pair
+    S = z.topk(k).indices
+
+    def naive(log_q):
+        def cut(log_p):
+            log_p_S = log_p.gather(-1, S)
+            return (log_p_S.exp() * (log_p_S - log_q.gather(-1, S))).sum(-1)
+        return with_grad(cut, z)[1]
+
+    mass, of_mass = with_grad(lambda log_p: log_p.gather(-1, S).exp().sum(-1), z)
+    exact(naive(log_q), with_grad(lambda log_p: generalised_kl(log_p, log_q, S), z)[1] + of_mass)
+    at_the_teacher = naive(z.log_softmax(-1))
+    exact(at_the_teacher, of_mass)
+    step = z - 1e-3 * at_the_teacher
+    assert (step.softmax(-1).gather(-1, S).sum(-1) < mass).all()
+
+
+@given(pairs(), st.integers(2, 4))
+def test_difference_weighs_raw_in_released_and_renormalised_in_top_k(pair, k):
+    """The authors' Non-Overlap arm keeps p itself as weight: smaller by exactly the mass of the set (paper 4.2)."""
+    z, log_q = pair
+    log_p = z.log_softmax(-1)
+    S, member = token_sets(log_p, log_q, k, "difference")
+    p_S = torch.where(member, log_p.gather(-1, S).exp(), 0)
+    ratio = (log_p - log_q).gather(-1, S)
+    exact(top_k_released(log_p, log_q, k, "difference"), (p_S * ratio).sum(-1))
+    some = member.any(-1)
+    p_S, q_S = (x / x.sum(-1, keepdim=True) for x in (p_S[some], torch.where(member, log_q.gather(-1, S).exp(), 0)[some]))
+    exact(top_k(log_p, log_q, k, "difference")[some], torch.where(member[some], p_S * (p_S / q_S).log(), 0).sum(-1))
+
+
+def oracle_set(p, q, k, support):
+    """One position's token set from sorted lists: the definition in words."""
+    P, Q = (set(sorted(range(len(x)), key=lambda v: -x[v])[:k]) for x in (p.tolist(), q.tolist()))
+    return sorted({"student": P, "teacher": Q, "intersection": P & Q, "union": P | Q, "difference": P ^ Q}[support])
+
+
+def oracle(log_p, log_q, k, support, released):
+    """Eq. 5 or the released surrogate, one position and one token at a time."""
+    values = []
+    for log_p_t, log_q_t in zip(log_p, log_q, strict=True):
+        S, p, q = oracle_set(log_p_t.detach(), log_q_t, k, support), log_p_t.exp(), log_q_t.exp()
+        Z_p, Z_q = sum(p[v] for v in S), sum(q[v] for v in S)
+        if released:
+            scale = 1 if support == "difference" or not S else Z_p.detach()
+            terms = [p[v].detach() / scale * (p[v] / q[v]).log().detach() * (log_p_t[v] - log_p_t[v].detach() + 1) for v in S]
+        else:
+            terms = [p[v] / Z_p * ((p[v] / Z_p) / (q[v] / Z_q)).log() for v in S]
+        values.append(sum(terms, 0 * p.sum()))
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("released", [False, True])
+@each_support
+@given(pair=pairs(), k=st.integers(1, 5))
+def test_every_support_against_python_sets(released, support, pair, k):
+    """Value and gradient of every objective on every support equal a loop over python sets."""
+    z, log_q = pair
+    objective = top_k_released if released else top_k
+    for ours, theirs in zip(with_grad(lambda log_p: objective(log_p, log_q, k, support), z),
+                            with_grad(lambda log_p: oracle(log_p, log_q, k, support, released), z), strict=True):
+        exact(ours, theirs)
+
+
+@pytest.mark.parametrize("objective", [top_k, top_k_released])
+def test_an_impossible_support_or_k_is_refused(objective):
+    """The message repeats the value that was given."""
+    log_p, log_q = a_pair()
+    with pytest.raises(ValueError, match="support='both'"):
+        objective(log_p, log_q, 3, "both")
+    for k in (0, log_p.size(-1) + 1):
+        with pytest.raises(ValueError, match=f"k={k} "):
+            objective(log_p, log_q, k)
+
+
+# --- what every objective keeps ------------------------------------------------------------------------------------
+
+
+@each_objective
+def test_the_teacher_side_never_receives_a_gradient(objective):
+    """log q is held constant, whatever it was made from (torchforge#527; ms-swift copied student logits into the teacher)."""
+    z, log_q = a_pair()
+    z.requires_grad_(), log_q.requires_grad_()
+    loss = objective(z.log_softmax(-1), log_q, torch.arange(len(z))).sum()
+    of_student, of_teacher = torch.autograd.grad(loss, (z, log_q), allow_unused=True)
+    assert of_student.abs().sum() > 0
+    assert of_teacher is None or not of_teacher.any()
+
+
+@each_objective
+def test_the_teacher_matters(objective):
+    """Another teacher gives another gradient (ms-swift#6857: SFT on own samples; the teacher's term had dropped out)."""
+    z, log_q = a_pair()
+    y = torch.arange(len(z))
+    one, other = (with_grad(lambda log_p: objective(log_p, q, y), z)[1] for q in (log_q, log_q.flip(-1)))
+    assert (one - other).abs().max() > 1e-3
+
+
+@each_objective
+def test_inputs_are_not_written_to(objective):
+    """The arguments are bit for bit what they were, gradient taken."""
+    z, log_q = a_pair()
+    log_p, y = z.log_softmax(-1).requires_grad_(), torch.arange(len(z))
+    before = [x.detach().clone() for x in (log_p, log_q, y)]
+    objective(log_p, log_q, y).sum().backward()
+    assert all(torch.equal(x, b) for x, b in zip((log_p, log_q, y), before, strict=True))
+
+
+@pytest.mark.parametrize("objective", [top_k, top_k_released])
+@pytest.mark.parametrize("support", ["intersection", "difference"])
+def test_an_empty_support_gives_zero_with_zero_gradient(objective, support):
+    """Top-3 sets that share nothing, or everything, leave no token: loss 0 and a finite zero gradient, no 0/0."""
+    z = torch.arange(6, dtype=torch.float64).repeat(2, 1)
+    log_q = (z.flip(-1) if support == "intersection" else z + torch.tensor([0, 0, 0, 0, .1, .3])).log_softmax(-1)
+    assert not token_sets(z, log_q, 3, support)[1].any()
+    for part in with_grad(lambda log_p: objective(log_p, log_q, 3, support), z):
+        assert torch.equal(part, torch.zeros_like(part))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_objective
+def test_extreme_logits_give_finite_losses_and_gradients(objective, dtype):
+    """Logits of +-100 and -inf on either side, or on both, at drawn tokens too (Soup#719, trl#5594)."""
+    inf = float("inf")
+    z = torch.tensor([[100., -100, 0, 50, -50], [-100, 100, 3, 2, 1], [-inf, 5, 4, -inf, 3], [1, 2, 3, 4, 5], [-inf, 0, -inf, -inf, -inf]])
+    u = torch.tensor([[-100., 100, 0, 50, -50], [-100, 100, 3, 2, 1], [0, -inf, 4, -inf, -inf], [-inf, -inf, -inf, -inf, 0], [0, -inf, 1, 2, 3]])
+    log_q = u.to(dtype).log_softmax(-1)
+    for token in range(z.size(-1)):
+        value, gradient = with_grad(lambda log_p: objective(log_p, log_q, torch.full((len(z),), token)), z.to(dtype))
+        assert value.isfinite().all() and gradient.isfinite().all()
+
+
+# --- masked_mean ---------------------------------------------------------------------------------------------------
+
+
+def test_masked_mean_of_nothing_is_zero_with_zero_gradients():
+    """A batch without a response token has loss 0, not 0/0 (LMOps#38)."""
+    x = torch.randn(2, 3, requires_grad=True)
+    mean = masked_mean(x, torch.zeros(2, 3, dtype=torch.bool))
+    mean.backward()
+    assert mean == 0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+@pytest.mark.parametrize("hidden", [float("nan"), float("inf"), 7.0])
+def test_masked_mean_sees_nothing_under_the_mask(hidden):
+    """Values and gradients do not depend on what stands in the padding, nor on how much of it (trl#2058, trl#4105)."""
+    x = torch.tensor([[1., 2, hidden], [4, hidden, hidden]], requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    padded, wider = masked_mean(x, mask), masked_mean(*(torch.nn.functional.pad(t, (0, 5)) for t in (x, mask)))
+    padded.backward()
+    assert padded == wider == torch.tensor([1., 2, 4]).mean()
+    torch.testing.assert_close(x.grad, mask / 3)
+
+
+# --- direction -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence, covers", [
+    (full_vocab, False), (functools.partial(top_k, k=16), False), (functools.partial(top_k_released, k=16), False),
+    (lambda log_p, log_q: reverse_kl(log_q, log_p), True)], ids=["full", "top-k", "released", "forward KL"])
+def test_reverse_kl_picks_a_mode_and_forward_kl_covers_both(divergence, covers):
+    """One bell fitted to a teacher of two: ours settle on one, forward KL spreads over both (OPSD#14: which KL is it?)."""
+    v = torch.arange(41.)
+    log_q = torch.logaddexp(-(v - 10) ** 2 / 8, -(v - 30) ** 2 / 8).log_softmax(-1)[None]
+    bell = torch.tensor([15.0, 3.0], requires_grad=True)                                 # mean and width, nearer the left mode
+    adam = torch.optim.Adam([bell], lr=0.2)
+    for _ in range(250):
+        log_p = (-((v - bell[0]) / bell[1]) ** 2 / 2).log_softmax(-1)[None]
+        adam.zero_grad()
+        divergence(log_p, log_q).sum().backward()
+        adam.step()
+    left = log_p[0, :20].exp().sum()
+    assert (0.4 < left < 0.6) if covers else left > 0.99
+
+
+# --- in_chunks -----------------------------------------------------------------------------------------------------
+
+
+def heads_and_states(N=11, V=23, H=6, H_teacher=4, dtype=torch.float32):
+    """Output heads of two sizes, states, drawn tokens: everything that in_chunks reads."""
+    torch.manual_seed(0)
+    head_p, head_q = torch.nn.Linear(H, V, dtype=dtype), torch.nn.Linear(H_teacher, V, bias=False, dtype=dtype)
+    for head in (head_p, head_q):
+        torch.nn.init.normal_(head.weight)
+    return torch.randn(N, H, dtype=dtype), torch.randn(N, H_teacher, dtype=dtype), head_p, head_q, torch.randint(V, (N,))
+
+
+def eagerly(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0):
+    """What in_chunks must equal: whole tensors and plain autograd."""
+    return per_position((head_p(h_p) / temperature).log_softmax(-1), (head_q(h_q) / teacher_temperature).log_softmax(-1), y)
+
+
+@pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 0.7)])
+@each_objective
+def test_in_chunks_equals_eager(objective, temperatures):
+    """Loss, diagnostics and gradients of states and head, any chunk size, each position with its own upstream gradient
+    (Liger#968, #678: wrong under reduction="none"; trl#6526: the chunked loss forgot the temperature)."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    upstream = torch.randn(len(y))
+    options = dict(temperature=temperatures[0], teacher_temperature=temperatures[1])
+
+    def per_position(log_p, log_q, y):
+        return {"loss": objective(log_p, log_q, y), **diagnose(log_p, log_q, y, 3)}
+
+    def run(evaluate):
+        states = h_p.clone().requires_grad_()
+        out = evaluate(per_position, states, h_q, head_p, head_q, y)
+        gradients = torch.autograd.grad(out["loss"], (states, head_p.weight, head_p.bias), upstream)
+        return {**{name: x.detach() for name, x in out.items()}, **dict(zip(("h_p", "weight", "bias"), gradients, strict=True))}
+
+    expected = run(functools.partial(eagerly, **options))
+    for chunk in (1, 3, len(y), len(y) + 1, None):
+        torch.testing.assert_close(run(functools.partial(in_chunks, chunk=chunk, **options)), expected, equal_nan=True,
+                                   rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=3, **options)["loss"], expected["loss"])
+
+
+def test_each_temperature_reaches_its_own_side():
+    """T divides the student's logits, the teacher's T the teacher's, and both change the loss (trl GKD ignored the argument)."""
+    inputs = heads_and_states()
+
+    def evaluate(**temperatures):
+        out = in_chunks(lambda log_p, log_q, y: {"p": log_p[:, 0], "q": log_q[:, 0], "loss": full_vocab(log_p, log_q)},
+                        *inputs, chunk=4, **temperatures)
+        return {name: x.detach() for name, x in out.items()}
+
+    one, student, teacher = evaluate(), evaluate(temperature=2.0), evaluate(teacher_temperature=2.0)
+    assert not torch.allclose(student["p"], one["p"]) and torch.equal(student["q"], one["q"])
+    assert torch.equal(teacher["p"], one["p"]) and not torch.allclose(teacher["q"], one["q"])
+    assert not torch.allclose(student["loss"], one["loss"]) and not torch.allclose(teacher["loss"], one["loss"])
+
+
+def test_diagnostics_after_the_loss_are_not_computed_again_in_backward():
+    """The backward pass repeats a chunk up to the last tensor that the loss needs, and stops."""
+    inputs, calls = heads_and_states(), {"loss": 0, "diagnostics": 0}
+
+    def counted(name, f, *args):
+        calls[name] += 1
+        return f(*args)
+
+    def per_position(log_p, log_q, y):
+        loss = counted("loss", full_vocab, log_p, log_q)
+        return {"loss": loss, **counted("diagnostics", diagnose, log_p, log_q, y, 3)}
+
+    out = in_chunks(per_position, *inputs, chunk=4)
+    assert calls == {"loss": 3, "diagnostics": 3}
+    out["loss"].sum().backward()
+    assert calls == {"loss": 6, "diagnostics": 3}
+
+
+def test_in_chunks_gives_the_teacher_no_gradient():
+    """Neither the teacher's states nor its head, even where they ask for one."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    h_q.requires_grad_()
+    in_chunks(lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, h_p, h_q, head_p, head_q, y, chunk=4)["loss"].sum().backward()
+    assert head_p.weight.grad is not None and head_q.weight.grad is None and h_q.grad is None
+
+
+@pytest.mark.parametrize("objective", [full_vocab, functools.partial(top_k, k=16)], ids=["full", "top-k"])
+def test_bf16_states_are_scored_in_float32(objective):
+    """A divergence between near-equal bf16 models stays >= -1e-6 (ms-swift#10156: a negative one from mixed precision)."""
+    h, _, head, _, y = heads_and_states(N=256, V=500, dtype=torch.bfloat16)
+    nearly = h + 2 ** -8 * torch.randn_like(h)
+    loss = in_chunks(lambda log_p, log_q, y: {"loss": objective(log_p, log_q)}, h, nearly, head, head, y)["loss"]
+    assert loss.dtype == torch.float32 and (loss >= -1e-6).all() and loss.sum() > 0
+
+
+def peak_bytes(f):
+    """The most that f held at once beyond what was there before it, from every allocation and release that it made.
+
+    What the process keeps resident is the allocator's affair: glibc may keep freed blocks under 32 MiB.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        f()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).cumsum(0)
+    return held.max().item()
+
+
+def default_loss(log_p, log_q, y):
+    return {"loss": top_k(log_p, log_q, 16)}
+
+
+def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
+    """N = 2048 positions, V = 50,000: eager autograd holds N x V several times over, chunks do not hold it once."""
+    h_p, h_q, head_p, head_q, y = heads_and_states(N=2048, V=50_000, H=64, H_teacher=64)
+    h_p.requires_grad_()
+    gradients, peaks = [], []
+    for evaluate in (eagerly, in_chunks):
+        def step():
+            loss = evaluate(default_loss, h_p, h_q.detach(), head_p, head_q.requires_grad_(False), y)["loss"].mean()
+            gradients.append(torch.autograd.grad(loss, (h_p, head_p.weight, head_p.bias)))
+        peaks.append(peak_bytes(step))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0][0].abs().max().item())
+    assert peaks[1] <= peaks[0] / 6, f"{peaks[1] / 2 ** 20:.0f} MiB against {peaks[0] / 2 ** 20:.0f} MiB"
+
+
+def test_memory_does_not_grow_with_the_number_of_positions():
+    """Beyond the states and their gradients (H numbers a position) four times the positions cost nothing more
+    (NeMo#3272, #3314: a loop over chunks without checkpointing bounds nothing)."""
+    H, peaks = 4, []
+    for N in (1024, 4096):
+        h_p, h_q, head_p, head_q, y = heads_and_states(N=N, V=4000, H=H, H_teacher=H)
+        h_p.requires_grad_()
+        peaks.append(peak_bytes(lambda: in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=256)["loss"].sum().backward()))
+    assert peaks[1] - peaks[0] <= 4 * (4096 - 1024) * (3 * H + 8)                       # bytes; 3072 x 4000 logits would be 49 MB

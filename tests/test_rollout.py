@@ -1,0 +1,292 @@
+"""Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
+import copy
+import json
+
+import pytest
+import torch
+from conftest import TEMPLATE, VOCAB, WINDOW, tiny, word_tokenizer
+
+from rollout import draw, encode, left_pad, load_prompts, rollout
+from teacher import split, states
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14]]                                # of uneven length
+LENGTH = 8
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def sample(model, prompts=PROMPTS, *, eos_ids=(), seed=0, n=3, **options):
+    return rollout(model, prompts, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, generator=seeded(seed), **options)
+
+
+def responses(r):
+    return [r.response_ids(row) for row in range(len(r.ids))]
+
+
+def common(r, count=3):
+    """Token ids that end some rows of a rollout early and at different times: its most frequent ones."""
+    return torch.bincount(r.ids[:, -LENGTH:].flatten(), minlength=VOCAB).topk(count).indices.tolist()
+
+
+def same(a, b):
+    """Two rollouts agree bit for bit in every field."""
+    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in vars(a))
+
+
+@torch.no_grad()
+def unpadded(model, prompt, response, temperature):
+    """Log-probabilities of a response, a token at a time, each from a fresh forward over the tokens before it."""
+    found = []
+    for t, token in enumerate(response):
+        logits = model(input_ids=torch.tensor([prompt + response[:t]])).logits[0, -1]
+        found.append((logits / temperature).log_softmax(-1)[token])
+    return torch.stack(found)
+
+
+# --- what is recorded is what is scored ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, temperature):
+    """Sampling with cache, left padding and departures = one whole forward = a token at a time without padding; the first
+    token is scored at the last prompt position (trl#6126, prime-rl#1525: off by one; trl#6800: positions under left padding)."""
+    assert min(map(len, PROMPTS)) < WINDOW < LENGTH
+    eos_ids = common(sample(model, temperature=temperature))
+    r = sample(model, temperature=temperature, eos_ids=eos_ids)
+    assert len(r.response_mask.sum(1).unique()) > 2
+    for row, response in enumerate(responses(r)):
+        torch.testing.assert_close(r.log_p[row, :len(response)], unpadded(model, PROMPTS[row // 3], response, temperature),
+                                   rtol=0, atol=1e-4)
+    trunk, head, _ = split(model, VOCAB)
+    is_response = torch.nn.functional.pad(r.response_mask, (r.ids.size(1) - r.response_mask.size(1), 0))
+    with torch.no_grad():
+        log_p = (head(states(trunk, r.ids, r.attention_mask, is_response)) / temperature).log_softmax(-1)
+    rescored = log_p.gather(-1, r.ids[is_response][:, None]).squeeze(-1)
+    torch.testing.assert_close(r.log_p[r.response_mask], rescored, rtol=0, atol=1e-4)
+    assert not r.log_p[~r.response_mask].any()
+
+
+def test_greedy_is_generate_token_for_token_batched_or_alone(model):
+    """Temperature 0 = model.generate(do_sample=False) with the same eos ids; a row alone = the row in a batch (OPSD#30)."""
+    eos_ids = common(sample(model, temperature=0))[1:]
+    r = sample(model, n=1, temperature=0, eos_ids=eos_ids)
+    assert len(r.response_mask.sum(1).unique()) > 1
+    ids, mask = left_pad(PROMPTS, 0)
+    made = model.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LENGTH, eos_token_id=eos_ids, pad_token_id=0)
+    for row, response in enumerate(responses(r)):
+        assert response == made[row, ids.size(1):ids.size(1) + len(response)].tolist()
+        assert not made[row, ids.size(1) + len(response):].any()
+        assert response == responses(sample(model, PROMPTS[row:row + 1], n=1, temperature=0, eos_ids=eos_ids))[0]
+
+
+def test_padding_changes_nothing(model):
+    """Another pad id, more of it, or an eos as pad: the same tokens and log-probabilities (trl#2058)."""
+    eos_ids = common(sample(model))
+    r = sample(model, eos_ids=eos_ids)
+    for pad_id in (1, eos_ids[0]):
+        other = sample(model, eos_ids=eos_ids, pad_id=pad_id)
+        assert responses(other) == responses(r) and (other.ids[~other.attention_mask] == pad_id).all()
+        assert torch.equal(other.log_p, r.log_p) and torch.equal(other.attention_mask, r.attention_mask)
+    longer = sample(model, PROMPTS + [[2] * 20], n=1, temperature=0)
+    assert responses(longer)[:3] == responses(sample(model, n=1, temperature=0))
+
+
+# --- what is drawn -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2], ids=["near-uniform", "uneven"])
+def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
+    """Chi-square of 4,000 first tokens; every token of a near-uniform model is drawn (nano-opd sampled with top_k=50 of generate)."""
+    model, n, prompt = tiny(architecture, spread=spread), 4000, [5, 6, 7]
+    y = rollout(model, [prompt], n=n, max_new_tokens=1, generator=seeded()).ids[:, -1]
+    with torch.no_grad():
+        expected = n * model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    counts = torch.bincount(y, minlength=VOCAB)
+    if spread == 0.02:
+        assert (counts > 0).all()
+    rare = expected < 5                                                                  # pooled, as the chi-square law needs
+    counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.float(), expected))
+    freedom = (~rare).sum() - 1 + rare.any()
+    assert ((counts - expected) ** 2 / expected.clamp_min(1e-9)).sum() < freedom + 4 * (2 * freedom) ** 0.5
+
+
+def test_draw_takes_the_smallest_set_that_holds_top_p():
+    """Tokens are kept while the mass before them is below top_p; within the set, odds stay as they were."""
+    log_p = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(20_000, 1)
+    for top_p, expected in ((0.4, [0., 1, 0, 0]), (0.6, [0, 5 / 8, 0, 3 / 8]), (0.81, [15 / 95, 50 / 95, 0, 30 / 95]),
+                            (1.0, [0.15, 0.5, 0.05, 0.3])):
+        share = torch.bincount(draw(log_p, top_p, seeded()), minlength=4) / len(log_p)
+        torch.testing.assert_close(share, torch.tensor(expected), rtol=0, atol=0.02)
+        assert not share[torch.tensor(expected) == 0].any()
+
+
+def test_top_p_limits_the_draw_but_not_the_record(model):
+    """Nothing outside the nucleus is drawn; log_p stays that of the full softmax, which is the one that is scored."""
+    r = sample(model, n=20, top_p=0.5)
+    for row in range(0, len(r.ids), 20):
+        with torch.no_grad():
+            p = model(input_ids=torch.tensor([PROMPTS[row // 20]])).logits[0, -1].softmax(-1)
+        ranked = p.sort(descending=True)
+        nucleus = set(ranked.indices[ranked.values.cumsum(0) - ranked.values < 0.5].tolist())
+        assert {response[0] for response in responses(r)[row:row + 20]} <= nucleus
+    for row in range(0, len(r.ids), 7):
+        torch.testing.assert_close(r.log_p[row], unpadded(model, PROMPTS[row // 20], r.response_ids(row), 1.0), rtol=0, atol=1e-4)
+
+
+def test_no_token_beyond_the_shared_vocabulary_is_drawn():
+    """Rows of the head that pad the vocabulary (Qwen2.5: 151,936 or 152,064 for 151,665 tokens) get no probability."""
+    model, shared = tiny("llama"), VOCAB - 8
+    rows = model.get_output_embeddings().weight
+    with torch.no_grad():
+        rows[shared:] = 30 * rows[:4].repeat(2, 1) * torch.tensor([1.] * 4 + [-1.] * 4)[:, None]   # one of each pair is huge
+    assert (sample(model).ids[:, -LENGTH:] >= shared).any()
+    for temperature in (1.0, 0.0):
+        r = sample(model, vocab_size=shared, temperature=temperature)
+        assert (r.ids < shared).all()
+    with torch.no_grad():
+        log_p = model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1, :shared].log_softmax(-1)
+    torch.testing.assert_close(r.log_p[0, 0], log_p.max(), rtol=0, atol=1e-5)
+
+
+def test_the_same_seed_gives_the_same_rollouts(model):
+    """Twice the same call: the same bits, and other bits for another seed (transformers#45943: a second call lost requests)."""
+    eos_ids = common(sample(model))
+    assert same(sample(model, eos_ids=eos_ids), sample(model, eos_ids=eos_ids))
+    assert responses(sample(model)) != responses(sample(model, seed=1))
+
+
+def test_the_n_rollouts_of_a_prompt_stand_together(model):
+    """Rows i n to i n + n - 1 answer prompt i, from its very ids (trl#6359: trained on another prompt than was sampled)."""
+    r = sample(model)
+    P = r.ids.size(1) - r.response_mask.size(1)
+    ids, mask = left_pad(PROMPTS, 0)
+    assert torch.equal(r.ids[:, :P], ids.repeat_interleave(3, 0))
+    assert torch.equal(r.attention_mask[:, :P], mask.repeat_interleave(3, 0))
+    assert len(set(map(tuple, responses(r)))) > len(PROMPTS)
+    greedy = responses(sample(model, temperature=0))
+    assert greedy == [greedy[row // 3 * 3] for row in range(len(greedy))]
+
+
+# --- where a response ends -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ends, pad_is_eos", [(1, False), (1, True), (3, False), (3, True)])
+def test_a_response_ends_with_its_first_eos(model, ends, pad_is_eos):
+    """Any of several eos ids ends it (trl#7039), is part of it, and nothing after it is, with pad = eos too (trl#6357)."""
+    eos_ids = common(sample(model), ends)
+    r = sample(model, eos_ids=eos_ids, pad_id=eos_ids[0] if pad_is_eos else 0)
+    ended_by = set()
+    for row, response in enumerate(responses(r)):
+        assert not set(response[:-1]) & set(eos_ids)
+        assert r.truncated[row] == (response[-1] not in eos_ids) and (len(response) == LENGTH or not r.truncated[row])
+        assert r.response_mask[row].tolist() == [True] * len(response) + [False] * (r.response_mask.size(1) - len(response))
+        ended_by |= {response[-1]} & set(eos_ids)
+    assert ended_by == set(eos_ids)
+    assert torch.equal(r.attention_mask[:, -r.response_mask.size(1):], r.response_mask)
+    assert r.response_mask.any(0).all()
+
+
+def test_without_an_eos_every_response_is_full_and_truncated(model):
+    """No eos id at all is no error (trl#5725)."""
+    r = sample(model)
+    assert r.response_mask.all() and r.response_mask.size(1) == LENGTH and r.truncated.all()
+
+
+def test_the_rectangle_is_as_wide_as_the_longest_response():
+    """Where every row ends early nothing is padded beyond the last of them, and no row counts as truncated."""
+    r = rollout(tiny("llama"), PROMPTS, n=2, max_new_tokens=LENGTH, eos_ids=range(VOCAB), generator=seeded())
+    assert r.ids.size(1) == max(map(len, PROMPTS)) + 1 and r.response_mask.all() and not r.truncated.any()
+
+
+def test_finished_rollouts_leave_the_batch(model):
+    """The prompt is read once for its n rollouts, and each step computes only the rows that still write."""
+    eos_ids, seen = common(sample(model)), []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    r = sample(model, eos_ids=eos_ids)
+    hook.remove()
+    writing = [(r.response_mask.sum(1) > t).sum().item() for t in range(1, r.response_mask.size(1))]
+    assert seen == [(3, 7)] + [(b, 1) for b in writing]
+    assert writing[-1] < writing[0] < 9
+
+
+# --- the model is left as it was; what is refused ------------------------------------------------------------------
+
+
+def test_the_model_is_left_as_it_was(model):
+    """Configuration, attention and mode are untouched (transformers#45943 switched _attn_implementation; trl#6827)."""
+    def state():
+        return copy.deepcopy((model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation,
+                              model.training, [p.requires_grad for p in model.parameters()]))
+    before = state()
+    sample(model)
+    assert state() == before
+
+
+def test_the_checkpoints_generation_defaults_are_not_read(model):
+    """`generate` would take top_k, penalties and an eos from generation_config.json; what is scored is the plain softmax."""
+    plain = sample(model)
+    model.generation_config.update(top_k=1, do_sample=True, temperature=0.1, repetition_penalty=9.0, eos_token_id=plain.ids[0, -1].item())
+    assert same(sample(model), plain)
+
+
+def test_training_mode_is_refused():
+    """Dropout would sample from another softmax than the one scored."""
+    with pytest.raises(ValueError, match="eval"):
+        sample(tiny("gpt2").train())
+
+
+@pytest.mark.parametrize("prompts", [[], [[5], []]])
+def test_an_empty_prompt_is_refused(prompts):
+    """There is no state to draw the first token from."""
+    with pytest.raises(ValueError, match="at least one token"):
+        sample(tiny("llama"), prompts)
+
+
+# --- what the student is asked -------------------------------------------------------------------------------------
+
+
+def test_load_prompts_reads_text_and_chat(tmp_path):
+    """Text or messages, an answer or none, blank lines skipped; answers become text."""
+    chat = [{"role": "user", "content": "3 + 7 ="}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "add é", "answer": 0}\n\n' + json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
+    assert load_prompts(path) == [{"prompt": "add é", "answer": "0"}, {"prompt": chat, "answer": None}]
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}', '{"prompt": []}',
+                                  '{"prompt": [{"role": "user"}]}', '{"prompt": 7}'])
+def test_a_bad_line_is_named(tmp_path, line):
+    """File and line number stand in the message."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "add"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:2 "):
+        load_prompts(path)
+
+
+def test_a_file_without_prompts_is_refused(tmp_path):
+    """An empty file is an error now rather than an empty batch later."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="no prompts"):
+        load_prompts(path)
+
+
+@pytest.mark.parametrize("options", [{}, {"think": True}])
+def test_encode_writes_the_template_once(options):
+    """Text and one user message are the same prompt, the template's BOS the only one, its options honoured (OPSD#10)."""
+    tokenizer, chat = word_tokenizer(chat_template=TEMPLATE), [{"role": "user", "content": "add 3 7"}]
+    ids = encode(tokenizer, "add 3 7", **options)
+    assert ids == encode(tokenizer, chat, **options)
+    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert tokenizer.decode(ids).endswith("so" if options else ":")
+
+
+def test_encode_without_a_template_is_plain_text():
+    """The tokenizer's own ids, its BOS included; messages are joined by lines."""
+    tokenizer = word_tokenizer()
+    ids = tokenizer("add 3 7").input_ids
+    assert encode(tokenizer, "add 3 7") == ids and ids[0] == tokenizer.bos_token_id
+    assert encode(tokenizer, [{"role": "system", "content": "add"}, {"role": "user", "content": "3 7"}]) == ids

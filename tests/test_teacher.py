@@ -1,0 +1,365 @@
+"""Laws of teacher.py: which pairs fit, logits made from states, and grading: packed, in micro-batches, one denominator."""
+import functools
+import re
+import warnings
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, TEMPLATE, VOCAB, WORDS, tiny, word_tokenizer
+
+from analysis import diagnose
+from loss import full_vocab, sampled_token, top_k
+from rollout import Rollout, left_pad, rollout
+from teacher import Split, check_pair, eos_ids, freeze, grade, load, micro_batches, split, states
+
+close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, equal_nan=True)
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [20, 21]]
+RESPONSES = [[30], [31, 32, 33, 34, 35, 36], [40, 41, 42], [43, 44, 45, 46, 47, 1, 2, 2]]
+
+
+def written(prompts=PROMPTS, responses=RESPONSES, pad_id=0):
+    """The Rollout that these texts would be, recorded log-probabilities aside."""
+    ids, mask = left_pad(prompts, pad_id)
+    T = max(map(len, responses))
+    tail = torch.tensor([r + [pad_id] * (T - len(r)) for r in responses])
+    tail_mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in responses])
+    return Rollout(torch.cat([ids, tail], 1), torch.cat([mask, tail_mask], 1), tail_mask, torch.zeros(tail.shape),
+                   torch.zeros(len(ids), dtype=torch.bool))
+
+
+def full(log_p, log_q, y):
+    return {"loss": full_vocab(log_p, log_q), **diagnose(log_p, log_q, y, 4)}
+
+
+def graded(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB, **options):
+    """{name: (B, T)} of a whole rollout, 0 outside the responses."""
+    found = {}
+    for rows, is_response, out in grade(split(student, vocab), split(teacher, vocab), r, per_position,
+                                        micro_batch_tokens=budget, **options):
+        lengths = is_response.sum(1).tolist()
+        for name, x in out.items():
+            for row, part in zip(rows.tolist(), x.detach().split(lengths), strict=True):
+                found.setdefault(name, torch.zeros(r.response_mask.shape))[row, :len(part)] = part
+    return found
+
+
+def gradients(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB):
+    """Gradients of the token mean: the step's whole token count is the only denominator, {parameter: gradient}."""
+    student.zero_grad()
+    N = r.response_mask.sum()
+    for _, _, out in grade(split(student, vocab), split(teacher, vocab), r, per_position, micro_batch_tokens=budget):
+        (out["loss"].sum() / N).backward()
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+def pair(architecture):
+    return tiny(architecture), freeze(tiny(architecture, seed=1, hidden=16, layers=3))
+
+
+# --- do the two fit? -----------------------------------------------------------------------------------------------
+
+
+def fitting(**changes):
+    """Arguments of check_pair for a student and a teacher whose heads are padded to different sizes."""
+    made = {"student": tiny("llama", vocab_size=len(WORDS) + 4), "teacher": tiny("llama", vocab_size=len(WORDS) + 9),
+            "student_tokenizer": word_tokenizer(), "teacher_tokenizer": word_tokenizer()}
+    return {**made, **changes}
+
+
+def test_a_fitting_pair_gives_the_number_of_real_tokens_in_silence():
+    """Heads padded to different sizes are cut to the tokens that exist (Qwen2.5: 151,936 and 152,064 rows for 151,665)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_pair(**fitting()) == len(WORDS)
+
+
+def test_tokenizers_that_disagree_are_refused_with_the_first_tokens_named():
+    """Same words, two ids exchanged, one word more: the lowest ids stand in the message (trl#4393, #5885)."""
+    words = list(WORDS)
+    words[7], words[8] = words[8], words[7]
+    other = word_tokenizer(words + ["um"])
+    with pytest.raises(ValueError, match=r"3 token ids: 'add' \(student 7, teacher 8\), 'the' \(student 8, teacher 7\), "
+                                         r"'um' \(student absent, teacher 16\)"):
+        check_pair(**fitting(teacher_tokenizer=other))
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_model_with_fewer_rows_than_tokens_is_refused(role):
+    """Its checkpoint belongs to another tokenizer."""
+    with pytest.raises(ValueError, match=f"the {role} has 12 output rows for 16 tokens"):
+        check_pair(**fitting(**{role: tiny("llama", vocab_size=12)}))
+
+
+def ending_with(ids):
+    model = tiny("llama", vocab_size=len(WORDS))
+    model.generation_config.eos_token_id = ids
+    return model
+
+
+def padding_with(token):
+    tokenizer = word_tokenizer()
+    tokenizer.pad_token = token
+    return tokenizer
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"teacher": ending_with([2, 14])}, r"student ends a response with \['\[EOS\]'\], teacher with \['\[EOS\]', 'so'\]"),
+    ({"teacher_tokenizer": padding_with("so")}, r"special tokens of only one of the two: \['\[PAD\]', 'so'\]"),
+    ({"teacher_tokenizer": word_tokenizer(chat_template=TEMPLATE)}, "chat templates differ: both models read the student's text"),
+], ids=["eos ids", "special tokens", "template"])
+def test_a_pair_that_works_but_may_surprise_is_warned_of(changes, message):
+    """Other eos ids (ms-swift#9526: length explosion), special tokens or templates: the pair goes on, with one warning."""
+    with pytest.warns(UserWarning) as caught:
+        assert check_pair(**fitting(**changes)) == len(WORDS)
+    assert len(caught) == 1 and re.search(message, str(caught[0].message))
+
+
+@pytest.mark.parametrize("in_generation_config, in_config, in_tokenizer, expected", [
+    ([5, 6], None, "[EOS]", {2, 5, 6}), (5, 6, "[EOS]", {2, 5, 6}), (None, [6, 7], None, {6, 7}), (None, None, None, set())])
+def test_every_eos_id_is_found(in_generation_config, in_config, in_tokenizer, expected):
+    """One id, a list or none, from generation config, config and tokenizer (trl#7039: only one was honoured; trl#5725: None)."""
+    model, tokenizer = tiny("llama"), word_tokenizer()
+    model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token = in_generation_config, in_config, in_tokenizer
+    assert eos_ids(model, tokenizer) == expected
+
+
+def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
+    """load gives what was saved, without dropout; freeze leaves no parameter that could learn."""
+    saved, ids = tiny("gpt2"), torch.arange(5)[None]
+    saved.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert not model.training and torch.equal(model(input_ids=ids).logits, saved(input_ids=ids).logits)
+    teacher = freeze(model.train())
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+# --- trunk and head ------------------------------------------------------------------------------------------------
+
+
+def test_trunk_and_head_are_the_models_own_logits(model):
+    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800: GPT-2's learned positions)."""
+    trunk, head, own_logits = split(model, VOCAB - 8)
+    assert not own_logits
+    ids, mask = left_pad(PROMPTS, 0)
+    made = head(trunk(ids, mask))
+    for row, prompt in enumerate(PROMPTS):
+        close(made[row, -len(prompt):], model(input_ids=torch.tensor([prompt])).logits[0, :, :VOCAB - 8])
+
+
+def test_a_bias_of_the_head_is_part_of_it():
+    """A head with a bias is cut along with its weight."""
+    model, ids = tiny("llama"), torch.arange(10)[None]
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
+    trunk, head, own_logits = split(model, VOCAB - 8)
+    assert not own_logits
+    close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), model(input_ids=ids).logits[..., :VOCAB - 8])
+
+
+def test_soft_capped_logits_are_found_out_and_kept():
+    """Gemma 2 does more than a linear head: its own logits are taken, with a warning, and graded like any other."""
+    model, ids = tiny("gemma2"), torch.arange(10)[None]
+    with pytest.warns(UserWarning, match="Gemma2ForCausalLM does more than a linear output head"):
+        trunk, head, own_logits = split(model, VOCAB - 8)
+    own = model(input_ids=ids).logits[..., :VOCAB - 8]
+    assert own_logits and own.abs().max() <= 2
+    close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), own)
+    with pytest.warns(UserWarning, match="linear output head"):
+        ours = graded(model, tiny("llama"), written())
+    assert ours["log_p"][1, 0].item() == pytest.approx(plain(model, 1)[0].log_softmax(-1)[RESPONSES[1][0]].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_padded_vocabulary_columns_change_nothing(architecture, padded):
+    """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients (Qwen2.5, fact 7)."""
+    models = dict(zip(("student", "teacher"), pair(architecture), strict=True))
+    before = models[padded]
+    wide = tiny(architecture, seed=9, vocab_size=VOCAB + 8, hidden=32 if padded == "student" else 16, layers=len(layers(before)))
+    with torch.no_grad():
+        for name, p in wide.named_parameters():
+            old = before.get_parameter(name)
+            if p.shape != old.shape:
+                p[VOCAB:] *= 100
+            p[:len(old)].copy_(old)
+    r = written()
+    one, other = models, {**models, padded: wide}
+    close(graded(*other.values(), r), graded(*one.values(), r))
+    of_wide, of_narrow = gradients(*other.values(), r), gradients(*one.values(), r)
+    close({name: g[:len(of_narrow[name])] for name, g in of_wide.items()}, of_narrow)
+    assert not any(g[len(of_narrow[name]):].any() for name, g in of_wide.items())
+
+
+def layers(model):
+    return getattr(model.base_model, "layers", None) or model.base_model.h
+
+
+# --- states and micro-batches --------------------------------------------------------------------------------------
+
+
+def test_states_are_those_before_each_response_token(model):
+    """Packed row by row, the state at t - 1 for token t (ms-swift#8436: logits and labels unshifted)."""
+    r = written()
+    trunk, _, _ = split(model, VOCAB)
+    (rows, ids, mask, is_response), = micro_batches(r, 10_000)
+    expected = []
+    for row in rows.tolist():
+        text = torch.tensor([PROMPTS[row] + RESPONSES[row]])
+        h = trunk(text, torch.ones_like(text, dtype=torch.bool))[0]
+        expected += [h[len(PROMPTS[row]) + t - 1] for t in range(len(RESPONSES[row]))]
+    close(states(trunk, ids, mask, is_response), torch.stack(expected))
+
+
+@pytest.mark.parametrize("budget", [1, 9, 20, 30, 47, 10_000])
+def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
+    """Each row whole and once, the response marked, no column that is padding throughout, at most `budget` tokens or one row."""
+    r, dealt = written(pad_id=30), []                                                    # the pad is also a response token
+    for rows, ids, mask, is_response in micro_batches(r, budget):
+        assert mask.numel() <= budget or len(rows) == 1
+        assert mask.any(0).all()
+        for row, i, m, s in zip(rows.tolist(), ids, mask, is_response, strict=True):
+            assert i[m].tolist() == PROMPTS[row] + RESPONSES[row] and i[s].tolist() == RESPONSES[row]
+            dealt.append(row)
+    assert sorted(dealt) == list(range(len(PROMPTS)))
+
+
+def test_micro_batches_keep_rows_of_like_length_together():
+    """A long row does not pad short ones: 4 rows of 2 and 4 of 20 tokens make 4 parts at 44 tokens, without a padded token."""
+    parts = list(micro_batches(written([[3]] * 8, [[5], [6] * 19] * 4), 44))
+    assert [mask.shape for _, _, mask, _ in parts] == [(2, 20), (2, 20), (4, 2)]
+    assert all(mask.all() for _, _, mask, _ in parts)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("budget", [1, 20])
+def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
+    """One batch of 4 = 4 micro-batches of 1 = some of 2, unequal lengths, one denominator (trl#6006, #4719; easydistill#16)."""
+    student, teacher = pair(architecture)
+    r = written()
+    close(graded(student, teacher, r, budget=budget), graded(student, teacher, r))
+    close(gradients(student, teacher, r, budget=budget), gradients(student, teacher, r))
+
+
+# --- grade against plain single rows -------------------------------------------------------------------------------
+
+
+def plain(model, row):
+    """Logits that predict the response tokens of one row, from the unpadded text alone: (T_row, V)."""
+    prompt, response = PROMPTS[row], RESPONSES[row]
+    return model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1, :VOCAB]
+
+
+def test_grade_is_a_loop_over_unpadded_rows(architecture):
+    """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt and
+    after eos; optipfair#34). Student and teacher differ in width and depth."""
+    student, teacher = pair(architecture)
+    ours, of_ours = graded(student, teacher, written()), gradients(student, teacher, written())
+    student.zero_grad()
+    losses = []
+    for row, response in enumerate(RESPONSES):
+        log_p, log_q = (plain(model, row).log_softmax(-1) for model in (student, teacher))
+        losses.append(full_vocab(log_p, log_q))
+        expected = full(log_p.detach(), log_q, torch.tensor(response))
+        close({name: x[row, :len(response)] for name, x in ours.items()}, {name: x.detach() for name, x in expected.items()})
+    torch.cat(losses).mean().backward()
+    close(of_ours, {name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+
+
+def test_padding_and_other_rows_change_nothing(architecture):
+    """Losses and gradients do not see the pad id (bit for bit), and no row sees the others or their prompts (trl#2058, #7024)."""
+    student, teacher = pair(architecture)
+    one = graded(student, teacher, written())
+    for other in (written(pad_id=30), written(pad_id=2)):
+        torch.testing.assert_close(graded(student, teacher, other), one, rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(gradients(student, teacher, other), gradients(student, teacher, written()), rtol=0, atol=0)
+    crowd = written(PROMPTS[:1] + [[9] * 20], RESPONSES[:1] + [[8] * 15])
+    alone = graded(student, teacher, crowd)
+    close({name: x[0, 0] for name, x in alone.items()}, {name: x[0, 0] for name, x in one.items()})
+
+
+def test_only_states_that_predict_response_tokens_get_a_gradient():
+    """Neither prompt nor padding nor the last token is trained on (trl#6006), and there are as many losses as response tokens."""
+    r = written()
+    (rows, _, _, is_response), = micro_batches(r, 10_000)
+    h = torch.randn(*is_response.shape, 8, requires_grad=True)
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, VOCAB)
+    student, teacher = Split(lambda ids, mask: h, head, False), split(tiny("llama"), VOCAB)
+    (_, _, out), = grade(student, teacher, r, full, micro_batch_tokens=10_000)
+    assert len(out["loss"]) == r.response_mask.sum() == sum(map(len, RESPONSES))
+    out["loss"].sum().backward()
+    trained = torch.zeros_like(is_response)
+    for i, row in enumerate(rows.tolist()):
+        first = is_response[i].long().argmax()
+        trained[i, first - 1:first - 1 + len(RESPONSES[row])] = True
+    assert torch.equal(h.grad.abs().sum(-1) > 0, trained)
+
+
+def test_rollouts_without_a_response_token_leave_zero_gradients():
+    """No position counts, nothing is divided by nothing (LMOps#38)."""
+    student, teacher = pair("llama")
+    r = written()
+    r.response_mask = torch.zeros_like(r.response_mask)
+    r.attention_mask[:, -r.response_mask.size(1):] = False
+    loss = sum(out["loss"].sum() for _, _, out in grade(split(student, VOCAB), split(teacher, VOCAB), r, full, micro_batch_tokens=20))
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
+# --- the teacher ---------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_gets_no_gradient_even_unfrozen(architecture):
+    """Its forward is under no_grad, its side of the loss detached."""
+    student, teacher = tiny(architecture), tiny(architecture, seed=1)
+    assert gradients(student, teacher, written())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("objective", [
+    lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
+    lambda log_p, log_q, y: {"loss": sampled_token(log_p, log_q, y)}], ids=["full", "top-k", "sampled"])
+def test_the_teacher_decides_the_gradient(architecture, objective):
+    """Another teacher, another gradient (ms-swift#6857, atropos#456); the student itself as teacher: loss 0, no gradient."""
+    student = tiny(architecture)
+    one, other = (gradients(student, tiny(architecture, seed=seed), written(), objective) for seed in (1, 2))
+    assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
+    twin = tiny(architecture)
+    assert not graded(student, twin, written(), objective)["loss"].any()
+    assert max(g.abs().max() for g in gradients(student, twin, written(), objective).values()) < 1e-5
+
+
+@pytest.mark.parametrize("budget", [20, 10_000])
+def test_the_teacher_reads_each_micro_batch_once(budget):
+    """One forward a micro-batch, the loss's backward included, and it reads exactly the student's ids (trl#4560; ms-swift#9414)."""
+    student, teacher = pair("qwen3")
+    sides, seen = (split(student, VOCAB), split(teacher, VOCAB)), {"student": [], "teacher": []}
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: seen[name].append((kwargs["input_ids"], kwargs["position_ids"])), with_kwargs=True)
+    seconds = {}
+    for _, _, out in grade(*sides, written(), full, micro_batch_tokens=budget, seconds=seconds):
+        out["loss"].sum().backward()
+    assert len(seen["teacher"]) == len(list(micro_batches(written(), budget))) and seconds["teacher"] > 0
+    torch.testing.assert_close(seen["teacher"], seen["student"], rtol=0, atol=0)
+
+
+def test_architectures_may_differ():
+    """Whatever shares the vocabulary can teach: another architecture, width, depth and number of padded rows."""
+    student, teacher = tiny("gpt2", vocab_size=VOCAB + 3), freeze(tiny("gemma3", seed=1, vocab_size=VOCAB + 7, hidden=16, layers=4))
+    ours = graded(student, teacher, written(), budget=20)
+    for row, response in enumerate(RESPONSES):
+        expected = full(*(plain(model, row).log_softmax(-1).detach() for model in (student, teacher)), torch.tensor(response))
+        close({name: x[row, :len(response)] for name, x in ours.items()}, expected)
+
+
+@pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 1.0), (0.7, 2.0)])
+def test_what_was_sampled_is_what_is_graded(architecture, temperature, teacher_temperature):
+    """At the sampling temperature log p(y) of grade equals what rollout recorded: a ratio of 1 on the first update (Qwen3#1799);
+    the teacher's temperature is its own (trl GKD, slime#2085)."""
+    student, teacher = pair(architecture)
+    r = rollout(student, PROMPTS, n=2, max_new_tokens=8, temperature=temperature, eos_ids=range(0, VOCAB, 6),
+                generator=torch.Generator().manual_seed(0))
+    ours = graded(student, teacher, r, temperature=temperature, teacher_temperature=teacher_temperature)
+    torch.testing.assert_close(ours["log_p"], r.log_p, rtol=0, atol=1e-4)
+    logits = teacher(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
+    log_q = (logits / teacher_temperature).log_softmax(-1)[r.response_ids(2)[0]]
+    assert (ours["reward"] + ours["log_p"])[2, 0].item() == pytest.approx(log_q.item(), abs=1e-4)
