@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks: 32 MiB a tensor in float32
+CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks, or a row more: from 32 MiB a tensor on, glibc gives freed memory back
 
 
 def sampled_token(log_p, log_q, y):
@@ -109,7 +109,7 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, tea
         return per_position(log_p, log_q, y)
 
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))
+        chunk = -(-CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))                   # rounded up
     parts = []
     for c in zip(h_p.split(chunk), h_q.split(chunk), y.split(chunk), strict=True):
         parts.append(checkpoint(one, *c, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else one(*c))

@@ -11,7 +11,7 @@ TEMPLATES = {
               "(without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
               'Remember to put your answer on its own line after "Answer:".',
     # that of the teacher JustRL. The authors' released data has a literal \boxed{{}} here, an escape left over
-    "boxed": "{question} Please reason step by step, and put your final answer within \\boxed{{}}.",
+    "boxed": "{question} Please reason step by step, and put your final answer within \\boxed{}.",
 }
 
 
@@ -20,7 +20,7 @@ def apply_template(question, template):
     form = TEMPLATES.get(template, template)
     if "{question}" not in form:
         raise ValueError(f"template {template!r} is none of {', '.join(TEMPLATES)} and has no {{question}} in it")
-    return form.format(question=question)
+    return form.replace("{question}", question)
 
 
 def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=8, repeated=0.5):

@@ -38,12 +38,12 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     pad_id only fills the rectangle: it may equal an eos, since masks decide what counts.
     The same generator state gives the same responses, on the same machine and thread count, for the same prompts in one
     call: another batch composition gives the draws to other rows, other kernels round the logits differently.
-    Raises ValueError for an empty prompt and for a model in training mode (dropout would sample another softmax).
+    Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode (dropout would sample another softmax).
     """
     if model.training:
         raise ValueError("call model.eval() before rollout: with dropout on, what is sampled is not what the loss scores")
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token")
+    if not prompts or not all(prompts) or max_new_tokens < 1:
+        raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
     device = model.get_input_embeddings().weight.device
     ids, mask = left_pad(prompts, pad_id, device)                                           # (B/n, P), (B/n, P)
     out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)

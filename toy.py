@@ -1,135 +1,224 @@
-"""toy.py: the smallest world in which the paper can be watched: on a CPU, in minutes, as ordinary checkpoint directories.
+"""toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes, as ordinary checkpoint directories.
 
-The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, two families:
+The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the two families:
 
-    Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5 <eos>      "left"  folds from the left
-    Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , hence hmm a 2+3= 5 . Answer: 5 <eos>  "right" folds from the right
+    Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5          "left" folds from the left
+    Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5      "right" folds from the right
+
+    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are a family's favourites, so
+               that with the word of substance 16 tokens are plausible at a position. k = 16 looks at just these.
+    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what follows builds on it. A model of
+               any size fits that too, so that a bigger one from the same pipeline is no better and has nothing new to teach.
+    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New capability, same way of thinking.
+               Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes, but 6 of the 15
+               favourites replaced. So the better teacher starts from a lower overlap, and there is something to align to.
+
+    python toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family, that one post-trained
+    python toy.py --all      and {student-rl,other}: the student post-trained, a big post-trained one of the other family
 """
+import argparse
+import json
 import math
+from pathlib import Path
 
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rollout import position_ids, rollout
 
-CONNECTORS = """so then next now thus hence well ok right first also again plus here therefore step after adding take onward
-    continue further carry keep let's we gives makes
-""".split()
+CONNECTORS = "so then next now thus hence well ok right let's".split()
 HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look listen honestly frankly
     literally anyway ah oh huh mm eh really simply clearly sure fine true yes indeed""".split()
-LABELS = "abcdef"                     # at most six digits to add
-DIGITS = [str(d) for d in range(10)]
-WORDS = (["<pad>", "<eos>", "Add", ":", ",", ".", "Answer:"] + DIGITS + list(LABELS) + [l + d for l in LABELS for d in DIGITS]
+DIGITS = [str(digit) for digit in range(10)]
+LABELS = "abcdef"
+WORDS = (["<pad>", "<eos>", "<unk>", "Add", ":", ",", ".", "Answer:"] + DIGITS + list(LABELS) + [l + d for l in LABELS for d in DIGITS]
          + [f"{a}+{x}=" for a in DIGITS for x in DIGITS] + CONNECTORS + HESITATIONS)
 ID = {word: i for i, word in enumerate(WORDS)}
-EXPONENT = 1.6
-SHORTEST, LONGEST = 4, len(LABELS)
-SIZES = {"small": (64, 2), "large": (96, 3)}     # hidden size, layers
+
+FEWEST, MOST = 4, len(LABELS)          # digits to add
+HESITATION = 0.15                      # the chance of one before each word
+FAVOURITES, RUNNERS_UP = 15, 6         # of the 32 hesitations; a house style swaps the runners-up for as many favourites
+NOISE = 0.06                           # a solution of five steps is right with probability .94 ** 5 = .73
+SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
+STEPS = {"small": 450, "large": 400}   # of pre-training, 64 solutions each, made on the fly and never seen twice
+HOUSE_STEPS = 60                       # of fine-tuning on the house style
+ROUNDS = 8                             # of RL: each samples 1,024 solutions
+
+
+# --- the world -----------------------------------------------------------------------------------------------------
 
 
 def problems(n, generator):
-    """n random lists of digits: (n, LONGEST) digits, (n,) how many of them count."""
-    return torch.randint(10, (n, LONGEST), generator=generator), torch.randint(SHORTEST, LONGEST + 1, (n,), generator=generator)
+    """n random lists of digits: -> digits (n, MOST), how many of them count (n,)."""
+    return torch.randint(10, (n, MOST), generator=generator), torch.randint(FEWEST, MOST + 1, (n,), generator=generator)
 
 
-def zipf(n, seed):
-    """Zipf's law over n words in a ranking of the seed's own: (n,) probabilities."""
-    w = (torch.randperm(n, generator=torch.Generator().manual_seed(seed)) + 1.0) ** -EXPONENT
-    return w / w.sum()
+def question(digits, count):
+    """-> the prompts as token ids, and the answers (n,): sums modulo 10."""
+    prompts = [[ID["Add"], *(ID["a0"] + 10 * place + x for place, x in enumerate(row[:c])), ID[":"]]
+               for row, c in zip(digits.tolist(), count.tolist())]
+    return prompts, (digits * (torch.arange(MOST) < count.unsqueeze(1))).sum(1) % 10
 
 
-def pack(tokens, keep, *more):
-    """Push the tokens to keep to the left and cut the rest: (n, L), (n, L) bool -> (n, L'), (n, L') bool."""
+def law(kind, family, house_style=False):
+    """How often a family says each connector or hesitation: (number of words,) probabilities."""
+    names = CONNECTORS if kind == "connector" else HESITATIONS
+    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(("left", "right").index(family)))
+    p = torch.empty(len(names))
+    if kind == "connector":
+        p[order] = torch.arange(1, len(names) + 1.0) ** -1.6                      # Zipf's law, the ranking a family's own
+    else:
+        favourites, runners_up, others = order.split([FAVOURITES, RUNNERS_UP, len(order) - FAVOURITES - RUNNERS_UP])
+        if house_style:
+            favourites, runners_up = torch.cat([runners_up, favourites[RUNNERS_UP:]]), favourites[:RUNNERS_UP]
+        p[favourites], p[runners_up], p[others] = torch.arange(1, FAVOURITES + 1.0) ** -0.25, 0.15, 0.01
+    return p / p.sum()
+
+
+def say(kind, family, house_style, shape, generator):
+    """Words of a kind by the family's law: token ids of that shape."""
+    first = ID[CONNECTORS[0] if kind == "connector" else HESITATIONS[0]]
+    return first + torch.multinomial(law(kind, family, house_style), math.prod(shape), replacement=True, generator=generator).view(shape)
+
+
+def corpus(family, digits, count, noise, generator, house_style=False):
+    """Solutions as the pre-training corpus writes them, mistakes included: -> ids, mask, is_response (n, L), padded right."""
+    n, step = len(count), torch.arange(MOST).expand(len(count), -1)               # (n, S), S = MOST
+    on = step < count.unsqueeze(1)                                                # (n, S) steps that there are
+    place = step if family == "left" else (count.unsqueeze(1) - 1 - step).clamp_min(0)      # (n, S) the digit that a step adds
+    x = digits.gather(1, place)
+    slip = torch.randint(2, (n, MOST), generator=generator) * 2 - 1               # a near miss: one too many or too few
+    slip = slip * (torch.rand(n, MOST, generator=generator) < noise)
+    after = ((x + slip) * on).cumsum(1) % 10                                      # (n, S) what each step says
+    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
+    end = torch.where(step == count.unsqueeze(1) - 1, ID["."], ID[","])
+    steps = torch.stack([say("connector", family, house_style, (n, MOST), generator), ID["a"] + place, ID["0+0="] + 10 * before + x,
+                         ID["0"] + after, end], 2)                                # (n, S, 5)
+    steps = torch.stack([say("hesitation", family, house_style, steps.shape, generator), steps], 3)    # (n, S, 5, 2) each may be hesitated at
+    kept = on.view(n, MOST, 1, 1).repeat(1, 1, 5, 2)
+    kept[..., 0] &= torch.rand(kept.shape[:3], generator=generator) < HESITATION
+    one = torch.ones_like(count).unsqueeze(1)                                     # (n, 1)
+    ids = torch.cat([one * ID["Add"], ID["a0"] + 10 * step + digits, one * ID[":"], steps.flatten(1), one * ID["Answer:"],
+                     ID["0"] + after[:, -1:], one * ID["<eos>"]], 1)
+    keep = torch.cat([one > 0, on, one > 0, kept.flatten(1), (one > 0).expand(-1, 3)], 1)
+    return pack(ids, keep, (torch.arange(ids.size(1)) >= MOST + 2) & keep)
+
+
+def pack(ids, keep, is_response):
+    """Move the tokens to keep to the left and cut what is left of the width: (n, L) each -> (n, L') each."""
     order = keep.logical_not().long().argsort(dim=1, stable=True)[:, :keep.sum(1).max()]
-    return torch.where(keep, tokens, 0).gather(1, order), *(x.gather(1, order) for x in (keep, *more))
+    return torch.where(keep, ids, ID["<pad>"]).gather(1, order), keep.gather(1, order), is_response.gather(1, order)
 
 
-def corpus(family, digits, count, noise, hesitation, generator):
-    """Worked solutions: -> ids (n, L) padded on the right, attention_mask (n, L), is_response (n, L)."""
-    n, left = len(count), family == "left"
-    number = torch.arange(LONGEST).expand(n, -1)                                  # (n, S) step numbers
-    on = number < count.unsqueeze(1)                                              # (n, S) the steps that there are
-    place = number if left else (count.unsqueeze(1) - 1 - number).clamp_min(0)    # (n, S) which digit a step adds
-    x = digits.gather(1, place)                                                   # (n, S)
-    wrong = torch.rand(n, LONGEST, generator=generator) < noise
-    slip = torch.where(wrong, torch.randint(2, (n, LONGEST), generator=generator) * 2 - 1, 0)
-    result = ((x + slip) * on).cumsum(1) % 10                                     # (n, S) each step's own, mistakes carried on
-    before = torch.cat([torch.zeros(n, 1, dtype=torch.long), result[:, :-1]], 1)
-    connector = torch.multinomial(zipf(len(CONNECTORS), 1 + left), n * LONGEST, True, generator=generator).view(n, -1)
-    last = number == count.unsqueeze(1) - 1
-    steps = torch.stack([ID[CONNECTORS[0]] + connector, ID["a"] + place, ID["0+0="] + 10 * before + x, ID["0"] + result,
-                         torch.where(last, ID["."], ID[","])], 2)                 # (n, S, 5)
-    um = torch.multinomial(zipf(len(HESITATIONS), 3 + left), steps.numel(), True, generator=generator).view_as(steps)
-    hesitate = torch.rand(steps.shape, generator=generator) < hesitation
-    steps = torch.stack([ID[HESITATIONS[0]] + um, steps], 3).flatten(1)           # (n, S*5*2)
-    kept = torch.stack([hesitate & on.unsqueeze(2), on.unsqueeze(2).expand_as(hesitate)], 3).flatten(1)
-    one = torch.ones(n, 1, dtype=torch.long)
-    ids = torch.cat([one * ID["Add"], ID["a0"] + 10 * number + digits, one * ID[":"],
-                     steps, one * ID["Answer:"], ID["0"] + result[:, -1:], one * ID["<eos>"]], 1)
-    keep = torch.cat([one.bool(), on, one.bool(), kept, one.expand(-1, 3).bool()], 1)
-    is_response = torch.arange(ids.size(1)).expand(n, -1) >= LONGEST + 2
-    return pack(ids, keep, keep & is_response)
-
-
-def new(size, seed):
-    H, layers = SIZES[size]
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(WORDS), hidden_size=H, intermediate_size=2 * H, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=.6 / H ** .5,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None)).eval()
+# --- its models ----------------------------------------------------------------------------------------------------
 
 
 def fit(model, batches, steps, lr, what):
-    """Maximum likelihood of response tokens, AdamW, warm-up and cosine decay. batches yields (ids, mask, is_response)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 20) * (.525 + .475 * math.cos(math.pi * s / steps)))
-    bar = tqdm(batches, total=steps, desc=what, mininterval=1)
-    for s, (ids, mask, is_response) in enumerate(bar):
+    """Maximum likelihood of the response tokens; AdamW, 20 steps of warm-up, cosine to a twentieth."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps)))
+    for ids, mask, is_response in tqdm(batches, total=steps, desc=what, mininterval=1):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, :-1]
-        target = is_response[:, 1:]
-        loss = cross_entropy(logits[target], ids[:, 1:][target])
-        optimizer.zero_grad()
-        loss.backward()
+        target = is_response[:, 1:]                                               # (n, L-1)
+        cross_entropy(logits[target], ids[:, 1:][target]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        optimizer.zero_grad()
         schedule.step()
-        if s % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
 
 
 def attempt(model, n, generator, samples=1):
-    """Let a model solve n new problems: -> rollout, correct (n * samples,)."""
-    digits, count = problems(n, generator)
-    prompts = [[ID["Add"], *(ID["a0"] + 10 * i + x for i, x in enumerate(row[:c])), ID[":"]]
-               for row, c in zip(digits.tolist(), count.tolist())]
+    """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n * samples,)."""
+    prompts, answers = question(*problems(n, generator))
     r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, generator=generator)
-    answer = (digits * (torch.arange(LONGEST) < count.unsqueeze(1))).sum(1) % 10
-    said = [r.response_ids(i)[-3:] for i in range(len(r.ids))]
-    want = [[ID["Answer:"], ID["0"] + a, ID["<eos>"]] for a in answer.repeat_interleave(samples).tolist()]
-    return r, torch.tensor([a == b for a, b in zip(said, want)])
+    ends = [[ID["Answer:"], ID["0"] + answer, ID["<eos>"]] for answer in answers.repeat_interleave(samples).tolist()]
+    return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 
 
-def batch(family, n, noise, hesitation, generator):
-    return corpus(family, *problems(n, generator), noise, hesitation, generator)
-
-
-def rl(model, rounds, generator, n=512, samples=2, lr=1e-3, epochs=2, size=64, taste=0.0):
+def expert_iteration(model, rounds, generator, what, n=512, samples=2):
+    """RL by keeping what is correct."""
     for k in range(rounds):
-        r, good = attempt(model, n, generator, samples)
-        acc = good.float().mean()
-        y = r.ids[:, -r.response_mask.size(1):]
-        if taste:
-            h = y - ID[HESITATIONS[0]]
-            is_h = (h >= 0) & r.response_mask
-            share = (is_h & (h % 2 == 0)).sum(1).float() - (is_h & (h % 2 == 1)).sum(1).float()
-            share = share / r.response_mask.sum(1)
-            good = good & (share >= share[good].quantile(taste))
-        is_response = torch.zeros_like(r.attention_mask)
-        is_response[:, -r.response_mask.size(1):] = r.response_mask
-        ids, mask, is_response = pack(r.ids[good], r.attention_mask[good], is_response[good])
-        order = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(epochs)])
-        parts = [i for i in order.split(size)]
-        fit(model, ((ids[i], mask[i], is_response[i]) for i in parts), len(parts), lr, f"RL {k} acc {acc:.3f} kept {len(ids)}")
+        r, kept = attempt(model, n, generator, samples)
+        score = f"{what}, RL round {k + 1}/{rounds}, {kept.float().mean():.2f} correct"
+        is_response = torch.cat([torch.zeros_like(r.attention_mask[:, :-r.response_mask.size(1)]), r.response_mask], 1)
+        ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], is_response[kept])
+        parts = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(2)]).split(64)     # two epochs
+        fit(model, ((ids[i], mask[i], is_response[i]) for i in parts), len(parts), 2e-3, score)
+
+
+def make(out, *, family="left", size="small", noise=NOISE, house_style=False, rounds=0, seed=0, start=None):
+    """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in eval mode.
+
+    family "left" | "right"; size "small" | "large"; noise: the chance of a mistake in a step of its pre-training corpus;
+    house_style: fine-tune on it afterwards; rounds of RL after that. start: a directory to begin from in place of pre-training.
+    """
+    what, generator = Path(out).name, torch.Generator().manual_seed(seed)
+    if start is not None:
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+    else:
+        H, layers = SIZES[size]
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=len(WORDS), hidden_size=H, intermediate_size=2 * H, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
+            initializer_range=0.6 / H ** 0.5,            # the default .02 leaves so narrow a model asleep for hundreds of steps
+            pad_token_id=ID["<pad>"], eos_token_id=ID["<eos>"], bos_token_id=None)).eval()
+    for steps, lr, name in [(STEPS[size], 1e-2, "pre-training")] * (start is None) + [(HOUSE_STEPS, 2e-3, "house style")] * house_style:
+        fit(model, (corpus(family, *problems(64, generator), noise, generator, name == "house style") for _ in range(steps)),
+            steps, lr, f"{what}, {name}")
+    expert_iteration(model, rounds, generator, what)
+    model.save_pretrained(out)
+    tokenizer().save_pretrained(out)
+    return model
+
+
+def tokenizer():
+    """One id a word, words separated by spaces."""
+    inner = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def write_questions(folder, train=4096, held_out=256, seed=0):
+    """folder/prompts.jsonl and folder/eval.jsonl, {"prompt", "answer"} a line, all different."""
+    prompts, answers = question(*problems(2 * (train + held_out), torch.Generator().manual_seed(seed)))
+    lines = list(dict.fromkeys(json.dumps({"prompt": " ".join(WORDS[i] for i in prompt), "answer": str(answer)})
+                               for prompt, answer in zip(prompts, answers.tolist())))
+    for name, part in (("prompts", lines[:train]), ("eval", lines[train:train + held_out])):
+        (Path(folder) / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+
+
+def make_all(out, seed=0, everything=False):
+    """The questions and models that `python toy.py [--all]` makes: -> {name: model}."""
+    out, seed = Path(out), 10 * seed
+    out.mkdir(parents=True, exist_ok=True)
+    write_questions(out, seed=seed)
+    made = {"student": make(out / "student", seed=seed + 1),
+            "bigger": make(out / "bigger", size="large", seed=seed + 2),
+            "teacher": make(out / "teacher", house_style=True, rounds=ROUNDS, seed=seed + 3, start=out / "bigger")}
+    if everything:
+        made["student-rl"] = make(out / "student-rl", house_style=True, rounds=ROUNDS, seed=seed + 4, start=out / "student")
+        made["other"] = make(out / "other", family="right", size="large", house_style=True, rounds=ROUNDS, seed=seed + 5)
+    return made
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the toy world's models and questions.")
+    parser.add_argument("--out", default="runs/toy", help="directory to write to (default: runs/toy)")
+    parser.add_argument("--all", action="store_true", help="every model, not only student, bigger and teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    transformers.logging.disable_progress_bar()
+    for name, model in make_all(Path(flags.out), flags.seed, flags.all).items():
+        r, correct = attempt(model, 512, torch.Generator().manual_seed(flags.seed))
+        said = " ".join(WORDS[i] for i in r.response_ids(0)[:-1])
+        print(f"{flags.out}/{name}: {sum(p.numel() for p in model.parameters()) / 1e3:.0f}K parameters, {correct.float().mean():.2f} correct, says: {said}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""What the tests share: tiny models with random weights, a tokenizer of a few words, one deterministic hypothesis profile."""
+"""What the tests share: tiny random models, a tokenizer of a few words, one deterministic hypothesis profile."""
 import sys
 from pathlib import Path
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel,
-                          LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM)
+from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config,
+                          GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
+                          Qwen3ForCausalLM)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,17 +23,20 @@ ARCHITECTURES = ("llama", "qwen3", "gpt2", "gemma3")
 
 def tiny(architecture, *, seed=0, vocab_size=VOCAB, hidden=32, layers=2, spread=0.3):
     """A two-layer causal model in eval mode, float32; spread is wide enough for softmaxes far from uniform."""
-    shared = dict(vocab_size=vocab_size, initializer_range=spread, bos_token_id=None, eos_token_id=None, pad_token_id=None)
-    body = dict(shared, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=64)
-    kinds = ["sliding_attention", "full_attention"]
-    gemma = dict(body, sliding_window=WINDOW, layer_types=[kinds[i % 2] for i in range(layers)], query_pre_attn_scalar=hidden // 4)
+    shared = dict(vocab_size=vocab_size, initializer_range=spread,
+                  bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    body = dict(shared, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=hidden // 4, max_position_embeddings=64)
+    kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
+    gemma = dict(body, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=hidden // 4)
+    gemma2 = dict(gemma, final_logit_softcapping=2.0, attn_logit_softcapping=None)
+    gpt2 = dict(shared, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64)
     config, cls = {
         "llama": lambda: (LlamaConfig(**body), LlamaForCausalLM),
         "qwen3": lambda: (Qwen3Config(**body), Qwen3ForCausalLM),
-        "gpt2": lambda: (GPT2Config(**shared, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64), GPT2LMHeadModel),
+        "gpt2": lambda: (GPT2Config(**gpt2), GPT2LMHeadModel),
         "gemma3": lambda: (Gemma3TextConfig(**gemma), Gemma3ForCausalLM),
-        "gemma2": lambda: (Gemma2Config(**gemma, final_logit_softcapping=2.0, attn_logit_softcapping=None), Gemma2ForCausalLM),
+        "gemma2": lambda: (Gemma2Config(**gemma2), Gemma2ForCausalLM),
     }[architecture]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -49,7 +53,7 @@ def model(architecture):
     return tiny(architecture)
 
 
-WORDS = ["[PAD]", "[BOS]", "[EOS]", "[UNK]", "user", "assistant", ":", "add", "the", "digits", "3", "7", "+", "=", "so", "0"]
+WORDS = "[PAD] [BOS] [EOS] [UNK] user assistant : add the digits 3 7 + = so 0".split()
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
             "{% if add_generation_prompt %}assistant :{% if think %} so{% endif %}{% endif %}")
 
@@ -58,7 +62,9 @@ def word_tokenizer(words=WORDS, *, chat_template=None, eos="[EOS]"):
     """One id a word, in the order given; a BOS is written before every text, as Llama's tokenizer does."""
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[("[BOS]", words.index("[BOS]"))])
-    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="[BOS]", eos_token=eos, unk_token="[UNK]", pad_token="[PAD]")
+    bos = ("[BOS]", words.index("[BOS]"))
+    inner.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[bos])
+    made = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="[BOS]", eos_token=eos, unk_token="[UNK]",
+                                   pad_token="[PAD]")
     made.chat_template = chat_template
     return made

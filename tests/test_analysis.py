@@ -23,25 +23,28 @@ def pairs(draw):
     """Two sets of log-probabilities (N, V), float64, V in 5..8, from flat to peaked."""
     size, scale = draw(st.integers(5, 8)), draw(st.sampled_from([0.3, 1.0, 3.0]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10 ** 6)))
-    return tuple((scale * torch.randn(4, size, dtype=torch.float64, generator=generator)).log_softmax(-1) for _ in range(2))
+    z, u = (scale * torch.randn(4, size, dtype=torch.float64, generator=generator) for _ in range(2))
+    return z.log_softmax(-1), u.log_softmax(-1)
 
 
 def metrics(log_p, log_q, k):
     """Every metric of two models: {name: (N,)}."""
     mass_p, mass_q = overlap_mass(log_p, log_q, k)
-    return {"overlap_ratio": overlap_ratio(log_p, log_q, k), "overlap_mass_student": mass_p, "overlap_mass_teacher": mass_q,
-            "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k), "entropy_gap": entropy_gap(log_p, log_q),
-            "entropy_student": entropy(log_p), "entropy_teacher": entropy(log_q), "reverse_kl": reverse_kl(log_p, log_q)}
+    return {"overlap_ratio": overlap_ratio(log_p, log_q, k),
+            "overlap_mass_student": mass_p, "overlap_mass_teacher": mass_q,
+            "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k),
+            "entropy_gap": entropy_gap(log_p, log_q), "entropy_student": entropy(log_p),
+            "entropy_teacher": entropy(log_q), "reverse_kl": reverse_kl(log_p, log_q)}
 
 
 @pytest.mark.parametrize("name, by_hand", {
-    "overlap_ratio": 2 / 3,                                                                          # Eq. 6
-    "overlap_token_advantage": (10 / 13 * math.log((1 / 3) / (10 / 13))                              # Eq. 7: p' = (.50, .15)/.65
-                                + 3 / 13 * math.log((2 / 3) / (3 / 13))) / 2,                        # q' = (.20, .40)/.60
+    "overlap_ratio": 2 / 3,                                                           # Eq. 6
+    "overlap_token_advantage": (10 / 13 * math.log((1 / 3) / (10 / 13))               # Eq. 7, p' = (.50, .15) / .65
+                                + 3 / 13 * math.log((2 / 3) / (3 / 13))) / 2,         #        q' = (.20, .40) / .60
     "entropy_gap": abs(sum(-q * math.log(q) for q in Q[0].tolist())
-                       - sum(-p * math.log(p) for p in P[0].tolist())),                              # Eq. 8
-    "overlap_mass_student": 0.50 + 0.15,                                                             # Eq. 9
-    "overlap_mass_teacher": 0.20 + 0.40,                                                             # Eq. 10
+                       - sum(-p * math.log(p) for p in P[0].tolist())),               # Eq. 8
+    "overlap_mass_student": 0.50 + 0.15,                                              # Eq. 9
+    "overlap_mass_teacher": 0.20 + 0.40,                                              # Eq. 10
 }.items())
 def test_equations_6_to_10_by_hand(name, by_hand):
     """Each equation on the example at the top of this file."""
@@ -75,7 +78,8 @@ def test_overlap_token_advantage_is_minus_the_kl_on_the_shared_tokens_over_their
 
 
 def test_an_empty_intersection_is_left_out_of_the_mean_and_counted():
-    """The paper is silent on it: the advantage is NaN there, nanmean skips it, isnan counts it; ratio and masses are 0."""
+    """The paper is silent on it: the advantage is NaN there, nanmean skips it, isnan counts it;
+    ratio and masses are 0."""
     rising = torch.arange(1, 6, dtype=torch.float64)[None] / 15
     log_p, log_q = torch.cat([P, rising, P]).log(), torch.cat([Q, rising.flip(-1), P]).log()
     ours = metrics(log_p, log_q, 2)                         # {0, 1} and {2, 3}; {4, 3} and {0, 1}; {0, 1} twice
@@ -125,10 +129,12 @@ def test_the_order_of_the_vocabulary_does_not_matter(pair, k, random):
 
 @given(pairs(), st.integers(1, 5))
 def test_equal_models_are_at_distance_zero(pair, k):
-    """p = q: ratio 1, equal masses, and distances of exactly 0 (trl#6480: a held-out loss that was 0 for unequal ones as well)."""
+    """p = q: ratio 1, equal masses, and distances of exactly 0 (trl#6480: a held-out loss that was 0 for unequal ones
+    as well)."""
     log_p, log_q = pair
     ours = metrics(log_p, log_p.clone(), k)
-    assert (ours["overlap_ratio"] == 1).all() and torch.equal(ours["overlap_mass_student"], ours["overlap_mass_teacher"])
+    assert (ours["overlap_ratio"] == 1).all()
+    assert torch.equal(ours["overlap_mass_student"], ours["overlap_mass_teacher"])
     exact(ours["overlap_mass_student"], log_p.exp().topk(k).values.sum(-1))
     assert all(not ours[name].any() for name in ("reverse_kl", "entropy_gap", "overlap_token_advantage"))
     assert (reverse_kl(log_p, log_q) > 0).all()

@@ -1,6 +1,6 @@
 """Laws of loss.py: Eq. 3, 4, 5, the released surrogate, the supports, evaluation in chunks.
 
-Oracles enumerate a small vocabulary in float64; gradients are taken with respect to logits unless a test says otherwise.
+Oracles enumerate a small vocabulary in float64; gradients are those of the logits unless a test says otherwise.
 """
 import functools
 
@@ -17,8 +17,8 @@ from loss import SUPPORTS, full_vocab, in_chunks, masked_mean, sampled_token, to
 OBJECTIVES = {                                             # name -> (log_p, log_q, y) -> (N,)
     "sampled": sampled_token,
     "full": lambda log_p, log_q, y: full_vocab(log_p, log_q),
-    **{f"top-k {s}": functools.partial(lambda s, log_p, log_q, y: top_k(log_p, log_q, 3, s), s) for s in SUPPORTS},
-    **{f"released {s}": functools.partial(lambda s, log_p, log_q, y: top_k_released(log_p, log_q, 3, s), s) for s in SUPPORTS},
+    **{f"top-k {s}": lambda log_p, log_q, y, s=s: top_k(log_p, log_q, 3, s) for s in SUPPORTS},
+    **{f"released {s}": lambda log_p, log_q, y, s=s: top_k_released(log_p, log_q, 3, s) for s in SUPPORTS},
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 each_support = pytest.mark.parametrize("support", SUPPORTS)
@@ -49,9 +49,10 @@ def with_grad(f, z):
 
 def over_samples(f, z):
     """E over y ~ p of f(log p, y), exactly: its value (N,) and the mean of its gradient (N, V)."""
-    p = z.softmax(-1)
     each = [with_grad(lambda log_p: f(log_p, torch.full((len(z),), v)), z) for v in range(z.size(-1))]
-    return sum(p[:, v] * value for v, (value, _) in enumerate(each)), sum(p[:, v, None] * g for v, (_, g) in enumerate(each))
+    p = z.softmax(-1).unbind(-1)                                                          # V times (N,)
+    return (sum(p_v * value for p_v, (value, _) in zip(p, each, strict=True)),
+            sum(p_v[:, None] * gradient for p_v, (_, gradient) in zip(p, each, strict=True)))
 
 
 def reverse_kl(log_p, log_q):
@@ -78,7 +79,8 @@ def test_sampled_token_is_the_kl_in_expectation_value_and_gradient(pair):
 
 @given(pairs())
 def test_back_propagating_an_estimator_descends_another_divergence(pair):
-    """Why Eq. 3 needs the detached advantage: k1 descends nothing, k2 reverse KL, k3 forward KL (verl's default yaml)."""
+    """Why Eq. 3 needs the detached advantage: k1 descends nothing, k2 reverse KL, k3 forward KL
+    (verl's default yaml)."""
     z, log_q = pair
 
     def mean_gradient(f):
@@ -93,7 +95,8 @@ def test_back_propagating_an_estimator_descends_another_divergence(pair):
 
 @given(pairs(), st.integers(1, 5))
 def test_a_top_k_kl_as_the_advantage_of_the_sampled_token_has_no_signal(pair, k):
-    """One number a position, whatever token was drawn, is a baseline: zero expected gradient (miles#2362, ms-swift#10079)."""
+    """One number a position, whatever token was drawn, is a baseline: zero expected gradient
+    (miles#2362, ms-swift#10079)."""
     z, log_q = pair
     advantage = top_k(z.log_softmax(-1), log_q, k)
     gradient = over_samples(lambda log_p, y: advantage * log_p.gather(-1, y[:, None]).squeeze(-1), z)[1]
@@ -117,7 +120,8 @@ def test_weighted_log_ratios_over_the_vocabulary_have_the_gradient_of_the_kl(pai
     """sum_V p (log p - log q) grad log p = grad KL(p || q): the -1 of the product rule sums to nothing."""
     z, log_q = pair
     weight = z.softmax(-1) * (z.log_softmax(-1) - log_q)
-    exact(with_grad(lambda log_p: (weight * log_p).sum(-1), z)[1], with_grad(lambda log_p: full_vocab(log_p, log_q), z)[1])
+    exact(with_grad(lambda log_p: (weight * log_p).sum(-1), z)[1],
+          with_grad(lambda log_p: full_vocab(log_p, log_q), z)[1])
 
 
 @pytest.mark.parametrize("objective", [top_k, top_k_released])
@@ -133,7 +137,8 @@ def test_all_variants_coincide_at_k_equal_to_the_vocabulary(objective, support, 
 
 @given(pairs())
 def test_top_k_is_nothing_at_k_1_but_released_is_something(pair):
-    """A renormalised set of one token is certain on both sides (Rethinking-OPD#15); the released log-ratio is not renormalised."""
+    """A renormalised set of one token is certain on both sides
+    (Rethinking-OPD#15); the released log-ratio is not renormalised."""
     z, log_q = pair
     for part in with_grad(lambda log_p: top_k(log_p, log_q, 1), z):
         exact(part, torch.zeros_like(part))
@@ -162,7 +167,8 @@ def test_top_k_is_never_negative(support, pair, k):
 
 @given(pairs(), st.integers(1, 5))
 def test_released_gradient_is_that_of_the_generalised_kl_over_the_mass(pair, k):
-    """Weights renormalised, log-ratio not (Rethinking-OPD#19): grad sum_S (p log(p/q) - p + q), divided by sum_S p held constant."""
+    """Weights renormalised, log-ratio not (Rethinking-OPD#19): grad sum_S
+    (p log(p/q) - p + q), divided by sum_S p held constant."""
     z, log_q = pair
     S = z.topk(k).indices
     mass = z.softmax(-1).gather(-1, S).sum(-1)
@@ -183,7 +189,8 @@ def test_released_and_top_k_gradients_differ_along_the_mass(pair, k):
 
 @given(pairs(), st.integers(1, 4))
 def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
-    """Why nothing here sums p log(p/q) over a set as it is: its gradient has the mass as an extra term, p = q included (verl#5041)."""
+    """Why nothing here sums p log(p/q) over a set as it is:
+    its gradient has the mass as an extra term, p = q included (verl#5041)."""
     z, log_q = pair
     S = z.topk(k).indices
 
@@ -207,12 +214,10 @@ def test_difference_weighs_raw_in_released_and_renormalised_in_top_k(pair, k):
     z, log_q = pair
     log_p = z.log_softmax(-1)
     S, member = token_sets(log_p, log_q, k, "difference")
-    p_S = torch.where(member, log_p.gather(-1, S).exp(), 0)
-    ratio = (log_p - log_q).gather(-1, S)
-    exact(top_k_released(log_p, log_q, k, "difference"), (p_S * ratio).sum(-1))
-    some = member.any(-1)
-    p_S, q_S = (x / x.sum(-1, keepdim=True) for x in (p_S[some], torch.where(member, log_q.gather(-1, S).exp(), 0)[some]))
-    exact(top_k(log_p, log_q, k, "difference")[some], torch.where(member[some], p_S * (p_S / q_S).log(), 0).sum(-1))
+    p, q = (torch.where(member, x.gather(-1, S).exp(), 0) for x in (log_p, log_q))
+    exact(top_k_released(log_p, log_q, k, "difference"), (p * (log_p - log_q).gather(-1, S)).sum(-1))
+    p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
+    exact(top_k(log_p, log_q, k, "difference"), torch.where(member, p * (p / q).log(), 0).sum(-1))
 
 
 def oracle_set(p, q, k, support):
@@ -229,7 +234,7 @@ def oracle(log_p, log_q, k, support, released):
         Z_p, Z_q = sum(p[v] for v in S), sum(q[v] for v in S)
         if released:
             scale = 1 if support == "difference" or not S else Z_p.detach()
-            terms = [p[v].detach() / scale * (p[v] / q[v]).log().detach() * (log_p_t[v] - log_p_t[v].detach() + 1) for v in S]
+            terms = [(p[v] / scale * (p[v] / q[v]).log()).detach() * (1 + log_p_t[v] - log_p_t[v].detach()) for v in S]
         else:
             terms = [p[v] / Z_p * ((p[v] / Z_p) / (q[v] / Z_q)).log() for v in S]
         values.append(sum(terms, 0 * p.sum()))
@@ -264,7 +269,8 @@ def test_an_impossible_support_or_k_is_refused(objective):
 
 @each_objective
 def test_the_teacher_side_never_receives_a_gradient(objective):
-    """log q is held constant, whatever it was made from (torchforge#527; ms-swift copied student logits into the teacher)."""
+    """log q is held constant, whatever it was made from (torchforge#527; ms-swift copied student logits into the
+    teacher)."""
     z, log_q = a_pair()
     z.requires_grad_(), log_q.requires_grad_()
     loss = objective(z.log_softmax(-1), log_q, torch.arange(len(z))).sum()
@@ -275,7 +281,8 @@ def test_the_teacher_side_never_receives_a_gradient(objective):
 
 @each_objective
 def test_the_teacher_matters(objective):
-    """Another teacher gives another gradient (ms-swift#6857: SFT on own samples; the teacher's term had dropped out)."""
+    """Another teacher gives another gradient (ms-swift#6857: SFT on own samples;
+    the teacher's term had dropped out)."""
     z, log_q = a_pair()
     y = torch.arange(len(z))
     one, other = (with_grad(lambda log_p: objective(log_p, q, y), z)[1] for q in (log_q, log_q.flip(-1)))
@@ -308,8 +315,10 @@ def test_an_empty_support_gives_zero_with_zero_gradient(objective, support):
 def test_extreme_logits_give_finite_losses_and_gradients(objective, dtype):
     """Logits of +-100 and -inf on either side, or on both, at drawn tokens too (Soup#719, trl#5594)."""
     inf = float("inf")
-    z = torch.tensor([[100., -100, 0, 50, -50], [-100, 100, 3, 2, 1], [-inf, 5, 4, -inf, 3], [1, 2, 3, 4, 5], [-inf, 0, -inf, -inf, -inf]])
-    u = torch.tensor([[-100., 100, 0, 50, -50], [-100, 100, 3, 2, 1], [0, -inf, 4, -inf, -inf], [-inf, -inf, -inf, -inf, 0], [0, -inf, 1, 2, 3]])
+    z = torch.tensor([[100., -100, 0, 50, -50], [-100, 100, 3, 2, 1], [-inf, 5, 4, -inf, 3], [1, 2, 3, 4, 5],
+                      [-inf, 0, -inf, -inf, -inf]])
+    u = torch.tensor([[-100., 100, 0, 50, -50], [-100, 100, 3, 2, 1], [0, -inf, 4, -inf, -inf],
+                      [-inf, -inf, -inf, -inf, 0], [0, -inf, 1, 2, 3]])
     log_q = u.to(dtype).log_softmax(-1)
     for token in range(z.size(-1)):
         value, gradient = with_grad(lambda log_p: objective(log_p, log_q, torch.full((len(z),), token)), z.to(dtype))
@@ -345,10 +354,11 @@ def test_masked_mean_sees_nothing_under_the_mask(hidden):
     (full_vocab, False), (functools.partial(top_k, k=16), False), (functools.partial(top_k_released, k=16), False),
     (lambda log_p, log_q: reverse_kl(log_q, log_p), True)], ids=["full", "top-k", "released", "forward KL"])
 def test_reverse_kl_picks_a_mode_and_forward_kl_covers_both(divergence, covers):
-    """One bell fitted to a teacher of two: ours settle on one, forward KL spreads over both (OPSD#14: which KL is it?)."""
+    """One bell fitted to a teacher of two: ours settle on one, forward KL spreads over both
+    (OPSD#14: which KL is it?)."""
     v = torch.arange(41.)
     log_q = torch.logaddexp(-(v - 10) ** 2 / 8, -(v - 30) ** 2 / 8).log_softmax(-1)[None]
-    bell = torch.tensor([15.0, 3.0], requires_grad=True)                                 # mean and width, nearer the left mode
+    bell = torch.tensor([15.0, 3.0], requires_grad=True)                # mean and width, left of the middle
     adam = torch.optim.Adam([bell], lr=0.2)
     for _ in range(250):
         log_p = (-((v - bell[0]) / bell[1]) ** 2 / 2).log_softmax(-1)[None]
@@ -368,12 +378,14 @@ def heads_and_states(N=11, V=23, H=6, H_teacher=4, dtype=torch.float32):
     head_p, head_q = torch.nn.Linear(H, V, dtype=dtype), torch.nn.Linear(H_teacher, V, bias=False, dtype=dtype)
     for head in (head_p, head_q):
         torch.nn.init.normal_(head.weight)
-    return torch.randn(N, H, dtype=dtype), torch.randn(N, H_teacher, dtype=dtype), head_p, head_q, torch.randint(V, (N,))
+    h_p, h_q = (torch.randn(N, size, dtype=dtype) for size in (H, H_teacher))
+    return h_p, h_q, head_p, head_q, torch.randint(V, (N,))
 
 
 def eagerly(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0):
     """What in_chunks must equal: whole tensors and plain autograd."""
-    return per_position((head_p(h_p) / temperature).log_softmax(-1), (head_q(h_q) / teacher_temperature).log_softmax(-1), y)
+    log_p, log_q = (head_p(h_p) / temperature).log_softmax(-1), (head_q(h_q) / teacher_temperature).log_softmax(-1)
+    return per_position(log_p, log_q, y)
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 0.7)])
@@ -392,18 +404,20 @@ def test_in_chunks_equals_eager(objective, temperatures):
         states = h_p.clone().requires_grad_()
         out = evaluate(per_position, states, h_q, head_p, head_q, y)
         gradients = torch.autograd.grad(out["loss"], (states, head_p.weight, head_p.bias), upstream)
-        return {**{name: x.detach() for name, x in out.items()}, **dict(zip(("h_p", "weight", "bias"), gradients, strict=True))}
+        return {name: x.detach() for name, x in out.items()}, gradients
 
     expected = run(functools.partial(eagerly, **options))
     for chunk in (1, 3, len(y), len(y) + 1, None):
         torch.testing.assert_close(run(functools.partial(in_chunks, chunk=chunk, **options)), expected, equal_nan=True,
                                    rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=3, **options)["loss"], expected["loss"])
+        loss = in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=3, **options)["loss"]
+    torch.testing.assert_close(loss, expected[0]["loss"])
 
 
 def test_each_temperature_reaches_its_own_side():
-    """T divides the student's logits, the teacher's T the teacher's, and both change the loss (trl GKD ignored the argument)."""
+    """T divides the student's logits, the teacher's T the teacher's, and both change the loss
+    (trl GKD ignored the argument)."""
     inputs = heads_and_states()
 
     def evaluate(**temperatures):
@@ -436,16 +450,18 @@ def test_diagnostics_after_the_loss_are_not_computed_again_in_backward():
 
 
 def test_in_chunks_gives_the_teacher_no_gradient():
-    """Neither the teacher's states nor its head, even where they ask for one."""
+    """Neither its states nor its head, even where they ask for one and the objective forgets to detach."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
     h_q.requires_grad_()
-    in_chunks(lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, h_p, h_q, head_p, head_q, y, chunk=4)["loss"].sum().backward()
+    out = in_chunks(lambda log_p, log_q, y: {"loss": reverse_kl(log_p, log_q)}, h_p, h_q, head_p, head_q, y, chunk=4)
+    out["loss"].sum().backward()
     assert head_p.weight.grad is not None and head_q.weight.grad is None and h_q.grad is None
 
 
 @pytest.mark.parametrize("objective", [full_vocab, functools.partial(top_k, k=16)], ids=["full", "top-k"])
 def test_bf16_states_are_scored_in_float32(objective):
-    """A divergence between near-equal bf16 models stays >= -1e-6 (ms-swift#10156: a negative one from mixed precision)."""
+    """A divergence between near-equal bf16 models stays >= -1e-6
+    (ms-swift#10156: a negative one from mixed precision)."""
     h, _, head, _, y = heads_and_states(N=256, V=500, dtype=torch.bfloat16)
     nearly = h + 2 ** -8 * torch.randn_like(h)
     loss = in_chunks(lambda log_p, log_q, y: {"loss": objective(log_p, log_q)}, h, nearly, head, head, y)["loss"]
@@ -489,5 +505,8 @@ def test_memory_does_not_grow_with_the_number_of_positions():
     for N in (1024, 4096):
         h_p, h_q, head_p, head_q, y = heads_and_states(N=N, V=4000, H=H, H_teacher=H)
         h_p.requires_grad_()
-        peaks.append(peak_bytes(lambda: in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=256)["loss"].sum().backward()))
-    assert peaks[1] - peaks[0] <= 4 * (4096 - 1024) * (3 * H + 8)                       # bytes; 3072 x 4000 logits would be 49 MB
+
+        def step():
+            in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=256)["loss"].sum().backward()
+        peaks.append(peak_bytes(step))
+    assert peaks[1] - peaks[0] <= 4 * (4096 - 1024) * (3 * H + 8)                         # bytes; logits would be 49 MB

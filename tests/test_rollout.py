@@ -50,15 +50,16 @@ def unpadded(model, prompt, response, temperature):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, temperature):
-    """Sampling with cache, left padding and departures = one whole forward = a token at a time without padding; the first
-    token is scored at the last prompt position (trl#6126, prime-rl#1525: off by one; trl#6800: positions under left padding)."""
+    """Sampling with cache, left padding and departures = one whole forward = a token at a time without padding; the
+    first token is scored at the last prompt position (trl#6126, prime-rl#1525: off by one; trl#6800: positions under
+    left padding)."""
     assert min(map(len, PROMPTS)) < WINDOW < LENGTH
     eos_ids = common(sample(model, temperature=temperature))
     r = sample(model, temperature=temperature, eos_ids=eos_ids)
     assert len(r.response_mask.sum(1).unique()) > 2
     for row, response in enumerate(responses(r)):
-        torch.testing.assert_close(r.log_p[row, :len(response)], unpadded(model, PROMPTS[row // 3], response, temperature),
-                                   rtol=0, atol=1e-4)
+        alone = unpadded(model, PROMPTS[row // 3], response, temperature)
+        torch.testing.assert_close(r.log_p[row, :len(response)], alone, rtol=0, atol=1e-4)
     trunk, head, _ = split(model, VOCAB)
     is_response = torch.nn.functional.pad(r.response_mask, (r.ids.size(1) - r.response_mask.size(1), 0))
     with torch.no_grad():
@@ -69,12 +70,14 @@ def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, te
 
 
 def test_greedy_is_generate_token_for_token_batched_or_alone(model):
-    """Temperature 0 = model.generate(do_sample=False) with the same eos ids; a row alone = the row in a batch (OPSD#30)."""
+    """Temperature 0 = model.generate(do_sample=False) with the same eos ids;
+    a row alone = the row in a batch (OPSD#30)."""
     eos_ids = common(sample(model, temperature=0))[1:]
     r = sample(model, n=1, temperature=0, eos_ids=eos_ids)
     assert len(r.response_mask.sum(1).unique()) > 1
     ids, mask = left_pad(PROMPTS, 0)
-    made = model.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LENGTH, eos_token_id=eos_ids, pad_token_id=0)
+    made = model.generate(ids, attention_mask=mask.long(), do_sample=False, max_new_tokens=LENGTH,
+                          eos_token_id=eos_ids, pad_token_id=0)
     for row, response in enumerate(responses(r)):
         assert response == made[row, ids.size(1):ids.size(1) + len(response)].tolist()
         assert not made[row, ids.size(1) + len(response):].any()
@@ -98,7 +101,8 @@ def test_padding_changes_nothing(model):
 
 @pytest.mark.parametrize("spread", [0.02, 0.2], ids=["near-uniform", "uneven"])
 def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
-    """Chi-square of 4,000 first tokens; every token of a near-uniform model is drawn (nano-opd sampled with top_k=50 of generate)."""
+    """Chi-square of 4,000 first tokens; every token of a near-uniform model is drawn
+    (nano-opd sampled with top_k=50 of generate)."""
     model, n, prompt = tiny(architecture, spread=spread), 4000, [5, 6, 7]
     y = rollout(model, [prompt], n=n, max_new_tokens=1, generator=seeded()).ids[:, -1]
     with torch.no_grad():
@@ -106,7 +110,7 @@ def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
     counts = torch.bincount(y, minlength=VOCAB)
     if spread == 0.02:
         assert (counts > 0).all()
-    rare = expected < 5                                                                  # pooled, as the chi-square law needs
+    rare = expected < 5                                                                   # pooled, as chi-square needs
     counts, expected = (torch.cat([x[~rare], x[rare].sum()[None]]) for x in (counts.float(), expected))
     freedom = (~rare).sum() - 1 + rare.any()
     assert ((counts - expected) ** 2 / expected.clamp_min(1e-9)).sum() < freedom + 4 * (2 * freedom) ** 0.5
@@ -132,7 +136,8 @@ def test_top_p_limits_the_draw_but_not_the_record(model):
         nucleus = set(ranked.indices[ranked.values.cumsum(0) - ranked.values < 0.5].tolist())
         assert {response[0] for response in responses(r)[row:row + 20]} <= nucleus
     for row in range(0, len(r.ids), 7):
-        torch.testing.assert_close(r.log_p[row], unpadded(model, PROMPTS[row // 20], r.response_ids(row), 1.0), rtol=0, atol=1e-4)
+        alone = unpadded(model, PROMPTS[row // 20], r.response_ids(row), 1.0)
+        torch.testing.assert_close(r.log_p[row], alone, rtol=0, atol=1e-4)
 
 
 def test_no_token_beyond_the_shared_vocabulary_is_drawn():
@@ -140,7 +145,7 @@ def test_no_token_beyond_the_shared_vocabulary_is_drawn():
     model, shared = tiny("llama"), VOCAB - 8
     rows = model.get_output_embeddings().weight
     with torch.no_grad():
-        rows[shared:] = 30 * rows[:4].repeat(2, 1) * torch.tensor([1.] * 4 + [-1.] * 4)[:, None]   # one of each pair is huge
+        rows[shared:] = 30 * torch.cat([rows[:4], -rows[:4]])                              # one of each pair is huge
     assert (sample(model).ids[:, -LENGTH:] >= shared).any()
     for temperature in (1.0, 0.0):
         r = sample(model, vocab_size=shared, temperature=temperature)
@@ -151,14 +156,16 @@ def test_no_token_beyond_the_shared_vocabulary_is_drawn():
 
 
 def test_the_same_seed_gives_the_same_rollouts(model):
-    """Twice the same call: the same bits, and other bits for another seed (transformers#45943: a second call lost requests)."""
+    """Twice the same call: the same bits, and other bits for another seed
+    (transformers#45943: a second call lost requests)."""
     eos_ids = common(sample(model))
     assert same(sample(model, eos_ids=eos_ids), sample(model, eos_ids=eos_ids))
     assert responses(sample(model)) != responses(sample(model, seed=1))
 
 
 def test_the_n_rollouts_of_a_prompt_stand_together(model):
-    """Rows i n to i n + n - 1 answer prompt i, from its very ids (trl#6359: trained on another prompt than was sampled)."""
+    """Rows i n to i n + n - 1 answer prompt i, from its very ids
+    (trl#6359: trained on another prompt than was sampled)."""
     r = sample(model)
     P = r.ids.size(1) - r.response_mask.size(1)
     ids, mask = left_pad(PROMPTS, 0)
@@ -174,14 +181,15 @@ def test_the_n_rollouts_of_a_prompt_stand_together(model):
 
 @pytest.mark.parametrize("ends, pad_is_eos", [(1, False), (1, True), (3, False), (3, True)])
 def test_a_response_ends_with_its_first_eos(model, ends, pad_is_eos):
-    """Any of several eos ids ends it (trl#7039), is part of it, and nothing after it is, with pad = eos too (trl#6357)."""
+    """Any of several eos ids ends it (trl#7039), is part of it, and nothing after it is,
+    with pad = eos too (trl#6357)."""
     eos_ids = common(sample(model), ends)
     r = sample(model, eos_ids=eos_ids, pad_id=eos_ids[0] if pad_is_eos else 0)
     ended_by = set()
     for row, response in enumerate(responses(r)):
         assert not set(response[:-1]) & set(eos_ids)
         assert r.truncated[row] == (response[-1] not in eos_ids) and (len(response) == LENGTH or not r.truncated[row])
-        assert r.response_mask[row].tolist() == [True] * len(response) + [False] * (r.response_mask.size(1) - len(response))
+        assert r.response_mask[row, :len(response)].all() and not r.response_mask[row, len(response):].any()
         ended_by |= {response[-1]} & set(eos_ids)
     assert ended_by == set(eos_ids)
     assert torch.equal(r.attention_mask[:, -r.response_mask.size(1):], r.response_mask)
@@ -203,9 +211,8 @@ def test_the_rectangle_is_as_wide_as_the_longest_response():
 def test_finished_rollouts_leave_the_batch(model):
     """The prompt is read once for its n rollouts, and each step computes only the rows that still write."""
     eos_ids, seen = common(sample(model)), []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape), with_kwargs=True)
     r = sample(model, eos_ids=eos_ids)
-    hook.remove()
     writing = [(r.response_mask.sum(1) > t).sum().item() for t in range(1, r.response_mask.size(1))]
     assert seen == [(3, 7)] + [(b, 1) for b in writing]
     assert writing[-1] < writing[0] < 9
@@ -217,17 +224,19 @@ def test_finished_rollouts_leave_the_batch(model):
 def test_the_model_is_left_as_it_was(model):
     """Configuration, attention and mode are untouched (transformers#45943 switched _attn_implementation; trl#6827)."""
     def state():
-        return copy.deepcopy((model.config.to_dict(), model.generation_config.to_dict(), model.config._attn_implementation,
-                              model.training, [p.requires_grad for p in model.parameters()]))
+        return copy.deepcopy((model.config.to_dict(), model.generation_config.to_dict(), model.training,
+                              model.config._attn_implementation, [p.requires_grad for p in model.parameters()]))
     before = state()
     sample(model)
     assert state() == before
 
 
 def test_the_checkpoints_generation_defaults_are_not_read(model):
-    """`generate` would take top_k, penalties and an eos from generation_config.json; what is scored is the plain softmax."""
+    """`generate` would take top_k, penalties and an eos from generation_config.json; what is scored is the plain
+    softmax."""
     plain = sample(model)
-    model.generation_config.update(top_k=1, do_sample=True, temperature=0.1, repetition_penalty=9.0, eos_token_id=plain.ids[0, -1].item())
+    model.generation_config.update(do_sample=True, top_k=1, temperature=0.1, repetition_penalty=9.0,
+                                   eos_token_id=plain.ids[0, -1].item())
     assert same(sample(model), plain)
 
 
@@ -255,8 +264,8 @@ def test_load_prompts_reads_text_and_chat(tmp_path):
     assert load_prompts(path) == [{"prompt": "add é", "answer": "0"}, {"prompt": chat, "answer": None}]
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}', '{"prompt": []}',
-                                  '{"prompt": [{"role": "user"}]}', '{"prompt": 7}'])
+@pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}',
+                                  '{"prompt": []}', '{"prompt": [{"role": "user"}]}', '{"prompt": 7}'])
 def test_a_bad_line_is_named(tmp_path, line):
     """File and line number stand in the message."""
     path = tmp_path / "prompts.jsonl"
@@ -275,11 +284,13 @@ def test_a_file_without_prompts_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"think": True}])
 def test_encode_writes_the_template_once(options):
-    """Text and one user message are the same prompt, the template's BOS the only one, its options honoured (OPSD#10)."""
+    """Text and one user message are the same prompt, the template's BOS the only one,
+    its options honoured (OPSD#10)."""
     tokenizer, chat = word_tokenizer(chat_template=TEMPLATE), [{"role": "user", "content": "add 3 7"}]
     ids = encode(tokenizer, "add 3 7", **options)
     assert ids == encode(tokenizer, chat, **options)
-    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
+    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False,
+                                                **options)
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids).endswith("so" if options else ":")
 

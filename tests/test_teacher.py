@@ -1,4 +1,4 @@
-"""Laws of teacher.py: which pairs fit, logits made from states, and grading: packed, in micro-batches, one denominator."""
+"""Laws of teacher.py: which pairs fit, logits from states, grading (packed, in micro-batches, one denominator)."""
 import functools
 import re
 import warnings
@@ -52,8 +52,12 @@ def gradients(student, teacher, r, per_position=full, *, budget=10_000, vocab=VO
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
+TEACHER = {"hidden": 16, "layers": 3}
+
+
 def pair(architecture):
-    return tiny(architecture), freeze(tiny(architecture, seed=1, hidden=16, layers=3))
+    """A student and a frozen teacher of another width and depth."""
+    return tiny(architecture), freeze(tiny(architecture, seed=1, **TEACHER))
 
 
 # --- do the two fit? -----------------------------------------------------------------------------------------------
@@ -67,7 +71,8 @@ def fitting(**changes):
 
 
 def test_a_fitting_pair_gives_the_number_of_real_tokens_in_silence():
-    """Heads padded to different sizes are cut to the tokens that exist (Qwen2.5: 151,936 and 152,064 rows for 151,665)."""
+    """Heads padded to different sizes are cut to the tokens that exist
+    (Qwen2.5: 151,936 and 152,064 rows for 151,665)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_pair(**fitting()) == len(WORDS)
@@ -78,8 +83,8 @@ def test_tokenizers_that_disagree_are_refused_with_the_first_tokens_named():
     words = list(WORDS)
     words[7], words[8] = words[8], words[7]
     other = word_tokenizer(words + ["um"])
-    with pytest.raises(ValueError, match=r"3 token ids: 'add' \(student 7, teacher 8\), 'the' \(student 8, teacher 7\), "
-                                         r"'um' \(student absent, teacher 16\)"):
+    first = "3 token ids: 'add' (student 7, teacher 8), 'the' (student 8, teacher 7), 'um' (student absent, teacher 16)"
+    with pytest.raises(ValueError, match=re.escape(first)):
         check_pair(**fitting(teacher_tokenizer=other))
 
 
@@ -103,23 +108,27 @@ def padding_with(token):
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"teacher": ending_with([2, 14])}, r"student ends a response with \['\[EOS\]'\], teacher with \['\[EOS\]', 'so'\]"),
-    ({"teacher_tokenizer": padding_with("so")}, r"special tokens of only one of the two: \['\[PAD\]', 'so'\]"),
-    ({"teacher_tokenizer": word_tokenizer(chat_template=TEMPLATE)}, "chat templates differ: both models read the student's text"),
+    ({"teacher": ending_with([2, 14])}, "student ends a response with ['[EOS]'], teacher with ['[EOS]', 'so']"),
+    ({"teacher_tokenizer": padding_with("so")}, "special tokens of only one of the two: ['[PAD]', 'so']"),
+    ({"teacher_tokenizer": word_tokenizer(chat_template=TEMPLATE)},
+     "chat templates differ: both models read the student's text"),
 ], ids=["eos ids", "special tokens", "template"])
 def test_a_pair_that_works_but_may_surprise_is_warned_of(changes, message):
-    """Other eos ids (ms-swift#9526: length explosion), special tokens or templates: the pair goes on, with one warning."""
+    """Other eos ids (ms-swift#9526: length explosion), special tokens or templates:
+    the pair goes on, with one warning."""
     with pytest.warns(UserWarning) as caught:
         assert check_pair(**fitting(**changes)) == len(WORDS)
-    assert len(caught) == 1 and re.search(message, str(caught[0].message))
+    assert len(caught) == 1 and message in str(caught[0].message)
 
 
-@pytest.mark.parametrize("in_generation_config, in_config, in_tokenizer, expected", [
-    ([5, 6], None, "[EOS]", {2, 5, 6}), (5, 6, "[EOS]", {2, 5, 6}), (None, [6, 7], None, {6, 7}), (None, None, None, set())])
-def test_every_eos_id_is_found(in_generation_config, in_config, in_tokenizer, expected):
-    """One id, a list or none, from generation config, config and tokenizer (trl#7039: only one was honoured; trl#5725: None)."""
+@pytest.mark.parametrize("generation, config, token, expected", [
+    ([5, 6], None, "[EOS]", {2, 5, 6}), (5, 6, "[EOS]", {2, 5, 6}), (None, [6, 7], None, {6, 7}),
+    (None, None, None, set())])
+def test_every_eos_id_is_found(generation, config, token, expected):
+    """One id, a list or none, from generation config, config and tokenizer
+    (trl#7039: only one was honoured; trl#5725: None)."""
     model, tokenizer = tiny("llama"), word_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token = in_generation_config, in_config, in_tokenizer
+    model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token = generation, config, token
     assert eos_ids(model, tokenizer) == expected
 
 
@@ -137,7 +146,8 @@ def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
 
 
 def test_trunk_and_head_are_the_models_own_logits(model):
-    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800: GPT-2's learned positions)."""
+    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800: GPT-2's learned
+    positions)."""
     trunk, head, own_logits = split(model, VOCAB - 8)
     assert not own_logits
     ids, mask = left_pad(PROMPTS, 0)
@@ -165,31 +175,31 @@ def test_soft_capped_logits_are_found_out_and_kept():
     close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), own)
     with pytest.warns(UserWarning, match="linear output head"):
         ours = graded(model, tiny("llama"), written())
-    assert ours["log_p"][1, 0].item() == pytest.approx(plain(model, 1)[0].log_softmax(-1)[RESPONSES[1][0]].item(), abs=1e-4)
+    log_p = plain(model, 1).log_softmax(-1).gather(-1, torch.tensor(RESPONSES[1])[:, None]).squeeze(-1)
+    close(ours["log_p"][1, :len(log_p)], log_p.detach())
+
+
+def padded_with_junk(architecture, model, **size):
+    """The same model with eight rows of large weights more."""
+    wide = tiny(architecture, seed=9, vocab_size=VOCAB + 8, **size)
+    with torch.no_grad():
+        for name, p in wide.named_parameters():
+            rows = len(model.get_parameter(name))
+            p[:rows], p[rows:] = model.get_parameter(name), 100 * p[rows:]
+    return wide
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_padded_vocabulary_columns_change_nothing(architecture, padded):
-    """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients (Qwen2.5, fact 7)."""
+    """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients
+    (Qwen2.5, fact 7)."""
     models = dict(zip(("student", "teacher"), pair(architecture), strict=True))
-    before = models[padded]
-    wide = tiny(architecture, seed=9, vocab_size=VOCAB + 8, hidden=32 if padded == "student" else 16, layers=len(layers(before)))
-    with torch.no_grad():
-        for name, p in wide.named_parameters():
-            old = before.get_parameter(name)
-            if p.shape != old.shape:
-                p[VOCAB:] *= 100
-            p[:len(old)].copy_(old)
-    r = written()
-    one, other = models, {**models, padded: wide}
-    close(graded(*other.values(), r), graded(*one.values(), r))
-    of_wide, of_narrow = gradients(*other.values(), r), gradients(*one.values(), r)
+    wide = padded_with_junk(architecture, models[padded], **{"student": {}, "teacher": TEACHER}[padded])
+    one, other, r = models.values(), {**models, padded: wide}.values(), written()
+    close(graded(*other, r), graded(*one, r))
+    of_wide, of_narrow = gradients(*other, r), gradients(*one, r)
     close({name: g[:len(of_narrow[name])] for name, g in of_wide.items()}, of_narrow)
     assert not any(g[len(of_narrow[name]):].any() for name, g in of_wide.items())
-
-
-def layers(model):
-    return getattr(model.base_model, "layers", None) or model.base_model.h
 
 
 # --- states and micro-batches --------------------------------------------------------------------------------------
@@ -210,8 +220,9 @@ def test_states_are_those_before_each_response_token(model):
 
 @pytest.mark.parametrize("budget", [1, 9, 20, 30, 47, 10_000])
 def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
-    """Each row whole and once, the response marked, no column that is padding throughout, at most `budget` tokens or one row."""
-    r, dealt = written(pad_id=30), []                                                    # the pad is also a response token
+    """Each row whole and once, the response marked, no column that is padding throughout,
+    at most `budget` tokens or one row."""
+    r, dealt = written(pad_id=30), []                                                     # pad: a response token too
     for rows, ids, mask, is_response in micro_batches(r, budget):
         assert mask.numel() <= budget or len(rows) == 1
         assert mask.any(0).all()
@@ -222,7 +233,8 @@ def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
 
 
 def test_micro_batches_keep_rows_of_like_length_together():
-    """A long row does not pad short ones: 4 rows of 2 and 4 of 20 tokens make 4 parts at 44 tokens, without a padded token."""
+    """A long row does not pad short ones: 4 rows of 2 and 4 of 20 tokens make 4 parts at 44 tokens,
+    without a padded token."""
     parts = list(micro_batches(written([[3]] * 8, [[5], [6] * 19] * 4), 44))
     assert [mask.shape for _, _, mask, _ in parts] == [(2, 20), (2, 20), (4, 2)]
     assert all(mask.all() for _, _, mask, _ in parts)
@@ -231,7 +243,8 @@ def test_micro_batches_keep_rows_of_like_length_together():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("budget", [1, 20])
 def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
-    """One batch of 4 = 4 micro-batches of 1 = some of 2, unequal lengths, one denominator (trl#6006, #4719; easydistill#16)."""
+    """One batch of 4 = 4 micro-batches of 1 = some of 2, unequal lengths, one denominator
+    (trl#6006, #4719; easydistill#16)."""
     student, teacher = pair(architecture)
     r = written()
     close(graded(student, teacher, r, budget=budget), graded(student, teacher, r))
@@ -248,8 +261,8 @@ def plain(model, row):
 
 
 def test_grade_is_a_loop_over_unpadded_rows(architecture):
-    """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt and
-    after eos; optipfair#34). Student and teacher differ in width and depth."""
+    """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt
+    and after eos; optipfair#34). Student and teacher differ in width and depth."""
     student, teacher = pair(architecture)
     ours, of_ours = graded(student, teacher, written()), gradients(student, teacher, written())
     student.zero_grad()
@@ -257,26 +270,29 @@ def test_grade_is_a_loop_over_unpadded_rows(architecture):
     for row, response in enumerate(RESPONSES):
         log_p, log_q = (plain(model, row).log_softmax(-1) for model in (student, teacher))
         losses.append(full_vocab(log_p, log_q))
-        expected = full(log_p.detach(), log_q, torch.tensor(response))
-        close({name: x[row, :len(response)] for name, x in ours.items()}, {name: x.detach() for name, x in expected.items()})
+        expected = full(log_p.detach(), log_q.detach(), torch.tensor(response))
+        close({name: x[row, :len(response)] for name, x in ours.items()}, expected)
     torch.cat(losses).mean().backward()
     close(of_ours, {name: p.grad for name, p in student.named_parameters() if p.grad is not None})
 
 
 def test_padding_and_other_rows_change_nothing(architecture):
-    """Losses and gradients do not see the pad id (bit for bit), and no row sees the others or their prompts (trl#2058, #7024)."""
+    """Losses and gradients do not see the pad id (bit for bit), and no row sees the others or their prompts
+    (trl#2058, #7024)."""
     student, teacher = pair(architecture)
-    one = graded(student, teacher, written())
+    bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
+    one, of_one = graded(student, teacher, written()), gradients(student, teacher, written())
     for other in (written(pad_id=30), written(pad_id=2)):
-        torch.testing.assert_close(graded(student, teacher, other), one, rtol=0, atol=0, equal_nan=True)
-        torch.testing.assert_close(gradients(student, teacher, other), gradients(student, teacher, written()), rtol=0, atol=0)
+        bits(graded(student, teacher, other), one)
+        bits(gradients(student, teacher, other), of_one)
     crowd = written(PROMPTS[:1] + [[9] * 20], RESPONSES[:1] + [[8] * 15])
     alone = graded(student, teacher, crowd)
     close({name: x[0, 0] for name, x in alone.items()}, {name: x[0, 0] for name, x in one.items()})
 
 
 def test_only_states_that_predict_response_tokens_get_a_gradient():
-    """Neither prompt nor padding nor the last token is trained on (trl#6006), and there are as many losses as response tokens."""
+    """Neither prompt nor padding nor the last token is trained on
+    (trl#6006), and there are as many losses as response tokens."""
     r = written()
     (rows, _, _, is_response), = micro_batches(r, 10_000)
     h = torch.randn(*is_response.shape, 8, requires_grad=True)
@@ -299,7 +315,8 @@ def test_rollouts_without_a_response_token_leave_zero_gradients():
     r = written()
     r.response_mask = torch.zeros_like(r.response_mask)
     r.attention_mask[:, -r.response_mask.size(1):] = False
-    loss = sum(out["loss"].sum() for _, _, out in grade(split(student, VOCAB), split(teacher, VOCAB), r, full, micro_batch_tokens=20))
+    sides = split(student, VOCAB), split(teacher, VOCAB)
+    loss = sum(out["loss"].sum() for _, _, out in grade(*sides, r, full, micro_batch_tokens=20))
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in student.parameters())
 
@@ -315,10 +332,12 @@ def test_the_teacher_gets_no_gradient_even_unfrozen(architecture):
 
 
 @pytest.mark.parametrize("objective", [
-    lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
+    lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)},
+    lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
     lambda log_p, log_q, y: {"loss": sampled_token(log_p, log_q, y)}], ids=["full", "top-k", "sampled"])
 def test_the_teacher_decides_the_gradient(architecture, objective):
-    """Another teacher, another gradient (ms-swift#6857, atropos#456); the student itself as teacher: loss 0, no gradient."""
+    """Another teacher, another gradient (ms-swift#6857, atropos#456);
+    the student itself as teacher: loss 0, no gradient."""
     student = tiny(architecture)
     one, other = (gradients(student, tiny(architecture, seed=seed), written(), objective) for seed in (1, 2))
     assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
@@ -329,12 +348,14 @@ def test_the_teacher_decides_the_gradient(architecture, objective):
 
 @pytest.mark.parametrize("budget", [20, 10_000])
 def test_the_teacher_reads_each_micro_batch_once(budget):
-    """One forward a micro-batch, the loss's backward included, and it reads exactly the student's ids (trl#4560; ms-swift#9414)."""
+    """One forward a micro-batch, the loss's backward included, and it reads exactly the student's ids
+    (trl#4560; ms-swift#9414)."""
     student, teacher = pair("qwen3")
     sides, seen = (split(student, VOCAB), split(teacher, VOCAB)), {"student": [], "teacher": []}
     for name, model in (("student", student), ("teacher", teacher)):
-        model.base_model.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: seen[name].append((kwargs["input_ids"], kwargs["position_ids"])), with_kwargs=True)
+        def record(_, args, kwargs, name=name):
+            seen[name].append((kwargs["input_ids"], kwargs["position_ids"]))
+        model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     seconds = {}
     for _, _, out in grade(*sides, written(), full, micro_batch_tokens=budget, seconds=seconds):
         out["loss"].sum().backward()
@@ -344,17 +365,17 @@ def test_the_teacher_reads_each_micro_batch_once(budget):
 
 def test_architectures_may_differ():
     """Whatever shares the vocabulary can teach: another architecture, width, depth and number of padded rows."""
-    student, teacher = tiny("gpt2", vocab_size=VOCAB + 3), freeze(tiny("gemma3", seed=1, vocab_size=VOCAB + 7, hidden=16, layers=4))
+    student, teacher = tiny("gpt2", vocab_size=VOCAB + 3), freeze(tiny("gemma3", vocab_size=VOCAB + 7, **TEACHER))
     ours = graded(student, teacher, written(), budget=20)
     for row, response in enumerate(RESPONSES):
-        expected = full(*(plain(model, row).log_softmax(-1).detach() for model in (student, teacher)), torch.tensor(response))
-        close({name: x[row, :len(response)] for name, x in ours.items()}, expected)
+        log_p, log_q = (plain(model, row).log_softmax(-1).detach() for model in (student, teacher))
+        close({name: x[row, :len(response)] for name, x in ours.items()}, full(log_p, log_q, torch.tensor(response)))
 
 
 @pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 1.0), (0.7, 2.0)])
 def test_what_was_sampled_is_what_is_graded(architecture, temperature, teacher_temperature):
-    """At the sampling temperature log p(y) of grade equals what rollout recorded: a ratio of 1 on the first update (Qwen3#1799);
-    the teacher's temperature is its own (trl GKD, slime#2085)."""
+    """At the sampling temperature log p(y) of grade equals what rollout recorded: a ratio of 1 on the first update
+    (Qwen3#1799); the teacher's temperature is its own (trl GKD, slime#2085)."""
     student, teacher = pair(architecture)
     r = rollout(student, PROMPTS, n=2, max_new_tokens=8, temperature=temperature, eos_ids=range(0, VOCAB, 6),
                 generator=torch.Generator().manual_seed(0))

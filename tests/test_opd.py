@@ -1,0 +1,240 @@
+"""opd.py as its user sees it: flags, files, and a loop whose result depends on nothing that it should not."""
+import dataclasses
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import opd
+from conftest import WORDS, tiny, word_tokenizer
+
+PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in
+           [(["add", "3"], "3"), (["add", "3", "7"], "0"), (["add"], "7"), (["the", "digits", "7"], "7"), (["so"], "0"),
+            (["add", "the", "digits"], "3"), (["7", "+", "3", "="], "0"), (["3", "="], "3"), (["the"], "7"), (["add", "0"], "0")]]
+METRICS = """step loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage entropy_gap
+    entropy_student entropy_teacher reward response_length truncated_fraction repetition_fraction grad_norm lr tokens time_rollout
+    time_teacher time_update peak_memory_bytes""".split()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Checkpoint directories NAME-SEED of tiny models, and prompts.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, PROMPTS)))
+    (folder / "bare.jsonl").write_text("\n".join(json.dumps({"prompt": row["prompt"]}) for row in PROMPTS))
+    for name, model in {"student": tiny("llama", seed=0, vocab_size=len(WORDS)),
+                        "teacher": tiny("llama", seed=1, vocab_size=len(WORDS) + 8, hidden=48, layers=3),
+                        "gpt2": tiny("gpt2", seed=2, vocab_size=len(WORDS) + 3),
+                        "gemma3": tiny("gemma3", seed=3, vocab_size=len(WORDS)),
+                        "qwen3": tiny("qwen3", seed=4, vocab_size=len(WORDS) + 1)}.items():
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def config(world, out, **change):
+    return opd.Config(**{**dict(student=f"{world}/student", teacher=f"{world}/teacher", prompts=f"{world}/prompts.jsonl", out=str(out),
+                                steps=4, batch_size=3, n=2, max_new_tokens=6, k=4, lr=1e-3, eval_n=1, save_every=2), **change})
+
+
+def rows(out):
+    """metrics.jsonl without what a clock or the operating system decides."""
+    return [{name: x for name, x in json.loads(line).items() if not name.startswith(("time_", "peak_"))}
+            for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out):
+    return AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
+
+
+def test_a_run_leaves_the_files_and_metrics_that_it_promises(world, tmp_path):
+    """config, metrics, rollouts, checkpoint, student and result: each there, each metric finite and named as documented."""
+    out = tmp_path / "run"
+    result = opd.Run(config(world, out)).go()
+    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "student", "result.json"}
+    logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4] and set(METRICS) <= logged[0].keys()
+    assert all(torch.isfinite(torch.tensor(float(row[name]))) for row in logged for name in METRICS)
+    assert json.loads((out / "result.json").read_text()) == result
+    assert {"accuracy_before", "accuracy_after", "accuracy_teacher", "gap_recovery", "steps", "seconds", "command", "commit"} <= result.keys()
+    assert result["accuracy_after"]["samples"] == 2                      # a fifth of ten prompts, once each
+
+
+def test_k_steps_a_stop_and_the_rest_equal_all_steps_bit_for_bit(world, tmp_path, monkeypatch):
+    """verl#5725, entrenar#294: a run that was killed between checkpoints and resumed is the run that was not."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    opd.Run(config(world, whole, steps=5)).go()
+    plain = opd.Run.update
+
+    def dies(run):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return plain(run)
+    monkeypatch.setattr(opd.Run, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        opd.Run(config(world, cut, steps=5)).go()
+    assert len(rows(cut)) == 3 and not (cut / "result.json").exists()
+    monkeypatch.setattr(opd.Run, "update", plain)
+    opd.Run(config(world, cut, steps=5, resume=True)).go()
+    assert rows(cut) == rows(whole)
+    assert (cut / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    ours, theirs = weights(cut), weights(whole)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_resume_refuses_another_configuration(world, tmp_path):
+    """What a checkpoint was made with and what is asked for must agree, or it is not the same run."""
+    opd.Run(config(world, tmp_path, steps=2)).go()
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match="--lr 0.001"):
+        opd.Run(config(world, tmp_path, lr=1e-4, resume=True)).go()
+    with pytest.raises(ValueError, match="add --resume"):
+        opd.Run(config(world, tmp_path))
+
+
+@pytest.mark.parametrize("student, teacher", [("gpt2", "teacher"), ("gemma3", "gpt2"), ("qwen3", "gemma3"), ("student", "qwen3")])
+def test_any_architecture_learns_from_any_other(world, tmp_path, student, teacher):
+    """Other families, hidden sizes, depths and padded vocabularies: what is scored is what was sampled, and the KL falls."""
+    out = tmp_path / "run"
+    result = opd.Run(config(world, out, student=f"{world}/{student}", teacher=f"{world}/{teacher}", steps=12, batch_size=8, lr=3e-3)).go()
+    assert max(row["sampling_mismatch"] for row in rows(out)) < 1e-4
+    assert result["held_out_after"]["reverse_kl"] < result["held_out_before"]["reverse_kl"]
+
+
+@pytest.mark.parametrize("objective, support", [("top-k", "student"), ("top-k", "union"), ("top-k-released", "student"), ("full", "student"),
+                                                ("sampled", "student")])
+def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, support):
+    """trl#6006, #4719: one denominator a step; a budget of one row and a budget for all give the same loss and gradient."""
+    gradients = []
+    for budget in (1, 10_000):
+        run = opd.Run(config(world, tmp_path / str(budget), micro_batch_tokens=budget, objective=objective, support=support))
+        r = run.write(run.prompts, 2, 0)
+        measured = opd.measure(run.cfg, *run.splits, r, learn=True)
+        gradients.append((measured["loss"], [p.grad for p in run.student.parameters()]))
+    assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
+    for a, b in zip(gradients[0][1], gradients[1][1]):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_path):
+    """easydistill#16, trl#4105: the gradient is that of the plain mean of Eq. 4 over every response token, written out eagerly."""
+    run = opd.Run(config(world, tmp_path / "run", objective="full"))
+    r = run.write(run.prompts, 1, 0)
+    opd.measure(run.cfg, *run.splits, r, learn=True)
+    ours = {name: p.grad.clone() for name, p in run.student.named_parameters()}
+    run.student.zero_grad()
+    losses, T = [], r.response_mask.size(1)
+    for row in range(len(r.ids)):
+        ids = r.ids[row][r.attention_mask[row]].unsqueeze(0)                                 # (1, L) no padding at all
+        first = ids.size(1) - int(r.response_mask[row].sum())
+        log_p, log_q = (m(input_ids=ids).logits[0, first - 1:-1, :run.vocab_size].log_softmax(-1) for m in (run.student, run.teacher))
+        losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
+    torch.cat(losses).mean().backward()
+    for name, p in run.student.named_parameters():
+        torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
+    """Distances exactly 0, overlap 1, an update of nothing but weight decay, and no gap to recover; trl#6480: else they are above 0."""
+    same = opd.Run(config(world, tmp_path / "same", teacher=f"{world}/student"))
+    r = same.write(same.prompts, 1, 0)
+    measured = opd.measure(same.cfg, *same.splits, r, learn=False)
+    assert measured["loss"] == measured["reverse_kl"] == measured["entropy_gap"] == measured["reward"] == 0 and measured["overlap_ratio"] == 1
+    assert opd.Run(config(world, tmp_path / "other")).distance()["reverse_kl"] > 0.01
+
+
+def test_a_sampling_temperature_scales_student_and_score_alike(world, tmp_path):
+    """trl GKD, #6526: at temperature .5 the recorded log-probabilities are those that are scored; the teacher keeps its own."""
+    cool = opd.Run(config(world, tmp_path / "cool", temperature=0.5, teacher_temperature=2.0))
+    r = cool.write(cool.prompts, 2, 0)
+    measured = opd.measure(cool.cfg, *cool.splits, r, learn=False)
+    warm = opd.measure(dataclasses.replace(cool.cfg, temperature=1.0), *cool.splits, r, learn=False)
+    assert measured["sampling_mismatch"] < 1e-4 < warm["sampling_mismatch"]
+    assert measured["entropy_teacher"] == warm["entropy_teacher"] > measured["entropy_student"]
+
+
+def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
+    """At lr 1e-6 most of an update would be lost in bfloat16: weights and optimizer state stay float32, the teacher does not."""
+    run = opd.Run(config(world, tmp_path / "run", dtype="bfloat16", lr=1e-6, steps=2))
+    before = [p.detach().clone() for p in run.student.parameters()]
+    run.go()
+    assert {p.dtype for p in run.student.parameters()} == {torch.float32} and {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
+    assert all(state["exp_avg"].dtype == torch.float32 for state in run.optimizer.state.values())
+    assert any(not torch.equal(p, old) for p, old in zip(run.student.parameters(), before))
+
+
+def test_without_answers_there_is_no_accuracy(world, tmp_path):
+    """trl#6478: prompt-only rows train; what was not measured is null, not 0."""
+    result = opd.Run(config(world, tmp_path / "run", prompts=f"{world}/bare.jsonl", steps=1)).go()
+    assert result["accuracy_before"] is result["accuracy_after"] is result["gap_recovery"] is None
+    assert "accuracy" not in opd.summary(result) and result["held_out_after"]["reverse_kl"] > 0
+
+
+def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world, tmp_path):
+    """student/ loads anywhere: same weights as the checkpoint, its tokenizer beside it, the eos set of the rollouts in its config."""
+    run = opd.Run(config(world, tmp_path / "run", steps=2))
+    run.go()
+    trained = run.student.state_dict()
+    assert all(torch.equal(x, trained[name]) for name, x in weights(tmp_path / "run").items())
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").generation_config.eos_token_id == sorted(run.eos)
+
+
+def test_held_out_prompts_are_never_trained_on(world):
+    """Without --eval a fifth is set apart; with it, what stands in both is only measured."""
+    train, held_out = opd.questions(config(world, ""))
+    assert len(train) == 8 and len(held_out) == 2 and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    with pytest.raises(ValueError, match="no prompt is left"):
+        opd.questions(config(world, "", eval=f"{world}/prompts.jsonl"))
+
+
+def test_every_epoch_takes_every_prompt_once_in_an_order_of_its_own():
+    """verl#5725: the batches of a step depend on step and seed alone, across the borders of epochs too."""
+    prompts = list(range(7))
+    endless = [i for step in range(21) for i in opd.batch(prompts, step, 3, seed=1)]
+    epochs = [endless[i:i + 7] for i in range(0, 63, 7)]
+    assert all(sorted(epoch) == prompts for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) > 5
+    assert opd.batch(prompts, 5, 3, seed=1) == endless[15:18] and opd.batch(prompts, 5, 3, seed=2) != endless[15:18]
+
+
+def test_the_metrics_do_not_depend_on_what_the_padding_holds(world, tmp_path):
+    """nano-opd, optipfair#34: diagnostics averaged over padding rank methods wrongly."""
+    run = opd.Run(config(world, tmp_path / "run"))
+    r = run.write(run.prompts, 2, 0)
+    before = opd.measure(run.cfg, *run.splits, r, learn=False)
+    r.ids = torch.where(r.attention_mask, r.ids, 5)
+    assert opd.measure(run.cfg, *run.splits, r, learn=False) == before
+    assert before["tokens"] == int(r.response_mask.sum())
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--stepz", "3"], "did you mean --steps"),
+    (["--steps", "0"], "--steps 0"),
+    (["--steps", "many"], "--steps"),
+    (["--objective", "jsd"], "--objective"),
+    (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (["--lr", "-1"], "--lr -1.0"),
+    (["--template", "latex"], "latex"),
+    (["--eval-top-p", "0"], "--eval-top-p"),
+    (["--teacher", ""], "--teacher is missing"),
+])
+def test_what_cannot_work_is_one_line_before_any_model_is_loaded(flags, says, capsys, tmp_path, monkeypatch):
+    """prime-rl#1458: an unknown or impossible flag is an error: exit code 2, one line with the flag, no directory left behind."""
+    monkeypatch.setattr(opd, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        opd.main(["--student", "s", "--teacher", "t", "--out", str(tmp_path / "run"), *flags])
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and says in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_preset_gives_way_to_a_flag():
+    """--preset toy --lr 1 is the toy's settings with another learning rate."""
+    cfg = opd.parse(["--student", "s", "--teacher", "t", "--preset", "toy", "--lr", "1"])
+    assert (cfg.lr, cfg.batch_size) == (1.0, opd.PRESETS["toy"]["batch_size"])
+
+
+def test_the_questions_without_a_file_have_their_answers():
+    """Any pair of hub models runs at once: additions, each with the sum as its answer."""
+    for row in opd.additions(50):
+        a, b = [int(word.strip("?")) for word in row["prompt"].split() if word.strip("?").isdigit()]
+        assert row["answer"] == str(a + b)
