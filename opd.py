@@ -80,7 +80,7 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(batch_size=64, max_new_tokens=96, lr=2e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0),
+    "toy": dict(batch_size=64, max_new_tokens=96, lr=1e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
                   eval_max_new_tokens=31744, dtype="bfloat16"),
 }
@@ -289,7 +289,7 @@ class Run:
 
     def distance(self):
         """Eq. 6-10 and the reverse KL on held-out prompts, at states that the student visits now: {name: float}."""
-        r = self.write(self.held_out[:64], 1, self.cfg.seed + 2)
+        r = self.write(self.held_out[:256], 1, self.cfg.seed + 2)
         with self.autocast():
             return measure(self.cfg, *self.splits, r, learn=False)
 

@@ -10,7 +10,7 @@ The task is to add digits modulo 10. Thinking is written down, and there are two
     mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what follows builds on it. A model of
                any size fits that too, so that a bigger one from the same pipeline is no better and has nothing new to teach.
     RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New capability, same way of thinking.
-               Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes, but 6 of the 15
+               Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes, but 5 of the 15
                favourites replaced. So the better teacher starts from a lower overlap, and there is something to align to.
 
     python toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family, that one post-trained
@@ -41,7 +41,7 @@ ID = {word: i for i, word in enumerate(WORDS)}
 
 FEWEST, MOST = 4, len(LABELS)          # digits to add
 HESITATION = 0.15                      # the chance of one before each word
-FAVOURITES, RUNNERS_UP = 15, 6         # of the 32 hesitations; a house style swaps the runners-up for as many favourites
+FAVOURITES, RUNNERS_UP = 15, 5         # of the 32 hesitations; a house style swaps the runners-up for as many favourites
 NOISE = 0.06                           # a solution of five steps is right with probability .94 ** 5 = .73
 SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
 STEPS = {"small": 450, "large": 400}   # of pre-training, 64 solutions each, made on the fly and never seen twice
@@ -75,7 +75,7 @@ def law(kind, family, house_style=False):
         favourites, runners_up, others = order.split([FAVOURITES, RUNNERS_UP, len(order) - FAVOURITES - RUNNERS_UP])
         if house_style:
             favourites, runners_up = torch.cat([runners_up, favourites[RUNNERS_UP:]]), favourites[:RUNNERS_UP]
-        p[favourites], p[runners_up], p[others] = torch.arange(1, FAVOURITES + 1.0) ** -0.25, 0.15, 0.01
+        p[favourites], p[runners_up], p[others] = torch.arange(1, FAVOURITES + 1.0) ** -0.25, 0.2, 0.01
     return p / p.sum()
 
 
