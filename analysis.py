@@ -95,19 +95,18 @@ def _advantage(p_S, q_S, shared):
 
 
 def read_answer(text):
-    r"""The answer in a response: inside its last \boxed{...}, else after its last "Answer:"; None without either.
+    r"""The answer in a response: inside its last closed \boxed{...}, else after its last "Answer:"; None without either.
 
     read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"      read_answer("Answer: 12 .") -> "12 ."
     """
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        depth, begin = 0, start + len("\\boxed")
-        for i in range(begin, len(text)):
+    for box in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
+        depth = 1
+        for i in range(box.end(), len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
             if depth == 0:
-                return text[begin + 1:i].strip()
-    _, found, rest = text.rpartition("Answer:")
-    return rest.strip().split("\n")[0].strip() if found and rest.strip() else None
+                return text[box.end():i].strip()
+    rest = re.split(r"answer:", text, flags=re.IGNORECASE)[1:]
+    return rest[-1].replace("**", "").strip().split("\n")[0].strip() or None if rest else None
 
 
 def as_number(text):
@@ -133,8 +132,8 @@ def same_answer(said, want):
 
 def _bare(text):
     text = re.sub(r"\\(text|mathrm|mbox)\{([^{}]*)\}", r"\2", str(text))
-    text = re.sub(r"\\left|\\right|\\!|\\,|\\;|\\ |\\%|%|\\\$|\$|\s", "", text)
-    return text.rstrip(".").replace("^\\circ", "").replace("\u2212", "-")
+    text = re.sub(r"\\left|\\right|\\[()\[\]!,; ]|\^\{?\\circ\}?|\\?[%$]|\s", "", text)
+    return text.strip("*").rstrip(".").replace("\u2212", "-")
 
 
 def accuracy(model, tokenizer, prompts, answers, *, n, max_new_tokens, temperature, top_p, eos_ids, pad_id, vocab_size,
@@ -172,7 +171,7 @@ def gap_recovery(before, after, teacher):
 # --- Is the run going under? ---------------------------------------------------------------------------------------
 
 
-def collapse(history, window=10):
+def collapse(history, window=5):
     """A sentence when the last steps look like a collapse against the first ones, else None. history: rows of metrics.jsonl.
 
     Something that should hold falls (the student's overlap mass by .1, or the reward by .2 nats), while something that
@@ -180,14 +179,15 @@ def collapse(history, window=10):
     """
     if len(history) < 2 * window:
         return None
-
-    def change(name):
-        first, last = (sum(row[name] for row in part) / window for part in (history[:window], history[-window:]))
-        return first, last, last - first
-    fallen = [(name, *change(name)) for name, bound in (("overlap_mass_student", .1), ("reward", .2)) if change(name)[2] < -bound]
-    risen = [(name, a, b, d) for name, least in (("entropy_student", .3), ("response_length", 1), ("repetition_fraction", .2))
-             for a, b, d in [change(name)] if d > least and (name == "repetition_fraction" or b > 1.5 * a)]
-    if not (fallen and risen):
+    names = ("overlap_mass_student", "reward", "entropy_student", "response_length", "repetition_fraction")
+    first, last = ({name: sum(row[name] for row in part) / window for name in names} for part in (history[:window], history[-window:]))
+    change = {name: last[name] - first[name] for name in names}
+    falls = [name for name, most in (("overlap_mass_student", 0.1), ("reward", 0.2)) if change[name] < -most]
+    rises = [name for name, climbs in (
+        ("entropy_student", change["entropy_student"] > max(0.3, first["entropy_student"] / 2)),
+        ("response_length", change["response_length"] > first["response_length"] / 2),
+        ("repetition_fraction", change["repetition_fraction"] > 0.2)) if climbs]
+    if not (falls and rises):
         return None
-    return "signs of collapse: " + ", ".join(f"{name} {a:.2f} -> {b:.2f}" for name, a, b, _ in fallen + risen) \
+    return "signs of collapse: " + ", ".join(f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in falls + rises) \
         + "; shorten --max-new-tokens, lower --lr, or start from a cold start (paper 5.1, 6.1)"

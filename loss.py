@@ -8,7 +8,8 @@ At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q
     code   top-k, released   sum_v w(v) (log p(v) - log q(v)),  w = p renormalised on S_t and held constant
 
 All of them take log-probabilities (N, V) at N packed positions and return one number a position, (N,), in nats.
-The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4.
+The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4 (but for the support
+"difference", which is then empty).
 `in_chunks` at the end evaluates any of them from hidden states without ever holding N x V logits.
 
 Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without renormalisation, whose gradient

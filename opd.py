@@ -15,9 +15,11 @@ import contextlib
 import dataclasses
 import difflib
 import json
+import math
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -58,13 +60,13 @@ class Config:
     support: str = flag("student", "whose k likeliest tokens the top-k loss looks at (4.2)", *loss.SUPPORTS)
     steps: int = flag(100, "enough to see which way a run goes; the paper's figures show 200")
     batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU")
-    n: int = flag(1, "rollouts a prompt; more prompts say more than more rollouts")
-    max_new_tokens: int = flag(128, "response tokens; dense rewards far out are worth little (6.1)")
+    n: int = flag(1, "rollouts a prompt; the paper takes 4, and its authors saw no clear gain over 1 (their issue 22)")
+    max_new_tokens: int = flag(128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)")
     max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted, never cut; the paper's")
-    lr: float = flag(3e-5, "constant, no warm-up; suits models of 0.1 B and small batches. The paper's 1e-6 is for 256 rollouts a step")
+    lr: float = flag(3e-5, "constant, no warm-up; what worked here for models of 0.1 B and 8 rollouts a step. The paper takes 1e-6, with 256")
     temperature: float = flag(1.0, "of the student, when it writes and when it is scored; the paper's")
     teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's")
-    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it (5.2)")
+    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it (5.2); none takes the prompts as they are")
     thinking: str = flag("default", "enable_thinking of the chat template, for models that have it", "default", "on", "off")
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
@@ -102,7 +104,8 @@ def parse(argv):
         if f.type is bool:
             parser.add_argument(name, action="store_true", help=why)
         else:
-            parser.add_argument(name, type=f.type, choices=f.metadata["choices"], help=why, metavar=f.type.__name__.upper())
+            choices = f.metadata["choices"]
+            parser.add_argument(name, type=f.type, choices=choices, help=why, metavar=None if choices else f.type.__name__.upper())
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
@@ -131,8 +134,11 @@ def check(cfg):
     if not 0 < cfg.eval_top_p <= 1 or cfg.eval_temperature < 0 or cfg.eval_every < 0 or cfg.eval_max_new_tokens < 0:
         raise ValueError("--eval-top-p must lie in (0, 1], --eval-temperature, --eval-every and --eval-max-new-tokens must not be negative")
     apply_template("", cfg.template)
-    if cfg.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {cfg.device}: no CUDA device here; use --device cpu")
+    if cfg.device != "auto":
+        try:
+            torch.empty(0, device=cfg.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"--device {cfg.device}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
     return cfg
 
 
@@ -146,26 +152,30 @@ def additions(count, seed=0):
 def questions(cfg):
     """-> (training, held-out) lists of {"prompt", "answer"}, in the template; the two share no prompt."""
     train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
+    train = {json.dumps(row["prompt"]): row for row in train}                   # a prompt that stands twice counts once
     if cfg.eval:
-        held_out = load_prompts(cfg.eval)
-        seen = {json.dumps(row["prompt"]) for row in held_out}
-        train = [row for row in train if json.dumps(row["prompt"]) not in seen]
+        held_out = {json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}
     else:
-        count = min(64, max(1, len(train) // 5))
-        train, held_out = train[:-count], train[-count:]
+        names = random.Random(cfg.seed).sample(sorted(train), min(64, max(1, len(train) // 5)))
+        held_out = {name: train[name] for name in names}
+    train = [row for name, row in train.items() if name not in held_out]
     if not train:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
+    held_out = list(held_out.values())
     for row in train + held_out:
         if isinstance(row["prompt"], str):
             row["prompt"] = apply_template(row["prompt"], cfg.template)
+        else:
+            said = row["prompt"][-1]
+            row["prompt"] = row["prompt"][:-1] + [{**said, "content": apply_template(said["content"], cfg.template)}]
     return train, held_out
 
 
 def provenance():
     """What made the numbers: command line, commit, versions."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True)
-    return {"command": " ".join(sys.argv), "commit": git.stdout.strip() or None, "python": sys.version.split()[0],
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"command": " ".join(sys.argv), "commit": commit or None, "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
 
 
@@ -197,21 +207,26 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
 
     def per_position(log_p, log_q, y):
         return {"loss": descend(log_p, log_q, y), **analysis.diagnose(log_p, log_q, y, cfg.k)}
-    total, sums, empty, mismatch = r.response_mask.sum(), {}, 0, 0.0
+    total, sums, counts, mismatch = r.response_mask.sum(), {}, {}, []
     with torch.set_grad_enabled(learn):
         for rows, _, out in grade(student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
                                   temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
             if learn:
                 (out["loss"].sum() / total).backward()
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
-            mismatch = torch.maximum((out.pop("log_p") - recorded).abs().max(), torch.as_tensor(mismatch, device=recorded.device))
-            empty = empty + out["overlap_token_advantage"].isnan().sum()
+            mismatch.append((out.pop("log_p") - recorded).abs().max())
             for name, x in out.items():
-                sums[name] = sums.get(name, 0) + torch.nan_to_num(x.detach(), nan=0.0).sum()
-    means = dict(zip(sums, (torch.stack(list(sums.values())) / total).tolist()))
-    empty, total = int(empty), int(total)
-    means["overlap_token_advantage"] = means["overlap_token_advantage"] * total / (total - empty) if total > empty else None
-    return {**means, "overlap_empty": empty, "sampling_mismatch": float(mismatch), "tokens": total}
+                defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)   # (N,)
+                sums[name] = sums.get(name, 0) + torch.where(defined, x.detach(), 0).sum()
+                counts[name] = counts.get(name, 0) + defined.sum()
+    means = dict(zip(sums, (torch.stack(list(sums.values())) / torch.stack(list(counts.values()))).tolist()))
+    total, defined = int(total), int(counts["overlap_token_advantage"])
+    if not all(math.isfinite(means[name]) for name in ("loss", "reverse_kl", "reward")):
+        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: a model's output is not finite; the last "
+                                 "checkpoint is whole, --resume with a lower --lr, or look at the models")
+    if not defined:
+        means["overlap_token_advantage"] = None
+    return {**means, "overlap_empty": total - defined, "sampling_mismatch": float(torch.stack(mismatch).max()), "tokens": total}
 
 
 def batch(prompts, step, size, seed):
@@ -247,9 +262,11 @@ class Run:
         self.eos = eos_ids(self.student, self.tokenizer) | eos_ids(self.teacher, teacher_tokenizer)
         self.pad = self.tokenizer.pad_token_id or 0                             # fills rectangles only
         self.splits = split(self.student, self.vocab_size), split(self.teacher, self.vocab_size)
-        self.prompts, self.answers = self.encode(train)[0], None
-        self.held_out, answers = self.encode(held_out)
-        self.answers = answers if all(answer is not None for answer in answers) else None
+        self.prompts, _ = self.encode(train)
+        self.held_out, self.answers = self.encode(held_out)
+        unanswered = self.answers.count(None)
+        if 0 < unanswered < len(self.answers):
+            warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer: accuracy is that of the others")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
         self.before, self.step, self.history, self.seconds, self.warned = {}, 0, [], 0.0, False
 
@@ -264,9 +281,12 @@ class Run:
             warnings.warn(f"{len(ids) - len(fits)} of {len(ids)} prompts are empty or longer than {cfg.max_prompt_tokens} tokens: dropped")
         longest = max(len(ids[i]) for i in fits) + max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
         for model in (self.student, self.teacher):
-            room = getattr(model.config, "max_position_embeddings", None) or longest
+            room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
             if longest > room:
                 raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; lower --max-new-tokens")
+        foreign = [i for i in fits if max(ids[i]) >= self.vocab_size]
+        if foreign:
+            raise ValueError(f"prompt {str(rows[foreign[0]]['prompt'])[:80]!r} holds a token without an output row; leave it out")
         return [ids[i] for i in fits], [rows[i]["answer"] for i in fits]
 
     def write(self, prompts, n, seed):
@@ -278,12 +298,13 @@ class Run:
 
     def accuracy(self, model, what):
         """avg@eval_n on the held-out prompts; None where they have no answers. The same draws for whoever is measured."""
-        cfg = self.cfg
-        if self.answers is None:
+        cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
+        if not asked:
             return None
         with self.autocast():
             return analysis.accuracy(
-                model, self.tokenizer, self.held_out, self.answers, n=cfg.eval_n, temperature=cfg.eval_temperature,
+                model, self.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
+                n=cfg.eval_n, temperature=cfg.eval_temperature,
                 top_p=cfg.eval_top_p, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, eos_ids=self.eos,
                 pad_id=self.pad, vocab_size=self.vocab_size, what=what, generator=torch.Generator(self.device).manual_seed(cfg.seed + 1))
 
@@ -294,25 +315,26 @@ class Run:
             return measure(self.cfg, *self.splits, r, learn=False)
 
     def update(self):
-        """One step: rollout, grading, update. -> the row of metrics.jsonl."""
+        """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl."""
         cfg, clock, seconds = self.cfg, time.perf_counter(), {}
         r = self.write(batch(self.prompts, self.step, cfg.batch_size, cfg.seed), cfg.n, cfg.seed * 1_000_003 + self.step + 3)
         written = time.perf_counter()
         with self.autocast():
             row = measure(cfg, *self.splits, r, learn=True, seconds=seconds)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
-        if norm != norm or norm == float("inf"):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; the last checkpoint is whole, lower --lr and --resume")
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; the last checkpoint is whole, --resume with a lower --lr")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         done = time.perf_counter()
         responses = [r.response_ids(i) for i in range(len(r.ids))]
-        self.samples = [{"step": self.step, "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]]),
-                         "truncated": bool(r.truncated[i])} for i in range(min(2, len(responses)))]
+        samples = [{"step": self.step, "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]]), "truncated": bool(r.truncated[i])}
+                   for i in range(min(2, len(responses)))]
+        unit = 1 if sys.platform == "darwin" else 1024                          # of ru_maxrss
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" \
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"step": self.step, **row, "response_length": row["tokens"] / len(responses),
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return samples, {"step": self.step, **row, "response_length": row["tokens"] / len(responses),
                 "truncated_fraction": r.truncated.float().mean().item(),
                 "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm, "lr": cfg.lr,
                 "time_rollout": written - clock, "time_teacher": seconds["teacher"],
@@ -323,20 +345,22 @@ class Run:
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
         torch.save({"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "student": self.student.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "seconds": self.clock()}, folder / "state.tmp")
+                    "optimizer": self.optimizer.state_dict(), "warned": self.warned, "seconds": self.clock()}, folder / "state.tmp")
         os.replace(folder / "state.tmp", folder / "state.pt")
 
     def restore(self):
         """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
-        state = torch.load(self.out / "checkpoint" / "state.pt", map_location=self.device, weights_only=True)
-        may_differ = {"resume", "steps", "out", "eval_every", "save_every"}
+        state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
+        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens"}
         differ = [name for name, value in dataclasses.asdict(self.cfg).items() if name not in may_differ and state["config"].get(name) != value]
         if differ:
             raise ValueError(f"--resume: the run in {self.cfg.out} had --{differ[0].replace('_', '-')} {state['config'].get(differ[0])!r}; "
                              "give the same flags, or take another --out")
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.before, self.seconds = state["step"], state["before"], state["seconds"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.cfg.lr
+        self.step, self.before, self.seconds, self.warned = (state[name] for name in ("step", "before", "seconds", "warned"))
         for name in ("metrics.jsonl", "rollouts.jsonl"):
             path = self.out / name
             rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
@@ -361,32 +385,34 @@ class Run:
                 (self.out / name).write_text("")
             self.save()
         write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **provenance()})
-        tqdm.write(HEADER)
-        with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as samples:
+        tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
+        with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as texts:
             bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
             while self.step < cfg.steps:
-                row = self.update()
+                samples, row = self.update()
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     measured = self.accuracy(self.student, "student's accuracy")
                     row["accuracy"] = measured and measured["mean"]
-                self.log(row, metrics, samples)
+                self.log(row, samples, metrics, texts)
                 bar.update()
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:
                     self.save()
             bar.close()
         return self.finish()
 
-    def log(self, row, metrics, samples):
+    def log(self, row, samples, metrics, texts):
         """One JSON line, a readable line now and then, and a warning, once, when the run goes under."""
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
         every = max(1, self.cfg.steps // 20)
         if self.step % every == 0 or self.step == 1:
-            tqdm.write(LINE.format(**{**row, "overlap_token_advantage": row["overlap_token_advantage"] or float("nan")}))
-            for sample in self.samples:
-                print(json.dumps(sample), file=samples, flush=True)
-        sign = None if self.warned else analysis.collapse(self.history)
-        if sign:
+            tqdm.write(" ".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
+            for sample in samples:
+                print(json.dumps(sample), file=texts, flush=True)
+        sign = analysis.collapse(self.history)
+        if row["sampling_mismatch"] > MISMATCH[self.cfg.dtype]:
+            sign = f"sampled and scored log-probabilities differ by up to {row['sampling_mismatch']:.2g} nats: the run is not on-policy"
+        if sign and not self.warned:
             self.warned = True
             tqdm.write(f"warning: step {self.step}: {sign}")
 
@@ -396,16 +422,19 @@ class Run:
         result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(),
                   "gap_recovery": after and analysis.gap_recovery(self.before["accuracy_before"], after, self.before["accuracy_teacher"]),
                   "steps": self.step, "seconds": self.clock(), **provenance()}
-        self.student.generation_config.eos_token_id = sorted(self.eos) or None
+        self.student.generation_config = transformers.GenerationConfig(           # a new one: an inherited one may not be savable
+            eos_token_id=sorted(self.eos) or None, bos_token_id=self.tokenizer.bos_token_id, pad_token_id=self.tokenizer.pad_token_id)
         self.student.save_pretrained(self.out / "student")
         self.tokenizer.save_pretrained(self.out / "student")
         write_json(self.out / "result.json", result)
         return result
 
 
-HEADER = f"{'step':>5} {'loss':>8} {'rev. KL':>8} {'overlap':>8} {'mass p':>7} {'mass q':>7} {'adv.':>8} {'H gap':>7} {'H p':>6} {'reward':>8} {'length':>7} {'cut':>5} {'|grad|':>7}"
-LINE = ("{step:5d} {loss:8.4f} {reverse_kl:8.4f} {overlap_ratio:8.3f} {overlap_mass_student:7.4f} {overlap_mass_teacher:7.4f} "
-        "{overlap_token_advantage:8.4f} {entropy_gap:7.4f} {entropy_student:6.3f} {reward:8.4f} {response_length:7.1f} {truncated_fraction:5.2f} {grad_norm:7.3f}")
+COLUMNS = (("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"), ("overlap_ratio", "overlap", "8.3f"),
+           ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"), ("overlap_token_advantage", "adv.", "8.4f"),
+           ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"), ("reward", "reward", "8.4f"),
+           ("response_length", "length", "7.1f"), ("truncated_fraction", "cut", "5.2f"), ("grad_norm", "|grad|", "7.3f"))
+MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
 
 
 def summary(result):

@@ -48,7 +48,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     ids, mask = left_pad(prompts, pad_id, device)                                           # (B/n, P), (B/n, P)
     out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
     cache = out.past_key_values
-    cache.batch_repeat_interleave(n)
+    cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(n))         # n copies of each prompt's cache
     ids, mask, logits = (x.repeat_interleave(n, 0) for x in (ids, mask, out.logits[:, -1]))  # (B, P), (B, P), (B, V)
 
     B, eos = len(ids), torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
@@ -64,7 +64,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
         going = (~torch.isin(y, eos)).nonzero().squeeze(-1)                                 # indices into the b rows
         if len(going) < len(rows):
             rows, y, seen = rows[going], y[going], seen[going]
-            cache.batch_select_indices(going)
+            cache.reorder_cache(going)
         if len(rows) == 0 or t + 1 == max_new_tokens:
             break
         seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)                            # (b, P+t+1)
@@ -116,9 +116,10 @@ def load_prompts(path):
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}:{number} is not JSON ({error.msg}); write one JSON object a line") from None
             prompt = row.get("prompt") if isinstance(row, dict) else None
-            chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+            chat = isinstance(prompt, list) and prompt and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
             if not chat and not (isinstance(prompt, str) and prompt.strip()):
-                raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": ..., "content": ...}}')
+                raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
             problems.append({"prompt": prompt, "answer": None if row.get("answer") is None else str(row["answer"])})
     if not problems:
         raise ValueError(f"{path} holds no prompts")
@@ -128,11 +129,15 @@ def load_prompts(path):
 def encode(tokenizer, prompt, **chat_options):
     """A prompt as the student reads it: text or chat messages -> token ids, through the chat template where there is one.
 
-    chat_options go to the template (enable_thinking=False for Qwen3, say). Both models get these very ids.
+    chat_options go to the template (enable_thinking=False for Qwen3, say). Both models get these very ids. Raises ValueError
+    with the prompt where the template refuses it.
     """
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chat_options)
+        try:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chat_options)
+        except Exception as error:                        # whatever a template may raise: it is a program of the checkpoint's
+            raise ValueError(f"the student's chat template refuses {str(prompt)[:80]!r}: {error}") from error
         return tokenizer(text, add_special_tokens=False).input_ids          # the template has written them already
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt)

@@ -32,7 +32,8 @@ def freeze(model):
 def eos_ids(model, tokenizer):
     """Every token id that ends a response of this model, from its generation config, its config and its tokenizer: set of int."""
     found = set()
-    for ids in (model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token_id):
+    config = model.config.get_text_config()                                                 # that of the text part, where there are more
+    for ids in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     return found
 
@@ -42,8 +43,9 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
 
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
     real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
-    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has fewer rows than
-    tokens. Warns where the pair works but may surprise: other eos or special tokens, another chat template.
+    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has no row for a token
+    that ends a response. Warns where the pair works but may surprise: other tokens without a row (they are cut; Gemma 3's
+    <image_soft_token> is one), other eos or special tokens, another chat template.
     """
     mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()             # token -> id
     if mine != theirs:
@@ -54,12 +56,15 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
         first = ", ".join(f"{t!r} (student {place(mine, t)}, teacher {place(theirs, t)})" for t in differ[:3])
         raise ValueError(f"student and teacher disagree on {len(differ)} token ids: {first}; "
                          "take a teacher with the student's tokenizer")
-    size = max(mine.values()) + 1
-    for role, model in (("student", student), ("teacher", teacher)):
-        rows = model.get_output_embeddings().weight.size(0)
-        if rows < size:
-            raise ValueError(f"the {role} has {rows} output rows for {size} tokens; its checkpoint and tokenizer do not belong together")
     ends = [eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)]
+    rows = [model.get_output_embeddings().weight.size(0) for model in (student, teacher)]
+    size = min(*rows, max(mine.values()) + 1)
+    cut = [token for token, i in mine.items() if i >= size]
+    if any(i >= size for i in ends[0] | ends[1]) or len(cut) > size // 100:
+        raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows for {max(mine.values()) + 1} tokens; "
+                         "a checkpoint and its tokenizer do not belong together")
+    if cut:
+        warnings.warn(f"no output row for {len(cut)} tokens, which can be neither sampled nor scored: {cut[:3]}")
     if ends[0] != ends[1]:
         warnings.warn(f"student ends a response with {_names(student_tokenizer, ends[0])}, teacher with "
                       f"{_names(student_tokenizer, ends[1])}: any of them ends a rollout")

@@ -6,7 +6,7 @@
     other     small  <- big and post-trained, of the other family       3.1     gap recovery < 0.2
     reverse   small, post-trained  <- itself before its post-training   3.3     ends within 2 standard errors of that teacher
 
-    python experiments/phenomenology.py              three seeds, the same settings for every pair; results/phenomenology.json and .svg
+    python experiments/phenomenology.py              three seeds, the same settings for every pair; results/phenomenology.{json,txt,svg}
     python experiments/phenomenology.py --quick      one seed, few steps: does it run?
 """
 import argparse
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import opd  # noqa: E402
 import toy  # noqa: E402
+from analysis import gap_recovery  # noqa: E402
 from plot import draw  # noqa: E402
 
 PAIRS = {"success": ("student", "teacher"), "bigger": ("student", "bigger"), "other": ("student", "other"), "reverse": ("student-rl", "student")}
@@ -44,31 +45,26 @@ def run(pair, seed, world, out, steps):
             "curves": {name: [row.get(name) for row in rows] for name in CURVES}}
 
 
-def mean_and_error(values):
-    """-> mean and standard error over seeds, None where a seed has no value or there is but one seed."""
-    if not values or None in values:
-        return None, None
-    mean = sum(values) / len(values)
-    return mean, math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)) if len(values) > 1 else None
-
-
 def judge(runs):
-    """The criteria above, on the mean over seeds: {pair: {"value", "holds", "criterion"}}."""
-    def mean(pair, value):
-        return mean_and_error([value(r) for r in runs if r["pair"] == pair])[0]
+    """The criteria above, on the mean over seeds: {pair: {"criterion", "value", "holds"}}; a value that could not be had is None."""
+    def each(pair, *keys):
+        return [[r[key] for key in keys] for r in runs if r["pair"] == pair]
 
-    def noise(pair, a, b):          # two standard errors of a difference of two accuracies, each a mean over the seeds
-        errors = [r[key]["standard_error"] for r in runs if r["pair"] == pair for key in (a, b)]
-        return 2 * math.sqrt(sum(e * e for e in errors)) / len([r for r in runs if r["pair"] == pair])
-    recovery = {pair: mean(pair, lambda r: (r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"])
-                           / (r["accuracy_teacher"]["mean"] - r["accuracy_before"]["mean"])) for pair in ("success", "other")}
-    gain = mean("bigger", lambda r: r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"])
-    off = mean("reverse", lambda r: r["accuracy_after"]["mean"] - r["accuracy_teacher"]["mean"])
-    near = {"bigger": noise("bigger", "accuracy_after", "accuracy_before"), "reverse": noise("reverse", "accuracy_after", "accuracy_teacher")}
-    return {"success": {"criterion": "gap recovery >= 0.8", "value": recovery["success"], "holds": recovery["success"] >= 0.8},
-            "bigger": {"criterion": f"|gain| <= {near['bigger']:.3f}", "value": gain, "holds": abs(gain) <= near["bigger"]},
-            "other": {"criterion": "gap recovery < 0.2", "value": recovery["other"], "holds": recovery["other"] < 0.2},
-            "reverse": {"criterion": f"|after - teacher| <= {near['reverse']:.3f}", "value": off, "holds": abs(off) <= near["reverse"]}}
+    def recovered(pair):
+        values = [gap_recovery(*three) for three in each(pair, "accuracy_before", "accuracy_after", "accuracy_teacher")]
+        return None if None in values else sum(values) / len(values)
+
+    def difference(pair, a, b):     # a - b, each a mean over the seeds, and two standard errors of it
+        two = each(pair, a, b)
+        return (sum(x["mean"] - y["mean"] for x, y in two) / len(two),
+                2 * math.sqrt(sum(x["standard_error"] ** 2 + y["standard_error"] ** 2 for x, y in two)) / len(two))
+    success, other = recovered("success"), recovered("other")
+    gain, noise = difference("bigger", "accuracy_after", "accuracy_before")
+    off, near = difference("reverse", "accuracy_after", "accuracy_teacher")
+    return {"success": {"criterion": "gap recovery >= 0.8", "value": success, "holds": success is not None and success >= 0.8},
+            "bigger": {"criterion": f"|gain| <= {noise:.3f}", "value": gain, "holds": abs(gain) <= noise},
+            "other": {"criterion": "gap recovery < 0.2", "value": other, "holds": other is not None and other < 0.2},
+            "reverse": {"criterion": f"|after - teacher| <= {near:.3f}", "value": off, "holds": abs(off) <= near}}
 
 
 def table(runs, verdicts):
@@ -79,7 +75,10 @@ def table(runs, verdicts):
         lines.append(f"{r['pair']:8} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} {r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
                      f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
                      f"{b['overlap_mass_student']:9.4f} {b['overlap_mass_teacher']:.4f} {r['seconds']:5.0f}")
-    return "\n".join(lines + [f"{pair:8} {v['criterion']:28} {v['value']:7.3f}  {'holds' if v['holds'] else 'DOES NOT HOLD'}" for pair, v in verdicts.items()])
+    for pair, verdict in verdicts.items():
+        value = "none" if verdict["value"] is None else f"{verdict['value']:.3f}"
+        lines.append(f"{pair:8} {verdict['criterion']:28} {value:>7}  {'holds' if verdict['holds'] else 'DOES NOT HOLD'}")
+    return "\n".join(lines)
 
 
 def main():
@@ -94,7 +93,8 @@ def main():
     transformers.logging.disable_progress_bar()
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = 1, {"small": 20, "large": 20}, 5, 0
-    started, runs = time.perf_counter(), []
+    started, runs, out = time.perf_counter(), [], Path(flags.out) / "phenomenology"
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(flags.seeds):
             world = Path(flags.worlds or scratch) / f"world-{seed}"
@@ -102,10 +102,12 @@ def main():
                 toy.make_all(world, seed, everything=True)
             runs += [run(pair, seed, world, Path(scratch) / f"{pair}-{seed}", 5 if flags.quick else 100) for pair in PAIRS]
     verdicts = judge(runs)
-    print(table(runs, verdicts))
+    text = table(runs, verdicts)
+    print(text)
     if not flags.quick:
-        out = Path(flags.out) / "phenomenology"
-        opd.write_json(out.with_suffix(".json"), {**opd.provenance(), "seconds": round(time.perf_counter() - started), "verdicts": verdicts, "runs": runs})
+        made = {**opd.provenance(), "seconds": round(time.perf_counter() - started)}
+        opd.write_json(out.with_suffix(".json"), {**made, "verdicts": verdicts, "runs": runs})
+        out.with_suffix(".txt").write_text(f"{text}\n{made['command']}, commit {made['commit']}, {made['seconds']} s, {made['threads']} thread(s)\n")
         draw(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 

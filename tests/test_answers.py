@@ -12,7 +12,7 @@ from recipes import TEMPLATES, apply_template, is_degenerate
 @pytest.mark.parametrize("text, answer", [
     (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{ 7 }", "7"), (r"\boxed{x", None),
     ("Answer: 12", "12"), ("Answer: 3\nAnswer: 4\nthat is all", "4"), ("... . Answer: 5", "5"), ("Answer:", None), ("nothing", None), ("", None),
-    (r"Answer: 3 and \boxed{4}", "4"),
+    (r"Answer: 3 and \boxed{4}", "4"), ("**Answer:** 12", "12"), ("**Answer: 12**", "12"), ("answer: 12", "12"), (r"\boxed{4} or \boxed{5", "4"),
 ])
 def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer):
     r"""\boxed{...} with nested braces first, then "Answer:"; None where a response has neither."""
@@ -21,7 +21,7 @@ def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer
 
 @pytest.mark.parametrize("said, want", [
     ("7", "7"), ("7.0", "7"), ("1,200", "1200"), ("$-3$", "-3"), (r"\frac{3}{4}", "0.75"), (r"\dfrac34", "3/4"), ("12 .", "12"), ("+5", "5"),
-    (r"50\%", "50"), ("No", "no"), (r"\text{Yes}", "yes"), (r"2\sqrt{3}", r"2 \sqrt{3}"), (r"90^\circ", "90"), ("\u22124", "-4"), ("007", "7"),
+    (r"\(12\)", "12"), (r"\[12\]", "12"), (r"90^{\circ}", "90"), (r"50\%", "50"), ("No", "no"), (r"\text{Yes}", "yes"), (r"2\sqrt{3}", r"2 \sqrt{3}"), (r"90^\circ", "90"), ("\u22124", "-4"), ("007", "7"),
 ])
 def test_equal_answers_are_equal_however_written(said, want):
     """Numbers compare as exact fractions, text without case and spacing."""
@@ -67,7 +67,7 @@ def history(**ends):
 def test_collapse_is_something_falling_while_something_else_climbs(ends, alarm):
     """Either alone may be learning; both together are the paper's signature of a run going under (5.1, 6.1)."""
     assert bool(analysis.collapse(history(**ends))) == alarm
-    assert analysis.collapse(history(**ends)[:19]) is None               # too early to tell
+    assert analysis.collapse(history(**ends)[:9]) is None               # too early to tell
 
 
 @pytest.mark.parametrize("text", ["the same words again " * 12, "well " * 20, "x = 1 so " * 3 + "ha ha ha ha " * 8,

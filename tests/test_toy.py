@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
 from analysis import read_answer
+from rollout import Rollout, left_pad
 
 
 def solutions(family, noise, n=200, seed=0):
@@ -59,6 +60,26 @@ def test_questions_are_all_different_and_answered(tmp_path):
     assert [len(part) for part in parts] == [300, 50] and len({row["prompt"] for part in parts for row in part}) == 350
     for row in parts[1]:
         assert sum(int(word[1]) for word in row["prompt"].split()[1:-1]) % 10 == int(row["answer"])
+
+
+def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
+    """Expert iteration: the batches that it fits are the correct responses, whole, twice each, with the loss on the response."""
+    digits, count, ids, mask, is_response = solutions("left", noise=0.2, n=40)
+    prompts, answers = toy.question(digits, count)
+    told = [[toy.WORDS[i] for i in row[r]] for row, r in zip(ids, is_response)]
+    right = [words[-2] == str(answer) for words, answer in zip(told, answers.tolist())]
+    T, P = int(is_response.sum(1).max()), max(map(len, prompts))
+    left_ids, left_mask = left_pad(prompts, 0)
+    said, said_mask, _ = toy.pack(ids, is_response, is_response)
+    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1), said_mask, torch.zeros(40, T), torch.zeros(40).bool())
+    monkeypatch.setattr(toy, "rollout", lambda *_, **__: r)
+    monkeypatch.setattr(toy, "problems", lambda *_: (digits, count))
+    fitted = []
+    monkeypatch.setattr(toy, "fit", lambda _, batches, *__: fitted.extend(batches))
+    toy.expert_iteration(None, 1, torch.Generator().manual_seed(0), "rl", n=40, samples=1)
+    seen = [tuple(row[on].tolist()) for part_ids, _, part_on in fitted for row, on in zip(part_ids, part_on)]
+    wanted = [tuple(row[on].tolist()) for row, on, good in zip(ids, is_response, right) if good]
+    assert 0 < len(wanted) < 40 and sorted(seen) == sorted(2 * wanted) and r.ids.size(1) == P + T
 
 
 def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, monkeypatch):
