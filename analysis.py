@@ -24,7 +24,9 @@ from rollout import rollout
 
 
 def overlap_ratio(log_p, log_q, k):
-    """Eq. 6, the share of the student's k likeliest tokens that are among the teacher's: (N, V), (N, V) -> (N,) in 0..1."""
+    """Eq. 6, the share of the student's k likeliest tokens that are among the teacher's:
+    (N, V), (N, V) -> (N,) in 0..1.
+    """
     return _shared(log_p, log_q, k)[1].to(log_p.dtype).mean(-1)
 
 
@@ -39,7 +41,9 @@ def overlap_token_advantage(log_p, log_q, k):
 
 
 def overlap_mass(log_p, log_q, k):
-    """Eq. 9 and 10, the probability that each model puts on the shared tokens: (N, V), (N, V) -> ((N,) by p, (N,) by q)."""
+    """Eq. 9 and 10, the probability that each model puts on the shared tokens:
+    (N, V), (N, V) -> ((N,) by p, (N,) by q).
+    """
     S, shared = _shared(log_p, log_q, k)
     return tuple((x.gather(-1, S).exp() * shared).sum(-1) for x in (log_p, log_q))
 
@@ -56,7 +60,9 @@ def entropy_gap(log_p, log_q):
 
 
 def reverse_kl(log_p, log_q):
-    """KL(p || q) over the whole vocabulary, a measurement only (Eq. 4 is what may be descended): (N, V), (N, V) -> (N,), nats."""
+    """KL(p || q) over the whole vocabulary, a measurement only (Eq. 4 is what may be descended):
+    (N, V), (N, V) -> (N,), nats.
+    """
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_q), 0).sum(-1)
 
@@ -95,7 +101,8 @@ def _advantage(p_S, q_S, shared):
 
 
 def read_answer(text):
-    r"""The answer in a response: inside its last closed \boxed{...}, else after its last "Answer:"; None without either.
+    r"""The answer in a response: inside its last closed \boxed{...}, else after its last "Answer:";
+    None without either.
 
     read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"      read_answer("Answer: 12 .") -> "12 ."
     """
@@ -110,7 +117,9 @@ def read_answer(text):
 
 
 def as_number(text):
-    r"""The number that a text is, exactly, or None: "1,200" "$-3$" "2.50" "\frac{3}{4}" "3/4" "12%" "12 ." -> Fraction."""
+    r"""The number that a text is, exactly, or None:
+    "1,200" "$-3$" "2.50" "\frac{3}{4}" "3/4" "12%" "12 ." -> Fraction.
+    """
     text = _bare(text).replace("{,}", "").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
     text = re.sub(r"^([+-]?)\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?$", r"\1\2/\3", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
@@ -123,7 +132,9 @@ def as_number(text):
 
 
 def same_answer(said, want):
-    """Is an answer right? Compared as numbers where both are, else as text without case, spaces, $ and \\text{}: bool."""
+    """Is an answer right? Compared as numbers where both are,
+    else as text without case, spaces, $ and \\text{}: bool.
+    """
     if said is None:
         return False
     a, b = as_number(said), as_number(want)
@@ -155,11 +166,13 @@ def accuracy(model, tokenizer, prompts, answers, *, n, max_new_tokens, temperatu
         truncated += int(r.truncated.sum())
     means = torch.tensor(means, dtype=torch.float64)                                         # (prompts,)
     error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
-    return {"mean": means.mean().item(), "standard_error": error, "samples": len(means) * n, "truncated": truncated / (len(means) * n)}
+    return {"mean": means.mean().item(), "standard_error": error, "samples": len(means) * n,
+            "truncated": truncated / (len(means) * n)}
 
 
 def gap_recovery(before, after, teacher):
-    """(after - before) / (teacher - before) from three results of `accuracy`: float, or None where the gap is within noise.
+    """(after - before) / (teacher - before) from three results of `accuracy`:
+    float, or None where the gap is within noise.
 
     None when teacher and student lie within two standard errors of each other: the ratio then says nothing.
     """
@@ -172,22 +185,25 @@ def gap_recovery(before, after, teacher):
 
 
 def collapse(history, window=5):
-    """A sentence when the last steps look like a collapse against the first ones, else None. history: rows of metrics.jsonl.
+    """A sentence when a run shows signs of collapse, else None. history: the rows of metrics.jsonl so far.
 
-    Something that should hold falls (the student's overlap mass by .1, or the reward by .2 nats), while something that
-    should not rises (student entropy by half and by .3 nats, length by half, repetition by .2). Means over `window` steps.
+    Something that should hold has fallen from its best (either overlap mass by .1, or the reward by .2 nats) while
+    something that should not has risen from its lowest (student entropy or response length by half, the entropy by .3
+    nats at least; repetition by .2). Each is a mean over `window` steps.
     """
     if len(history) < 2 * window:
         return None
-    names = ("overlap_mass_student", "reward", "entropy_student", "response_length", "repetition_fraction")
-    first, last = ({name: sum(row[name] for row in part) / window for name in names} for part in (history[:window], history[-window:]))
-    change = {name: last[name] - first[name] for name in names}
-    falls = [name for name, most in (("overlap_mass_student", 0.1), ("reward", 0.2)) if change[name] < -most]
-    rises = [name for name, climbs in (
-        ("entropy_student", change["entropy_student"] > max(0.3, first["entropy_student"] / 2)),
-        ("response_length", change["response_length"] > first["response_length"] / 2),
-        ("repetition_fraction", change["repetition_fraction"] > 0.2)) if climbs]
+
+    def now_and(best, name):
+        means = [sum(row[name] for row in history[i:i + window]) / window for i in range(len(history) - window + 1)]
+        return best(means), means[-1]
+    high = {name: now_and(max, name) for name in ("overlap_mass_student", "overlap_mass_teacher", "reward")}
+    low = {name: now_and(min, name) for name in ("entropy_student", "response_length", "repetition_fraction")}
+    falls = [name for name, (best, now) in high.items() if best - now > (0.2 if name == "reward" else 0.1)]
+    least = {"entropy_student": lambda best: max(0.3, best / 2), "response_length": lambda best: best / 2,
+             "repetition_fraction": lambda best: 0.2}
+    rises = [name for name, (best, now) in low.items() if now - best > least[name](best)]
     if not (falls and rises):
         return None
-    return "signs of collapse: " + ", ".join(f"{name} {first[name]:.2f} -> {last[name]:.2f}" for name in falls + rises) \
-        + "; shorten --max-new-tokens, lower --lr, or start from a cold start (paper 5.1, 6.1)"
+    said = ", ".join("{} {:.2f} -> {:.2f}".format(name, *{**high, **low}[name]) for name in falls + rises)
+    return f"signs of collapse: {said}; lower --lr or --max-new-tokens, or begin with a cold start (paper 5.1, 6.1)"

@@ -8,8 +8,8 @@ At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q
     code   top-k, released   sum_v w(v) (log p(v) - log q(v)),  w = p renormalised on S_t and held constant
 
 All of them take log-probabilities (N, V) at N packed positions and return one number a position, (N,), in nats.
-The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4 (but for the support
-"difference", which is then empty).
+The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4
+(but for the support "difference", which is then empty).
 `in_chunks` at the end evaluates any of them from hidden states without ever holding N x V logits.
 
 Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without renormalisation, whose gradient
@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks, or a row more: from 32 MiB a tensor on, glibc gives freed memory back
+CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks, or a row more:
+                              # from 32 MiB a tensor on, glibc gives freed memory back
 
 
 def sampled_token(log_p, log_q, y):
@@ -58,7 +59,8 @@ def top_k_released(log_p, log_q, k=16, support="student"):
     value sum_S w (log p - log q); gradient sum_S w (log p - log q) grad log p, w held constant.
     Differs from the paper: w is p renormalised on S, but the log-ratio is the full-vocabulary one, which makes the
     gradient that of sum_S (p log(p/q) - p + q) divided by the mass sum_S p (held constant), and is not 0 at k = 1.
-    With support "difference" w stays p itself, as in the authors' Non-Overlap arm: a much smaller signal by scale alone.
+    With support "difference" w stays p itself, as in the authors' Non-Overlap arm:
+    a much smaller signal by scale alone.
     """
     S, member = token_sets(log_p, log_q, k, support)                                     # (N, m), (N, m)
     w = log_p.gather(-1, S) if support == "difference" else _renormalise(log_p, S, member)
@@ -91,7 +93,10 @@ def token_sets(log_p, log_q, k, support):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask is true, 0 where it nowhere is: (...), (...) bool -> scalar. NaN or inf under the mask is ignored."""
+    """Mean of x where mask is true, 0 where it nowhere is: (...), (...) bool -> scalar.
+
+    NaN or inf under the mask is ignored.
+    """
     return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
 
 
@@ -113,7 +118,8 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, tea
         chunk = -(-CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))                   # rounded up
     parts = []
     for c in zip(h_p.split(chunk), h_q.split(chunk), y.split(chunk), strict=True):
-        parts.append(checkpoint(one, *c, use_reentrant=False, preserve_rng_state=False) if torch.is_grad_enabled() else one(*c))
+        parts.append(checkpoint(one, *c, use_reentrant=False, preserve_rng_state=False)
+                     if torch.is_grad_enabled() else one(*c))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -1,4 +1,6 @@
-"""opd.py: on-policy distillation (arXiv 2604.13016), the whole loop. python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
+"""opd.py: on-policy distillation (arXiv 2604.13016), the whole loop.
+
+    python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
     each step:  1  take the next prompts                                              batch
                 2  the student writes n responses to each, y ~ p(.|x)                 rollout.py
@@ -7,8 +9,8 @@
                 5  Eq. 6-10 from the same softmaxes                                   analysis.py
                 6  one AdamW update of the student
 
-Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs none.
-The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
+Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs
+none. The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
 """
 import argparse
 import contextlib
@@ -51,9 +53,9 @@ class Config:
     student: str = flag("", "directory or hub name of the model that learns")
     teacher: str = flag("", "directory or hub name of the model that grades; same tokens as the student")
     prompts: str = flag("", 'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers')
-    eval: str = flag("", "JSON lines to measure on; without it, a fifth of the prompts (64 at most), which are then not trained on")
+    eval: str = flag("", "JSON lines to measure on; without it, a fifth of the prompts (64 at most), not trained on")
     out: str = flag("runs/opd", "directory of the run")
-    preset: str = flag("", "the settings of the toy world, or the paper's (section 6); flags beside it win", "", "toy", "paper")
+    preset: str = flag("", "settings of the toy world or of the paper (section 6); flags win over it", "", "toy", "paper")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     objective: str = flag("top-k", "Eq. 5, 4, 3, or what the authors' code descends", *OBJECTIVES)
     k: int = flag(16, "the paper's; larger gained nothing, 1 was worse (6.3); also the k of the overlap metrics")
@@ -63,11 +65,11 @@ class Config:
     n: int = flag(1, "rollouts a prompt; the paper takes 4, and its authors saw no clear gain over 1 (their issue 22)")
     max_new_tokens: int = flag(128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)")
     max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted, never cut; the paper's")
-    lr: float = flag(3e-5, "constant, no warm-up; what worked here for models of 0.1 B and 8 rollouts a step. The paper takes 1e-6, with 256")
+    lr: float = flag(3e-5, "constant, no warm-up; worked here at 0.1 B and 8 rollouts a step. Paper: 1e-6, 256")
     temperature: float = flag(1.0, "of the student, when it writes and when it is scored; the paper's")
     teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's")
-    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it (5.2); none takes the prompts as they are")
-    thinking: str = flag("default", "enable_thinking of the chat template, for models that have it", "default", "on", "off")
+    template: str = flag("none", "none (as they are), answer, boxed, or your own text with {question} in it (5.2)")
+    thinking: str = flag("default", "enable_thinking of chat templates that have it", "default", "on", "off")
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
     eval_temperature: float = flag(0.7, "the paper's")
@@ -76,7 +78,7 @@ class Config:
     save_every: int = flag(25, "steps between checkpoints")
     seed: int = flag(0, "of the prompts' order and of all sampling")
     device: str = flag("auto", "auto: cuda where there is one, else cpu")
-    dtype: str = flag("float32", "of the computation; the student's own weights stay float32, since bfloat16 loses small updates",
+    dtype: str = flag("float32", "of the computation; the student's weights stay float32: bfloat16 loses small updates",
                       "float32", "bfloat16")
     micro_batch_tokens: int = flag(16384, "padded tokens in one forward and backward; changes memory, not the result")
 
@@ -93,7 +95,8 @@ PRESETS = {
 
 def parse(argv):
     """Flags -> Config. Whatever cannot work is one line on stderr and exit code 2, before a model is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS)
 
     def refuse(message):
         print(f"opd.py: {message}", file=sys.stderr)
@@ -105,7 +108,8 @@ def parse(argv):
             parser.add_argument(name, action="store_true", help=why)
         else:
             choices = f.metadata["choices"]
-            parser.add_argument(name, type=f.type, choices=choices, help=why, metavar=None if choices else f.type.__name__.upper())
+            metavar = None if choices else f.type.__name__.upper()
+            parser.add_argument(name, type=f.type, choices=choices, help=why, metavar=metavar)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
@@ -125,20 +129,25 @@ def check(cfg):
     for name in ("prompts", "eval"):
         if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
             raise ValueError(f"--{name} {getattr(cfg, name)}: no such file")
-    for name in ("k", "steps", "batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every", "micro_batch_tokens"):
+    for name in ("k", "steps", "batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every",
+                 "micro_batch_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     for name in ("lr", "temperature", "teacher_temperature"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    if not 0 < cfg.eval_top_p <= 1 or cfg.eval_temperature < 0 or cfg.eval_every < 0 or cfg.eval_max_new_tokens < 0:
-        raise ValueError("--eval-top-p must lie in (0, 1], --eval-temperature, --eval-every and --eval-max-new-tokens must not be negative")
+    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
+    if not 0 < cfg.eval_top_p <= 1:
+        raise ValueError(f"--eval-top-p {cfg.eval_top_p}: must lie above 0 and be at most 1")
     apply_template("", cfg.template)
     if cfg.device != "auto":
         try:
             torch.empty(0, device=cfg.device)
         except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {cfg.device}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"--device {cfg.device}: {reason}; --device cpu works everywhere") from None
     return cfg
 
 
@@ -146,7 +155,8 @@ def additions(count, seed=0):
     """Questions with known answers, for a run without --prompts: list of {"prompt", "answer"}."""
     draw = random.Random(seed)
     pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
-    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)} for a, b in pairs]
+    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)}
+            for a, b in pairs]
 
 
 def questions(cfg):
@@ -200,8 +210,9 @@ def objective(cfg):
 def measure(cfg, student, teacher, r, *, learn, seconds=None):
     """Loss and diagnostics of a rollout, as means over all its response tokens: -> {name: float}.
 
-    learn: also accumulate the gradient of the mean loss in the student. The tokens of the *whole* rollout are counted first
-    and are the only denominator, so that neither the cut into micro-batches nor their padding changes the update.
+    learn: also accumulate the gradient of the mean loss in the student. The tokens of the *whole* rollout are counted
+    first and are the only denominator, so that neither the cut into micro-batches nor their padding changes the update.
+    Raises FloatingPointError where the loss is not finite.
     """
     descend = objective(cfg)
 
@@ -216,17 +227,18 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
             for name, x in out.items():
-                defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)   # (N,)
-                sums[name] = sums.get(name, 0) + torch.where(defined, x.detach(), 0).sum()
+                x = x.detach()
+                defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)
+                sums[name] = sums.get(name, 0) + torch.where(defined, x, 0).sum()
                 counts[name] = counts.get(name, 0) + defined.sum()
     means = dict(zip(sums, (torch.stack(list(sums.values())) / torch.stack(list(counts.values()))).tolist()))
-    total, defined = int(total), int(counts["overlap_token_advantage"])
     if not all(math.isfinite(means[name]) for name in ("loss", "reverse_kl", "reward")):
-        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: a model's output is not finite; the last "
-                                 "checkpoint is whole, --resume with a lower --lr, or look at the models")
+        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: a model's output is not finite; "
+                                 + GO_ON)
+    total, defined = int(total), int(counts["overlap_token_advantage"])
     if not defined:
         means["overlap_token_advantage"] = None
-    return {**means, "overlap_empty": total - defined, "sampling_mismatch": float(torch.stack(mismatch).max()), "tokens": total}
+    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(map(float, mismatch)), "tokens": total}
 
 
 def batch(prompts, step, size, seed):
@@ -235,9 +247,13 @@ def batch(prompts, step, size, seed):
     for place in range(step * size, (step + 1) * size):
         epoch, i = divmod(place, len(prompts))
         if i == 0 or not taken:
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(prompts), generator=generator).tolist()
         taken.append(prompts[order[i]])
     return taken
+
+
+# --- a run ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -245,68 +261,73 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.out, self.started = check(cfg), Path(cfg.out), time.perf_counter()
-        if cfg.resume != (self.out / "checkpoint" / "state.pt").exists() or (self.out / "result.json").exists():
-            raise ValueError(f"--out {cfg.out}: " + ("the run there is complete; take another --out" if (self.out / "result.json").exists()
-                             else "no checkpoint there to resume; leave --resume out" if cfg.resume
-                             else "holds another run; add --resume to go on with it, or take another --out"))
+        if (self.out / "result.json").exists():
+            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out")
+        if cfg.resume != (self.out / "checkpoint" / "state.pt").exists():
+            raise ValueError(f"--out {cfg.out}: " + (
+                "no checkpoint there to resume; leave --resume out" if cfg.resume
+                else "holds another run; add --resume to go on with it, or take another --out"))
         train, held_out = questions(cfg)
-        self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-        dtype = getattr(torch, cfg.dtype)
-        self.autocast = (lambda: torch.autocast(self.device.type, dtype)) if dtype != torch.float32 else contextlib.nullcontext
+        cuda = torch.cuda.is_available()
+        self.device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu")
+        dtype, plain = getattr(torch, cfg.dtype), cfg.dtype == "float32"
+        self.autocast = contextlib.nullcontext if plain else lambda: torch.autocast(self.device.type, dtype)
         self.tokenizer, teacher_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (cfg.student, cfg.teacher))
-        self.student = load(cfg.student, device=self.device)                    # float32 whatever --dtype: master weights
+        self.student = load(cfg.student, device=self.device)                # float32 whatever --dtype: master weights
         self.teacher = freeze(load(cfg.teacher, device=self.device, dtype=dtype))
         self.vocab_size = check_pair(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
         if cfg.k > self.vocab_size:
             raise ValueError(f"--k {cfg.k}: the two models share {self.vocab_size} tokens; take a smaller k")
-        self.eos = eos_ids(self.student, self.tokenizer) | eos_ids(self.teacher, teacher_tokenizer)
-        self.pad = self.tokenizer.pad_token_id or 0                             # fills rectangles only
+        eos = eos_ids(self.student, self.tokenizer) | eos_ids(self.teacher, teacher_tokenizer)
+        self.ending = dict(eos_ids=eos, pad_id=self.tokenizer.pad_token_id or 0, vocab_size=self.vocab_size)
         self.splits = split(self.student, self.vocab_size), split(self.teacher, self.vocab_size)
         self.prompts, _ = self.encode(train)
         self.held_out, self.answers = self.encode(held_out)
         unanswered = self.answers.count(None)
         if 0 < unanswered < len(self.answers):
-            warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer: accuracy is that of the others")
+            warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer and do not count in accuracy")
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
         self.before, self.step, self.history, self.seconds, self.warned = {}, 0, [], 0.0, False
 
     def encode(self, rows):
         """Questions -> (token ids, answers) of those that fit into --max-prompt-tokens."""
-        cfg, options = self.cfg, {} if self.cfg.thinking == "default" else {"enable_thinking": self.cfg.thinking == "on"}
+        cfg, thinking = self.cfg, self.cfg.thinking
+        options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
         ids = [encode(self.tokenizer, row["prompt"], **options) for row in rows]
         fits = [i for i, prompt in enumerate(ids) if 0 < len(prompt) <= cfg.max_prompt_tokens]
         if not fits:
             raise ValueError(f"no prompt has 1 to {cfg.max_prompt_tokens} tokens; raise --max-prompt-tokens")
         if len(fits) < len(ids):
-            warnings.warn(f"{len(ids) - len(fits)} of {len(ids)} prompts are empty or longer than {cfg.max_prompt_tokens} tokens: dropped")
+            dropped = f"{len(ids) - len(fits)} of {len(ids)} prompts dropped"
+            warnings.warn(f"{dropped}: empty, or longer than {cfg.max_prompt_tokens} tokens")
         longest = max(len(ids[i]) for i in fits) + max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
         for model in (self.student, self.teacher):
             room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
             if longest > room:
-                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; lower --max-new-tokens")
-        foreign = [i for i in fits if max(ids[i]) >= self.vocab_size]
-        if foreign:
-            raise ValueError(f"prompt {str(rows[foreign[0]]['prompt'])[:80]!r} holds a token without an output row; leave it out")
+                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; "
+                                 "lower --max-new-tokens")
+        for i in fits:
+            if max(ids[i]) >= self.vocab_size:
+                raise ValueError(f"a token of prompt {str(rows[i]['prompt'])[:80]!r} has no output row; leave the prompt out")
         return [ids[i] for i in fits], [rows[i]["answer"] for i in fits]
 
     def write(self, prompts, n, seed):
         """The student's responses to prompts, from exactly the softmax that measure() scores."""
-        generator = torch.Generator(self.device).manual_seed(seed)
         with self.autocast():
-            return rollout(self.student, prompts, n=n, max_new_tokens=self.cfg.max_new_tokens, temperature=self.cfg.temperature,
-                           eos_ids=self.eos, pad_id=self.pad, vocab_size=self.vocab_size, generator=generator)
+            return rollout(self.student, prompts, n=n, max_new_tokens=self.cfg.max_new_tokens, **self.ending,
+                           temperature=self.cfg.temperature, generator=torch.Generator(self.device).manual_seed(seed))
 
     def accuracy(self, model, what):
-        """avg@eval_n on the held-out prompts; None where they have no answers. The same draws for whoever is measured."""
+        """avg@eval_n on the held-out prompts that have answers, None without any. The same draws for every model."""
         cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
         if not asked:
             return None
         with self.autocast():
             return analysis.accuracy(
-                model, self.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
-                n=cfg.eval_n, temperature=cfg.eval_temperature,
-                top_p=cfg.eval_top_p, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens, eos_ids=self.eos,
-                pad_id=self.pad, vocab_size=self.vocab_size, what=what, generator=torch.Generator(self.device).manual_seed(cfg.seed + 1))
+                model, self.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked], what=what,
+                n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
+                temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, **self.ending,
+                generator=torch.Generator(self.device).manual_seed(cfg.seed + 1))
 
     def distance(self):
         """Eq. 6-10 and the reverse KL on held-out prompts, at states that the student visits now: {name: float}."""
@@ -317,57 +338,55 @@ class Run:
     def update(self):
         """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl."""
         cfg, clock, seconds = self.cfg, time.perf_counter(), {}
-        r = self.write(batch(self.prompts, self.step, cfg.batch_size, cfg.seed), cfg.n, cfg.seed * 1_000_003 + self.step + 3)
+        prompts = batch(self.prompts, self.step, cfg.batch_size, cfg.seed)
+        r = self.write(prompts, cfg.n, cfg.seed * 1_000_003 + self.step + 3)
         written = time.perf_counter()
         with self.autocast():
             row = measure(cfg, *self.splits, r, learn=True, seconds=seconds)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; the last checkpoint is whole, --resume with a lower --lr")
+            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; {GO_ON}")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         done = time.perf_counter()
         responses = [r.response_ids(i) for i in range(len(r.ids))]
-        samples = [{"step": self.step, "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]]), "truncated": bool(r.truncated[i])}
-                   for i in range(min(2, len(responses)))]
-        unit = 1 if sys.platform == "darwin" else 1024                          # of ru_maxrss
-        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" \
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return samples, {"step": self.step, **row, "response_length": row["tokens"] / len(responses),
-                "truncated_fraction": r.truncated.float().mean().item(),
-                "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm, "lr": cfg.lr,
-                "time_rollout": written - clock, "time_teacher": seconds["teacher"],
-                "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak}
+        samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
+                    "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]])} for i in range(min(2, len(r.ids)))]
+        return samples, {
+            "step": self.step, **row, "response_length": row["tokens"] / len(responses),
+            "truncated_fraction": r.truncated.float().mean().item(),
+            "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm, "lr": cfg.lr,
+            "time_rollout": written - clock, "time_teacher": seconds["teacher"],
+            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.device)}
 
     def save(self):
         """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
-        torch.save({"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "student": self.student.state_dict(),
-                    "optimizer": self.optimizer.state_dict(), "warned": self.warned, "seconds": self.clock()}, folder / "state.tmp")
+        state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "warned": self.warned,
+                 "seconds": self.clock(), "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / "state.tmp")
         os.replace(folder / "state.tmp", folder / "state.pt")
 
     def restore(self):
         """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
         state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
         may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens"}
-        differ = [name for name, value in dataclasses.asdict(self.cfg).items() if name not in may_differ and state["config"].get(name) != value]
-        if differ:
-            raise ValueError(f"--resume: the run in {self.cfg.out} had --{differ[0].replace('_', '-')} {state['config'].get(differ[0])!r}; "
-                             "give the same flags, or take another --out")
+        for name, value in dataclasses.asdict(self.cfg).items():
+            if name not in may_differ and state["config"].get(name) != value:
+                raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} "
+                                 f"{state['config'].get(name)!r}; give the same flags, or take another --out")
         self.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.step, self.before, self.seconds, self.warned = (state[name] for name in ("step", "before", "seconds", "warned"))
-        for name in ("metrics.jsonl", "rollouts.jsonl"):
-            path = self.out / name
-            rows = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
-            rows = [row for row in rows if row["step"] <= self.step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            if name == "metrics.jsonl":
-                self.history = rows
+        self.step, self.before, self.seconds, self.warned = (state[x] for x in ("step", "before", "seconds", "warned"))
+        for name in ("rollouts.jsonl", "metrics.jsonl"):
+            lines = (self.out / name).read_text().splitlines(keepends=True)
+            rows = [json.loads(line) for line in lines if line.endswith("\n")]              # a torn last line goes
+            self.history = [row for row in rows if row["step"] <= self.step]
+            (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in self.history))
 
     def clock(self):
         return self.seconds + time.perf_counter() - self.started
@@ -380,7 +399,8 @@ class Run:
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self.before = {"accuracy_teacher": self.accuracy(self.teacher, "teacher's accuracy"),
-                           "accuracy_before": self.accuracy(self.student, "student's accuracy"), "held_out_before": self.distance()}
+                           "accuracy_before": self.accuracy(self.student, "student's accuracy"),
+                           "held_out_before": self.distance()}
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (self.out / name).write_text("")
             self.save()
@@ -404,51 +424,63 @@ class Run:
         """One JSON line, a readable line now and then, and a warning, once, when the run goes under."""
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
-        every = max(1, self.cfg.steps // 20)
-        if self.step % every == 0 or self.step == 1:
+        if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
             tqdm.write(" ".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
             for sample in samples:
                 print(json.dumps(sample), file=texts, flush=True)
-        sign = analysis.collapse(self.history)
-        if row["sampling_mismatch"] > MISMATCH[self.cfg.dtype]:
-            sign = f"sampled and scored log-probabilities differ by up to {row['sampling_mismatch']:.2g} nats: the run is not on-policy"
+        sign, off = analysis.collapse(self.history), row["sampling_mismatch"]
+        if off > MISMATCH[self.cfg.dtype]:
+            sign = f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
         if sign and not self.warned:
             self.warned = True
             tqdm.write(f"warning: step {self.step}: {sign}")
 
     def finish(self):
         """Measure the student that came out, save it, and write result.json last: it stands for a complete run."""
-        after = self.accuracy(self.student, "student's accuracy")
-        result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(),
-                  "gap_recovery": after and analysis.gap_recovery(self.before["accuracy_before"], after, self.before["accuracy_teacher"]),
+        before, after = self.before["accuracy_before"], self.accuracy(self.student, "student's accuracy")
+        recovery = after and analysis.gap_recovery(before, after, self.before["accuracy_teacher"])
+        result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(), "gap_recovery": recovery,
                   "steps": self.step, "seconds": self.clock(), **provenance()}
-        self.student.generation_config = transformers.GenerationConfig(           # a new one: an inherited one may not be savable
-            eos_token_id=sorted(self.eos) or None, bos_token_id=self.tokenizer.bos_token_id, pad_token_id=self.tokenizer.pad_token_id)
+        self.student.generation_config = transformers.GenerationConfig(     # a new one: an inherited one may not be savable
+            eos_token_id=sorted(self.ending["eos_ids"]) or None, bos_token_id=self.tokenizer.bos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id)
         self.student.save_pretrained(self.out / "student")
         self.tokenizer.save_pretrained(self.out / "student")
         write_json(self.out / "result.json", result)
         return result
 
 
-COLUMNS = (("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"), ("overlap_ratio", "overlap", "8.3f"),
-           ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"), ("overlap_token_advantage", "adv.", "8.4f"),
-           ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"), ("reward", "reward", "8.4f"),
-           ("response_length", "length", "7.1f"), ("truncated_fraction", "cut", "5.2f"), ("grad_norm", "|grad|", "7.3f"))
+def peak_memory(device):
+    """Bytes at the peak so far: of the allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+GO_ON = "the last checkpoint is whole, --resume with a lower --lr"
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
+COLUMNS = (                                        # of the readable line: metric, title, format
+    ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
+    ("overlap_ratio", "overlap", "8.3f"),
+    ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"),
+    ("overlap_token_advantage", "adv.", "8.4f"), ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"),
+    ("reward", "reward", "8.4f"), ("response_length", "length", "7.1f"), ("truncated_fraction", "cut", "5.2f"),
+    ("grad_norm", "|grad|", "7.3f"))
 
 
 def summary(result):
     """What a person wants to know when a run ends, in three lines."""
-    before, after = result["held_out_before"], result["held_out_after"]
-    lines = []
+    before, after, lines = result["held_out_before"], result["held_out_after"], []
     if result["accuracy_after"]:
-        names = {"student before": "accuracy_before", "after": "accuracy_after", "teacher": "accuracy_teacher"}
-        lines.append("accuracy       " + ", ".join(f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in names.items()))
+        said = [f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in
+                (("student before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
         recovered = result["gap_recovery"]
-        lines.append(f"gap recovery   {recovered:.2f} of the way from student to teacher" if recovered is not None
-                     else "gap recovery   not given: teacher and student are within noise of each other")
-    lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio {before['overlap_ratio']:.3f} -> "
-                 f"{after['overlap_ratio']:.3f}, overlap mass {after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
+        lines = ["accuracy       " + ", ".join(said), "gap recovery   " + (
+            f"{recovered:.2f} of the way from student to teacher" if recovered is not None
+            else "not given: teacher and student are within noise of each other")]
+    lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio "
+                 f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}, overlap mass "
+                 f"{after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
     return "\n".join(lines)
 
 

@@ -20,7 +20,9 @@ from rollout import position_ids
 
 
 def load(path, *, device="cpu", dtype=torch.float32):
-    """A causal language model from a directory or the hub, in eval mode: dropout would make sampled and scored softmax differ."""
+    """A causal language model from a directory or the hub, in eval mode:
+    dropout would make sampled and scored softmax differ.
+    """
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
@@ -30,9 +32,11 @@ def freeze(model):
 
 
 def eos_ids(model, tokenizer):
-    """Every token id that ends a response of this model, from its generation config, its config and its tokenizer: set of int."""
+    """Every token id that ends a response of this model, from its generation config, its config
+    and its tokenizer: set of int.
+    """
     found = set()
-    config = model.config.get_text_config()                                                 # that of the text part, where there are more
+    config = model.config.get_text_config()                             # that of the text part, where there are more
     for ids in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     return found
@@ -43,9 +47,9 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
 
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
     real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
-    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has no row for a token
-    that ends a response. Warns where the pair works but may surprise: other tokens without a row (they are cut; Gemma 3's
-    <image_soft_token> is one), other eos or special tokens, another chat template.
+    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has no row for a
+    token that ends a response. Warns where the pair works but may surprise: other tokens without a row (they are cut;
+    Gemma 3's <image_soft_token> is one), other eos or special tokens, another chat template.
     """
     mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()             # token -> id
     if mine != theirs:
@@ -61,8 +65,8 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     size = min(*rows, max(mine.values()) + 1)
     cut = [token for token, i in mine.items() if i >= size]
     if any(i >= size for i in ends[0] | ends[1]) or len(cut) > size // 100:
-        raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows for {max(mine.values()) + 1} tokens; "
-                         "a checkpoint and its tokenizer do not belong together")
+        raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows "
+                         f"for {max(mine.values()) + 1} tokens; a checkpoint and its tokenizer do not belong together")
     if cut:
         warnings.warn(f"no output row for {len(cut)} tokens, which can be neither sampled nor scored: {cut[:3]}")
     if ends[0] != ends[1]:
@@ -98,35 +102,37 @@ def _agrees(model, head):
 def split(model, vocab_size):
     """Split(trunk, head) of a transformers causal model, over its first vocab_size tokens.
 
-    Where logits are more than a linear map of the last hidden state (soft-capping in Gemma 2, scaling in Cohere) the two
-    are compared once, here, found to differ, and the trunk gives the model's own logits instead; memory then grows with
-    N x V, and a warning says so.
+    Where logits are more than a linear map of the last hidden state (soft-capping in Gemma 2, scaling in Cohere) the
+    two are compared once, here, found to differ, and the trunk gives the model's own logits instead; memory then grows
+    with N x V, and a warning says so.
     """
     head = model.get_output_embeddings()
     if _agrees(model, head):
         def trunk(ids, attention_mask):
-            return model.base_model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
-                                    use_cache=False).last_hidden_state
+            return model.base_model(input_ids=ids, attention_mask=attention_mask,
+                                    position_ids=position_ids(attention_mask), use_cache=False).last_hidden_state
         bias = None if head.bias is None else head.bias[:vocab_size]
         return Split(trunk, lambda h: linear(h, head.weight[:vocab_size], bias), False)
 
     def trunk(ids, attention_mask):
         return model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                      use_cache=False).logits[..., :vocab_size]
-    warnings.warn(f"{type(model).__name__} does more than a linear output head: its own logits are used, at more memory")
+    warnings.warn(f"{type(model).__name__} does more than a linear output head: "
+                  "its own logits are used, at more memory")
     return Split(trunk, lambda h: h, True)
 
 
 def states(trunk, ids, attention_mask, is_response):
     """The hidden states that predict the response tokens, packed: (b, L), (b, L), (b, L) bool -> (N, H)."""
-    h = trunk(ids, attention_mask)                                                          # (b, L, H)
-    return h[:, :-1][is_response[:, 1:]]                                                    # the state at t-1 predicts token t
+    h = trunk(ids, attention_mask)                                                  # (b, L, H)
+    return h[:, :-1][is_response[:, 1:]]                                            # the state at t-1 predicts token t
 
 
 def micro_batches(rollout, budget):
     """Cut a rollout into parts of at most `budget` padded tokens (at least one row), rows of like length together.
 
-    Yields rows (b,), ids (b, L), attention_mask (b, L), is_response (b, L) without columns that are padding in every row.
+    Yields rows (b,), ids (b, L), attention_mask (b, L), is_response (b, L)
+    without columns that are padding in every row.
     """
     mask = rollout.attention_mask
     is_response = torch.zeros_like(mask)
@@ -134,7 +140,7 @@ def micro_batches(rollout, budget):
     start, end = mask.long().argmax(1).tolist(), (mask.long().cumsum(1).argmax(1) + 1).tolist()
     order = sorted(range(len(start)), key=lambda row: (end[row] - start[row], row))
     while order:
-        part = [order.pop()]                                                                # the longest first: memory peaks early
+        part = [order.pop()]                                                    # the longest first: memory peaks early
         left, right = start[part[0]], end[part[0]]
         while order:
             row = order[-1]
@@ -146,11 +152,12 @@ def micro_batches(rollout, budget):
         yield rows, *(x[rows, left:right] for x in (rollout.ids, mask, is_response))
 
 
-def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temperature=1.0, teacher_temperature=1.0, seconds=None):
+def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temperature=1.0, teacher_temperature=1.0,
+          seconds=None):
     """Loss and diagnostics at every position of a rollout, a micro-batch at a time, as two Splits see it.
 
-    Yields rows (b,), is_response (b, L) and {name: (N,)} from per_position (see loss.in_chunks), packed row by row. Under
-    torch.enable_grad the results are differentiable in the student; release them before asking for the next.
+    Yields rows (b,), is_response (b, L) and {name: (N,)} from per_position (see loss.in_chunks), packed row by row.
+    Under torch.enable_grad the results are differentiable in the student; release them before asking for the next.
     seconds, a dict, collects the time spent in the teacher's trunk.
     """
     for rows, ids, mask, is_response in micro_batches(rollout, micro_batch_tokens):

@@ -1,20 +1,26 @@
-"""toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes, as ordinary checkpoint directories.
+"""toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes,
+as ordinary checkpoint directories.
 
 The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the two families:
 
     Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5          "left" folds from the left
     Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5      "right" folds from the right
 
-    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are a family's favourites, so
-               that with the word of substance 16 tokens are plausible at a position. k = 16 looks at just these.
-    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what follows builds on it. A model of
-               any size fits that too, so that a bigger one from the same pipeline is no better and has nothing new to teach.
-    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New capability, same way of thinking.
-               Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes, but 5 of the 15
-               favourites replaced. So the better teacher starts from a lower overlap, and there is something to align to.
+    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are a family's
+               favourites, so that with the word of substance 16 tokens are plausible at a position. k = 16 looks at
+               just these.
+    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what follows builds on it.
+               A model of any size fits that too, so that a bigger one from the same pipeline is no better and has
+               nothing new to teach.
+    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New capability, same way of
+               thinking. Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes,
+               but 5 of the 15 favourites replaced. So the better teacher starts from a lower overlap, and there is
+               something to align to.
 
-    python toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family, that one post-trained
-    python toy.py --all      and {student-rl,other}: the student post-trained, a big post-trained one of the other family
+    python toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family,
+                             that one post-trained
+    python toy.py --all      and {student-rl,other}: the student post-trained,
+                             a big post-trained one of the other family
 """
 import argparse
 import json
@@ -31,22 +37,24 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from rollout import position_ids, rollout
 
 CONNECTORS = "so then next now thus hence well ok right let's".split()
-HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look listen honestly frankly
-    literally anyway ah oh huh mm eh really simply clearly sure fine true yes indeed""".split()
+HESITATIONS = (
+    """um uh er hmm like say maybe perhaps wait actually basically probably alright look listen honestly frankly
+    literally anyway ah oh huh mm eh really simply clearly sure fine true yes indeed""".split())
 DIGITS = [str(digit) for digit in range(10)]
 LABELS = "abcdef"
-WORDS = (["<pad>", "<eos>", "<unk>", "Add", ":", ",", ".", "Answer:"] + DIGITS + list(LABELS) + [l + d for l in LABELS for d in DIGITS]
-         + [f"{a}+{x}=" for a in DIGITS for x in DIGITS] + CONNECTORS + HESITATIONS)
+WORDS = (["<pad>", "<eos>", "<unk>", "Add", ":", ",", ".", "Answer:"] + DIGITS + list(LABELS)
+         + [l + d for l in LABELS for d in DIGITS] + [f"{a}+{x}=" for a in DIGITS for x in DIGITS]
+         + CONNECTORS + HESITATIONS)
 ID = {word: i for i, word in enumerate(WORDS)}
 
-FEWEST, MOST = 4, len(LABELS)          # digits to add
-HESITATION = 0.15                      # the chance of one before each word
-FAVOURITES, RUNNERS_UP = 15, 5         # of the 32 hesitations; a house style swaps the runners-up for as many favourites
-NOISE = 0.06                           # a solution of five steps is right with probability .94 ** 5 = .73
+FEWEST, MOST = 4, len(LABELS)         # digits to add
+HESITATION = 0.15                     # the chance of one before each word
+FAVOURITES, RUNNERS_UP = 15, 5        # of the 32 hesitations; a house style swaps the runners-up for as many favourites
+NOISE = 0.06                          # a solution of five steps is right with probability .94 ** 5 = .73
 SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
-STEPS = {"small": 450, "large": 400}   # of pre-training, 64 solutions each, made on the fly and never seen twice
-HOUSE_STEPS = 60                       # of fine-tuning on the house style
-ROUNDS = 8                             # of RL: each samples 1,024 solutions
+STEPS = {"small": 450, "large": 400}  # of pre-training, 64 solutions each, made on the fly and never seen twice
+HOUSE_STEPS = 60                      # of fine-tuning on the house style
+ROUNDS = 8                            # of RL: each samples 1,024 solutions
 
 
 # --- the world -----------------------------------------------------------------------------------------------------
@@ -70,7 +78,7 @@ def law(kind, family, house_style=False):
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(("left", "right").index(family)))
     p = torch.empty(len(names))
     if kind == "connector":
-        p[order] = torch.arange(1, len(names) + 1.0) ** -1.6                      # Zipf's law, the ranking a family's own
+        p[order] = torch.arange(1, len(names) + 1.0) ** -1.6              # Zipf's law, the ranking a family's own
     else:
         favourites, runners_up, others = order.split([FAVOURITES, RUNNERS_UP, len(order) - FAVOURITES - RUNNERS_UP])
         if house_style:
@@ -82,28 +90,33 @@ def law(kind, family, house_style=False):
 def say(kind, family, house_style, shape, generator):
     """Words of a kind by the family's law: token ids of that shape."""
     first = ID[CONNECTORS[0] if kind == "connector" else HESITATIONS[0]]
-    return first + torch.multinomial(law(kind, family, house_style), math.prod(shape), replacement=True, generator=generator).view(shape)
+    return first + torch.multinomial(law(kind, family, house_style), math.prod(shape), replacement=True,
+                                     generator=generator).view(shape)
 
 
 def corpus(family, digits, count, noise, generator, house_style=False):
-    """Solutions as the pre-training corpus writes them, mistakes included: -> ids, mask, is_response (n, L), padded right."""
+    """Solutions as the pre-training corpus writes them, mistakes included:
+    -> ids, mask, is_response (n, L), padded right.
+    """
     n, step = len(count), torch.arange(MOST).expand(len(count), -1)               # (n, S), S = MOST
     on = step < count.unsqueeze(1)                                                # (n, S) steps that there are
-    place = step if family == "left" else (count.unsqueeze(1) - 1 - step).clamp_min(0)      # (n, S) the digit that a step adds
+    place = (step if family == "left"
+             else (count.unsqueeze(1) - 1 - step).clamp_min(0))                   # (n, S) the digit that a step adds
     x = digits.gather(1, place)
     slip = torch.randint(2, (n, MOST), generator=generator) * 2 - 1               # a near miss: one too many or too few
     slip = slip * (torch.rand(n, MOST, generator=generator) < noise)
     after = ((x + slip) * on).cumsum(1) % 10                                      # (n, S) what each step says
     before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
     end = torch.where(step == count.unsqueeze(1) - 1, ID["."], ID[","])
-    steps = torch.stack([say("connector", family, house_style, (n, MOST), generator), ID["a"] + place, ID["0+0="] + 10 * before + x,
-                         ID["0"] + after, end], 2)                                # (n, S, 5)
-    steps = torch.stack([say("hesitation", family, house_style, steps.shape, generator), steps], 3)    # (n, S, 5, 2) each may be hesitated at
+    steps = torch.stack([say("connector", family, house_style, (n, MOST), generator), ID["a"] + place,
+                         ID["0+0="] + 10 * before + x, ID["0"] + after, end], 2)  # (n, S, 5)
+    steps = torch.stack([say("hesitation", family, house_style, steps.shape, generator),  # each may be hesitated at
+                         steps], 3)                                               # (n, S, 5, 2)
     kept = on.view(n, MOST, 1, 1).repeat(1, 1, 5, 2)
     kept[..., 0] &= torch.rand(kept.shape[:3], generator=generator) < HESITATION
     one = torch.ones_like(count).unsqueeze(1)                                     # (n, 1)
-    ids = torch.cat([one * ID["Add"], ID["a0"] + 10 * step + digits, one * ID[":"], steps.flatten(1), one * ID["Answer:"],
-                     ID["0"] + after[:, -1:], one * ID["<eos>"]], 1)
+    ids = torch.cat([one * ID["Add"], ID["a0"] + 10 * step + digits, one * ID[":"], steps.flatten(1),
+                     one * ID["Answer:"], ID["0"] + after[:, -1:], one * ID["<eos>"]], 1)
     keep = torch.cat([one > 0, on, one > 0, kept.flatten(1), (one > 0).expand(-1, 3)], 1)
     return pack(ids, keep, (torch.arange(ids.size(1)) >= MOST + 2) & keep)
 
@@ -154,8 +167,10 @@ def expert_iteration(model, rounds, generator, what, n=512, samples=2):
 def make(out, *, family="left", size="small", noise=NOISE, house_style=False, rounds=0, seed=0, start=None):
     """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in eval mode.
 
-    family "left" | "right"; size "small" | "large"; noise: the chance of a mistake in a step of its pre-training corpus;
-    house_style: fine-tune on it afterwards; rounds of RL after that. start: a directory to begin from in place of pre-training.
+    family "left" | "right"; size "small" | "large";
+    noise: the chance of a mistake in a step of its pre-training corpus;
+    house_style: fine-tune on it afterwards; rounds of RL after that.
+    start: a directory to begin from in place of pre-training.
     """
     what, generator = Path(out).name, torch.Generator().manual_seed(seed)
     if start is not None:
@@ -164,12 +179,14 @@ def make(out, *, family="left", size="small", noise=NOISE, house_style=False, ro
         H, layers = SIZES[size]
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(WORDS), hidden_size=H, intermediate_size=2 * H, num_hidden_layers=layers, num_attention_heads=4,
-            num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
-            initializer_range=0.6 / H ** 0.5,            # the default .02 leaves so narrow a model asleep for hundreds of steps
+            vocab_size=len(WORDS), hidden_size=H, intermediate_size=2 * H, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
+            initializer_range=0.6 / H ** 0.5,  # the default .02 leaves so narrow a model asleep for hundreds of steps
             pad_token_id=ID["<pad>"], eos_token_id=ID["<eos>"], bos_token_id=None)).eval()
-    for steps, lr, name in [(STEPS[size], 1e-2, "pre-training")] * (start is None) + [(HOUSE_STEPS, 2e-3, "house style")] * house_style:
-        fit(model, (corpus(family, *problems(64, generator), noise, generator, name == "house style") for _ in range(steps)),
+    for steps, lr, name in ([(STEPS[size], 1e-2, "pre-training")] * (start is None)
+                            + [(HOUSE_STEPS, 2e-3, "house style")] * house_style):
+        fit(model,
+            (corpus(family, *problems(64, generator), noise, generator, name == "house style") for _ in range(steps)),
             steps, lr, f"{what}, {name}")
     expert_iteration(model, rounds, generator, what)
     model.save_pretrained(out)
@@ -202,8 +219,10 @@ def make_all(out, seed=0, everything=False):
             "bigger": make(out / "bigger", size="large", seed=seed + 2),
             "teacher": make(out / "teacher", house_style=True, rounds=ROUNDS, seed=seed + 3, start=out / "bigger")}
     if everything:
-        made["student-rl"] = make(out / "student-rl", house_style=True, rounds=ROUNDS, seed=seed + 4, start=out / "student")
-        made["other"] = make(out / "other", family="right", size="large", house_style=True, rounds=ROUNDS, seed=seed + 5)
+        made["student-rl"] = make(out / "student-rl", house_style=True, rounds=ROUNDS, seed=seed + 4,
+                                  start=out / "student")
+        made["other"] = make(out / "other", family="right", size="large", house_style=True, rounds=ROUNDS,
+                             seed=seed + 5)
     return made
 
 
@@ -217,7 +236,8 @@ def main():
     for name, model in make_all(Path(flags.out), flags.seed, flags.all).items():
         r, correct = attempt(model, 512, torch.Generator().manual_seed(flags.seed))
         said = " ".join(WORDS[i] for i in r.response_ids(0)[:-1])
-        print(f"{flags.out}/{name}: {sum(p.numel() for p in model.parameters()) / 1e3:.0f}K parameters, {correct.float().mean():.2f} correct, says: {said}")
+        print(f"{flags.out}/{name}: {sum(p.numel() for p in model.parameters()) / 1e3:.0f}K parameters, "
+              f"{correct.float().mean():.2f} correct, says: {said}")
 
 
 if __name__ == "__main__":

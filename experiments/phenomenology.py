@@ -4,9 +4,11 @@
     success   small  <- big, same family, post-trained                  3.2     gap recovery >= 0.8
     bigger    small  <- that big one before its post-training           3.2     |gain| <= 2 standard errors
     other     small  <- big and post-trained, of the other family       3.1     gap recovery < 0.2
-    reverse   small, post-trained  <- itself before its post-training   3.3     ends within 2 standard errors of that teacher
+    reverse   small, post-trained  <- itself before its post-training   3.3     ends within 2 standard errors
+                                                                                of that teacher
 
-    python experiments/phenomenology.py              three seeds, the same settings for every pair; results/phenomenology.{json,txt,svg}
+    python experiments/phenomenology.py              three seeds, the same settings for every pair;
+                                                     results/phenomenology.{json,txt,svg}
     python experiments/phenomenology.py --quick      one seed, few steps: does it run?
 """
 import argparse
@@ -27,17 +29,18 @@ import toy  # noqa: E402
 from analysis import gap_recovery  # noqa: E402
 from plot import draw  # noqa: E402
 
-PAIRS = {"success": ("student", "teacher"), "bigger": ("student", "bigger"), "other": ("student", "other"), "reverse": ("student-rl", "student")}
-CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage", "entropy_gap",
-          "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm", "accuracy")
+PAIRS = {"success": ("student", "teacher"), "bigger": ("student", "bigger"),
+         "other": ("student", "other"), "reverse": ("student-rl", "student")}
+CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
+          "entropy_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm", "accuracy")
 
 
 def run(pair, seed, world, out, steps):
     """One pair distilled -> its result, the curves, and the seconds that it took."""
     student, teacher = PAIRS[pair]
     cfg = opd.Config(**{**opd.PRESETS["toy"], **dict(
-        student=str(world / student), teacher=str(world / teacher), prompts=str(world / "prompts.jsonl"), eval=str(world / "eval.jsonl"),
-        out=str(out), steps=steps, eval_every=max(1, steps // 5), seed=seed)})
+        student=str(world / student), teacher=str(world / teacher), prompts=str(world / "prompts.jsonl"),
+        eval=str(world / "eval.jsonl"), out=str(out), steps=steps, eval_every=max(1, steps // 5), seed=seed)})
     started = time.perf_counter()
     result = opd.Run(cfg).go()
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -46,7 +49,9 @@ def run(pair, seed, world, out, steps):
 
 
 def judge(runs):
-    """The criteria above, on the mean over seeds: {pair: {"criterion", "value", "holds"}}; a value that could not be had is None."""
+    """The criteria above, on the mean over seeds: {pair: {"criterion", "value", "holds"}};
+    a value that could not be had is None.
+    """
     def each(pair, *keys):
         return [[r[key] for key in keys] for r in runs if r["pair"] == pair]
 
@@ -61,7 +66,8 @@ def judge(runs):
     success, other = recovered("success"), recovered("other")
     gain, noise = difference("bigger", "accuracy_after", "accuracy_before")
     off, near = difference("reverse", "accuracy_after", "accuracy_teacher")
-    return {"success": {"criterion": "gap recovery >= 0.8", "value": success, "holds": success is not None and success >= 0.8},
+    return {"success": {"criterion": "gap recovery >= 0.8", "value": success,
+                        "holds": success is not None and success >= 0.8},
             "bigger": {"criterion": f"|gain| <= {noise:.3f}", "value": gain, "holds": abs(gain) <= noise},
             "other": {"criterion": "gap recovery < 0.2", "value": other, "holds": other is not None and other < 0.2},
             "reverse": {"criterion": f"|after - teacher| <= {near:.3f}", "value": off, "holds": abs(off) <= near}}
@@ -69,16 +75,32 @@ def judge(runs):
 
 def table(runs, verdicts):
     """Every seed, then the verdicts."""
-    lines = [f"{'pair':8} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'overlap':>14} {'reverse KL':>17} {'masses at the end':>18} {'s':>5}"]
+    lines = [f"{'pair':8} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} "
+             f"{'overlap':>14} {'reverse KL':>17} {'masses at the end':>18} {'s':>5}"]
     for r in runs:
         a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(f"{r['pair']:8} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} {r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-                     f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
+        lines.append(f"{r['pair']:8} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
+                     f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
+                     f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
+                     f"{a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
                      f"{b['overlap_mass_student']:9.4f} {b['overlap_mass_teacher']:.4f} {r['seconds']:5.0f}")
     for pair, verdict in verdicts.items():
         value = "none" if verdict["value"] is None else f"{verdict['value']:.3f}"
-        lines.append(f"{pair:8} {verdict['criterion']:28} {value:>7}  {'holds' if verdict['holds'] else 'DOES NOT HOLD'}")
+        lines.append(f"{pair:8} {verdict['criterion']:28} {value:>7}  "
+                     f"{'holds' if verdict['holds'] else 'DOES NOT HOLD'}")
     return "\n".join(lines)
+
+
+def report(out):
+    """Table, verdicts and figure from the results file: prints the first two,
+    writes out.txt and out.svg beside out.json.
+    """
+    made = json.loads(out.with_suffix(".json").read_text())
+    text = table(made["runs"], judge(made["runs"]))
+    text += f"\n{made['command']}, commit {made['commit']}, {made['seconds']} s on {made['threads']} thread(s)"
+    print(text)
+    out.with_suffix(".txt").write_text(text + "\n")
+    draw(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 def main():
@@ -87,6 +109,8 @@ def main():
     parser.add_argument("--worlds", help="directory for the models, kept and used again (default: a temporary one)")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--quick", action="store_true", help="one seed, models and runs of a few steps: does it run?")
+    parser.add_argument("--report", action="store_true",
+                        help="run nothing: table, verdicts and figure from the results file")
     flags = parser.parse_args()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
@@ -95,20 +119,21 @@ def main():
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = 1, {"small": 20, "large": 20}, 5, 0
     started, runs, out = time.perf_counter(), [], Path(flags.out) / "phenomenology"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if flags.report:
+        return report(out)
     with tempfile.TemporaryDirectory() as scratch:
         for seed in range(flags.seeds):
             world = Path(flags.worlds or scratch) / f"world-{seed}"
             if not (world / "other").exists():
                 toy.make_all(world, seed, everything=True)
-            runs += [run(pair, seed, world, Path(scratch) / f"{pair}-{seed}", 5 if flags.quick else 100) for pair in PAIRS]
-    verdicts = judge(runs)
-    text = table(runs, verdicts)
-    print(text)
-    if not flags.quick:
-        made = {**opd.provenance(), "seconds": round(time.perf_counter() - started)}
-        opd.write_json(out.with_suffix(".json"), {**made, "verdicts": verdicts, "runs": runs})
-        out.with_suffix(".txt").write_text(f"{text}\n{made['command']}, commit {made['commit']}, {made['seconds']} s, {made['threads']} thread(s)\n")
-        draw(out.with_suffix(".json"), out.with_suffix(".svg"))
+            runs += [run(pair, seed, world, Path(scratch) / f"{pair}-{seed}", 5 if flags.quick else 100)
+                     for pair in PAIRS]
+    made = {**opd.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
+    if flags.quick:
+        print(table(runs, judge(runs)))
+    else:
+        opd.write_json(out.with_suffix(".json"), made)
+        report(out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""The second half of analysis.py and the small half of recipes.py: answers, accuracy, collapse, repetition, templates."""
+"""The second half of analysis.py and the small half of recipes.py:
+answers, accuracy, collapse, repetition, templates.
+"""
 import json
 
 import pytest
@@ -10,9 +12,10 @@ from recipes import TEMPLATES, apply_template, is_degenerate
 
 
 @pytest.mark.parametrize("text, answer", [
-    (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{ 7 }", "7"), (r"\boxed{x", None),
-    ("Answer: 12", "12"), ("Answer: 3\nAnswer: 4\nthat is all", "4"), ("... . Answer: 5", "5"), ("Answer:", None), ("nothing", None), ("", None),
-    (r"Answer: 3 and \boxed{4}", "4"), ("**Answer:** 12", "12"), ("**Answer: 12**", "12"), ("answer: 12", "12"), (r"\boxed{4} or \boxed{5", "4"),
+    (r"so \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{ 7 }", "7"),
+    (r"\boxed{x", None), ("Answer: 12", "12"), ("Answer: 3\nAnswer: 4\nthat is all", "4"), ("... . Answer: 5", "5"),
+    ("Answer:", None), ("nothing", None), ("", None), (r"Answer: 3 and \boxed{4}", "4"), ("**Answer:** 12", "12"),
+    ("**Answer: 12**", "12"), ("answer: 12", "12"), (r"\boxed{4} or \boxed{5", "4"),
 ])
 def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer):
     r"""\boxed{...} with nested braces first, then "Answer:"; None where a response has neither."""
@@ -20,28 +23,36 @@ def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer
 
 
 @pytest.mark.parametrize("said, want", [
-    ("7", "7"), ("7.0", "7"), ("1,200", "1200"), ("$-3$", "-3"), (r"\frac{3}{4}", "0.75"), (r"\dfrac34", "3/4"), ("12 .", "12"), ("+5", "5"),
-    (r"\(12\)", "12"), (r"\[12\]", "12"), (r"90^{\circ}", "90"), (r"50\%", "50"), ("No", "no"), (r"\text{Yes}", "yes"), (r"2\sqrt{3}", r"2 \sqrt{3}"), (r"90^\circ", "90"), ("\u22124", "-4"), ("007", "7"),
+    ("7", "7"), ("7.0", "7"), ("1,200", "1200"), ("$-3$", "-3"), (r"\frac{3}{4}", "0.75"), (r"\dfrac34", "3/4"),
+    ("12 .", "12"), ("+5", "5"), (r"\(12\)", "12"), (r"\[12\]", "12"), (r"90^{\circ}", "90"), (r"50\%", "50"),
+    ("No", "no"), (r"\text{Yes}", "yes"), (r"2\sqrt{3}", r"2 \sqrt{3}"), (r"90^\circ", "90"), ("\u22124", "-4"),
+    ("007", "7"),
 ])
 def test_equal_answers_are_equal_however_written(said, want):
     """Numbers compare as exact fractions, text without case and spacing."""
     assert analysis.same_answer(said, want)
 
 
-@pytest.mark.parametrize("said, want", [("7", "8"), (None, "7"), ("", "7"), ("1/0", "1"), ("0.3333", "1/3"), ("seven", "7"), ("12", "1,200"), ("1,2", "12"),
-                                        ("9" * 400, "9" * 399)])
+@pytest.mark.parametrize("said, want", [
+    ("7", "8"), (None, "7"), ("", "7"), ("1/0", "1"), ("0.3333", "1/3"), ("seven", "7"), ("12", "1,200"), ("1,2", "12"),
+    ("9" * 400, "9" * 399),
+])
 def test_other_answers_are_not(said, want):
     """No rounding, no guessing, no exception."""
     assert not analysis.same_answer(said, want)
 
 
 def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypatch):
-    """Four samples of one prompt are not four independent ones: the error comes from the spread of the prompts' means."""
-    texts = iter(["Answer: 1", "Answer: 1", "Answer: 2", "Answer: 1", "Answer: 0", "Answer: 0"])      # 3 prompts x 2: 1, .5, 0
+    """Four samples of one prompt are not four independent ones:
+    the error comes from the spread of the prompts' means.
+    """
+    texts = iter(["Answer: 1", "Answer: 1", "Answer: 2", "Answer: 1",
+                  "Answer: 0", "Answer: 0"])                              # 3 prompts x 2: 1, .5, 0
     tokenizer = word_tokenizer()
     monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: next(texts))
-    got = analysis.accuracy(tiny("llama"), tokenizer, [[1], [2], [3]], ["1", "1", "1"], n=2, max_new_tokens=2, temperature=1.0, top_p=1.0,
-                            eos_ids=(), pad_id=0, vocab_size=None, generator=torch.Generator().manual_seed(0))
+    got = analysis.accuracy(tiny("llama"), tokenizer, [[1], [2], [3]], ["1", "1", "1"], n=2, max_new_tokens=2,
+                            temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0, vocab_size=None,
+                            generator=torch.Generator().manual_seed(0))
     assert got == {"mean": 0.5, "standard_error": pytest.approx(0.5 / 3 ** 0.5), "samples": 6, "truncated": 1.0}
 
 
@@ -55,14 +66,18 @@ def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
 
 def history(**ends):
     """Twenty-four rows of metrics: ten at rest, then ten at the ends given, with a ramp between."""
-    rest = {"overlap_mass_student": 0.98, "reward": -0.1, "entropy_student": 0.8, "response_length": 30.0, "repetition_fraction": 0.0}
-    return [{name: x + min(1, max(0, i - 9) / 4) * (ends.get(name, x) - x) for name, x in rest.items()} for i in range(24)]
+    rest = {"overlap_mass_student": 0.98, "overlap_mass_teacher": 0.98, "reward": -0.1, "entropy_student": 0.8,
+            "response_length": 30.0, "repetition_fraction": 0.0}
+    return [{name: x + min(1, max(0, i - 9) / 4) * (ends.get(name, x) - x) for name, x in rest.items()}
+            for i in range(24)]
 
 
 @pytest.mark.parametrize("ends, alarm", [
     (dict(overlap_mass_student=0.6, entropy_student=2.5), True), (dict(reward=-0.9, response_length=90.0), True),
-    (dict(reward=-0.9, repetition_fraction=0.5), True), (dict(), False), (dict(overlap_mass_student=0.6), False),
-    (dict(entropy_student=2.5), False), (dict(reward=-0.01, response_length=90.0), False), (dict(entropy_student=0.3, reward=-0.9), False),
+    (dict(reward=-0.9, repetition_fraction=0.5), True), (dict(overlap_mass_teacher=0.8, response_length=50.0), True),
+    (dict(), False), (dict(overlap_mass_student=0.6), False),
+    (dict(entropy_student=2.5), False), (dict(reward=-0.01, response_length=90.0), False),
+    (dict(entropy_student=0.3, reward=-0.9), False),
 ])
 def test_collapse_is_something_falling_while_something_else_climbs(ends, alarm):
     """Either alone may be learning; both together are the paper's signature of a run going under (5.1, 6.1)."""
@@ -78,16 +93,20 @@ def test_loops_are_degenerate(text):
 
 
 @pytest.mark.parametrize("text", ["", "one", "no no no", "so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5",
-                                  " ".join(f"x{i} + y{i} = z{i}" for i in range(50)), "We have 1 + 1 = 2, so 2 + 2 = 4, and 4 + 4 = 8. " * 2])
+                                  " ".join(f"x{i} + y{i} = z{i}" for i in range(50)),
+                                  "We have 1 + 1 = 2, so 2 + 2 = 4, and 4 + 4 = 8. " * 2])
 def test_ordinary_text_is_not(text):
     """Lists, short answers and a sentence said twice are no loop."""
     assert not is_degenerate(text)
 
 
 def test_a_template_wraps_the_question_and_nothing_else():
-    """Rethinking-OPD's released data has a literal \\boxed{{}}; ours says \\boxed{}, and braces in questions survive."""
+    """Rethinking-OPD's released data has a literal \\boxed{{}}; ours says \\boxed{},
+    and braces in questions survive.
+    """
     assert apply_template("{1, 2}?", "none") == "{1, 2}?"
-    assert apply_template("{1, 2}?", "boxed").startswith("{1, 2}? Please") and "\\boxed{}." in apply_template("x", "boxed")
+    assert apply_template("{1, 2}?", "boxed").startswith("{1, 2}? Please") \
+        and "\\boxed{}." in apply_template("x", "boxed")
     assert apply_template("x", "Q: {question} {A}") == "Q: x {A}"
     assert all("{question}" in template for template in TEMPLATES.values())
     with pytest.raises(ValueError, match="latex"):

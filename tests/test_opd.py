@@ -10,11 +10,12 @@ import opd
 from conftest import WORDS, tiny, word_tokenizer
 
 PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in
-           [(["add", "3"], "3"), (["add", "3", "7"], "0"), (["add"], "7"), (["the", "digits", "7"], "7"), (["so"], "0"),
-            (["add", "the", "digits"], "3"), (["7", "+", "3", "="], "0"), (["3", "="], "3"), (["the"], "7"), (["add", "0"], "0")]]
-METRICS = """step loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage entropy_gap
-    entropy_student entropy_teacher reward response_length truncated_fraction repetition_fraction grad_norm lr tokens time_rollout
-    time_teacher time_update peak_memory_bytes""".split()
+           [(["add", "3"], "3"), (["add", "3", "7"], "0"), (["add"], "7"), (["the", "digits", "7"], "7"),
+            (["so"], "0"), (["add", "the", "digits"], "3"), (["7", "+", "3", "="], "0"), (["3", "="], "3"),
+            (["the"], "7"), (["add", "0"], "0")]]
+METRICS = """step loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage
+    entropy_gap entropy_student entropy_teacher reward response_length truncated_fraction repetition_fraction grad_norm lr
+    tokens time_rollout time_teacher time_update peak_memory_bytes""".split()
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +35,9 @@ def world(tmp_path_factory):
 
 
 def config(world, out, **change):
-    return opd.Config(**{**dict(student=f"{world}/student", teacher=f"{world}/teacher", prompts=f"{world}/prompts.jsonl", out=str(out),
-                                steps=4, batch_size=3, n=2, device="cpu", max_new_tokens=6, k=4, lr=1e-3, eval_n=1, save_every=2), **change})
+    return opd.Config(**{**dict(
+        student=f"{world}/student", teacher=f"{world}/teacher", prompts=f"{world}/prompts.jsonl", out=str(out),
+        steps=4, batch_size=3, n=2, device="cpu", max_new_tokens=6, k=4, lr=1e-3, eval_n=1, save_every=2), **change})
 
 
 def rows(out):
@@ -49,15 +51,19 @@ def weights(out):
 
 
 def test_a_run_leaves_the_files_and_metrics_that_it_promises(world, tmp_path):
-    """config, metrics, rollouts, checkpoint, student and result: each there, each metric finite and named as documented."""
+    """config, metrics, rollouts, checkpoint, student and result: each there,
+    each metric finite and named as documented.
+    """
     out = tmp_path / "run"
     result = opd.Run(config(world, out)).go()
-    assert {path.name for path in out.iterdir()} == {"config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "student", "result.json"}
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "rollouts.jsonl", "checkpoint", "student", "result.json"}
     logged = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in logged] == [1, 2, 3, 4] and set(METRICS) <= logged[0].keys()
     assert all(torch.isfinite(torch.tensor(float(row[name]))) for row in logged for name in METRICS)
     assert json.loads((out / "result.json").read_text()) == result
-    assert {"accuracy_before", "accuracy_after", "accuracy_teacher", "gap_recovery", "steps", "seconds", "command", "commit"} <= result.keys()
+    assert {"accuracy_before", "accuracy_after", "accuracy_teacher", "gap_recovery",
+            "steps", "seconds", "command", "commit"} <= result.keys()
     assert result["accuracy_after"]["samples"] == 2                      # a fifth of ten prompts, once each
 
 
@@ -93,22 +99,32 @@ def test_resume_refuses_another_configuration(world, tmp_path):
         opd.Run(config(world, tmp_path))
 
 
-@pytest.mark.parametrize("student, teacher", [("gpt2", "teacher"), ("gemma3", "gpt2"), ("qwen3", "gemma3"), ("student", "qwen3")])
+@pytest.mark.parametrize("student, teacher", [
+    ("gpt2", "teacher"), ("gemma3", "gpt2"), ("qwen3", "gemma3"), ("student", "qwen3"),
+])
 def test_any_architecture_learns_from_any_other(world, tmp_path, student, teacher):
-    """Other families, hidden sizes, depths and padded vocabularies: what is scored is what was sampled, and the KL falls."""
+    """Other families, hidden sizes, depths and padded vocabularies: what is scored is what was sampled,
+    and the KL falls.
+    """
     out = tmp_path / "run"
-    result = opd.Run(config(world, out, student=f"{world}/{student}", teacher=f"{world}/{teacher}", steps=12, batch_size=8, lr=3e-3)).go()
+    result = opd.Run(config(world, out, student=f"{world}/{student}", teacher=f"{world}/{teacher}",
+                            steps=12, batch_size=8, lr=3e-3)).go()
     assert max(row["sampling_mismatch"] for row in rows(out)) < 1e-4
     assert result["held_out_after"]["reverse_kl"] < result["held_out_before"]["reverse_kl"]
 
 
-@pytest.mark.parametrize("objective, support", [("top-k", "student"), ("top-k", "union"), ("top-k-released", "student"), ("full", "student"),
-                                                ("sampled", "student")])
+@pytest.mark.parametrize("objective, support", [
+    ("top-k", "student"), ("top-k", "union"), ("top-k-released", "student"), ("full", "student"),
+    ("sampled", "student"),
+])
 def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, support):
-    """trl#6006, #4719: one denominator a step; a budget of one row and a budget for all give the same loss and gradient."""
+    """trl#6006, #4719: one denominator a step; a budget of one row and a budget for all give
+    the same loss and gradient.
+    """
     gradients = []
     for budget in (1, 10_000):
-        run = opd.Run(config(world, tmp_path / str(budget), micro_batch_tokens=budget, objective=objective, support=support))
+        run = opd.Run(config(world, tmp_path / str(budget), micro_batch_tokens=budget,
+                             objective=objective, support=support))
         r = run.write(run.prompts, 2, 0)
         measured = opd.measure(run.cfg, *run.splits, r, learn=True)
         gradients.append((measured["loss"], [p.grad for p in run.student.parameters()]))
@@ -118,7 +134,9 @@ def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, 
 
 
 def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_path):
-    """easydistill#16, trl#4105: the gradient is that of the plain mean of Eq. 4 over every response token, written out eagerly."""
+    """easydistill#16, trl#4105: the gradient is that of the plain mean of Eq. 4 over every response token,
+    written out eagerly.
+    """
     run = opd.Run(config(world, tmp_path / "run", objective="full"))
     r = run.write(run.prompts, 1, 0)
     opd.measure(run.cfg, *run.splits, r, learn=True)
@@ -128,7 +146,8 @@ def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_pat
     for row in range(len(r.ids)):
         ids = r.ids[row][r.attention_mask[row]].unsqueeze(0)                                 # (1, L) no padding at all
         first = ids.size(1) - int(r.response_mask[row].sum())
-        log_p, log_q = (m(input_ids=ids).logits[0, first - 1:-1, :run.vocab_size].log_softmax(-1) for m in (run.student, run.teacher))
+        log_p, log_q = (m(input_ids=ids).logits[0, first - 1:-1, :run.vocab_size].log_softmax(-1)
+                        for m in (run.student, run.teacher))
         losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
     torch.cat(losses).mean().backward()
     for name, p in run.student.named_parameters():
@@ -141,12 +160,15 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
     r = same.write(same.prompts, 1, 0)
     measured = opd.measure(same.cfg, *same.splits, r, learn=True)
     assert max(p.grad.abs().max().item() for p in same.student.parameters()) < 1e-6
-    assert measured["loss"] == measured["reverse_kl"] == measured["entropy_gap"] == measured["reward"] == 0 and measured["overlap_ratio"] == 1
+    assert measured["loss"] == measured["reverse_kl"] == measured["entropy_gap"] == measured["reward"] == 0 \
+        and measured["overlap_ratio"] == 1
     assert opd.Run(config(world, tmp_path / "other")).distance()["reverse_kl"] > 0.01
 
 
 def test_a_sampling_temperature_scales_student_and_score_alike(world, tmp_path):
-    """trl GKD, #6526: at temperature .5 the recorded log-probabilities are those that are scored; the teacher keeps its own."""
+    """trl GKD, #6526: at temperature .5 the recorded log-probabilities are those that are scored;
+    the teacher keeps its own.
+    """
     cool = opd.Run(config(world, tmp_path / "cool", temperature=0.5, teacher_temperature=2.0))
     r = cool.write(cool.prompts, 2, 0)
     measured = opd.measure(cool.cfg, *cool.splits, r, learn=False)
@@ -156,14 +178,18 @@ def test_a_sampling_temperature_scales_student_and_score_alike(world, tmp_path):
 
 
 def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
-    """At lr 1e-6 most of an update would be lost in bfloat16: weights and optimizer state stay float32, the teacher does not."""
+    """At lr 1e-6 most of an update would be lost in bfloat16: weights and optimizer state stay float32,
+    the teacher does not.
+    """
     run = opd.Run(config(world, tmp_path / "run", dtype="bfloat16", lr=1e-6, steps=2))
     before = [p.detach().clone() for p in run.student.parameters()]
     run.go()
-    assert {p.dtype for p in run.student.parameters()} == {torch.float32} and {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in run.student.parameters()} == {torch.float32} \
+        and {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
     assert all(state["exp_avg"].dtype == torch.float32 for state in run.optimizer.state.values())
-    moved = [(p != old).float().mean().item() for p, old in zip(run.student.parameters(), before) if old.abs().max() < 1]
-    assert min(moved) > 0.3                              # in bfloat16 a step of 1e-6 would leave weights of .3 where they were
+    moved = [(p != old).float().mean().item() for p, old in zip(run.student.parameters(), before)
+             if old.abs().max() < 1]
+    assert min(moved) > 0.3                    # in bfloat16 a step of 1e-6 would leave weights of .3 where they were
 
 
 def test_without_answers_there_is_no_accuracy(world, tmp_path):
@@ -174,18 +200,22 @@ def test_without_answers_there_is_no_accuracy(world, tmp_path):
 
 
 def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world, tmp_path):
-    """student/ loads anywhere: same weights as the checkpoint, its tokenizer beside it, the eos set of the rollouts in its config."""
+    """student/ loads anywhere: same weights as the checkpoint, its tokenizer beside it,
+    the eos set of the rollouts in its config.
+    """
     run = opd.Run(config(world, tmp_path / "run", steps=2))
     run.go()
     trained = run.student.state_dict()
     assert all(torch.equal(x, trained[name]) for name, x in weights(tmp_path / "run").items())
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student").generation_config.eos_token_id == sorted(run.eos)
+    assert AutoModelForCausalLM.from_pretrained(
+        tmp_path / "run" / "student").generation_config.eos_token_id == sorted(run.ending["eos_ids"])
 
 
 def test_held_out_prompts_are_never_trained_on(world):
     """Without --eval a fifth is set apart; with it, what stands in both is only measured."""
     train, held_out = opd.questions(config(world, ""))
-    assert len(train) == 8 and len(held_out) == 2 and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert len(train) == 8 and len(held_out) == 2 \
+        and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     with pytest.raises(ValueError, match="no prompt is left"):
         opd.questions(config(world, "", eval=f"{world}/prompts.jsonl"))
 
@@ -210,7 +240,9 @@ def test_the_metrics_do_not_depend_on_what_the_padding_holds(world, tmp_path):
 
 
 def test_what_is_not_finite_stops_the_run_and_is_never_logged_as_a_number(world, tmp_path):
-    """A NaN in the teacher must not read as a loss of 0; the checkpoint from before stays, and --resume may lower the learning rate."""
+    """A NaN in the teacher must not read as a loss of 0; the checkpoint from before stays,
+    and --resume may lower the learning rate.
+    """
     run = opd.Run(config(world, tmp_path / "run"))
     plain = run.update
 
@@ -227,11 +259,14 @@ def test_what_is_not_finite_stops_the_run_and_is_never_logged_as_a_number(world,
 
 
 def test_a_run_ends_well_where_the_base_model_has_an_unsavable_generation_config(world, tmp_path):
-    """Some checkpoints hold a temperature without do_sample, which loads and cannot be saved: the student gets a new one."""
+    """Some checkpoints hold a temperature without do_sample, which loads and cannot be saved:
+    the student gets a new one.
+    """
     student = AutoModelForCausalLM.from_pretrained(world / "student")
     student.save_pretrained(tmp_path / "student")
     word_tokenizer().save_pretrained(tmp_path / "student")
-    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2]}))
+    (tmp_path / "student" / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2]}))
     opd.Run(config(world, tmp_path / "run", student=str(tmp_path / "student"), steps=1)).go()
     assert (tmp_path / "run" / "result.json").exists()
 
@@ -241,7 +276,8 @@ def test_a_prompt_that_stands_twice_is_on_one_side_only(world, tmp_path):
     twice = tmp_path / "twice.jsonl"
     twice.write_text("\n".join(map(json.dumps, PROMPTS + PROMPTS)))
     train, held_out = opd.questions(config(world, "", prompts=str(twice)))
-    assert len(train) == 8 and len(held_out) == 2 and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
+    assert len(train) == 8 and len(held_out) == 2 \
+        and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -257,7 +293,9 @@ def test_a_prompt_that_stands_twice_is_on_one_side_only(world, tmp_path):
     (["--device", "gpu"], "--device gpu"),
 ])
 def test_what_cannot_work_is_one_line_before_any_model_is_loaded(flags, says, capsys, tmp_path, monkeypatch):
-    """prime-rl#1458: an unknown or impossible flag is an error: exit code 2, one line with the flag, no directory left behind."""
+    """prime-rl#1458: an unknown or impossible flag is an error: exit code 2,
+    one line with the flag, no directory left behind.
+    """
     monkeypatch.setattr(opd, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         opd.main(["--student", "s", "--teacher", "t", "--out", str(tmp_path / "run"), *flags])

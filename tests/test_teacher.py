@@ -96,11 +96,14 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused(role):
 
 
 def test_a_stray_token_without_a_row_is_cut_with_a_warning():
-    """Gemma 3 1B: <image_soft_token> has an id and no output row; the pair is good without it, unless it ends a response."""
+    """Gemma 3 1B: <image_soft_token> has an id and no output row; the pair is good without it,
+    unless it ends a response.
+    """
     words = WORDS + [f"w{i}" for i in range(200)]
     pair = dict(student=tiny("llama", vocab_size=len(words)), teacher=tiny("llama", vocab_size=len(words) - 1),
                 student_tokenizer=word_tokenizer(words), teacher_tokenizer=word_tokenizer(words))
-    with pytest.warns(UserWarning, match=re.escape("no output row for 1 tokens, which can be neither sampled nor scored: ['w199']")):
+    with pytest.warns(UserWarning, match=re.escape(
+            "no output row for 1 tokens, which can be neither sampled nor scored: ['w199']")):
         assert check_pair(**pair) == len(words) - 1
     pair["student"].generation_config.eos_token_id = len(words) - 1
     with pytest.raises(ValueError, match="do not belong together"):

@@ -19,7 +19,9 @@ def solutions(family, noise, n=200, seed=0):
 
 @pytest.mark.parametrize("family", ["left", "right"])
 def test_a_solution_without_mistakes_is_right_in_every_step(family):
-    """Read back from the text: each step adds the next digit of the family's order, and the answer is the sum modulo 10."""
+    """Read back from the text: each step adds the next digit of the family's order,
+    and the answer is the sum modulo 10.
+    """
     digits, count, ids, mask, is_response = solutions(family, noise=0.0)
     for row, (d, c) in enumerate(zip(digits.tolist(), count.tolist())):
         words = [toy.WORDS[i] for i in ids[row][is_response[row]]]
@@ -56,14 +58,17 @@ def test_families_differ_in_order_and_in_words_but_not_in_answers():
 def test_questions_are_all_different_and_answered(tmp_path):
     """prompts.jsonl and eval.jsonl share nothing."""
     toy.write_questions(tmp_path, train=300, held_out=50)
-    parts = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("prompts.jsonl", "eval.jsonl")]
+    parts = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+             for name in ("prompts.jsonl", "eval.jsonl")]
     assert [len(part) for part in parts] == [300, 50] and len({row["prompt"] for part in parts for row in part}) == 350
     for row in parts[1]:
         assert sum(int(word[1]) for word in row["prompt"].split()[1:-1]) % 10 == int(row["answer"])
 
 
 def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
-    """Expert iteration: the batches that it fits are the correct responses, whole, twice each, with the loss on the response."""
+    """Expert iteration: the batches that it fits are the correct responses, whole, twice each,
+    with the loss on the response.
+    """
     digits, count, ids, mask, is_response = solutions("left", noise=0.2, n=40)
     prompts, answers = toy.question(digits, count)
     told = [[toy.WORDS[i] for i in row[r]] for row, r in zip(ids, is_response)]
@@ -71,7 +76,8 @@ def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
     T, P = int(is_response.sum(1).max()), max(map(len, prompts))
     left_ids, left_mask = left_pad(prompts, 0)
     said, said_mask, _ = toy.pack(ids, is_response, is_response)
-    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1), said_mask, torch.zeros(40, T), torch.zeros(40).bool())
+    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1), said_mask,
+                torch.zeros(40, T), torch.zeros(40).bool())
     monkeypatch.setattr(toy, "rollout", lambda *_, **__: r)
     monkeypatch.setattr(toy, "problems", lambda *_: (digits, count))
     fitted = []
@@ -83,15 +89,20 @@ def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
 
 
 def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, monkeypatch):
-    """make() -> a directory for from_pretrained, with a tokenizer that gives the text back; start= goes on from another."""
+    """make() -> a directory for from_pretrained, with a tokenizer that gives the text back;
+    start= goes on from another.
+    """
     monkeypatch.setattr(toy, "STEPS", {"small": 2, "large": 2})
     monkeypatch.setattr(toy, "HOUSE_STEPS", 1)
-    monkeypatch.setattr(toy, "attempt", lambda model, n, generator, samples=1, plain=toy.attempt: (plain(model, 8, generator)[0], torch.ones(8).bool()))
+    monkeypatch.setattr(toy, "attempt", lambda model, n, generator, samples=1, plain=toy.attempt:
+                        (plain(model, 8, generator)[0], torch.ones(8).bool()))
     model = toy.make(tmp_path / "a", seed=1)
-    again, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "a"), AutoTokenizer.from_pretrained(tmp_path / "a")
+    again, tokenizer = (AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
+                        AutoTokenizer.from_pretrained(tmp_path / "a"))
     ids = tokenizer("Add a3 b7 :", return_tensors="pt").input_ids
     torch.testing.assert_close(model(ids).logits, again(ids).logits)
-    assert tokenizer.decode(ids[0]) == "Add a3 b7 :" and tokenizer.eos_token_id == again.config.eos_token_id and tokenizer.chat_template is None
+    assert tokenizer.decode(ids[0]) == "Add a3 b7 :" and tokenizer.eos_token_id == again.config.eos_token_id \
+        and tokenizer.chat_template is None
     twin = toy.make(tmp_path / "twin", seed=1)
     later = toy.make(tmp_path / "b", seed=2, start=tmp_path / "a", house_style=True, rounds=1)
     assert torch.equal(model(ids).logits, twin(ids).logits) and not torch.equal(model(ids).logits, later(ids).logits)

@@ -1,0 +1,34 @@
+"""The README says what the code does: its commands parse, its metrics are those that are logged, its numbers those of the scripts."""
+import dataclasses
+import re
+from pathlib import Path
+
+import opd
+from test_opd import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_every_flag_that_it_names_exists():
+    """TRL's quick start ran into its own ValueError: here the main command parses, and no flag is made up."""
+    line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
+    flags = line.split()[2:]
+    files = {"prompts.jsonl", "eval.jsonl"}
+    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(opd.Config)} | {"--help", "--all"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+    assert {Path(word).name for word in flags if word.endswith(".jsonl")} == files and flags[::2] == [f for f in flags if f.startswith("--")]
+
+
+def test_every_logged_metric_is_defined_and_every_file_is_there():
+    """A table row for each metric; no link to a file that does not exist."""
+    for name in METRICS:
+        stem = re.sub(r"_(student|teacher)$", "", name)
+        assert f"`{name}`" in README or f"`{stem}_student`, `_teacher`" in README or name.startswith("time_") or name in ("step", "lr"), name
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_its_table_is_the_one_that_the_script_wrote():
+    """Nobody types a number: results/phenomenology.txt stands in the README to the letter."""
+    assert (ROOT / "experiments" / "results" / "phenomenology.txt").read_text().strip() in README
