@@ -157,6 +157,8 @@ def expert_iteration(model, rounds, generator, what, n=512, samples=2):
     """RL by keeping what is correct."""
     for k in range(rounds):
         r, kept = attempt(model, n, generator, samples)
+        if not kept.any():
+            continue                                                              # nothing right, nothing to learn from
         score = f"{what}, RL round {k + 1}/{rounds}, {kept.float().mean():.2f} correct"
         is_response = torch.cat([torch.zeros_like(r.attention_mask[:, :-r.response_mask.size(1)]), r.response_mask], 1)
         ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], is_response[kept])
