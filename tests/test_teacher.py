@@ -277,7 +277,7 @@ def plain(model, row):
 
 def test_grade_is_a_loop_over_unpadded_rows(architecture):
     """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt
-    and after eos; optipfair#34). Student and teacher differ in width and depth."""
+    and after eos; trl#7024, optipfair#34). Student and teacher differ in width and depth."""
     student, teacher = pair(architecture)
     ours, of_ours = graded(student, teacher, written()), gradients(student, teacher, written())
     student.zero_grad()
