@@ -136,7 +136,8 @@ def fit(model, batches, steps, lr, what):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps)))
     for ids, mask, is_response in tqdm(batches, total=steps, desc=what, mininterval=1):
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[:, :-1]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                       use_cache=False).logits[:, :-1]                            # (n, L-1, V)
         target = is_response[:, 1:]                                               # (n, L-1)
         cross_entropy(logits[target], ids[:, 1:][target]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
