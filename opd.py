@@ -62,7 +62,7 @@ class Config:
     support: str = flag("student", "whose k likeliest tokens the top-k loss looks at (4.2)", *loss.SUPPORTS)
     steps: int = flag(100, "enough to see which way a run goes; the paper's figures show 200")
     batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU")
-    n: int = flag(1, "rollouts a prompt; the paper takes 4, and its authors saw no clear gain over 1 (their issue 22)")
+    n: int = flag(1, "rollouts a prompt; the paper takes 4, issue 22 of its code reports no clear gain over 1")
     max_new_tokens: int = flag(128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)")
     max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted, never cut; the paper's")
     lr: float = flag(3e-5, "constant, no warm-up; worked here at 0.1 B and 8 rollouts a step. Paper: 1e-6, 256")
@@ -356,7 +356,8 @@ class Run:
         return samples, {
             "step": self.step, **row, "response_length": row["tokens"] / len(responses),
             "truncated_fraction": r.truncated.float().mean().item(),
-            "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm, "lr": cfg.lr,
+            "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm,
+            "lr": self.optimizer.param_groups[0]["lr"],
             "time_rollout": written - clock, "time_teacher": seconds["teacher"],
             "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.device)}
 
@@ -382,11 +383,15 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
         self.step, self.before, self.seconds, self.warned = (state[x] for x in ("step", "before", "seconds", "warned"))
-        for name in ("rollouts.jsonl", "metrics.jsonl"):
-            lines = (self.out / name).read_text().splitlines(keepends=True)
-            rows = [json.loads(line) for line in lines if line.endswith("\n")]              # a torn last line goes
-            self.history = [row for row in rows if row["step"] <= self.step]
-            (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in self.history))
+        self.history = self.rewind("metrics.jsonl")
+        self.rewind("rollouts.jsonl")
+
+    def rewind(self, name):
+        """Cut a JSON-lines file of the run back to the checkpoint's step, a torn last line too: -> the rows that stay."""
+        lines = (self.out / name).read_text().splitlines(keepends=True)
+        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= self.step]
+        (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return rows
 
     def clock(self):
         return self.seconds + time.perf_counter() - self.started

@@ -86,7 +86,9 @@ def test_collapse_is_something_falling_while_something_else_climbs(ends, alarm):
 
 
 @pytest.mark.parametrize("text", ["the same words again " * 12, "well " * 20, "x = 1 so " * 3 + "ha ha ha ha " * 8,
-                                  " ".join(f"step {i % 3} we add the same number to both sides" for i in range(30))])
+                                  " ".join(f"step {i % 3} we add the same number to both sides" for i in range(30)),
+                                  " ".join(str(i) for i in range(40)) * 4 + " and that is all",      # a long block
+                                  "we look at it once more " * 12 + "and so the answer is seven"])   # an end after it
 def test_loops_are_degenerate(text):
     """ms-swift#9644: a block over and over, at the end or nearly throughout, as words or as ids."""
     assert is_degenerate(text) and is_degenerate([hash(word) for word in text.split()])

@@ -254,6 +254,8 @@ def test_what_is_not_finite_stops_the_run_and_is_never_logged_as_a_number(world,
     with pytest.raises(FloatingPointError, match="lower --lr"):
         run.go()
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
+    with pytest.raises(FloatingPointError, match="not finite"):          # without a gradient to give it away, too
+        run.distance()
     opd.Run(config(world, tmp_path / "run", resume=True, lr=1e-4)).go()
     assert [row["lr"] for row in rows(tmp_path / "run")] == [1e-3, 1e-3, 1e-4, 1e-4]
 
