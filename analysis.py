@@ -1,4 +1,4 @@
-"""analysis.py: is it working, and why (paper 2.3; Eq. 6 to 10).
+"""analysis.py: will it work, is it working, and why (paper 2.3, 4, 6; Eq. 6 to 10).
 
 At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = TopK(q, k), I = P & Q:
 
@@ -8,17 +8,32 @@ At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = T
     Eq. 9, 10  overlap mass             sum_I p(v)  and  sum_I q(v), not renormalised
 
 The first half knows only tensors: log-probabilities (N, V) at N packed positions in, one number a position out, (N,).
-The paper's E_t is their mean over all positions of all responses. The second half reads answers, measures accuracy,
-and watches a run for signs of collapse.
+The paper's E_t is their mean over all positions of all responses. What follows reads answers, diagnoses a pair before
+training, measures how coherent the gradients are, and watches a run:
+
+    python analysis.py --student S --teacher T --prompts F     before: will this pair work? a table, a verdict, diagnose.json
+    python analysis.py ... --tokens out.html                   and the responses themselves, every token tinted by its reward
+    python analysis.py --run runs/NAME [--run ...] --plot out.svg [--positions out.svg]      after: what happened (Fig. 6, 13)
 """
+import argparse
+import difflib
+import json
 import math
+import os
 import re
+import shutil
+import subprocess
+import sys
+import warnings
 from fractions import Fraction
+from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
-from rollout import rollout
+from rollout import additions, load_prompts, rollout
+from teacher import Pair, grade, micro_batches, states
 
 # --- Eq. 6 to 10, a position at a time -----------------------------------------------------------------------------
 
@@ -147,27 +162,65 @@ def _bare(text):
     return text.strip("*").rstrip(".").replace("\u2212", "-")
 
 
-def accuracy(model, tokenizer, prompts, answers, *, n, max_new_tokens, temperature, top_p, eos_ids, pad_id, vocab_size,
-             generator, rows=256, what="evaluate"):
-    """avg@n: each of the prompts (token ids) answered n times. -> {"mean", "standard_error", "samples", "truncated"}.
+@torch.no_grad()
+def answered(model, tokenizer, prompts, answers, *, starts=None, n, max_new_tokens, temperature, top_p, eos_ids, pad_id,
+             vocab_size, generator, rows=256, what="evaluate"):
+    """Each of the prompts (token ids) answered n times: -> right (prompts, n) bool, truncated (prompts, n) bool.
+
+    starts: the beginning of each response, already written (token ids); it counts towards max_new_tokens. Where it ends
+    in an eos or has used them up there is nothing left to write, and it is judged as it stands.
+    `rows` bounds the sequences in flight.
+    """
+    starts = starts or [[] for _ in prompts]
+    right, truncated = torch.zeros(2, len(prompts), n, dtype=torch.bool)
+
+    def judge(i, ids):
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        return same_answer(read_answer(text), answers[i]), not (ids and ids[-1] in eos_ids)
+    room = [0 if start and start[-1] in eos_ids else max_new_tokens - len(start) for start in starts]
+    for i in range(len(prompts)):
+        if room[i] <= 0:
+            right[i], truncated[i] = map(torch.tensor, judge(i, starts[i]))
+    order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: len(prompts[i]) + len(starts[i]))
+    at_once = max(1, rows // n)                                                              # like lengths: little padding
+    for first in tqdm(range(0, len(order), at_once), desc=what, leave=False, mininterval=1, disable=None):
+        part = order[first:first + at_once]
+        r = rollout(model, [prompts[i] + starts[i] for i in part], n=n, max_new_tokens=max(room[i] for i in part),
+                    temperature=temperature, top_p=top_p, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size,
+                    generator=generator)
+        for row in range(len(r.ids)):
+            i, j = part[row // n], row % n
+            right[i, j], truncated[i, j] = judge(i, starts[i] + r.response_ids(row)[:room[i]])
+    return right, truncated
+
+
+def accuracy(model, tokenizer, prompts, answers, **how):
+    """avg@n, see answered: -> {"mean", "standard_error", "samples", "truncated"}.
 
     The standard error is that of the mean over prompts, from the spread of the prompts' own means: the n answers to one
-    prompt are not independent. `rows` bounds the sequences in flight.
+    prompt are not independent.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))                       # little padding
-    means, truncated, at_once = [], 0, max(1, rows // n)
-    for start in tqdm(range(0, len(order), at_once), desc=what, leave=False, mininterval=1, disable=None):
-        part = order[start:start + at_once]
-        r = rollout(model, [prompts[i] for i in part], n=n, max_new_tokens=max_new_tokens, temperature=temperature,
-                    top_p=top_p, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size, generator=generator)
-        texts = [tokenizer.decode(r.response_ids(row), skip_special_tokens=True) for row in range(len(r.ids))]
-        right = [same_answer(read_answer(text), answers[part[row // n]]) for row, text in enumerate(texts)]
-        means += [sum(right[i:i + n]) / n for i in range(0, len(right), n)]
-        truncated += int(r.truncated.sum())
-    means = torch.tensor(means, dtype=torch.float64)                                         # (prompts,)
-    error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
-    return {"mean": means.mean().item(), "standard_error": error, "samples": len(means) * n,
-            "truncated": truncated / (len(means) * n)}
+    right, truncated = answered(model, tokenizer, prompts, answers, **how)
+    return {**estimate(right.double().mean(1)), "samples": right.numel(), "truncated": truncated.double().mean().item()}
+
+
+def estimate(x):
+    """Mean over prompts, NaN left out, and its standard error: (prompts,) -> {"mean", "standard_error"}, None where undefined."""
+    x = x[~x.isnan()].double()
+    return {"mean": x.mean().item() if len(x) else None,
+            "standard_error": (x.std() / len(x) ** 0.5).item() if len(x) > 1 else None}
+
+
+def auroc(scores, labels):
+    """The chance that a true one scores above a false one, ties counting half: (B,), (B,) bool -> float.
+
+    None where all labels are alike. Paper 6.2 scores responses by their mean reward and labels them by their answers.
+    """
+    positive, negative = scores[labels], scores[~labels].sort().values
+    if not len(positive) or not len(negative):
+        return None
+    below, not_above = (torch.searchsorted(negative, positive, right=right) for right in (False, True))
+    return ((below + not_above).double().mean() / (2 * len(negative))).item()
 
 
 def gap_recovery(before, after, teacher):
@@ -179,6 +232,223 @@ def gap_recovery(before, after, teacher):
     gap = teacher["mean"] - before["mean"]
     noise = math.hypot(teacher["standard_error"] or 0, before["standard_error"] or 0)
     return (after["mean"] - before["mean"]) / gap if abs(gap) > 2 * noise else None
+
+
+# --- Before training: will this pair work? -------------------------------------------------------------------------
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75)         # of the student's response, where the teacher takes over (paper 6.1)
+BUCKETS = 16                            # of output positions
+BY_POSITION = ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")
+INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED = VERDICTS = (
+    "incompatible thinking (cold start first)", "nothing new to teach", "should work",
+    "harmful (the teacher is behind the student)", "undecided (prompts with answers are needed)")
+SHARED_MASS = 0.8        # below it two models do not think alike. Paper: .97-.99 where distillation works, .3-.8 where it swings
+
+
+@torch.no_grad()
+def positions(pair, r, k, *, temperature=1.0, teacher_temperature=1.0, micro_batch_tokens=16384):
+    """`diagnose` at every position of a rollout: -> {name: (B, T)}, NaN where there is no response token."""
+    out = {}
+    with pair.autocast():
+        for rows, _, values in grade(*pair.splits, r, lambda *x: diagnose(*x, k), temperature=temperature,
+                                     teacher_temperature=teacher_temperature, micro_batch_tokens=micro_batch_tokens):
+            for name, x in values.items():
+                part = x.new_full((len(rows), r.response_mask.size(1)), math.nan)            # (b, T)
+                part[r.response_mask[rows]] = x                                              # packed row by row
+                out.setdefault(name, x.new_full(r.response_mask.shape, math.nan))[rows] = part
+    return out
+
+
+def by_position(position, values, width):
+    """Sums over buckets of `width` output positions: (N,) long, {name: (N,)} -> {"tokens": (BUCKETS,), name: (BUCKETS,)}.
+
+    The last bucket takes all that lies beyond.
+    """
+    bucket = (position // width).clamp_max(BUCKETS - 1)                                      # (N,)
+    values = {"tokens": torch.ones_like(position, dtype=torch.float32), **values}
+    return {name: torch.zeros(BUCKETS, device=x.device).index_add(0, bucket, x.detach().float()) for name, x in values.items()}
+
+
+def bucket_means(sums, width):
+    """What by_position summed, as lists of means, up to the last bucket that holds a token: {"width", "tokens", name: [...]}."""
+    tokens = [int(x) for x in sums["tokens"]]
+    used = max((i + 1 for i, x in enumerate(tokens) if x), default=0)
+    means = {name: [x / t if t else None for x, t in zip(sums[name].tolist(), tokens)] for name in sums if name != "tokens"}
+    return {"width": width, "tokens": tokens[:used],
+            **{name: [x if x is None else round(x, 5) for x in xs[:used]] for name, xs in means.items()}}
+
+
+def continuation(pair, prompts, answers, responses, depths=DEPTHS, *, n, max_new_tokens, temperature, top_p, seed):
+    """Paper 6.1: cut the student's responses at some depth and let teacher and student each finish them n times.
+
+    prompts, responses: token ids, one response a prompt. A depth that is a float is a share of each response, an int a
+    count of tokens. -> {depth: (gain (prompts,), student (prompts,), teacher (prompts,), tokens)}, shares of right answers
+    and gain = teacher - student; `tokens` is the mean cut. Depth 0.0 is plain accuracy, and at 1.0 nothing is left to finish.
+    """
+    out = {}
+    for depth in depths:
+        cuts = [min(len(y), depth) if isinstance(depth, int) else int(depth * len(y)) for y in responses]
+        student, teacher = (answered(
+            model, pair.tokenizer, prompts, answers, starts=[y[:cut] for y, cut in zip(responses, cuts)], n=n,
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **pair.ending, what=f"{name} from {depth}",
+            generator=torch.Generator(pair.device).manual_seed(seed))[0].double().mean(1)
+            for name, model in (("student", pair.student), ("teacher", pair.teacher)))       # (prompts,) each
+        out[depth] = (teacher - student, student, teacher, sum(cuts) / len(cuts))
+    return out
+
+
+def diagnose_pair(pair, rows, *, k=16, n=4, max_new_tokens=128, temperature=1.0, eval_temperature=0.7, eval_top_p=0.95,
+                  finishes=4, depths=DEPTHS, seed=0, micro_batch_tokens=16384):
+    """Sample the student and measure what the paper says decides: -> the content of diagnose.json, verdict included.
+
+    rows: from Pair.encode, {"prompt", "answer" or None, "ids"}. Each metric is a mean over tokens within a prompt, then
+    over prompts, with the standard error of the latter. What needs answers is left out without them.
+    """
+    prompts = [row["ids"] for row in rows]
+    r = pair.write(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    grid = positions(pair, r, k, temperature=temperature, micro_batch_tokens=micro_batch_tokens)     # {name: (B, T)}
+    del grid["log_p"]
+    report = {"prompts": len(rows), "responses": len(r.ids), "k": k,
+              "response_length": r.response_mask.sum(1).double().mean().item(),
+              "truncated_fraction": r.truncated.double().mean().item(),
+              "metrics": {name: estimate(x.view(len(rows), -1).nanmean(1).cpu()) for name, x in grid.items()}}
+    width = -(-max_new_tokens // BUCKETS)
+    position = torch.arange(r.response_mask.size(1), device=pair.device).expand_as(r.response_mask)[r.response_mask]   # (N,)
+    here = {name: grid[name][r.response_mask] for name in BY_POSITION}                       # (N,)
+    report["by_position"] = bucket_means(by_position(position, here, width), width)
+    bucket = (position // width).clamp_max(BUCKETS - 1)
+    spread = [here["reward"][bucket == b] for b in range(len(report["by_position"]["tokens"]))]
+    report["by_position"]["reward_5_95"] = [x.quantile(x.new_tensor([0.05, 0.95])).tolist() if len(x) else None for x in spread]
+
+    asked = [i for i, row in enumerate(rows) if row["answer"] is not None]
+    if asked:
+        answers = [rows[i]["answer"] for i in asked]
+        texts = [[pair.tokenizer.decode(r.response_ids(i * n + j), skip_special_tokens=True) for j in range(n)] for i in asked]
+        right = torch.tensor([[same_answer(read_answer(text), a) for text in row] for row, a in zip(texts, answers)])
+        reward = grid["reward"].nanmean(1).view(-1, n)[asked].cpu()                          # sequence mean reward
+        report["auroc"] = auroc(reward.flatten(), right.flatten())
+        report["right"] = int(right.sum())
+        finished = continuation(
+            pair, [prompts[i] for i in asked], answers, [r.response_ids(i * n) for i in asked], depths, n=finishes,
+            max_new_tokens=max_new_tokens, temperature=eval_temperature, top_p=eval_top_p, seed=seed)
+        report["continuation"] = [{"depth": depth, "tokens": tokens, "student": estimate(student), "teacher": estimate(teacher),
+                                   "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
+        report["predicted_gain"] = estimate(torch.stack([gain for gain, *_ in finished.values()]).mean(0))
+    report["verdict"], report["reasons"] = verdict(report)
+    return report
+
+
+def verdict(report):
+    """One of VERDICTS and the reasons in words, from compatibility and new capability at the states that the student visits.
+
+    Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections.
+    """
+    def said(x):
+        return f"{x['mean']:+.3f} +- {x['standard_error'] or 0:.3f}"
+
+    def sure(x):        # further from 0 than chance allows: 1 above, -1 below, else 0
+        return 0 if abs(x["mean"]) <= 2 * (x["standard_error"] or 0) else math.copysign(1, x["mean"])
+    metrics = {name: x["mean"] for name, x in report["metrics"].items()}
+    mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
+    compatible = mass >= SHARED_MASS
+    reasons = [f"the tokens that both find likely hold {mass:.3f} of the probability, {'at least' if compatible else 'below'} "
+               f"{SHARED_MASS} (4.1: .97 to .99 where it works; 5.1: as low as .3 where it does not)"]
+    if metrics["reverse_kl"] < 1e-6:
+        return NOTHING_NEW, ["student and teacher agree at every state: there is no gradient (Eq. 4)"]
+    if "continuation" not in report:
+        return (UNDECIDED if compatible else INCOMPATIBLE), reasons
+    first, gain = report["continuation"][0], report["predicted_gain"]
+    reasons += [f"on its own, teacher - student is {said(first['gain'])} in accuracy",
+                f"from the student's own beginnings, mean over depths, teacher - student is {said(gain)} (6.1)"]
+    if first["student"]["mean"] == first["teacher"]["mean"] == 0:
+        reasons.append("neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens")
+    if sure(first["gain"]) < 0:
+        return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
+    if not compatible or sure(first["gain"]) > 0 > sure(gain):
+        return INCOMPATIBLE, reasons + ["the teacher is lost at states that the student visits (3.1); a cold start moves them (5.1)"]
+    if sure(gain) < 0:
+        return HARMFUL, reasons + ["where the student is, the teacher does worse (3.3)"]
+    if sure(gain) == 0:
+        return NOTHING_NEW, reasons + ["a gain within two standard errors: size or another seed is no new knowledge (3.2)"]
+    return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
+
+
+def show(report):
+    """The report as a table: str."""
+    r, lines = report, []
+    lines.append(f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
+                 f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts")
+    titles = {"overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6", "overlap_mass_student": "overlap mass, student, Eq. 9",
+              "overlap_mass_teacher": "overlap mass, teacher, Eq. 10", "overlap_token_advantage": "overlap-token advantage, Eq. 7",
+              "entropy_student": "entropy, student", "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
+              "reverse_kl": "reverse KL", "reward": "mean reward"}
+    for name, title in titles.items():
+        x = r["metrics"][name]
+        lines.append(f"{title:32} " + ("none shared" if x["mean"] is None else f"{x['mean']:9.4f} +- {x['standard_error'] or 0:.4f}"))
+    if "continuation" in r:
+        score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
+        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, {r['responses'] - r['right']} not")
+        lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
+        for c in r["continuation"]:
+            place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
+            lines.append(f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} {c['teacher']['mean']:9.3f} "
+                         f"{c['gain']['mean']:+9.3f} +- {c['gain']['standard_error'] or 0:.3f}")
+        x = r["predicted_gain"]
+        lines.append(f"  {'mean over these depths':54} {x['mean']:+8.3f} +- {x['standard_error'] or 0:.3f}")
+    b = r["by_position"]
+    lines += ["", "position      tokens    reward  5 % .. 95 %         overlap   H student   H teacher"]
+    for i, tokens in enumerate(b["tokens"]):
+        if tokens:
+            low, high = b["reward_5_95"][i]
+            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} {low:7.2f} .. {high:5.2f} "
+                         f"{b['overlap_ratio'][i]:12.3f} {b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
+    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
+
+
+# --- The open hypothesis (6.2): do the gradients of single positions point one way? --------------------------------
+
+
+def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, micro_batch_tokens=16384, chunk=1024):
+    """What each position of a rollout asks of the output head, a chunk at a time: yields g (c, V) = d loss / d logits, h (c, H).
+
+    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is the outer product g_t h_t'.
+    Where a model does more than a linear head (Split.own_logits) h is 1 and only the logits are compared.
+    """
+    student, teacher = pair.splits
+    for _, ids, mask, is_response in micro_batches(r, micro_batch_tokens):
+        with torch.no_grad(), pair.autocast():
+            h_p, h_q = (states(s.trunk, ids, mask, is_response) for s in (student, teacher))         # (N, H), (N, H')
+        for h_p, h_q, y in zip(*(x.split(chunk) for x in (h_p, h_q, ids[is_response]))):
+            with torch.no_grad(), pair.autocast():
+                z, log_q = student.head(h_p).float(), (teacher.head(h_q).float() / teacher_temperature).log_softmax(-1)
+            z = z.requires_grad_()
+            with torch.enable_grad():
+                loss = objective((z / temperature).log_softmax(-1), log_q, y).sum()
+            yield torch.autograd.grad(loss, z)[0], torch.ones_like(z[:, :1]) if student.own_logits else h_p.float()
+
+
+def coherence(chunks):
+    """How far the gradients G_t = g_t h_t' of single positions point one way: chunks of (g (c, V), h (c, H)) -> dict.
+
+    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they cancel
+    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) / sum |G_t|
+    cosine     the mean cosine between two different positions, each weighing the same; its null is 0
+    size       mean_t |G_t|, and positions, how many have a gradient at all
+    The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
+    """
+    total = units = 0.0
+    norms = []
+    for g, h in chunks:
+        norm = g.norm(dim=-1) * h.norm(dim=-1)                                               # (c,) = |g h'|
+        unit = g / norm.clamp_min(1e-30).unsqueeze(-1)                                       # zero rows stay zero
+        total, units = total + g.T @ h, units + unit.T @ h                                   # (V, H)
+        norms.append(norm)
+    norms = torch.cat(norms).double()
+    n, size = int((norms > 0).sum()), norms.sum().item()
+    if n < 2:
+        raise ValueError("coherence needs two positions with a gradient")
+    return {"coherence": total.double().norm().item() / size, "null": norms.norm().item() / size,
+            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms), "positions": n}
 
 
 # --- Is the run going under? ---------------------------------------------------------------------------------------
@@ -207,3 +477,120 @@ def collapse(history, window=5):
         return None
     said = ", ".join("{} {:.2f} -> {:.2f}".format(name, *{**high, **low}[name]) for name in falls + rises)
     return f"signs of collapse: {said}; lower --lr or --max-new-tokens, or begin with a cold start (paper 5.1, 6.1)"
+
+
+# --- From the command line -----------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose every refusal is one line, with the nearest flag where one is misspelt."""
+
+    def error(self, message):
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+    def parse_args(self, argv=None):
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            self.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        return given
+
+
+def provenance():
+    """What made the numbers: command line, commit, versions."""
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"command": " ".join(sys.argv), "commit": commit or None, "python": sys.version.split()[0],
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+
+
+def write_json(path, value):
+    """Whole or not at all."""
+    aside = Path(f"{path}.tmp")
+    aside.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(aside, path)
+
+
+def parse(argv=None):
+    """Flags -> namespace; what cannot work is one line on stderr and exit code 2, before a model is loaded."""
+    parser = Parser(prog="analysis.py", description="Diagnose a pair before training, or look at runs after it.",
+                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    before = parser.add_argument_group("before: will this pair work?")
+    for name in ("student", "teacher"):
+        before.add_argument(f"--{name}", help="directory or hub name")
+    before.add_argument("--prompts", help='JSON lines {"prompt", "answer"}; without it, additions of two numbers')
+    for name, default, why in (
+            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"), ("n", 4, "responses a prompt"),
+            ("max-new-tokens", 128, "of a response"), ("max-prompt-tokens", 1024, "longer prompts are dropped and counted"),
+            ("finishes", 4, "endings that each model writes at each depth (6.1)"), ("k", 16, "of the overlap metrics"),
+            ("seed", 0, "of the choice of prompts and of all sampling"),
+            ("micro-batch-tokens", 16384, "padded tokens in one forward; changes memory, not the result")):
+        before.add_argument(f"--{name}", type=int, default=default, help=why)
+    before.add_argument("--temperature", type=float, default=1.0, help="of the student when it writes, as in training")
+    before.add_argument("--eval-temperature", type=float, default=0.7, help="of both when they finish a response")
+    before.add_argument("--eval-top-p", type=float, default=0.95, help="of both when they finish a response")
+    before.add_argument("--template", default="none", help="none, answer, boxed, or your own text with {question} in it")
+    before.add_argument("--thinking", default="default", choices=("default", "on", "off"), help="of chat templates that have it")
+    before.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
+    before.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+    before.add_argument("--out", default="diagnose.json", help="where the report goes")
+    before.add_argument("--tokens", help="an .html file: a few responses, every token tinted by its reward")
+    after = parser.add_argument_group("after: what happened?")
+    after.add_argument("--run", action="append", help="directory of a run; may be given several times, side by side")
+    after.add_argument("--plot", help="an .svg file: the paper's Figure 6, every metric against the step")
+    after.add_argument("--positions", help="an .svg file: entropies, reward and overlap by output position and step (Fig. 13)")
+    flags = parser.parse_args(argv)
+    for name in ("count", "n", "max_new_tokens", "max_prompt_tokens", "finishes", "k", "micro_batch_tokens"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
+    if flags.temperature <= 0 or flags.eval_temperature < 0 or not 0 < flags.eval_top_p <= 1:
+        parser.error("--temperature must be above 0, --eval-temperature not negative, --eval-top-p above 0 and at most 1")
+    if bool(flags.run) == bool(flags.student or flags.teacher):
+        parser.error("give either --student and --teacher, or --run")
+    if not flags.run and not (flags.student and flags.teacher):
+        parser.error(f"--{'teacher' if flags.student else 'student'} is missing: a directory or hub name")
+    if flags.prompts and not Path(flags.prompts).is_file():
+        parser.error(f"--prompts {flags.prompts}: no such file")
+    for run in flags.run or []:
+        if not (Path(run) / "metrics.jsonl").is_file():
+            parser.error(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
+    for path in filter(None, (flags.out, flags.tokens, flags.plot, flags.positions)):
+        if not Path(path).absolute().parent.is_dir():
+            parser.error(f"{path}: its folder does not exist")
+    return flags
+
+
+def main(argv=None):
+    flags = parse(argv)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        if flags.run:
+            from experiments import plot
+            plot.runs(flags.run, flags.plot, flags.positions)
+            return
+        from recipes import in_template                        # here, since recipes builds on this file
+        rows = in_template(load_prompts(flags.prompts) if flags.prompts else additions(512, flags.seed), flags.template)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(flags.seed)).tolist()
+        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype)
+        rows = pair.encode([rows[i] for i in order[:flags.count]], max_prompt_tokens=flags.max_prompt_tokens,
+                           new_tokens=flags.max_new_tokens, thinking=flags.thinking)
+        if flags.tokens:
+            from experiments import tokens
+            tokens.write_page(pair, rows[:8], flags.tokens, k=flags.k, max_new_tokens=flags.max_new_tokens,
+                              temperature=flags.temperature, seed=flags.seed)
+            print(flags.tokens)
+        report = diagnose_pair(pair, rows, **{name: getattr(flags, name) for name in (
+            "k", "n", "max_new_tokens", "temperature", "eval_temperature", "eval_top_p", "finishes", "seed",
+            "micro_batch_tokens")})
+    except (ValueError, OSError, FloatingPointError) as error:
+        print("analysis.py: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    print(show(report))
+    write_json(flags.out, {"student": flags.student, "teacher": flags.teacher, **report, **provenance()})
+
+
+if __name__ == "__main__":
+    main()

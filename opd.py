@@ -13,16 +13,12 @@ Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entro
 none. The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
 """
 import argparse
-import contextlib
 import dataclasses
-import difflib
 import json
 import math
 import os
 import random
 import resource
-import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -32,13 +28,12 @@ from pathlib import Path
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 import analysis
 import loss
-from recipes import apply_template, is_degenerate
-from rollout import encode, load_prompts, rollout
-from teacher import check_pair, eos_ids, freeze, grade, load, split
+from recipes import apply_template, in_template, is_degenerate
+from rollout import additions, load_prompts
+from teacher import Pair, grade
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
 
@@ -95,13 +90,8 @@ PRESETS = {
 
 def parse(argv):
     """Flags -> Config. Whatever cannot work is one line on stderr and exit code 2, before a model is loaded."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS)
-
-    def refuse(message):
-        print(f"opd.py: {message}", file=sys.stderr)
-        sys.exit(2)
-    parser.error = refuse
+    parser = analysis.Parser(prog="opd.py", description=__doc__.splitlines()[0], allow_abbrev=False,
+                             argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(Config):
         name, why = "--" + f.name.replace("_", "-"), f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%")
         if f.type is bool:
@@ -110,15 +100,11 @@ def parse(argv):
             choices = f.metadata["choices"]
             metavar = None if choices else f.type.__name__.upper()
             parser.add_argument(name, type=f.type, choices=choices, help=why, metavar=metavar)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        refuse(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    given = vars(given)
+    given = vars(parser.parse_args(argv))
     try:
         return check(Config(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
     except ValueError as error:
-        refuse(str(error))
+        parser.error(str(error))
 
 
 def check(cfg):
@@ -151,14 +137,6 @@ def check(cfg):
     return cfg
 
 
-def additions(count, seed=0):
-    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer"}."""
-    draw = random.Random(seed)
-    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
-    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)}
-            for a, b in pairs]
-
-
 def questions(cfg):
     """-> (training, held-out) lists of {"prompt", "answer"}, in the template; the two share no prompt."""
     train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
@@ -171,29 +149,7 @@ def questions(cfg):
     train = [row for name, row in train.items() if name not in held_out]
     if not train:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
-    held_out = list(held_out.values())
-    for row in train + held_out:
-        if isinstance(row["prompt"], str):
-            row["prompt"] = apply_template(row["prompt"], cfg.template)
-        else:
-            said = row["prompt"][-1]
-            row["prompt"] = row["prompt"][:-1] + [{**said, "content": apply_template(said["content"], cfg.template)}]
-    return train, held_out
-
-
-def provenance():
-    """What made the numbers: command line, commit, versions."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"command": " ".join(sys.argv), "commit": commit or None, "python": sys.version.split()[0],
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-
-
-def write_json(path, value):
-    """Whole or not at all."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(aside, path)
+    return in_template(train, cfg.template), in_template(list(held_out.values()), cfg.template)
 
 
 # --- one step ------------------------------------------------------------------------------------------------------
@@ -219,13 +175,17 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
     def per_position(log_p, log_q, y):
         return {"loss": descend(log_p, log_q, y), **analysis.diagnose(log_p, log_q, y, cfg.k)}
     total, sums, counts, mismatch = r.response_mask.sum(), {}, {}, []
+    width, buckets = -(-cfg.max_new_tokens // analysis.BUCKETS), {}
     with torch.set_grad_enabled(learn):
-        for rows, _, out in grade(student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
+        for rows, is_response, out in grade(student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
                                   temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
             if learn:
                 (out["loss"].sum() / total).backward()
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
+            position = (is_response.cumsum(1) - 1)[is_response]                              # (N,) 0, 1, 2, ... a response
+            for name, x in analysis.by_position(position, {name: out[name] for name in analysis.BY_POSITION}, width).items():
+                buckets[name] = buckets.get(name, 0) + x                                     # (BUCKETS,)
             for name, x in out.items():
                 x = x.detach()
                 defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)
@@ -238,7 +198,8 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
     total, defined = int(total), int(counts["overlap_token_advantage"])
     if not defined:
         means["overlap_token_advantage"] = None
-    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(map(float, mismatch)), "tokens": total}
+    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(map(float, mismatch)), "tokens": total,
+            "by_position": analysis.bucket_means(buckets, width)}
 
 
 def batch(prompts, step, size, seed):
@@ -268,72 +229,44 @@ class Run:
                 "no checkpoint there to resume; leave --resume out" if cfg.resume
                 else "holds another run; add --resume to go on with it, or take another --out"))
         train, held_out = questions(cfg)
-        cuda = torch.cuda.is_available()
-        self.device = torch.device(cfg.device if cfg.device != "auto" else "cuda" if cuda else "cpu")
-        dtype, plain = getattr(torch, cfg.dtype), cfg.dtype == "float32"
-        self.autocast = contextlib.nullcontext if plain else lambda: torch.autocast(self.device.type, dtype)
-        self.tokenizer, teacher_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (cfg.student, cfg.teacher))
-        self.student = load(cfg.student, device=self.device)                # float32 whatever --dtype: master weights
-        self.teacher = freeze(load(cfg.teacher, device=self.device, dtype=dtype))
-        self.vocab_size = check_pair(self.student, self.teacher, self.tokenizer, teacher_tokenizer)
-        if cfg.k > self.vocab_size:
-            raise ValueError(f"--k {cfg.k}: the two models share {self.vocab_size} tokens; take a smaller k")
-        eos = eos_ids(self.student, self.tokenizer) | eos_ids(self.teacher, teacher_tokenizer)
-        self.ending = dict(eos_ids=eos, pad_id=self.tokenizer.pad_token_id or 0, vocab_size=self.vocab_size)
-        self.splits = split(self.student, self.vocab_size), split(self.teacher, self.vocab_size)
-        self.prompts, _ = self.encode(train)
-        self.held_out, self.answers = self.encode(held_out)
+        self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype)
+        if cfg.k > self.pair.ending["vocab_size"]:
+            raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; take a smaller k")
+        self.prompts = [row["ids"] for row in self.encode(train)]
+        held_out = self.encode(held_out)
+        self.held_out, self.answers = [row["ids"] for row in held_out], [row["answer"] for row in held_out]
         unanswered = self.answers.count(None)
         if 0 < unanswered < len(self.answers):
             warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer and do not count in accuracy")
-        self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
+        self.optimizer = torch.optim.AdamW(self.pair.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
         self.before, self.step, self.history, self.seconds, self.warned = {}, 0, [], 0.0, False
 
     def encode(self, rows):
-        """Questions -> (token ids, answers) of those that fit into --max-prompt-tokens."""
-        cfg, thinking = self.cfg, self.cfg.thinking
-        options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
-        ids = [encode(self.tokenizer, row["prompt"], **options) for row in rows]
-        fits = [i for i, prompt in enumerate(ids) if 0 < len(prompt) <= cfg.max_prompt_tokens]
-        if not fits:
-            raise ValueError(f"no prompt has 1 to {cfg.max_prompt_tokens} tokens; raise --max-prompt-tokens")
-        if len(fits) < len(ids):
-            dropped = f"{len(ids) - len(fits)} of {len(ids)} prompts dropped"
-            warnings.warn(f"{dropped}: empty, or longer than {cfg.max_prompt_tokens} tokens")
-        longest = max(len(ids[i]) for i in fits) + max(cfg.max_new_tokens, cfg.eval_max_new_tokens)
-        for model in (self.student, self.teacher):
-            room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-            if longest > room:
-                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; "
-                                 "lower --max-new-tokens")
-        for i in fits:
-            if max(ids[i]) >= self.vocab_size:
-                raise ValueError(f"a token of prompt {str(rows[i]['prompt'])[:80]!r} has no output row; leave the prompt out")
-        return [ids[i] for i in fits], [rows[i]["answer"] for i in fits]
+        cfg = self.cfg
+        return self.pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, thinking=cfg.thinking,
+                                new_tokens=max(cfg.max_new_tokens, cfg.eval_max_new_tokens))
 
     def write(self, prompts, n, seed):
-        """The student's responses to prompts, from exactly the softmax that measure() scores."""
-        with self.autocast():
-            return rollout(self.student, prompts, n=n, max_new_tokens=self.cfg.max_new_tokens, **self.ending,
-                           temperature=self.cfg.temperature, generator=torch.Generator(self.device).manual_seed(seed))
+        return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
+                               temperature=self.cfg.temperature, seed=seed)
 
     def accuracy(self, model, what):
         """avg@eval_n on the held-out prompts that have answers, None without any. The same draws for every model."""
         cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
         if not asked:
             return None
-        with self.autocast():
+        with self.pair.autocast():
             return analysis.accuracy(
-                model, self.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked], what=what,
+                model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked], what=what,
                 n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
-                temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, **self.ending,
-                generator=torch.Generator(self.device).manual_seed(cfg.seed + 1))
+                temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, **self.pair.ending,
+                generator=torch.Generator(self.pair.device).manual_seed(cfg.seed + 1))
 
     def distance(self):
         """Eq. 6-10 and the reverse KL on held-out prompts, at states that the student visits now: {name: float}."""
         r = self.write(self.held_out[:256], 1, self.cfg.seed + 2)
-        with self.autocast():
-            return measure(self.cfg, *self.splits, r, learn=False)
+        with self.pair.autocast():
+            return measure(self.cfg, *self.pair.splits, r, learn=False)
 
     def update(self):
         """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl."""
@@ -341,9 +274,9 @@ class Run:
         prompts = batch(self.prompts, self.step, cfg.batch_size, cfg.seed)
         r = self.write(prompts, cfg.n, cfg.seed * 1_000_003 + self.step + 3)
         written = time.perf_counter()
-        with self.autocast():
-            row = measure(cfg, *self.splits, r, learn=True, seconds=seconds)
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0).item()
+        with self.pair.autocast():
+            row = measure(cfg, *self.pair.splits, r, learn=True, seconds=seconds)
+        norm = torch.nn.utils.clip_grad_norm_(self.pair.student.parameters(), 1.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; {GO_ON}")
         self.optimizer.step()
@@ -352,21 +285,21 @@ class Run:
         done = time.perf_counter()
         responses = [r.response_ids(i) for i in range(len(r.ids))]
         samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
-                    "text": self.tokenizer.decode(r.ids[i][r.attention_mask[i]])} for i in range(min(2, len(r.ids)))]
+                    "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])} for i in range(min(2, len(r.ids)))]
         return samples, {
             "step": self.step, **row, "response_length": row["tokens"] / len(responses),
             "truncated_fraction": r.truncated.float().mean().item(),
             "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm,
             "lr": self.optimizer.param_groups[0]["lr"],
             "time_rollout": written - clock, "time_teacher": seconds["teacher"],
-            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.device)}
+            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.pair.device)}
 
     def save(self):
         """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
         state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "warned": self.warned,
-                 "seconds": self.clock(), "student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+                 "seconds": self.clock(), "student": self.pair.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "state.tmp")
         os.replace(folder / "state.tmp", folder / "state.pt")
 
@@ -378,7 +311,7 @@ class Run:
             if name not in may_differ and state["config"].get(name) != value:
                 raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} "
                                  f"{state['config'].get(name)!r}; give the same flags, or take another --out")
-        self.student.load_state_dict(state["student"])
+        self.pair.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
@@ -403,20 +336,20 @@ class Run:
             self.restore()
         else:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.before = {"accuracy_teacher": self.accuracy(self.teacher, "teacher's accuracy"),
-                           "accuracy_before": self.accuracy(self.student, "student's accuracy"),
+            self.before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
+                           "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
                            "held_out_before": self.distance()}
             for name in ("metrics.jsonl", "rollouts.jsonl"):
                 (self.out / name).write_text("")
             self.save()
-        write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **provenance()})
+        analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
         with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as texts:
             bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
             while self.step < cfg.steps:
                 samples, row = self.update()
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
-                    measured = self.accuracy(self.student, "student's accuracy")
+                    measured = self.accuracy(self.pair.student, "student's accuracy")
                     row["accuracy"] = measured and measured["mean"]
                 self.log(row, samples, metrics, texts)
                 bar.update()
@@ -442,16 +375,16 @@ class Run:
 
     def finish(self):
         """Measure the student that came out, save it, and write result.json last: it stands for a complete run."""
-        before, after = self.before["accuracy_before"], self.accuracy(self.student, "student's accuracy")
+        before, after = self.before["accuracy_before"], self.accuracy(self.pair.student, "student's accuracy")
         recovery = after and analysis.gap_recovery(before, after, self.before["accuracy_teacher"])
         result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(), "gap_recovery": recovery,
-                  "steps": self.step, "seconds": self.clock(), **provenance()}
-        self.student.generation_config = transformers.GenerationConfig(     # a new one: an inherited one may not be savable
-            eos_token_id=sorted(self.ending["eos_ids"]) or None, bos_token_id=self.tokenizer.bos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id)
-        self.student.save_pretrained(self.out / "student")
-        self.tokenizer.save_pretrained(self.out / "student")
-        write_json(self.out / "result.json", result)
+                  "steps": self.step, "seconds": self.clock(), **analysis.provenance()}
+        self.pair.student.generation_config = transformers.GenerationConfig(     # a new one: an inherited one may not be savable
+            eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=self.pair.tokenizer.bos_token_id,
+            pad_token_id=self.pair.tokenizer.pad_token_id)
+        self.pair.student.save_pretrained(self.out / "student")
+        self.pair.tokenizer.save_pretrained(self.out / "student")
+        analysis.write_json(self.out / "result.json", result)
         return result
 
 

@@ -26,6 +26,18 @@ def apply_template(question, template):
     return form.replace("{question}", question)
 
 
+def in_template(rows, template):
+    """Put every question into a template: list of {"prompt": text or chat messages, ...} -> the same, new rows.
+
+    Of a chat it is the last message that is put into it.
+    """
+    def put(prompt):
+        if isinstance(prompt, str):
+            return apply_template(prompt, template)
+        return [*prompt[:-1], {**prompt[-1], "content": apply_template(prompt[-1]["content"], template)}]
+    return [{**row, "prompt": put(row["prompt"])} for row in rows]
+
+
 def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=8, repeated=0.5):
     """Has this response fallen into repetition? Text counts in words, token ids in tokens; bool.
 

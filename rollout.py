@@ -8,6 +8,7 @@ defaults (and reads more from a checkpoint's generation_config.json), and then t
 did not write. top_p exists here for evaluation alone.
 """
 import json
+import random
 from dataclasses import dataclass
 
 import torch
@@ -155,3 +156,11 @@ def encode(tokenizer, prompt, **chat_options):
     if not isinstance(prompt, str):
         prompt = "\n".join(message["content"] for message in prompt)
     return tokenizer(prompt).input_ids
+
+
+def additions(count, seed=0):
+    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer"}."""
+    draw = random.Random(seed)
+    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
+    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)}
+            for a, b in pairs]

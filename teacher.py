@@ -4,19 +4,22 @@
     split        a model as trunk (ids -> hidden states) and head (hidden states -> logits), so that logits can be made
                  where and when they are needed
     grade        both models over the student's responses, a micro-batch at a time: loss and diagnostics a position
+    Pair         the two models loaded, checked and ready to write and to grade
 
 The teacher reads the student's very token ids; nothing is decoded and encoded again.
 """
+import contextlib
 import time
 import warnings
+from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
 from torch.nn.functional import linear
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loss import in_chunks
-from rollout import position_ids
+from rollout import encode, position_ids, rollout
 
 
 def load(path, *, device="cpu", dtype=torch.float32):
@@ -170,3 +173,70 @@ def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temper
         y = ids[is_response]                                                                # (N,)
         yield rows, is_response, in_chunks(per_position, h_p, h_q, student.head, teacher.head, y,
                                            temperature=temperature, teacher_temperature=teacher_temperature)
+
+
+# --- the two together ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pair:
+    """Student and teacher on one device, over the V tokens that they share. Pair.load makes one.
+
+    The student's weights are float32 whatever the dtype of the computation; the teacher is frozen.
+    """
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    tokenizer: Callable      # the student's
+    end_id: int | None       # the token with which the teacher ends a response
+    ending: dict             # eos_ids, pad_id, vocab_size: what every rollout of either model is given
+    splits: tuple            # Split of the student, Split of the teacher
+    device: torch.device
+    autocast: Callable       # context manager of the computation's dtype
+
+    @classmethod
+    def load(cls, student, teacher, *, device="auto", dtype="float32"):
+        """Two directories or hub names -> Pair. Raises ValueError where they do not fit (check_pair)."""
+        cuda = torch.cuda.is_available()
+        device = torch.device(device if device != "auto" else "cuda" if cuda else "cpu")
+        plain, dtype = dtype == "float32", getattr(torch, dtype)
+        autocast = contextlib.nullcontext if plain else lambda: torch.autocast(device.type, dtype)
+        mine, theirs = (AutoTokenizer.from_pretrained(path) for path in (student, teacher))
+        student, teacher = load(student, device=device), freeze(load(teacher, device=device, dtype=dtype))
+        vocab_size = check_pair(student, teacher, mine, theirs)
+        eos = eos_ids(student, mine) | eos_ids(teacher, theirs)
+        end_id = theirs.eos_token_id if theirs.eos_token_id is not None else min(eos, default=None)
+        return cls(student, teacher, mine, end_id,
+                   dict(eos_ids=eos, pad_id=mine.pad_token_id or 0, vocab_size=vocab_size),
+                   (split(student, vocab_size), split(teacher, vocab_size)), device, autocast)
+
+    def encode(self, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
+        """Questions {"prompt", ...} -> those that fit, each with its token ids: list of {"prompt", ..., "ids"}.
+
+        Longer prompts are dropped and counted, never cut. thinking: "on", "off" or "default", for chat templates that
+        have the switch. Raises ValueError when none is left, when a prompt and new_tokens outgrow a model, or when a
+        token has no output row.
+        """
+        options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
+        rows = [{**row, "ids": encode(self.tokenizer, row["prompt"], **options)} for row in rows]
+        fit = [row for row in rows if 0 < len(row["ids"]) <= max_prompt_tokens]
+        if not fit:
+            raise ValueError(f"no prompt has 1 to {max_prompt_tokens} tokens; raise --max-prompt-tokens")
+        if len(fit) < len(rows):
+            dropped = f"{len(rows) - len(fit)} of {len(rows)} prompts dropped"
+            warnings.warn(f"{dropped}: empty, or longer than {max_prompt_tokens} tokens")
+        longest = max(len(row["ids"]) for row in fit) + new_tokens
+        for model in (self.student, self.teacher):
+            room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
+            if longest > room:
+                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; "
+                                 "lower --max-new-tokens")
+        for row in fit:
+            if max(row["ids"]) >= self.ending["vocab_size"]:
+                raise ValueError(f"a token of prompt {str(row['prompt'])[:80]!r} has no output row; leave the prompt out")
+        return fit
+
+    def write(self, prompts, *, n=1, max_new_tokens, temperature=1.0, seed):
+        """The student's responses to prompts (token ids), from exactly the softmax that is scored: -> Rollout."""
+        with self.autocast():
+            return rollout(self.student, prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature,
+                           **self.ending, generator=torch.Generator(self.device).manual_seed(seed))

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import opd  # noqa: E402
 import toy  # noqa: E402
+import analysis  # noqa: E402
 from analysis import gap_recovery  # noqa: E402
 from plot import draw  # noqa: E402
 
@@ -128,11 +129,11 @@ def main():
                 toy.make_all(world, seed, everything=True)
             runs += [run(pair, seed, world, Path(scratch) / f"{pair}-{seed}", 5 if flags.quick else 100)
                      for pair in PAIRS]
-    made = {**opd.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
+    made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
     if flags.quick:
         print(table(runs, judge(runs)))
     else:
-        opd.write_json(out.with_suffix(".json"), made)
+        analysis.write_json(out.with_suffix(".json"), made)
         report(out)
 
 

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import opd
+import rollout
 from conftest import WORDS, tiny, word_tokenizer
 
 PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in
@@ -126,8 +127,8 @@ def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, 
         run = opd.Run(config(world, tmp_path / str(budget), micro_batch_tokens=budget,
                              objective=objective, support=support))
         r = run.write(run.prompts, 2, 0)
-        measured = opd.measure(run.cfg, *run.splits, r, learn=True)
-        gradients.append((measured["loss"], [p.grad for p in run.student.parameters()]))
+        measured = opd.measure(run.cfg, *run.pair.splits, r, learn=True)
+        gradients.append((measured["loss"], [p.grad for p in run.pair.student.parameters()]))
     assert gradients[0][0] == pytest.approx(gradients[1][0], rel=1e-5)
     for a, b in zip(gradients[0][1], gradients[1][1]):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -139,18 +140,18 @@ def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_pat
     """
     run = opd.Run(config(world, tmp_path / "run", objective="full"))
     r = run.write(run.prompts, 1, 0)
-    opd.measure(run.cfg, *run.splits, r, learn=True)
-    ours = {name: p.grad.clone() for name, p in run.student.named_parameters()}
-    run.student.zero_grad()
+    opd.measure(run.cfg, *run.pair.splits, r, learn=True)
+    ours = {name: p.grad.clone() for name, p in run.pair.student.named_parameters()}
+    run.pair.student.zero_grad()
     losses, T = [], r.response_mask.size(1)
     for row in range(len(r.ids)):
         ids = r.ids[row][r.attention_mask[row]].unsqueeze(0)                                 # (1, L) no padding at all
         first = ids.size(1) - int(r.response_mask[row].sum())
-        log_p, log_q = (m(input_ids=ids).logits[0, first - 1:-1, :run.vocab_size].log_softmax(-1)
-                        for m in (run.student, run.teacher))
+        log_p, log_q = (m(input_ids=ids).logits[0, first - 1:-1, :run.pair.ending["vocab_size"]].log_softmax(-1)
+                        for m in (run.pair.student, run.pair.teacher))
         losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
     torch.cat(losses).mean().backward()
-    for name, p in run.student.named_parameters():
+    for name, p in run.pair.student.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
@@ -158,8 +159,8 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
     """Distances exactly 0, overlap 1, no gradient, and no gap to recover; trl#6480: else they are above 0."""
     same = opd.Run(config(world, tmp_path / "same", teacher=f"{world}/student"))
     r = same.write(same.prompts, 1, 0)
-    measured = opd.measure(same.cfg, *same.splits, r, learn=True)
-    assert max(p.grad.abs().max().item() for p in same.student.parameters()) < 1e-6
+    measured = opd.measure(same.cfg, *same.pair.splits, r, learn=True)
+    assert max(p.grad.abs().max().item() for p in same.pair.student.parameters()) < 1e-6
     assert measured["loss"] == measured["reverse_kl"] == measured["entropy_gap"] == measured["reward"] == 0 \
         and measured["overlap_ratio"] == 1
     assert opd.Run(config(world, tmp_path / "other")).distance()["reverse_kl"] > 0.01
@@ -171,8 +172,8 @@ def test_a_sampling_temperature_scales_student_and_score_alike(world, tmp_path):
     """
     cool = opd.Run(config(world, tmp_path / "cool", temperature=0.5, teacher_temperature=2.0))
     r = cool.write(cool.prompts, 2, 0)
-    measured = opd.measure(cool.cfg, *cool.splits, r, learn=False)
-    warm = opd.measure(dataclasses.replace(cool.cfg, temperature=1.0), *cool.splits, r, learn=False)
+    measured = opd.measure(cool.cfg, *cool.pair.splits, r, learn=False)
+    warm = opd.measure(dataclasses.replace(cool.cfg, temperature=1.0), *cool.pair.splits, r, learn=False)
     assert measured["sampling_mismatch"] < 1e-4 < warm["sampling_mismatch"]
     assert measured["entropy_teacher"] == warm["entropy_teacher"] > measured["entropy_student"]
 
@@ -182,12 +183,12 @@ def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
     the teacher does not.
     """
     run = opd.Run(config(world, tmp_path / "run", dtype="bfloat16", lr=1e-6, steps=2))
-    before = [p.detach().clone() for p in run.student.parameters()]
+    before = [p.detach().clone() for p in run.pair.student.parameters()]
     run.go()
-    assert {p.dtype for p in run.student.parameters()} == {torch.float32} \
-        and {p.dtype for p in run.teacher.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in run.pair.student.parameters()} == {torch.float32} \
+        and {p.dtype for p in run.pair.teacher.parameters()} == {torch.bfloat16}
     assert all(state["exp_avg"].dtype == torch.float32 for state in run.optimizer.state.values())
-    moved = [(p != old).float().mean().item() for p, old in zip(run.student.parameters(), before)
+    moved = [(p != old).float().mean().item() for p, old in zip(run.pair.student.parameters(), before)
              if old.abs().max() < 1]
     assert min(moved) > 0.3                    # in bfloat16 a step of 1e-6 would leave weights of .3 where they were
 
@@ -205,10 +206,10 @@ def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world
     """
     run = opd.Run(config(world, tmp_path / "run", steps=2))
     run.go()
-    trained = run.student.state_dict()
+    trained = run.pair.student.state_dict()
     assert all(torch.equal(x, trained[name]) for name, x in weights(tmp_path / "run").items())
     assert AutoModelForCausalLM.from_pretrained(
-        tmp_path / "run" / "student").generation_config.eos_token_id == sorted(run.ending["eos_ids"])
+        tmp_path / "run" / "student").generation_config.eos_token_id == sorted(run.pair.ending["eos_ids"])
 
 
 def test_held_out_prompts_are_never_trained_on(world):
@@ -233,9 +234,9 @@ def test_the_metrics_do_not_depend_on_what_the_padding_holds(world, tmp_path):
     """nano-opd, optipfair#34: diagnostics averaged over padding rank methods wrongly."""
     run = opd.Run(config(world, tmp_path / "run"))
     r = run.write(run.prompts, 2, 0)
-    before = opd.measure(run.cfg, *run.splits, r, learn=False)
+    before = opd.measure(run.cfg, *run.pair.splits, r, learn=False)
     r.ids = torch.where(r.attention_mask, r.ids, 5)
-    assert opd.measure(run.cfg, *run.splits, r, learn=False) == before
+    assert opd.measure(run.cfg, *run.pair.splits, r, learn=False) == before
     assert before["tokens"] == int(r.response_mask.sum())
 
 
@@ -248,7 +249,7 @@ def test_what_is_not_finite_stops_the_run_and_is_never_logged_as_a_number(world,
 
     def breaks():
         if run.step == 2:
-            run.teacher.get_output_embeddings().weight[3] = float("nan")
+            run.pair.teacher.get_output_embeddings().weight[3] = float("nan")
         return plain()
     run.update = breaks
     with pytest.raises(FloatingPointError, match="lower --lr"):
@@ -298,7 +299,7 @@ def test_what_cannot_work_is_one_line_before_any_model_is_loaded(flags, says, ca
     """prime-rl#1458: an unknown or impossible flag is an error: exit code 2,
     one line with the flag, no directory left behind.
     """
-    monkeypatch.setattr(opd, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(opd.Pair, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         opd.main(["--student", "s", "--teacher", "t", "--out", str(tmp_path / "run"), *flags])
     printed = capsys.readouterr().err
@@ -313,6 +314,6 @@ def test_a_preset_gives_way_to_a_flag():
 
 def test_the_questions_without_a_file_have_their_answers():
     """Any pair of hub models runs at once: additions, each with the sum as its answer."""
-    for row in opd.additions(50):
+    for row in rollout.additions(50):
         a, b = [int(word.strip("?")) for word in row["prompt"].split() if word.strip("?").isdigit()]
         assert row["answer"] == str(a + b)
