@@ -297,8 +297,8 @@ def continuation(pair, prompts, answers, responses, depths=DEPTHS, *, n, max_new
     return out
 
 
-def diagnose_pair(pair, rows, *, k=16, n=4, max_new_tokens=128, temperature=1.0, eval_temperature=0.7, eval_top_p=0.95,
-                  finishes=4, depths=DEPTHS, seed=0, micro_batch_tokens=16384):
+def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0, eval_temperature=0.7, eval_top_p=0.95,
+                  finishes=2, depths=DEPTHS, seed=0, micro_batch_tokens=16384):
     """Sample the student and measure what the paper says decides: -> the content of diagnose.json, verdict included.
 
     rows: from Pair.encode, {"prompt", "answer" or None, "ids"}. Each metric is a mean over tokens within a prompt, then
@@ -521,9 +521,9 @@ def parse(argv=None):
         before.add_argument(f"--{name}", help="directory or hub name")
     before.add_argument("--prompts", help='JSON lines {"prompt", "answer"}; without it, additions of two numbers')
     for name, default, why in (
-            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"), ("n", 4, "responses a prompt"),
+            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"), ("n", 2, "responses a prompt"),
             ("max-new-tokens", 128, "of a response"), ("max-prompt-tokens", 1024, "longer prompts are dropped and counted"),
-            ("finishes", 4, "endings that each model writes at each depth (6.1)"), ("k", 16, "of the overlap metrics"),
+            ("finishes", 2, "endings that each model writes at each depth (6.1)"), ("k", 16, "of the overlap metrics"),
             ("seed", 0, "of the choice of prompts and of all sampling"),
             ("micro-batch-tokens", 16384, "padded tokens in one forward; changes memory, not the result")):
         before.add_argument(f"--{name}", type=int, default=default, help=why)

@@ -31,8 +31,9 @@ from tqdm import tqdm
 
 import analysis
 import loss
-from recipes import apply_template, in_template, is_degenerate
-from rollout import additions, load_prompts
+from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts, same_question,
+                     teacher_rollouts)
+from rollout import additions, batch, load_prompts
 from teacher import Pair, grade
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
@@ -65,6 +66,14 @@ class Config:
     teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's")
     template: str = flag("none", "none (as they are), answer, boxed, or your own text with {question} in it (5.2)")
     thinking: str = flag("default", "enable_thinking of chat templates that have it", "default", "on", "off")
+    cold_start: int = flag(0, "prompts that the teacher answers for a fine-tuning before OPD, which sees other ones (5.1)")
+    cold_start_file: str = flag("", 'conversations for it, {"messages": [...]} a line, in place of asking the teacher')
+    cold_start_steps: int = flag(0, "updates of that fine-tuning; 0: one epoch, as in the paper")
+    cold_start_batch_size: int = flag(16, "responses in one of them; the paper takes 64")
+    cold_start_lr: float = flag(1e-5, "its highest; warm-up .05, then a cosine; the paper's")
+    cold_start_max_new_tokens: int = flag(0, "of the teacher's responses, T .7, top-p .95; 0: as max_new_tokens; paper: 12,288")
+    aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, to mix with --prompts (5.2)")
+    aligned_fraction: float = flag(0.5, "their share of the mixture; the paper advises to mix and gives no share")
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
     eval_temperature: float = flag(0.7, "the paper's")
@@ -79,9 +88,10 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(batch_size=64, max_new_tokens=96, lr=1e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0),
+    "toy": dict(batch_size=64, max_new_tokens=96, lr=1e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0,
+                cold_start_lr=2e-3, cold_start_batch_size=64),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
-                  eval_max_new_tokens=31744, dtype="bfloat16"),
+                  eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64, cold_start_max_new_tokens=12288),
 }
 
 
@@ -112,17 +122,28 @@ def check(cfg):
     for name in ("student", "teacher"):
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing: a directory or hub name of a causal language model")
-    for name in ("prompts", "eval"):
+    for name in ("prompts", "eval", "cold_start_file", "aligned_prompts"):
         if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
-            raise ValueError(f"--{name} {getattr(cfg, name)}: no such file")
-    for name in ("k", "steps", "batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every",
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: no such file")
+    for name in ("k", "batch_size", "cold_start_batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every",
                  "micro_batch_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
-    for name in ("lr", "temperature", "teacher_temperature"):
+    if cfg.steps < (not cfg.cold_start and not cfg.cold_start_file):
+        raise ValueError(f"--steps {cfg.steps}: must be at least 1; 0 only after a cold start")
+    if cfg.cold_start and cfg.cold_start_file:
+        raise ValueError("--cold-start asks the teacher, --cold-start-file reads its answers: give one of the two")
+    if cfg.cold_start_steps and not cfg.cold_start and not cfg.cold_start_file:
+        raise ValueError("--cold-start-steps without --cold-start N, the number of prompts that the teacher answers")
+    if cfg.aligned_prompts and not cfg.prompts:
+        raise ValueError("--aligned-prompts needs --prompts, the others to mix them with")
+    if not 0 <= cfg.aligned_fraction <= 1:
+        raise ValueError(f"--aligned-fraction {cfg.aligned_fraction}: must lie in 0..1")
+    for name in ("lr", "cold_start_lr", "temperature", "teacher_temperature"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens"):
+    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "cold_start", "cold_start_steps",
+                 "cold_start_max_new_tokens"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     if not 0 < cfg.eval_top_p <= 1:
@@ -138,18 +159,34 @@ def check(cfg):
 
 
 def questions(cfg):
-    """-> (training, held-out) lists of {"prompt", "answer"}, in the template; the two share no prompt."""
+    """-> (training, cold start, held-out) lists of {"prompt", "answer"}, in the template; no two share a question."""
     train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
     train = {json.dumps(row["prompt"]): row for row in train}                   # a prompt that stands twice counts once
+    draw = random.Random(cfg.seed)
     if cfg.eval:
         held_out = {json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}
     else:
-        names = random.Random(cfg.seed).sample(sorted(train), min(64, max(1, len(train) // 5)))
-        held_out = {name: train[name] for name in names}
-    train = [row for name, row in train.items() if name not in held_out]
-    if not train:
+        held_out = {name: train.pop(name) for name in draw.sample(sorted(train), min(64, max(1, len(train) // 5)))}
+    seen = {same_question(row["prompt"]) for row in held_out.values()}
+    if cfg.cold_start_file:
+        with open(cfg.cold_start_file, encoding="utf-8") as lines:
+            seen |= {same_question(json.loads(line)["messages"][:-1]) for line in lines if line.strip()}
+
+    def unseen(rows):
+        return [row for row in rows if same_question(row["prompt"]) not in seen]
+    train, cold = unseen(train.values()), []
+    if cfg.cold_start:
+        if cfg.cold_start + (cfg.steps > 0) > len(train):
+            raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, and OPD needs others than these")
+        cold = draw.sample(train, cfg.cold_start)
+        seen |= {same_question(row["prompt"]) for row in cold}
+        train = unseen(train)
+    if cfg.aligned_prompts:
+        train = mix_prompts(unseen(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
+                            torch.Generator().manual_seed(cfg.seed))
+    if not train and cfg.steps:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
-    return in_template(train, cfg.template), in_template(list(held_out.values()), cfg.template)
+    return tuple(in_template(rows, cfg.template) for rows in (train, cold, list(held_out.values())))
 
 
 # --- one step ------------------------------------------------------------------------------------------------------
@@ -202,18 +239,6 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
             "by_position": analysis.bucket_means(buckets, width)}
 
 
-def batch(prompts, step, size, seed):
-    """The prompts of a step: slice `step` of one endless list, a new shuffle of all prompts each epoch."""
-    taken = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, i = divmod(place, len(prompts))
-        if i == 0 or not taken:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        taken.append(prompts[order[i]])
-    return taken
-
-
 # --- a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -228,23 +253,27 @@ class Run:
             raise ValueError(f"--out {cfg.out}: " + (
                 "no checkpoint there to resume; leave --resume out" if cfg.resume
                 else "holds another run; add --resume to go on with it, or take another --out"))
-        train, held_out = questions(cfg)
+        train, cold, held_out = questions(cfg)
         self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype)
         if cfg.k > self.pair.ending["vocab_size"]:
             raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; take a smaller k")
-        self.prompts = [row["ids"] for row in self.encode(train)]
+        self.prompts = [row["ids"] for row in self.encode(train)] if train else []
+        self.cold = self.encode(cold) if cold else []
         held_out = self.encode(held_out)
         self.held_out, self.answers = [row["ids"] for row in held_out], [row["answer"] for row in held_out]
         unanswered = self.answers.count(None)
         if 0 < unanswered < len(self.answers):
             warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer and do not count in accuracy")
-        self.optimizer = torch.optim.AdamW(self.pair.student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
-        self.before, self.step, self.history, self.seconds, self.warned = {}, 0, [], 0.0, False
+        self.optimizer = self.new_optimizer()
+        self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, False
+
+    def new_optimizer(self):
+        return torch.optim.AdamW(self.pair.student.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
 
     def encode(self, rows):
         cfg = self.cfg
         return self.pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, thinking=cfg.thinking,
-                                new_tokens=max(cfg.max_new_tokens, cfg.eval_max_new_tokens))
+                                new_tokens=max(cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens))
 
     def write(self, prompts, n, seed):
         return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
@@ -298,7 +327,8 @@ class Run:
         """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
-        state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "before": self.before, "warned": self.warned,
+        state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step, "before": self.before,
+                 "warned": self.warned,
                  "seconds": self.clock(), "student": self.pair.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "state.tmp")
         os.replace(folder / "state.tmp", folder / "state.pt")
@@ -315,14 +345,17 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.step, self.before, self.seconds, self.warned = (state[x] for x in ("step", "before", "seconds", "warned"))
-        self.history = self.rewind("metrics.jsonl")
-        self.rewind("rollouts.jsonl")
+        self.step, self.cold_step, self.before, self.seconds, self.warned = (
+            state[x] for x in ("step", "cold_step", "before", "seconds", "warned"))
+        self.history = self.rewind("metrics.jsonl", self.step)
+        self.rewind("rollouts.jsonl", self.step)
+        if self.cold_start_wanted():
+            self.rewind("cold_start_metrics.jsonl", self.cold_step)
 
-    def rewind(self, name):
-        """Cut a JSON-lines file of the run back to the checkpoint's step, a torn last line too: -> the rows that stay."""
+    def rewind(self, name, step):
+        """Cut a JSON-lines file of the run back to a step, a torn last line too: -> the rows that stay."""
         lines = (self.out / name).read_text().splitlines(keepends=True)
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= self.step]
+        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
         (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
@@ -339,10 +372,12 @@ class Run:
             self.before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
                            "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
                            "held_out_before": self.distance()}
-            for name in ("metrics.jsonl", "rollouts.jsonl"):
+            for name in ("metrics.jsonl", "rollouts.jsonl", *["cold_start_metrics.jsonl"] * self.cold_start_wanted()):
                 (self.out / name).write_text("")
             self.save()
         analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
+        if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
+            self.cold_start()
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
         with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as texts:
             bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
@@ -357,6 +392,34 @@ class Run:
                     self.save()
             bar.close()
         return self.finish()
+
+    def cold_start_wanted(self):
+        return bool(self.cfg.cold_start or self.cfg.cold_start_file)
+
+    def cold_start(self):
+        """5.1: fine-tune on the teacher's responses, in cold_start.jsonl, then begin OPD with a new optimizer."""
+        cfg, path = self.cfg, Path(self.cfg.cold_start_file or self.out / "cold_start.jsonl")
+        if not cfg.cold_start_file:
+            counts = teacher_rollouts(self.pair, self.cold, path, seed=cfg.seed,
+                                      max_new_tokens=cfg.cold_start_max_new_tokens or cfg.max_new_tokens)
+            tqdm.write("cold start: {kept} responses of the teacher; dropped: {unfinished} unfinished, {degenerate} degenerate"
+                       .format(**counts))
+            self.before["cold_start"] = counts
+        examples = load_conversations(path, self.pair, cfg.thinking)
+        steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
+        with open(self.out / "cold_start_metrics.jsonl", "a") as metrics:
+            for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr, seed=cfg.seed,
+                                       batch_size=cfg.cold_start_batch_size, start=self.cold_step,
+                                       micro_batch_tokens=cfg.micro_batch_tokens),
+                            total=steps, initial=self.cold_step, desc="cold start", mininterval=1):
+                print(json.dumps(row), file=metrics, flush=True)
+                self.cold_step = row["step"]
+                if self.cold_step % cfg.save_every == 0 and self.cold_step < steps:
+                    self.save()
+        self.before["accuracy_cold_start"] = self.accuracy(self.pair.student, "accuracy after the cold start")
+        self.before["held_out_cold_start"] = self.distance()
+        self.optimizer = self.new_optimizer()
+        self.save()
 
     def log(self, row, samples, metrics, texts):
         """One JSON line, a readable line now and then, and a warning, once, when the run goes under."""
@@ -411,7 +474,8 @@ def summary(result):
     before, after, lines = result["held_out_before"], result["held_out_after"], []
     if result["accuracy_after"]:
         said = [f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in
-                (("student before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
+                (("student before", "accuracy_before"), ("after the cold start", "accuracy_cold_start"),
+                 ("after", "accuracy_after"), ("teacher", "accuracy_teacher")) if key in result]
         recovered = result["gap_recovery"]
         lines = ["accuracy       " + ", ".join(said), "gap recovery   " + (
             f"{recovered:.2f} of the way from student to teacher" if recovered is not None

@@ -88,7 +88,12 @@ def draw(log_p, top_p=1.0, generator=None):
     """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p: (b, V) -> (b,)."""
     p = log_p.exp()
     if top_p < 1:
-        p, order = p.sort(-1, descending=True)
+        m, V = 256, p.size(-1)                                   # a few tokens hold that mass: no need to sort all V
+        top, order = p.topk(min(m, V))
+        while m < V and (top.double().sum(-1) < top_p).any():
+            m *= 16
+            top, order = p.topk(min(m, V))
+        p = top
         p = torch.where(p.cumsum(-1) - p < top_p, p, 0)          # keep while the mass before a token is below top_p
         return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
     return torch.multinomial(p, 1, generator=generator).squeeze(-1)
@@ -164,3 +169,15 @@ def additions(count, seed=0):
     pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
     return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)}
             for a, b in pairs]
+
+
+def batch(prompts, step, size, seed):
+    """The prompts of a step: slice `step` of one endless list, a new shuffle of all prompts each epoch."""
+    taken = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, i = divmod(place, len(prompts))
+        if i == 0 or not taken:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order = torch.randperm(len(prompts), generator=generator).tolist()
+        taken.append(prompts[order[i]])
+    return taken

@@ -55,19 +55,26 @@ SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
 STEPS = {"small": 450, "large": 400}  # of pre-training, 64 solutions each, made on the fly and never seen twice
 HOUSE_STEPS = 60                      # of fine-tuning on the house style
 ROUNDS = 8                            # of RL: each samples 1,024 solutions
+PLAIN, POLITE = "{question}", "listen , {question}"     # two ways to put a question (paper 5.2); worlds know the plain one,
+                                                        # unless they are pre-trained on both
 
 
 # --- the world -----------------------------------------------------------------------------------------------------
 
 
-def problems(n, generator):
-    """n random lists of digits: -> digits (n, MOST), how many of them count (n,)."""
-    return torch.randint(10, (n, MOST), generator=generator), torch.randint(FEWEST, MOST + 1, (n,), generator=generator)
+def problems(n, generator, digits=(0, 9)):
+    """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count (n,)."""
+    return torch.randint(digits[0], digits[1] + 1, (n, MOST), generator=generator), torch.randint(FEWEST, MOST + 1, (n,), generator=generator)
 
 
-def question(digits, count):
+def prefix(template):
+    """The token ids before a question: POLITE -> those of "listen ,"."""
+    return [ID[word] for word in template.removesuffix("{question}").split()]
+
+
+def question(digits, count, template=PLAIN):
     """-> the prompts as token ids, and the answers (n,): sums modulo 10."""
-    prompts = [[ID["Add"], *(ID["a0"] + 10 * place + x for place, x in enumerate(row[:c])), ID[":"]]
+    prompts = [[*prefix(template), ID["Add"], *(ID["a0"] + 10 * place + x for place, x in enumerate(row[:c])), ID[":"]]
                for row, c in zip(digits.tolist(), count.tolist())]
     return prompts, (digits * (torch.arange(MOST) < count.unsqueeze(1))).sum(1) % 10
 
@@ -94,7 +101,7 @@ def say(kind, family, house_style, shape, generator):
                                      generator=generator).view(shape)
 
 
-def corpus(family, digits, count, noise, generator, house_style=False):
+def corpus(family, digits, count, noise, generator, house_style=False, template=PLAIN):
     """Solutions as the pre-training corpus writes them, mistakes included:
     -> ids, mask, is_response (n, L), padded right.
     """
@@ -118,7 +125,9 @@ def corpus(family, digits, count, noise, generator, house_style=False):
     ids = torch.cat([one * ID["Add"], ID["a0"] + 10 * step + digits, one * ID[":"], steps.flatten(1),
                      one * ID["Answer:"], ID["0"] + after[:, -1:], one * ID["<eos>"]], 1)
     keep = torch.cat([one > 0, on, one > 0, kept.flatten(1), (one > 0).expand(-1, 3)], 1)
-    return pack(ids, keep, (torch.arange(ids.size(1)) >= MOST + 2) & keep)
+    before = one * torch.tensor(prefix(template), dtype=torch.long)               # (n, words of the template)
+    is_response = torch.cat([before < 0, (torch.arange(ids.size(1)) >= MOST + 2) & keep], 1)
+    return pack(torch.cat([before, ids], 1), torch.cat([before >= 0, keep], 1), is_response)
 
 
 def pack(ids, keep, is_response):
@@ -146,18 +155,18 @@ def fit(model, batches, steps, lr, what):
         schedule.step()
 
 
-def attempt(model, n, generator, samples=1):
+def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
     """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n * samples,)."""
-    prompts, answers = question(*problems(n, generator))
+    prompts, answers = question(*problems(n, generator, digits), template)
     r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, generator=generator)
     ends = [[ID["Answer:"], ID["0"] + answer, ID["<eos>"]] for answer in answers.repeat_interleave(samples).tolist()]
     return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 
 
-def expert_iteration(model, rounds, generator, what, n=512, samples=2):
-    """RL by keeping what is correct."""
+def expert_iteration(model, rounds, generator, what, n=512, samples=2, **asked):
+    """RL by keeping what is correct; asked: the template and the digits of its problems."""
     for k in range(rounds):
-        r, kept = attempt(model, n, generator, samples)
+        r, kept = attempt(model, n, generator, samples, **asked)
         if not kept.any():
             continue                                                              # nothing right, nothing to learn from
         score = f"{what}, RL round {k + 1}/{rounds}, {kept.float().mean():.2f} correct"
@@ -167,13 +176,15 @@ def expert_iteration(model, rounds, generator, what, n=512, samples=2):
         fit(model, ((ids[i], mask[i], is_response[i]) for i in parts), len(parts), 2e-3, score)
 
 
-def make(out, *, family="left", size="small", noise=NOISE, house_style=False, rounds=0, seed=0, start=None):
+def make(out, *, family="left", size="small", noise=NOISE, house_style=False, rounds=0, seed=0, start=None,
+         templates=(PLAIN,), post_template=PLAIN, post_digits=(0, 9)):
     """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in eval mode.
 
     family "left" | "right"; size "small" | "large";
     noise: the chance of a mistake in a step of its pre-training corpus;
     house_style: fine-tune on it afterwards; rounds of RL after that.
     start: a directory to begin from in place of pre-training.
+    templates: of the pre-training corpus, in turn; post_template, post_digits: of all that comes after it.
     """
     what, generator = Path(out).name, torch.Generator().manual_seed(seed)
     if start is not None:
@@ -188,10 +199,11 @@ def make(out, *, family="left", size="small", noise=NOISE, house_style=False, ro
             pad_token_id=ID["<pad>"], eos_token_id=ID["<eos>"], bos_token_id=None)).eval()
     for steps, lr, name in ([(STEPS[size], 1e-2, "pre-training")] * (start is None)
                             + [(HOUSE_STEPS, 2e-3, "house style")] * house_style):
-        fit(model,
-            (corpus(family, *problems(64, generator), noise, generator, name == "house style") for _ in range(steps)),
+        post = name == "house style"
+        fit(model, (corpus(family, *problems(64, generator, post_digits if post else (0, 9)), noise, generator, post,
+                           post_template if post else templates[step % len(templates)]) for step in range(steps)),
             steps, lr, f"{what}, {name}")
-    expert_iteration(model, rounds, generator, what)
+    expert_iteration(model, rounds, generator, what, template=post_template, digits=post_digits)
     model.save_pretrained(out)
     tokenizer().save_pretrained(out)
     return model
@@ -204,9 +216,9 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def write_questions(folder, train=4096, held_out=256, seed=0):
+def write_questions(folder, train=4096, held_out=256, seed=0, digits=(0, 9)):
     """folder/prompts.jsonl and folder/eval.jsonl, {"prompt", "answer"} a line, all different."""
-    prompts, answers = question(*problems(2 * (train + held_out), torch.Generator().manual_seed(seed)))
+    prompts, answers = question(*problems(2 * (train + held_out), torch.Generator().manual_seed(seed), digits))
     lines = list(dict.fromkeys(json.dumps({"prompt": " ".join(WORDS[i] for i in prompt), "answer": str(answer)})
                                for prompt, answer in zip(prompts, answers.tolist())))
     for name, part in (("prompts", lines[:train]), ("eval", lines[train:train + held_out])):

@@ -214,7 +214,7 @@ def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world
 
 def test_held_out_prompts_are_never_trained_on(world):
     """Without --eval a fifth is set apart; with it, what stands in both is only measured."""
-    train, held_out = opd.questions(config(world, ""))
+    train, _, held_out = opd.questions(config(world, ""))
     assert len(train) == 8 and len(held_out) == 2 \
         and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
     with pytest.raises(ValueError, match="no prompt is left"):
@@ -278,7 +278,7 @@ def test_a_prompt_that_stands_twice_is_on_one_side_only(world, tmp_path):
     """Repeated lines must not carry held-out prompts into training."""
     twice = tmp_path / "twice.jsonl"
     twice.write_text("\n".join(map(json.dumps, PROMPTS + PROMPTS)))
-    train, held_out = opd.questions(config(world, "", prompts=str(twice)))
+    train, _, held_out = opd.questions(config(world, "", prompts=str(twice)))
     assert len(train) == 8 and len(held_out) == 2 \
         and not {row["prompt"] for row in train} & {row["prompt"] for row in held_out}
 

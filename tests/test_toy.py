@@ -94,8 +94,8 @@ def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(toy, "STEPS", {"small": 2, "large": 2})
     monkeypatch.setattr(toy, "HOUSE_STEPS", 1)
-    monkeypatch.setattr(toy, "attempt", lambda model, n, generator, samples=1, plain=toy.attempt:
-                        (plain(model, 8, generator)[0], torch.ones(8).bool()))
+    monkeypatch.setattr(toy, "attempt", lambda model, n, generator, samples=1, plain=toy.attempt, **asked:
+                        (plain(model, 8, generator, **asked)[0], torch.ones(8).bool()))
     model = toy.make(tmp_path / "a", seed=1)
     again, tokenizer = (AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
                         AutoTokenizer.from_pretrained(tmp_path / "a"))

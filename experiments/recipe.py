@@ -1,0 +1,189 @@
+"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world, three seeds.
+
+5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family: the pair that fails.
+    opd                100 steps of OPD
+    cold start         1,024 of the teacher's responses, 60 SFT steps
+    cold start + opd   the same, then 100 steps of OPD on other prompts
+    more sft           160 SFT steps on the same responses: as many updates, no OPD
+    more sft, fresh    160 SFT steps on 4,096 responses: as many updates, and new responses of the teacher instead of OPD
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for the cold start alone, >= .8 for the two together
+
+5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under one of
+them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits (5 to 9), under the
+teacher's template or the other, and on mixtures. Accuracy is always measured on digits 0 to 9, under both templates.
+    template   holds if aligned - unaligned accuracy, the mean over both evaluation templates, exceeds two standard errors
+    content    holds if accuracy is higher by more than two standard errors, and the student's entropy lower, with aligned content
+    mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no criterion
+    selection  recipes.select on a pool of both contents under both templates, before training: does it find the teacher's?
+
+    python experiments/recipe.py              results/recipe.{json,txt,svg}
+    python experiments/recipe.py --quick      one seed, few steps: does it run?
+"""
+import math
+import random
+
+import torch
+
+from lab import analysis, distil, main, toy, write_text
+import plot
+from recipes import in_template, select
+from rollout import load_prompts
+from teacher import Pair
+
+FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
+LOW, HIGH = (0, 4), (5, 9)
+ARMS = {"aligned": toy.POLITE, "unaligned": toy.PLAIN}
+
+
+def seed_runs(seed, world, scratch, quick):
+    return cold_starts(seed, world, scratch, quick) + prompts(seed, world, scratch, quick)
+
+
+# --- 5.1 -----------------------------------------------------------------------------------------------------------
+
+
+def cold_starts(seed, world, scratch, quick):
+    if not (world / "other").exists():
+        toy.make_all(world, seed, everything=True)
+    few, steps, more = (64, 2, 4) if quick else (1024, 60, 160)
+    opd_steps = more - steps
+    runs = []
+    for arm, settings in (("opd", dict(steps=opd_steps)),
+                          ("cold start + opd", dict(cold_start=few, cold_start_steps=steps, steps=opd_steps)),
+                          ("more sft", dict(cold_start=few, cold_start_steps=more, steps=0)),
+                          ("more sft, fresh", dict(cold_start=4 * few - 1, cold_start_steps=more, steps=0))):
+        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed, eval_n=4,
+                        eval_every=max(1, opd_steps // 5), **settings)
+        runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
+        if arm == "cold start + opd":
+            runs.append({"part": "5.1", "arm": "cold start", "seed": seed, **result, "accuracy_after": result["accuracy_cold_start"],
+                         "held_out_after": result["held_out_cold_start"], "curves": {}})
+    return runs
+
+
+# --- 5.2 -----------------------------------------------------------------------------------------------------------
+
+
+def prompts(seed, world, scratch, quick):
+    world = world / "templates"
+    if not (world / "teacher" / "config.json").exists():
+        world.mkdir(parents=True, exist_ok=True)
+        both = dict(templates=(toy.PLAIN, toy.POLITE))
+        toy.make(world / "student", seed=100 * seed + 71, **both)
+        toy.make(world / "bigger", size="large", seed=100 * seed + 72, **both)
+        toy.make(world / "teacher", start=world / "bigger", house_style=True, rounds=toy.ROUNDS, seed=100 * seed + 73,
+                 post_template=toy.POLITE, post_digits=LOW)
+        for name, digits, number in (("low", LOW, 1), ("high", HIGH, 2), (".", (0, 9), 3)):
+            (world / name).mkdir(exist_ok=True)
+            toy.write_questions(world / name, seed=100 * seed + number, digits=digits)
+    runs, steps = [], 3 if quick else 100
+
+    def arm(template, fraction):
+        out = scratch / f"{template}-{fraction}-{seed}"
+        result = distil(world / "student", world / "teacher", world, out, seed=seed, eval_n=2, steps=steps,
+                        template=ARMS[template], prompts=str(world / "high" / "prompts.jsonl"),
+                        aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
+        runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
+                     "template": template, "fraction": fraction, **result, "curves": {},
+                     "accuracies": accuracies(out / "student", world, seed, quick)})
+    for fraction in FRACTIONS:
+        arm("aligned", fraction)
+    for fraction in (0.0, 1.0):
+        arm("unaligned", fraction)
+    for model in ("student", "teacher"):
+        runs.append({"part": "5.2", "arm": model, "seed": seed, "accuracies": accuracies(world / model, world, seed, quick)})
+    runs.append({"part": "5.2", "arm": "selection", "seed": seed, **selection(world, seed, quick)})
+    return runs
+
+
+def accuracies(model, world, seed, quick):
+    """{"<template>, <digits>": accuracy} of a saved model."""
+    pair, out = Pair.load(model, model), {}
+    for template, text in ARMS.items():
+        for digits in (".", "low", "high"):
+            rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
+            rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
+            out[f"{template}, {'all' if digits == '.' else digits}"] = analysis.accuracy(
+                pair.student, pair.tokenizer, [row["ids"] for row in rows], [row["answer"] for row in rows], n=4, max_new_tokens=96,
+                temperature=1.0, top_p=1.0, **pair.ending, generator=torch.Generator().manual_seed(seed))
+    return out
+
+
+def selection(world, seed, quick):
+    """What recipes.select finds in a pool whose halves are known to us and not to it."""
+    pair = Pair.load(world / "student", world / "teacher")
+    pool = [{**row, "low": name == "low"} for name in ("low", "high")
+            for row in load_prompts(world / name / "prompts.jsonl")[:16 if quick else 256]]
+    random.Random(seed).shuffle(pool)
+    chosen = select(pair, pool, templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96, seed=seed,
+                    encoding=dict(max_prompt_tokens=64, new_tokens=96))
+    return {"templates": chosen["templates"], "template_found": chosen["template"] == toy.POLITE,
+            "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"]) / len(chosen["aligned"])}
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def report(made, out):
+    runs = made["runs"]
+    cold = [r for r in runs if r["part"] == "5.1"]
+    lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} {'masses at the end':>18} "
+             f"{'H student':>9}"]
+    recovered = {}
+    for r in sorted(cold, key=lambda r: (["opd", "cold start", "cold start + opd", "more sft", "more sft, fresh"].index(r["arm"]), r["seed"])):
+        recovery, b = analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
+        recovered.setdefault(r["arm"], []).append(recovery)
+        lines.append(f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} {r['accuracy_before']['mean']:7.3f} "
+                     f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
+                     f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
+
+    def verdict(name, criterion, value, holds):
+        lines.append(f"{name:18} {criterion:44} {value}  {'holds' if holds else 'DOES NOT HOLD'}")
+    for arm, sign, bound in (("opd", "<", 0.2), ("cold start", "<", 0.5), ("cold start + opd", ">=", 0.8)):
+        mean = math.nan if None in recovered[arm] else sum(recovered[arm]) / len(recovered[arm])
+        verdict(arm, f"gap recovery {sign} {bound}", f"{mean:.3f}", mean < bound if sign == "<" else mean >= bound)
+
+    titles = [f"{template}, {digits}" for template in ARMS for digits in ("all", "low", "high")]
+    lines += ["", "5.2: accuracy on problems with all, low, high digits, evaluated under the teacher's template and under the other",
+              f"{'arm':42} {'seed':>4} " + " ".join(f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
+              + f" {'H student':>9}"]
+    aligned = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
+    order = list(dict.fromkeys(r["arm"] for r in aligned))
+    for r in sorted(aligned, key=lambda r: (order.index(r["arm"]), r["seed"])):
+        entropy = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
+        lines.append(f"{r['arm']:42} {r['seed']:4d} " + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {entropy:>9}")
+
+    def arms(template, fraction):
+        return sorted((r for r in aligned if r.get("template") == template and r.get("fraction") == fraction), key=lambda r: r["seed"])
+
+    def difference(ours, theirs, keys):
+        """Mean over seeds (and keys) of ours - theirs, and two standard errors of it."""
+        pairs = [(a["accuracies"][key], b["accuracies"][key]) for a, b in zip(ours, theirs) for key in keys]
+        return (sum(a["mean"] - b["mean"] for a, b in pairs) / len(pairs),
+                2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
+
+    def entropy(runs):
+        return sum(r["held_out_after"]["entropy_student"] for r in runs) / len(runs)
+    both = ("aligned, all", "unaligned, all")
+    gain, noise = difference(arms("aligned", 1.0), arms("unaligned", 1.0), both)
+    verdict("template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise)
+    for key in both:
+        each, error = difference(arms("aligned", 1.0), arms("unaligned", 1.0), (key,))
+        lines.append(f"  evaluated under the {'teacher' if key == both[0] else 'other'} template alone: {each:+.3f}, two standard errors {error:.3f}")
+    gain, noise = difference(arms("aligned", 1.0), arms("aligned", 0.0), ("aligned, all",))
+    H = entropy(arms("aligned", 1.0)), entropy(arms("aligned", 0.0))
+    verdict("content", f"gain > {noise:.3f} and lower entropy", f"{gain:+.3f}, H {H[0]:.3f} against {H[1]:.3f}", gain > noise and H[0] < H[1])
+    lines.append("mixing, mean over seeds: " + "; ".join(
+        f"{f:.2f}: accuracy {sum(r['accuracies']['aligned, all']['mean'] for r in arms('aligned', f)) / len(arms('aligned', f)):.3f}, "
+        f"H {entropy(arms('aligned', f)):.3f}" for f in FRACTIONS))
+    for r in runs:
+        if r["arm"] == "selection":
+            lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half is aligned content (chance .5); "
+                         f"scores of the templates: " + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
+                         + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
+    write_text("\n".join(lines), made, out)
+    plot.recipe(made, out.with_suffix(".svg"), FRACTIONS)
+
+
+if __name__ == "__main__":
+    main("recipe", __doc__.splitlines()[0], seed_runs, report)
