@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 import analysis
 import loss
-from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts, same_question,
-                     teacher_rollouts)
+from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts,
+                     read_conversations, same_question, teacher_rollouts)
 from rollout import additions, batch, load_prompts
 from teacher import Pair, grade
 
@@ -169,8 +169,7 @@ def questions(cfg):
         held_out = {name: train.pop(name) for name in draw.sample(sorted(train), min(64, max(1, len(train) // 5)))}
     seen = {same_question(row["prompt"]) for row in held_out.values()}
     if cfg.cold_start_file:
-        with open(cfg.cold_start_file, encoding="utf-8") as lines:
-            seen |= {same_question(json.loads(line)["messages"][:-1]) for line in lines if line.strip()}
+        seen |= {same_question(chat[:-1]) for chat in read_conversations(cfg.cold_start_file)}
 
     def unseen(rows):
         return [row for row in rows if same_question(row["prompt"]) not in seen]
@@ -377,7 +376,7 @@ class Run:
             self.save()
         analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
         if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
-            self.cold_start()
+            self.fine_tune()
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
         with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as texts:
             bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
@@ -396,7 +395,7 @@ class Run:
     def cold_start_wanted(self):
         return bool(self.cfg.cold_start or self.cfg.cold_start_file)
 
-    def cold_start(self):
+    def fine_tune(self):
         """5.1: fine-tune on the teacher's responses, in cold_start.jsonl, then begin OPD with a new optimizer."""
         cfg, path = self.cfg, Path(self.cfg.cold_start_file or self.out / "cold_start.jsonl")
         if not cfg.cold_start_file:

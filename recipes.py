@@ -207,26 +207,32 @@ def whole_lines(path):
     return lines
 
 
-def load_conversations(path, pair, thinking="default"):
-    """JSON lines {"messages": [...]} -> [(prompt ids, response ids)], the response ending as the teacher ends one.
-
-    Raises ValueError with the line for what is not a conversation that ends with the assistant.
-    """
-    options, examples = {} if thinking == "default" else {"enable_thinking": thinking == "on"}, []
+def read_conversations(path):
+    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists; ValueError with the line."""
+    chats = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):   # splitlines cuts at U+2028 too
         if not line.strip():
             continue
         try:
-            *asked, answer = json.loads(line)["messages"]
-            wrong = not asked or answer["role"] != "assistant" or not answer["content"]
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-            wrong = True
-        if wrong:
+            chat = json.loads(line)["messages"]
+            good = len(chat) > 1 and chat[-1]["role"] == "assistant" and all(isinstance(m["content"], str) and m["content"] for m in chat)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            good = False
+        if not good:
             raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
+        chats.append(chat)
+    if not chats:
+        raise ValueError(f"{path} holds no conversations")
+    return chats
+
+
+def load_conversations(path, pair, thinking="default"):
+    """A file of conversations -> [(prompt ids, response ids)], each response ending as the teacher ends one."""
+    options, examples = {} if thinking == "default" else {"enable_thinking": thinking == "on"}, []
+    for *asked, answer in read_conversations(path):
         response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
         examples.append((encode(pair.tokenizer, asked, **options), response + [pair.end_id] * (pair.end_id is not None)))
-    if not examples:
-        raise ValueError(f"{path} holds no conversations")
+        pair.check_fits(sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
     return examples
 
 

@@ -224,16 +224,19 @@ class Pair:
         if len(fit) < len(rows):
             dropped = f"{len(rows) - len(fit)} of {len(rows)} prompts dropped"
             warnings.warn(f"{dropped}: empty, or longer than {max_prompt_tokens} tokens")
-        longest = max(len(row["ids"]) for row in fit) + new_tokens
-        for model in (self.student, self.teacher):
-            room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or longest
-            if longest > room:
-                raise ValueError(f"prompt and response need {longest} tokens, {model.name_or_path} holds {room}; "
-                                 "lower --max-new-tokens")
         for row in fit:
-            if max(row["ids"]) >= self.ending["vocab_size"]:
-                raise ValueError(f"a token of prompt {str(row['prompt'])[:80]!r} has no output row; leave the prompt out")
+            self.check_fits(row["ids"], new_tokens, f"prompt {str(row['prompt'])[:80]!r}")
         return fit
+
+    def check_fits(self, ids, new_tokens, what):
+        """ValueError where token ids and what is still to be written outgrow a model, or have no output row."""
+        for model in (self.student, self.teacher):
+            room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+            if room and len(ids) + new_tokens > room:
+                raise ValueError(f"prompt and response need {len(ids) + new_tokens} tokens, {model.name_or_path} holds {room}; "
+                                 "lower --max-new-tokens")
+        if max(ids) >= self.ending["vocab_size"]:
+            raise ValueError(f"a token of {what} has no output row; leave it out")
 
     def write(self, prompts, *, n=1, max_new_tokens, temperature=1.0, seed):
         """The student's responses to prompts (token ids), from exactly the softmax that is scored: -> Rollout."""
