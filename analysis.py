@@ -11,9 +11,9 @@ The first half knows only tensors: log-probabilities (N, V) at N packed position
 The paper's E_t is their mean over all positions of all responses. What follows reads answers, diagnoses a pair before
 training, measures how coherent the gradients are, and watches a run:
 
-    python analysis.py --student S --teacher T --prompts F     before: will this pair work? a table, a verdict, diagnose.json
-    python analysis.py ... --tokens out.html                   and the responses themselves, every token tinted by its reward
-    python analysis.py --run runs/NAME [--run ...] --plot out.svg [--positions out.svg]      after: what happened (Fig. 6, 13)
+    python analysis.py --student S --teacher T --prompts F   before: will this pair work? table, verdict, diagnose.json
+    python analysis.py ... --tokens out.html                 and the responses, every token tinted by its reward
+    python analysis.py --run DIR [--run ...] --plot out.svg [--positions out.svg]   after: what happened (Fig. 6, 13)
 """
 import argparse
 import difflib
@@ -182,7 +182,7 @@ def answered(model, tokenizer, prompts, answers, *, starts=None, n, max_new_toke
         if room[i] <= 0:
             right[i], truncated[i] = map(torch.tensor, judge(i, starts[i]))
     order = sorted((i for i in range(len(prompts)) if room[i] > 0), key=lambda i: len(prompts[i]) + len(starts[i]))
-    at_once = max(1, rows // n)                                                              # like lengths: little padding
+    at_once = max(1, rows // n)                                                         # like lengths: little padding
     for first in tqdm(range(0, len(order), at_once), desc=what, leave=False, mininterval=1, disable=None):
         part = order[first:first + at_once]
         r = rollout(model, [prompts[i] + starts[i] for i in part], n=n, max_new_tokens=max(room[i] for i in part),
@@ -205,7 +205,9 @@ def accuracy(model, tokenizer, prompts, answers, **how):
 
 
 def estimate(x):
-    """Mean over prompts, NaN left out, and its standard error: (prompts,) -> {"mean", "standard_error"}, None where undefined."""
+    """Mean over prompts, NaN left out, and its standard error, None where undefined:
+    (prompts,) -> {"mean", "standard_error"}.
+    """
     x = x[~x.isnan()].double()
     return {"mean": x.mean().item() if len(x) else None,
             "standard_error": (x.std() / len(x) ** 0.5).item() if len(x) > 1 else None}
@@ -242,7 +244,8 @@ BY_POSITION = ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")
 INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED = VERDICTS = (
     "incompatible thinking (cold start first)", "nothing new to teach", "should work",
     "harmful (the teacher is behind the student)", "undecided (prompts with answers are needed)")
-SHARED_MASS = 0.8        # below it two models do not think alike. Paper: .97-.99 where distillation works, .3-.8 where it swings
+SHARED_MASS = 0.8        # below it two models do not think alike. Paper: .97-.99 where distillation works,
+                         # .3-.8 where it swings
 
 
 @torch.no_grad()
@@ -260,20 +263,25 @@ def positions(pair, r, k, *, temperature=1.0, teacher_temperature=1.0, micro_bat
 
 
 def by_position(position, values, width):
-    """Sums over buckets of `width` output positions: (N,) long, {name: (N,)} -> {"tokens": (BUCKETS,), name: (BUCKETS,)}.
+    """Sums over buckets of `width` output positions:
+    (N,) long, {name: (N,)} -> {"tokens": (BUCKETS,), name: (BUCKETS,)}.
 
     The last bucket takes all that lies beyond.
     """
     bucket = (position // width).clamp_max(BUCKETS - 1)                                      # (N,)
     values = {"tokens": torch.ones_like(position, dtype=torch.float32), **values}
-    return {name: torch.zeros(BUCKETS, device=x.device).index_add(0, bucket, x.detach().float()) for name, x in values.items()}
+    return {name: torch.zeros(BUCKETS, device=x.device).index_add(0, bucket, x.detach().float())
+            for name, x in values.items()}
 
 
 def bucket_means(sums, width):
-    """What by_position summed, as lists of means, up to the last bucket that holds a token: {"width", "tokens", name: [...]}."""
+    """What by_position summed, as lists of means, up to the last bucket that holds a token:
+    {"width", "tokens", name: [...]}.
+    """
     tokens = [int(x) for x in sums["tokens"]]
     used = max((i + 1 for i, x in enumerate(tokens) if x), default=0)
-    means = {name: [x / t if t else None for x, t in zip(sums[name].tolist(), tokens)] for name in sums if name != "tokens"}
+    means = {name: [x / t if t else None for x, t in zip(sums[name].tolist(), tokens)]
+             for name in sums if name != "tokens"}
     return {"width": width, "tokens": tokens[:used],
             **{name: [x if x is None else round(x, 5) for x in xs[:used]] for name, xs in means.items()}}
 
@@ -282,16 +290,17 @@ def continuation(pair, prompts, answers, responses, depths=DEPTHS, *, n, max_new
     """Paper 6.1: cut the student's responses at some depth and let teacher and student each finish them n times.
 
     prompts, responses: token ids, one response a prompt. A depth that is a float is a share of each response, an int a
-    count of tokens. -> {depth: (gain (prompts,), student (prompts,), teacher (prompts,), tokens)}, shares of right answers
-    and gain = teacher - student; `tokens` is the mean cut. Depth 0.0 is plain accuracy, and at 1.0 nothing is left to finish.
+    count of tokens. -> {depth: (gain (prompts,), student (prompts,), teacher (prompts,), tokens)}, shares of right
+    answers and gain = teacher - student; `tokens` is the mean cut. Depth 0.0 is plain accuracy, and at 1.0 nothing is
+    left to finish.
     """
     out = {}
     for depth in depths:
         cuts = [min(len(y), depth) if isinstance(depth, int) else int(depth * len(y)) for y in responses]
         student, teacher = (answered(
             model, pair.tokenizer, prompts, answers, starts=[y[:cut] for y, cut in zip(responses, cuts)], n=n,
-            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **pair.ending, what=f"{name} from {depth}",
-            generator=torch.Generator(pair.device).manual_seed(seed))[0].double().mean(1)
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, **pair.ending,
+            what=f"{name} from {depth}", generator=torch.Generator(pair.device).manual_seed(seed))[0].double().mean(1)
             for name, model in (("student", pair.student), ("teacher", pair.teacher)))       # (prompts,) each
         out[depth] = (teacher - student, student, teacher, sum(cuts) / len(cuts))
     return out
@@ -313,17 +322,20 @@ def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0,
               "truncated_fraction": r.truncated.double().mean().item(),
               "metrics": {name: estimate(x.view(len(rows), -1).nanmean(1).cpu()) for name, x in grid.items()}}
     width = -(-max_new_tokens // BUCKETS)
-    position = torch.arange(r.response_mask.size(1), device=pair.device).expand_as(r.response_mask)[r.response_mask]   # (N,)
+    position = torch.arange(r.response_mask.size(1), device=pair.device).expand_as(
+        r.response_mask)[r.response_mask]                                                    # (N,)
     here = {name: grid[name][r.response_mask] for name in BY_POSITION}                       # (N,)
     report["by_position"] = bucket_means(by_position(position, here, width), width)
     bucket = (position // width).clamp_max(BUCKETS - 1)
     spread = [here["reward"][bucket == b] for b in range(len(report["by_position"]["tokens"]))]
-    report["by_position"]["reward_5_95"] = [x.quantile(x.new_tensor([0.05, 0.95])).tolist() if len(x) else None for x in spread]
+    report["by_position"]["reward_5_95"] = [x.quantile(x.new_tensor([0.05, 0.95])).tolist() if len(x) else None
+                                            for x in spread]
 
     asked = [i for i, row in enumerate(rows) if row["answer"] is not None]
     if asked:
         answers = [rows[i]["answer"] for i in asked]
-        texts = [[pair.tokenizer.decode(r.response_ids(i * n + j), skip_special_tokens=True) for j in range(n)] for i in asked]
+        texts = [[pair.tokenizer.decode(r.response_ids(i * n + j), skip_special_tokens=True) for j in range(n)]
+                 for i in asked]
         right = torch.tensor([[same_answer(read_answer(text), a) for text in row] for row, a in zip(texts, answers)])
         reward = grid["reward"].nanmean(1).view(-1, n)[asked].cpu()                          # sequence mean reward
         report["auroc"] = auroc(reward.flatten(), right.flatten())
@@ -331,15 +343,16 @@ def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0,
         finished = continuation(
             pair, [prompts[i] for i in asked], answers, [r.response_ids(i * n) for i in asked], depths, n=finishes,
             max_new_tokens=max_new_tokens, temperature=eval_temperature, top_p=eval_top_p, seed=seed)
-        report["continuation"] = [{"depth": depth, "tokens": tokens, "student": estimate(student), "teacher": estimate(teacher),
-                                   "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
+        report["continuation"] = [
+            {"depth": depth, "tokens": tokens, "student": estimate(student), "teacher": estimate(teacher),
+             "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
         report["predicted_gain"] = estimate(torch.stack([gain for gain, *_ in finished.values()]).mean(0))
     report["verdict"], report["reasons"] = verdict(report)
     return report
 
 
 def verdict(report):
-    """One of VERDICTS and the reasons in words, from compatibility and new capability at the states that the student visits.
+    """One of VERDICTS and reasons in words, from compatibility and new capability at states that the student visits.
 
     Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections.
     """
@@ -351,8 +364,9 @@ def verdict(report):
     metrics = {name: x["mean"] for name, x in report["metrics"].items()}
     mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
     compatible = mass >= SHARED_MASS
-    reasons = [f"the tokens that both find likely hold {mass:.3f} of the probability, {'at least' if compatible else 'below'} "
-               f"{SHARED_MASS} (4.1: .97 to .99 where it works; 5.1: as low as .3 where it does not)"]
+    reasons = [f"the tokens that both find likely hold {mass:.3f} of the probability, "
+               f"{'at least' if compatible else 'below'} {SHARED_MASS} (4.1: .97 to .99 where it works; "
+               "5.1: as low as .3 where it does not)"]
     if metrics["reverse_kl"] < 1e-6:
         return NOTHING_NEW, ["student and teacher agree at every state: there is no gradient (Eq. 4)"]
     if "continuation" not in report:
@@ -365,11 +379,13 @@ def verdict(report):
     if sure(first["gain"]) < 0:
         return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
     if not compatible or sure(first["gain"]) > 0 > sure(gain):
-        return INCOMPATIBLE, reasons + ["the teacher is lost at states that the student visits (3.1); a cold start moves them (5.1)"]
+        return INCOMPATIBLE, reasons + [
+            "the teacher is lost at states that the student visits (3.1); a cold start moves them (5.1)"]
     if sure(gain) < 0:
         return HARMFUL, reasons + ["where the student is, the teacher does worse (3.3)"]
     if sure(gain) == 0:
-        return NOTHING_NEW, reasons + ["a gain within two standard errors: size or another seed is no new knowledge (3.2)"]
+        return NOTHING_NEW, reasons + [
+            "a gain within two standard errors: size or another seed is no new knowledge (3.2)"]
     return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
 
 
@@ -378,21 +394,26 @@ def show(report):
     r, lines = report, []
     lines.append(f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
                  f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts")
-    titles = {"overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6", "overlap_mass_student": "overlap mass, student, Eq. 9",
-              "overlap_mass_teacher": "overlap mass, teacher, Eq. 10", "overlap_token_advantage": "overlap-token advantage, Eq. 7",
-              "entropy_student": "entropy, student", "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
-              "reverse_kl": "reverse KL", "reward": "mean reward"}
+    titles = {
+        "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
+        "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
+        "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
+        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8", "reverse_kl": "reverse KL",
+        "reward": "mean reward"}
     for name, title in titles.items():
         x = r["metrics"][name]
-        lines.append(f"{title:32} " + ("none shared" if x["mean"] is None else f"{x['mean']:9.4f} +- {x['standard_error'] or 0:.4f}"))
+        lines.append(f"{title:32} " + (
+            "none shared" if x["mean"] is None else f"{x['mean']:9.4f} +- {x['standard_error'] or 0:.4f}"))
     if "continuation" in r:
         score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
-        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, {r['responses'] - r['right']} not")
+        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
+                     f"{r['responses'] - r['right']} not")
         lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
         for c in r["continuation"]:
             place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
-            lines.append(f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} {c['teacher']['mean']:9.3f} "
-                         f"{c['gain']['mean']:+9.3f} +- {c['gain']['standard_error'] or 0:.3f}")
+            lines.append(
+                f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
+                f"{c['teacher']['mean']:9.3f} {c['gain']['mean']:+9.3f} +- {c['gain']['standard_error'] or 0:.3f}")
         x = r["predicted_gain"]
         lines.append(f"  {'mean over these depths':54} {x['mean']:+8.3f} +- {x['standard_error'] or 0:.3f}")
     b = r["by_position"]
@@ -400,19 +421,22 @@ def show(report):
     for i, tokens in enumerate(b["tokens"]):
         if tokens:
             low, high = b["reward_5_95"][i]
-            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} {low:7.2f} .. {high:5.2f} "
-                         f"{b['overlap_ratio'][i]:12.3f} {b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
+            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
+                         f"{low:7.2f} .. {high:5.2f} {b['overlap_ratio'][i]:12.3f} "
+                         f"{b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
     return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
 
 
 # --- The open hypothesis (6.2): do the gradients of single positions point one way? --------------------------------
 
 
-def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, micro_batch_tokens=16384, chunk=1024):
-    """What each position of a rollout asks of the output head, a chunk at a time: yields g (c, V) = d loss / d logits, h (c, H).
+def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, micro_batch_tokens=16384,
+                    chunk=1024):
+    """What each position of a rollout asks of the output head, a chunk at a time:
+    yields g (c, V) = d loss / d logits, h (c, H).
 
-    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is the outer product g_t h_t'.
-    Where a model does more than a linear head (Split.own_logits) h is 1 and only the logits are compared.
+    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is the outer product
+    g_t h_t'. Where a model does more than a linear head (Split.own_logits) h is 1 and only the logits are compared.
     """
     student, teacher = pair.splits
     for _, ids, mask, is_response in micro_batches(r, micro_batch_tokens):
@@ -448,7 +472,8 @@ def coherence(chunks):
     if n < 2:
         raise ValueError("coherence needs two positions with a gradient")
     return {"coherence": total.double().norm().item() / size, "null": norms.norm().item() / size,
-            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms), "positions": n}
+            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms),
+            "positions": n}
 
 
 # --- Is the run going under? ---------------------------------------------------------------------------------------
@@ -521,8 +546,9 @@ def parse(argv=None):
         before.add_argument(f"--{name}", help="directory or hub name")
     before.add_argument("--prompts", help='JSON lines {"prompt", "answer"}; without it, additions of two numbers')
     for name, default, why in (
-            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"), ("n", 2, "responses a prompt"),
-            ("max-new-tokens", 128, "of a response"), ("max-prompt-tokens", 1024, "longer prompts are dropped and counted"),
+            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"),
+            ("n", 2, "responses a prompt"), ("max-new-tokens", 128, "of a response"),
+            ("max-prompt-tokens", 1024, "longer prompts are dropped and counted"),
             ("finishes", 2, "endings that each model writes at each depth (6.1)"), ("k", 16, "of the overlap metrics"),
             ("seed", 0, "of the choice of prompts and of all sampling"),
             ("micro-batch-tokens", 16384, "padded tokens in one forward; changes memory, not the result")):
@@ -530,8 +556,10 @@ def parse(argv=None):
     before.add_argument("--temperature", type=float, default=1.0, help="of the student when it writes, as in training")
     before.add_argument("--eval-temperature", type=float, default=0.7, help="of both when they finish a response")
     before.add_argument("--eval-top-p", type=float, default=0.95, help="of both when they finish a response")
-    before.add_argument("--template", default="none", help="none, answer, boxed, or your own text with {question} in it")
-    before.add_argument("--thinking", default="default", choices=("default", "on", "off"), help="of chat templates that have it")
+    before.add_argument("--template", default="none",
+                        help="none, answer, boxed, or your own text with {question} in it")
+    before.add_argument("--thinking", default="default", choices=("default", "on", "off"),
+                        help="of chat templates that have it")
     before.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
     before.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
     before.add_argument("--out", default="diagnose.json", help="where the report goes")
@@ -539,13 +567,15 @@ def parse(argv=None):
     after = parser.add_argument_group("after: what happened?")
     after.add_argument("--run", action="append", help="directory of a run; may be given several times, side by side")
     after.add_argument("--plot", help="an .svg file: the paper's Figure 6, every metric against the step")
-    after.add_argument("--positions", help="an .svg file: entropies, reward and overlap by output position and step (Fig. 13)")
+    after.add_argument("--positions",
+                       help="an .svg file: entropies, reward and overlap by output position and step (Fig. 13)")
     flags = parser.parse_args(argv)
     for name in ("count", "n", "max_new_tokens", "max_prompt_tokens", "finishes", "k", "micro_batch_tokens"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: must be at least 1")
     if flags.temperature <= 0 or flags.eval_temperature < 0 or not 0 < flags.eval_top_p <= 1:
-        parser.error("--temperature must be above 0, --eval-temperature not negative, --eval-top-p above 0 and at most 1")
+        parser.error("--temperature must be above 0, --eval-temperature not negative, "
+                     "--eval-top-p above 0 and at most 1")
     if bool(flags.run) == bool(flags.student or flags.teacher):
         parser.error("give either --student and --teacher, or --run")
     if not flags.run and not (flags.student and flags.teacher):

@@ -51,7 +51,8 @@ class Config:
     prompts: str = flag("", 'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers')
     eval: str = flag("", "JSON lines to measure on; without it, a fifth of the prompts (64 at most), not trained on")
     out: str = flag("runs/opd", "directory of the run")
-    preset: str = flag("", "settings of the toy world or of the paper (section 6); flags win over it", "", "toy", "paper")
+    preset: str = flag("", "settings of the toy world or of the paper (section 6); flags win over it",
+                       "", "toy", "paper")
     resume: bool = flag(False, "go on from the checkpoint in --out")
     objective: str = flag("top-k", "Eq. 5, 4, 3, or what the authors' code descends", *OBJECTIVES)
     k: int = flag(16, "the paper's; larger gained nothing, 1 was worse (6.3); also the k of the overlap metrics")
@@ -66,13 +67,16 @@ class Config:
     teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's")
     template: str = flag("none", "none (as they are), answer, boxed, or your own text with {question} in it (5.2)")
     thinking: str = flag("default", "enable_thinking of chat templates that have it", "default", "on", "off")
-    cold_start: int = flag(0, "prompts that the teacher answers for a fine-tuning before OPD, which sees other ones (5.1)")
+    cold_start: int = flag(0, "prompts that the teacher answers for a fine-tuning before OPD, "
+                           "which sees other ones (5.1)")
     cold_start_file: str = flag("", 'conversations for it, {"messages": [...]} a line, in place of asking the teacher')
     cold_start_steps: int = flag(0, "updates of that fine-tuning; 0: one epoch, as in the paper")
     cold_start_batch_size: int = flag(16, "responses in one of them; the paper takes 64")
     cold_start_lr: float = flag(1e-5, "its highest; warm-up .05, then a cosine; the paper's")
-    cold_start_max_new_tokens: int = flag(0, "of the teacher's responses, T .7, top-p .95; 0: as max_new_tokens; paper: 12,288")
-    aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, to mix with --prompts (5.2)")
+    cold_start_max_new_tokens: int = flag(0, "of the teacher's responses, T .7, top-p .95; 0: as max_new_tokens; "
+                                          "paper: 12,288")
+    aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, "
+                                "to mix with --prompts (5.2)")
     aligned_fraction: float = flag(0.5, "their share of the mixture; the paper advises to mix and gives no share")
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
@@ -91,7 +95,8 @@ PRESETS = {
     "toy": dict(batch_size=64, max_new_tokens=96, lr=1e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0,
                 cold_start_lr=2e-3, cold_start_batch_size=64),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
-                  eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64, cold_start_max_new_tokens=12288),
+                  eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64,
+                  cold_start_max_new_tokens=12288),
 }
 
 
@@ -125,8 +130,8 @@ def check(cfg):
     for name in ("prompts", "eval", "cold_start_file", "aligned_prompts"):
         if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: no such file")
-    for name in ("k", "batch_size", "cold_start_batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n", "save_every",
-                 "micro_batch_tokens"):
+    for name in ("k", "batch_size", "cold_start_batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n",
+                 "save_every", "micro_batch_tokens"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     if cfg.steps < (not cfg.cold_start and not cfg.cold_start_file):
@@ -176,7 +181,8 @@ def questions(cfg):
     train, cold = unseen(train.values()), []
     if cfg.cold_start:
         if cfg.cold_start + (cfg.steps > 0) > len(train):
-            raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, and OPD needs others than these")
+            raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, "
+                             "and OPD needs others than these")
         cold = draw.sample(train, cfg.cold_start)
         seen |= {same_question(row["prompt"]) for row in cold}
         train = unseen(train)
@@ -213,14 +219,16 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
     total, sums, counts, mismatch = r.response_mask.sum(), {}, {}, []
     width, buckets = -(-cfg.max_new_tokens // analysis.BUCKETS), {}
     with torch.set_grad_enabled(learn):
-        for rows, is_response, out in grade(student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
-                                  temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
+        for rows, is_response, out in grade(
+                student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
+                temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
             if learn:
                 (out["loss"].sum() / total).backward()
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
-            position = (is_response.cumsum(1) - 1)[is_response]                              # (N,) 0, 1, 2, ... a response
-            for name, x in analysis.by_position(position, {name: out[name] for name in analysis.BY_POSITION}, width).items():
+            position = (is_response.cumsum(1) - 1)[is_response]                        # (N,) 0, 1, 2, ... a response
+            for name, x in analysis.by_position(
+                    position, {name: out[name] for name in analysis.BY_POSITION}, width).items():
                 buckets[name] = buckets.get(name, 0) + x                                     # (BUCKETS,)
             for name, x in out.items():
                 x = x.detach()
@@ -229,8 +237,8 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
                 counts[name] = counts.get(name, 0) + defined.sum()
     means = dict(zip(sums, (torch.stack(list(sums.values())) / torch.stack(list(counts.values()))).tolist()))
     if not all(math.isfinite(means[name]) for name in ("loss", "reverse_kl", "reward")):
-        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: a model's output is not finite; "
-                                 + GO_ON)
+        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: "
+                                 "a model's output is not finite; " + GO_ON)
     total, defined = int(total), int(counts["overlap_token_advantage"])
     if not defined:
         means["overlap_token_advantage"] = None
@@ -255,14 +263,16 @@ class Run:
         train, cold, held_out = questions(cfg)
         self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype)
         if cfg.k > self.pair.ending["vocab_size"]:
-            raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; take a smaller k")
+            raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; "
+                             "take a smaller k")
         self.prompts = [row["ids"] for row in self.encode(train)] if train else []
         self.cold = self.encode(cold) if cold else []
         held_out = self.encode(held_out)
         self.held_out, self.answers = [row["ids"] for row in held_out], [row["answer"] for row in held_out]
         unanswered = self.answers.count(None)
         if 0 < unanswered < len(self.answers):
-            warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer and do not count in accuracy")
+            warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer "
+                          "and do not count in accuracy")
         self.optimizer = self.new_optimizer()
         self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, False
 
@@ -271,8 +281,8 @@ class Run:
 
     def encode(self, rows):
         cfg = self.cfg
-        return self.pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, thinking=cfg.thinking,
-                                new_tokens=max(cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens))
+        return self.pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, thinking=cfg.thinking, new_tokens=max(
+            cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens))
 
     def write(self, prompts, n, seed):
         return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
@@ -285,8 +295,8 @@ class Run:
             return None
         with self.pair.autocast():
             return analysis.accuracy(
-                model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked], what=what,
-                n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
+                model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
+                what=what, n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
                 temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, **self.pair.ending,
                 generator=torch.Generator(self.pair.device).manual_seed(cfg.seed + 1))
 
@@ -313,7 +323,8 @@ class Run:
         done = time.perf_counter()
         responses = [r.response_ids(i) for i in range(len(r.ids))]
         samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
-                    "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])} for i in range(min(2, len(r.ids)))]
+                    "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])}
+                   for i in range(min(2, len(r.ids)))]
         return samples, {
             "step": self.step, **row, "response_length": row["tokens"] / len(responses),
             "truncated_fraction": r.truncated.float().mean().item(),
@@ -326,9 +337,9 @@ class Run:
         """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
-        state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step, "before": self.before,
-                 "warned": self.warned,
-                 "seconds": self.clock(), "student": self.pair.student.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step,
+                 "before": self.before, "warned": self.warned, "seconds": self.clock(),
+                 "student": self.pair.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         torch.save(state, folder / "state.tmp")
         os.replace(folder / "state.tmp", folder / "state.pt")
 
@@ -401,14 +412,14 @@ class Run:
         if not cfg.cold_start_file:
             counts = teacher_rollouts(self.pair, self.cold, path, seed=cfg.seed,
                                       max_new_tokens=cfg.cold_start_max_new_tokens or cfg.max_new_tokens)
-            tqdm.write("cold start: {kept} responses of the teacher; dropped: {unfinished} unfinished, {degenerate} degenerate"
-                       .format(**counts))
+            tqdm.write("cold start: {kept} responses of the teacher; "
+                       "dropped: {unfinished} unfinished, {degenerate} degenerate".format(**counts))
             self.before["cold_start"] = counts
         examples = load_conversations(path, self.pair, cfg.thinking)
         steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
         with open(self.out / "cold_start_metrics.jsonl", "a") as metrics:
-            for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr, seed=cfg.seed,
-                                       batch_size=cfg.cold_start_batch_size, start=self.cold_step,
+            for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr,
+                                       seed=cfg.seed, batch_size=cfg.cold_start_batch_size, start=self.cold_step,
                                        micro_batch_tokens=cfg.micro_batch_tokens),
                             total=steps, initial=self.cold_step, desc="cold start", mininterval=1):
                 print(json.dumps(row), file=metrics, flush=True)
@@ -441,7 +452,8 @@ class Run:
         recovery = after and analysis.gap_recovery(before, after, self.before["accuracy_teacher"])
         result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(), "gap_recovery": recovery,
                   "steps": self.step, "seconds": self.clock(), **analysis.provenance()}
-        self.pair.student.generation_config = transformers.GenerationConfig(     # a new one: an inherited one may not be savable
+        # a new one: an inherited one may not be savable
+        self.pair.student.generation_config = transformers.GenerationConfig(
             eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=self.pair.tokenizer.bos_token_id,
             pad_token_id=self.pair.tokenizer.pad_token_id)
         self.pair.student.save_pretrained(self.out / "student")

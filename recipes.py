@@ -1,18 +1,19 @@
 """recipes.py: what to do when it fails (paper 5).
 
-    5.1  off-policy cold start      the teacher answers some prompts, the student is fine-tuned on what it said, and goes
-                                    on with OPD from there, on other prompts
-    5.2  teacher-aligned prompts    the template and the problems that the teacher was post-trained on, mixed with others
-                                    so that the student keeps its entropy
-    ours select                     where nobody knows what the teacher was post-trained on: rank a pool by measured alignment
+    5.1  off-policy cold start      the teacher answers some prompts, the student is fine-tuned on what it said, and
+                                    goes on with OPD from there, on other prompts
+    5.2  teacher-aligned prompts    the template and the problems that the teacher was post-trained on, mixed with
+                                    others so that the student keeps its entropy
+    ours select                     where nobody knows what the teacher was post-trained on: rank a pool by measured
+                                    alignment
 
 `opd.py --cold-start`, `--template` and `--aligned-prompts` call these. Alone:
 
     python recipes.py rollouts --student S --teacher T --prompts F --out conversations.jsonl
     python recipes.py select --student S --teacher T --prompts POOL --templates none,answer,boxed --out aligned.jsonl
 
-Not here: a filter by correctness (the paper has none), embedding similarity (it removes prompts above cosine .6; we compare
-normalised text).
+Not here: a filter by correctness (the paper has none), embedding similarity (it removes prompts above cosine .6; we
+compare normalised text).
 """
 import argparse
 import json
@@ -73,10 +74,11 @@ def in_template(rows, template):
 
 
 def mix_prompts(aligned, others, fraction, generator):
-    """The largest mixture of which exactly round(fraction * size) prompts are aligned, shuffled: two lists of rows -> list.
+    """The largest mixture of which exactly round(fraction * size) prompts are aligned, shuffled:
+    two lists of rows -> list.
 
-    Prompts of `others` that are also in `aligned` are left out, and so are repeats (see same_question). The paper advises the
-    mixture and gives no ratio. Raises ValueError where fraction is outside 0..1 or nothing is left.
+    Prompts of `others` that are also in `aligned` are left out, and so are repeats (see same_question). The paper
+    advises the mixture and gives no ratio. Raises ValueError where fraction is outside 0..1 or nothing is left.
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"the aligned fraction {fraction} is outside 0..1")
@@ -86,7 +88,8 @@ def mix_prompts(aligned, others, fraction, generator):
     size = next((size for size in range(len(aligned) + len(others), 0, -1)
                  if round(fraction * size) <= len(aligned) and size - round(fraction * size) <= len(others)), 0)
     if not size:
-        raise ValueError(f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed at a fraction of {fraction}")
+        raise ValueError(f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed "
+                         f"at a fraction of {fraction}")
 
     def some(rows, count):
         return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:count].tolist()]
@@ -95,7 +98,9 @@ def mix_prompts(aligned, others, fraction, generator):
 
 
 def same_question(prompt):
-    """A key that two prompts share when they differ in case, spacing, Unicode form, known template or system prompt alone: -> str."""
+    """A key that two prompts share when they differ in case, spacing, Unicode form, known template or system prompt
+    alone: -> str.
+    """
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
     if not isinstance(prompt, str):
@@ -108,31 +113,34 @@ def same_question(prompt):
     return text
 
 
-def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, seed=0, micro_batch_tokens=16384, at_once=64):
-    """How well student and teacher meet on each prompt, at states that the student visits: -> list of {"mass", "confidence", "score"}.
+def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, seed=0, micro_batch_tokens=16384,
+              at_once=64):
+    """How well student and teacher meet on each prompt, at states that the student visits:
+    -> list of {"mass", "confidence", "score"}.
 
-    mass: the smaller of the two overlap masses (Eq. 9, 10); confidence: exp(-H(q)), 1 where the teacher is certain; each a mean
-    over the tokens of n responses. score = mass * confidence. This ranking is ours, not the paper's.
+    mass: the smaller of the two overlap masses (Eq. 9, 10); confidence: exp(-H(q)), 1 where the teacher is certain;
+    each a mean over the tokens of n responses. score = mass * confidence. This ranking is ours, not the paper's.
     """
     out = []
     for start in tqdm(range(0, len(rows), at_once), desc="alignment", mininterval=1, leave=False, disable=None):
         r = pair.write([row["ids"] for row in rows[start:start + at_once]], n=n, max_new_tokens=max_new_tokens,
                        temperature=temperature, seed=seed + start)
-        grid = positions(pair, r, k, temperature=temperature, micro_batch_tokens=micro_batch_tokens)         # (B, T) each
-        mass, mass_q, confidence = (x.view(-1, n * x.size(1)).nanmean(1) for x in (                          # (B/n,) each
+        grid = positions(pair, r, k, temperature=temperature, micro_batch_tokens=micro_batch_tokens)     # (B, T) each
+        mass, mass_q, confidence = (x.view(-1, n * x.size(1)).nanmean(1) for x in (                      # (B/n,) each
             grid["overlap_mass_student"], grid["overlap_mass_teacher"], grid["entropy_teacher"].neg().exp()))
         mass = torch.minimum(mass, mass_q)
-        out += [dict(zip(("mass", "confidence", "score"), x)) for x in torch.stack([mass, confidence, mass * confidence], 1).tolist()]
+        out += [dict(zip(("mass", "confidence", "score"), x))
+                for x in torch.stack([mass, confidence, mass * confidence], 1).tolist()]
     return out
 
 
 def select(pair, rows, *, templates=("none",), keep=0.5, sample=32, encoding, **how):
     """Choose the template and the prompts of a pool where student and teacher meet best: -> dict.
 
-    templates are compared on the first `sample` prompts; then every prompt is scored under the best one, and the best share
-    `keep` becomes "aligned", the rest "others": the out-of-distribution share for mix_prompts. encoding and how are the
-    options of Pair.encode and of alignment. -> {"template", "templates": {template: mean score}, "aligned", "others"}, rows
-    as they came with their "alignment". Ours, not the paper's, which knows its teacher's prompts.
+    templates are compared on the first `sample` prompts; then every prompt is scored under the best one, and the best
+    share `keep` becomes "aligned", the rest "others": the out-of-distribution share for mix_prompts. encoding and how
+    are the options of Pair.encode and of alignment. -> {"template", "templates": {template: mean score}, "aligned",
+    "others"}, rows as they came with their "alignment". Ours, not the paper's, which knows its teacher's prompts.
     """
     def scored(rows, template):
         encoded = pair.encode(in_template([{**row, "row": row} for row in rows], template), **encoding)
@@ -168,11 +176,13 @@ def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=
 
 
 def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, at_once=64):
-    """One response of the teacher to each row (from Pair.encode), written to `path` as they come: -> {"kept", "unfinished", "degenerate"}.
+    """One response of the teacher to each row (from Pair.encode), written to `path` as they come:
+    -> {"kept", "unfinished", "degenerate"}.
 
-    A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped, unfinished
-    within max_new_tokens or degenerate, goes to <path>.dropped.jsonl with the reason, so that it can be read too. No filter by
-    correctness, as in the paper. Both files are continued where they stop: an interrupted call asks for nothing twice.
+    A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
+    unfinished within max_new_tokens or degenerate, goes to <path>.dropped.jsonl with the reason, so that it can be read
+    too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted call asks
+    for nothing twice.
     """
     path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
     done = [whole_lines(file) for file in (path, dropped)]
@@ -181,16 +191,20 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
         counts[json.loads(line)["why"]] += 1
     ready = sum(counts.values())
     with open(path, "a", encoding="utf-8") as kept, open(dropped, "a", encoding="utf-8") as rest:
-        for start in tqdm(range(ready - ready % at_once, len(rows), at_once), desc="teacher's responses", mininterval=1, disable=None):
+        for start in tqdm(range(ready - ready % at_once, len(rows), at_once), desc="teacher's responses",
+                          mininterval=1, disable=None):
             part = rows[start:start + at_once]
             with pair.autocast():
-                r = rollout(pair.teacher, [row["ids"] for row in part], max_new_tokens=max_new_tokens, temperature=temperature,
-                            top_p=top_p, **pair.ending, generator=torch.Generator(pair.device).manual_seed(seed * 1_000_003 + start))
+                r = rollout(pair.teacher, [row["ids"] for row in part], max_new_tokens=max_new_tokens,
+                            temperature=temperature, top_p=top_p, **pair.ending,
+                            generator=torch.Generator(pair.device).manual_seed(seed * 1_000_003 + start))
             for i in range(max(0, ready - start), len(part)):
                 ids = r.response_ids(i)
                 why = "unfinished" if r.truncated[i] else "degenerate" if is_degenerate(ids[:-1]) else "kept"
-                said = [{"role": "user", "content": part[i]["prompt"]}] if isinstance(part[i]["prompt"], str) else part[i]["prompt"]
-                line = {"messages": [*said, {"role": "assistant", "content": pair.tokenizer.decode(ids, skip_special_tokens=True)}]}
+                said = ([{"role": "user", "content": part[i]["prompt"]}] if isinstance(part[i]["prompt"], str)
+                        else part[i]["prompt"])
+                line = {"messages": [
+                    *said, {"role": "assistant", "content": pair.tokenizer.decode(ids, skip_special_tokens=True)}]}
                 counts[why] += 1
                 print(json.dumps(line if why == "kept" else {**line, "why": why}, ensure_ascii=False),
                       file=kept if why == "kept" else rest, flush=True)
@@ -208,14 +222,18 @@ def whole_lines(path):
 
 
 def read_conversations(path):
-    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists; ValueError with the line."""
+    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
+    ValueError with the line.
+    """
     chats = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):   # splitlines cuts at U+2028 too
+    # splitlines cuts at U+2028 too
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
             chat = json.loads(line)["messages"]
-            good = len(chat) > 1 and chat[-1]["role"] == "assistant" and all(isinstance(m["content"], str) and m["content"] for m in chat)
+            good = (len(chat) > 1 and chat[-1]["role"] == "assistant"
+                    and all(isinstance(m["content"], str) and m["content"] for m in chat))
         except (json.JSONDecodeError, KeyError, TypeError):
             good = False
         if not good:
@@ -231,18 +249,20 @@ def load_conversations(path, pair, thinking="default"):
     options, examples = {} if thinking == "default" else {"enable_thinking": thinking == "on"}, []
     for *asked, answer in read_conversations(path):
         response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
-        examples.append((encode(pair.tokenizer, asked, **options), response + [pair.end_id] * (pair.end_id is not None)))
+        examples.append((encode(pair.tokenizer, asked, **options),
+                         response + [pair.end_id] * (pair.end_id is not None)))
         pair.check_fits(sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
     return examples
 
 
 def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0,
                micro_batch_tokens=16384):
-    """Fine-tune the student on [(prompt ids, response ids)], response tokens only; yields a row of metrics after each update.
+    """Fine-tune the student on [(prompt ids, response ids)], response tokens only;
+    yields a row of metrics after each update.
 
-    lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean negative
-    log-likelihood over all response tokens of a step, whatever the cut into micro-batches. The batch and the lr of a step depend
-    on (seed, step) alone, so that `start` goes on with the optimizer of a run that was cut.
+    lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean
+    negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches. The batch and the
+    lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that was cut.
     """
     student, warm = pair.splits[0], max(1, math.ceil(warmup * steps))
     parameters = list(pair.student.parameters())
@@ -259,7 +279,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
             with pair.autocast():
                 h, y = states(student.trunk, ids, mask, is_response), ids[is_response]       # (N, H), (N,)
                 chunk = -(-CHUNK_ELEMENTS // pair.ending["vocab_size"])
-                part = sum(checkpoint(negative_log_likelihood, *c, use_reentrant=False) for c in zip(h.split(chunk), y.split(chunk)))
+                part = sum(checkpoint(negative_log_likelihood, *c, use_reentrant=False)
+                           for c in zip(h.split(chunk), y.split(chunk)))
             (part / total).backward()
             loss += part.detach() / total
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
@@ -267,7 +288,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
             raise FloatingPointError(f"cold start, step {step + 1}: the gradient is {norm}; lower --cold-start-lr")
         optimizer.step()
         optimizer.zero_grad()
-        yield {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "tokens": int(total)}
+        yield {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+               "tokens": int(total)}
 
 
 def as_rollout(examples, pad_id, device):
@@ -275,7 +297,7 @@ def as_rollout(examples, pad_id, device):
     prompts, responses = zip(*examples)
     ids, mask = left_pad(prompts, pad_id, device)                                           # (B, P), (B, P)
     backwards, written = left_pad([response[::-1] for response in responses], pad_id, device)
-    tokens, written = backwards.flip(1), written.flip(1)                                    # (B, T), padded on the right
+    tokens, written = backwards.flip(1), written.flip(1)                                # (B, T), padded on the right
     return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1), written, None, None)
 
 
@@ -284,9 +306,11 @@ def as_rollout(examples, pad_id, device):
 
 def parse(argv=None):
     """Flags -> namespace; what cannot work is one line on stderr and exit code 2, before a model is loaded."""
-    parser = Parser(prog="recipes.py", description="Teacher's responses for a cold start, or the prompts of a pool that suit a pair.")
+    parser = Parser(prog="recipes.py",
+                    description="Teacher's responses for a cold start, or the prompts of a pool that suit a pair.")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, why in (("rollouts", "the teacher answers every prompt (5.1)"), ("select", "rank a pool by measured alignment (ours)")):
+    for name, why in (("rollouts", "the teacher answers every prompt (5.1)"),
+                      ("select", "rank a pool by measured alignment (ours)")):
         command = commands.add_parser(name, help=why, description=why, allow_abbrev=False,
                                       formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         for flag in ("student", "teacher"):
@@ -294,14 +318,17 @@ def parse(argv=None):
         command.add_argument("--prompts", required=True, help='JSON lines {"prompt": ...}')
         command.add_argument("--out", required=True, help="file to write; rollouts goes on with one that is there")
         command.add_argument("--max-new-tokens", type=int, default=128, help="of a response")
-        command.add_argument("--max-prompt-tokens", type=int, default=1024, help="longer prompts are dropped and counted")
-        command.add_argument("--thinking", default="default", choices=("default", "on", "off"), help="of chat templates that have it")
+        command.add_argument("--max-prompt-tokens", type=int, default=1024,
+                             help="longer prompts are dropped and counted")
+        command.add_argument("--thinking", default="default", choices=("default", "on", "off"),
+                             help="of chat templates that have it")
         command.add_argument("--seed", type=int, default=0, help="of all sampling")
         command.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
         command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
         if name == "rollouts":
             command.add_argument("--count", type=int, help="the first so many prompts (default: all)")
-            command.add_argument("--template", default="none", help="none, answer, boxed, or your own text with {question} in it")
+            command.add_argument("--template", default="none",
+                                 help="none, answer, boxed, or your own text with {question} in it")
             command.add_argument("--temperature", type=float, default=0.7, help="of the teacher; the paper's")
             command.add_argument("--top-p", type=float, default=0.95, help="of the teacher; the paper's")
         else:
@@ -336,16 +363,17 @@ def main(argv=None):
     try:
         rows = load_prompts(flags.prompts)
         pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype)
-        encoding = dict(max_prompt_tokens=flags.max_prompt_tokens, new_tokens=flags.max_new_tokens, thinking=flags.thinking)
+        encoding = dict(max_prompt_tokens=flags.max_prompt_tokens, new_tokens=flags.max_new_tokens,
+                        thinking=flags.thinking)
         if flags.command == "rollouts":
             counts = teacher_rollouts(
-                pair, pair.encode(in_template(rows[:flags.count], flags.template), **encoding), flags.out, seed=flags.seed,
-                max_new_tokens=flags.max_new_tokens, temperature=flags.temperature, top_p=flags.top_p)
-            print(f"{counts['kept']} responses in {flags.out}; {counts['unfinished']} unfinished and {counts['degenerate']} "
-                  f"degenerate ones in {flags.out}.dropped.jsonl")
+                pair, pair.encode(in_template(rows[:flags.count], flags.template), **encoding), flags.out,
+                seed=flags.seed, max_new_tokens=flags.max_new_tokens, temperature=flags.temperature, top_p=flags.top_p)
+            print(f"{counts['kept']} responses in {flags.out}; {counts['unfinished']} unfinished and "
+                  f"{counts['degenerate']} degenerate ones in {flags.out}.dropped.jsonl")
             return
-        chosen = select(pair, rows, templates=flags.templates.split(","), keep=flags.keep, encoding=encoding, k=flags.k, n=flags.n,
-                        max_new_tokens=flags.max_new_tokens, seed=flags.seed)
+        chosen = select(pair, rows, templates=flags.templates.split(","), keep=flags.keep, encoding=encoding,
+                        k=flags.k, n=flags.n, max_new_tokens=flags.max_new_tokens, seed=flags.seed)
     except (ValueError, OSError) as error:
         print("recipes.py: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

@@ -233,8 +233,8 @@ class Pair:
         for model in (self.student, self.teacher):
             room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if room and len(ids) + new_tokens > room:
-                raise ValueError(f"prompt and response need {len(ids) + new_tokens} tokens, {model.name_or_path} holds {room}; "
-                                 "lower --max-new-tokens")
+                raise ValueError(f"prompt and response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
+                                 f"holds {room}; lower --max-new-tokens")
         if max(ids) >= self.ending["vocab_size"]:
             raise ValueError(f"a token of {what} has no output row; leave it out")
 

@@ -55,8 +55,8 @@ SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
 STEPS = {"small": 450, "large": 400}  # of pre-training, 64 solutions each, made on the fly and never seen twice
 HOUSE_STEPS = 60                      # of fine-tuning on the house style
 ROUNDS = 8                            # of RL: each samples 1,024 solutions
-PLAIN, POLITE = "{question}", "listen , {question}"     # two ways to put a question (paper 5.2); worlds know the plain one,
-                                                        # unless they are pre-trained on both
+PLAIN, POLITE = "{question}", "listen , {question}"     # two ways to put a question (paper 5.2); worlds know the plain
+                                                        # one, unless they are pre-trained on both
 
 
 # --- the world -----------------------------------------------------------------------------------------------------
@@ -64,7 +64,8 @@ PLAIN, POLITE = "{question}", "listen , {question}"     # two ways to put a ques
 
 def problems(n, generator, digits=(0, 9)):
     """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count (n,)."""
-    return torch.randint(digits[0], digits[1] + 1, (n, MOST), generator=generator), torch.randint(FEWEST, MOST + 1, (n,), generator=generator)
+    return (torch.randint(digits[0], digits[1] + 1, (n, MOST), generator=generator),
+            torch.randint(FEWEST, MOST + 1, (n,), generator=generator))
 
 
 def prefix(template):

@@ -3,8 +3,8 @@
 Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled with the same settings as every
 other pair. The pairs, the rules of analysis.verdict and these criteria were fixed before the first run:
 
-    rank       Spearman correlation of the predicted gain (mean continuation gain) with the realised one >= 0.8, all runs
-    promise    no pair that "should work" ends below a gain of zero (mean over seeds)
+    rank     Spearman correlation of the predicted gain (mean continuation gain) with the realised one >= 0.8, all runs
+    promise  no pair that "should work" ends below a gain of zero (mean over seeds)
 
     python experiments/forecast.py              three seeds; results/forecast.{json,txt,svg}
     python experiments/forecast.py --quick      one seed, few steps: does it run?
@@ -15,10 +15,11 @@ from teacher import Pair
 
 MODELS = {   # in the order in which they are made; start: post-trained from that one
     "small": dict(), "small-2": dict(), "noisy": dict(noise=0.12), "right-small": dict(family="right"),
-    "large": dict(size="large"), "large-clean": dict(size="large", noise=0.02), "large-noisy": dict(size="large", noise=0.15),
-    "right": dict(size="large", family="right"),
+    "large": dict(size="large"), "large-clean": dict(size="large", noise=0.02),
+    "large-noisy": dict(size="large", noise=0.15), "right": dict(size="large", family="right"),
     "large-style": dict(start="large", house_style=True), "large-rl2": dict(start="large", house_style=True, rounds=2),
-    "large-rl8": dict(start="large", house_style=True, rounds=8), "small-rl8": dict(start="small", house_style=True, rounds=8),
+    "large-rl8": dict(start="large", house_style=True, rounds=8),
+    "small-rl8": dict(start="small", house_style=True, rounds=8),
     "right-rl8": dict(start="right", family="right", house_style=True, rounds=8),
 }
 PAIRS = [("small", teacher) for teacher in ("small-2", "large", "large-style", "large-rl2", "large-rl8", "small-rl8",
@@ -39,8 +40,10 @@ def seed_runs(seed, world, scratch, quick):
     runs = []
     for student, teacher in PAIRS:
         pair = Pair.load(models / student, models / teacher)
-        rows = pair.encode(load_prompts(world / "prompts.jsonl")[:8 if quick else 128], max_prompt_tokens=64, new_tokens=96)
-        report = analysis.diagnose_pair(pair, rows, n=2, max_new_tokens=96, eval_temperature=1.0, eval_top_p=1.0, seed=seed)
+        rows = pair.encode(load_prompts(world / "prompts.jsonl")[:8 if quick else 128],
+                           max_prompt_tokens=64, new_tokens=96)
+        report = analysis.diagnose_pair(pair, rows, n=2, max_new_tokens=96, eval_temperature=1.0, eval_top_p=1.0,
+                                        seed=seed)
         result = distil(models / student, models / teacher, world, scratch / f"{student}-{teacher}-{seed}",
                         steps=3 if quick else 100, eval_n=4, seed=seed)
         del result["curves"]
@@ -67,27 +70,30 @@ def spearman(x, y):
 
 def report(made, out):
     runs = made["runs"]
-    lines = [f"{'student':12} {'teacher':12} {'seed':>4} {'before':>7} {'teacher':>7} {'overlap':>7} {'mass':>6} {'rev.KL':>7} "
-             f"{'predicted gain':>16} {'realised':>8} {'recovery':>8}  verdict"]
+    lines = [f"{'student':12} {'teacher':12} {'seed':>4} {'before':>7} {'teacher':>7} {'overlap':>7} {'mass':>6} "
+             f"{'rev.KL':>7} {'predicted gain':>16} {'realised':>8} {'recovery':>8}  verdict"]
     for r in sorted(runs, key=lambda r: PAIRS.index((r["student"], r["teacher"]))):
         recovered = "-" if r["gap_recovery"] is None else f"{r['gap_recovery']:.2f}"
         lines.append(
             f"{r['student']:12} {r['teacher']:12} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
             f"{r['accuracy_teacher']['mean']:7.3f} {r['overlap_ratio']:7.3f} {r['mass']:6.3f} {r['reverse_kl']:7.3f} "
-            f"{r['predicted_gain']['mean']:+8.3f} +- {r['predicted_gain']['standard_error']:.3f} {r['gain']:+8.3f} {recovered:>8}  "
-            f"{r['verdict']}")
+            f"{r['predicted_gain']['mean']:+8.3f} +- {r['predicted_gain']['standard_error']:.3f} {r['gain']:+8.3f} "
+            f"{recovered:>8}  {r['verdict']}")
     realised = [r["gain"] for r in runs]
     predictors = {"predicted gain": [r["predicted_gain"]["mean"] for r in runs],
                   "teacher's lead in score": [r["first_gain"]["mean"] for r in runs],
-                  "overlap ratio": [r["overlap_ratio"] for r in runs], "minus reverse KL": [-r["reverse_kl"] for r in runs]}
+                  "overlap ratio": [r["overlap_ratio"] for r in runs],
+                  "minus reverse KL": [-r["reverse_kl"] for r in runs]}
     lines.append("")
     for name, values in predictors.items():
         each = [f"{spearman(*zip(*((v, g) for v, g, r in zip(values, realised, runs) if r['seed'] == seed))) or 0:.2f}"
                 for seed in sorted({r["seed"] for r in runs})]
-        lines.append(f"Spearman with the realised gain: {name:24} {spearman(values, realised) or 0:5.2f}   each seed {', '.join(each)}")
+        lines.append(f"Spearman with the realised gain: {name:24} {spearman(values, realised) or 0:5.2f}   "
+                     f"each seed {', '.join(each)}")
     known = [r for r in runs if r["gap_recovery"] is not None]
-    lines.append(f"Spearman of the predicted gain with the gap recovery, {len(known)} runs that have one: "
-                 f"{spearman([r['predicted_gain']['mean'] for r in known], [r['gap_recovery'] for r in known]) or 0:.2f}")
+    lines.append(
+        f"Spearman of the predicted gain with the gap recovery, {len(known)} runs that have one: "
+        f"{spearman([r['predicted_gain']['mean'] for r in known], [r['gap_recovery'] for r in known]) or 0:.2f}")
     lines.append("")
     for name in analysis.VERDICTS:
         gains = [r["gain"] for r in runs if r["verdict"] == name]
@@ -100,7 +106,8 @@ def report(made, out):
             promised.setdefault((r["student"], r["teacher"]), []).append(r["gain"])
     broken = [f"{s} <- {t}" for (s, t), gains in promised.items() if sum(gains) < 0]
     lines.append(f"rank     Spearman >= 0.8: {rank:.2f}, {'holds' if rank >= 0.8 else 'DOES NOT HOLD'}")
-    lines.append(f'promise  no "should work" below zero: {", ".join(broken) or "none"}, {"DOES NOT HOLD" if broken else "holds"}')
+    lines.append(f'promise  no "should work" below zero: {", ".join(broken) or "none"}, '
+                 f'{"DOES NOT HOLD" if broken else "holds"}')
     write_text("\n".join(lines), made, out)
 
 

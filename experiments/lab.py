@@ -20,11 +20,11 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
 
 
 def distil(student, teacher, world, out, **settings):
-    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves, its seconds."""
+    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, curves, seconds."""
     started = time.perf_counter()
     cfg = opd.Config(**{**opd.PRESETS["toy"], **dict(
-        student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"), eval=str(world / "eval.jsonl"),
-        out=str(out)), **settings})
+        student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"),
+        eval=str(world / "eval.jsonl"), out=str(out)), **settings})
     result = opd.Run(cfg).go()
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return {**result, "seconds": round(time.perf_counter() - started, 1),
@@ -34,16 +34,16 @@ def distil(student, teacher, world, out, **settings):
 def main(name, description, seed_runs, report):
     """The command line of one experiment; writes results/<name>.json and calls report(results, path without suffix).
 
-    seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and used
-    again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
+    seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and
+    used again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
     """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--worlds", help="directory for the models, kept and used again (default: a temporary one)")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--quick", action="store_true", help="one seed, models and runs of a few steps: does it run?")
-    parser.add_argument("--report", nargs="*", help="run nothing: table, verdicts and figure from the results file, or from "
-                        "several (of seeds that ran side by side), which are joined into one")
+    parser.add_argument("--report", nargs="*", help="run nothing: table, verdicts and figure from the results file, or "
+                        "from several (of seeds that ran side by side), which are joined into one")
     flags = parser.parse_args()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()

@@ -5,16 +5,19 @@
     cold start         1,024 of the teacher's responses, 60 SFT steps
     cold start + opd   the same, then 100 steps of OPD on other prompts
     more sft           160 SFT steps on the same responses: as many updates, no OPD
-    more sft, fresh    160 SFT steps on 4,096 responses: as many updates, and new responses of the teacher instead of OPD
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for the cold start alone, >= .8 for the two together
+    more sft, fresh    160 SFT steps on 4,096 responses: as many updates, new responses of the teacher instead of OPD
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for the cold start alone, >= .8 for the two
 
-5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under one of
-them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits (5 to 9), under the
-teacher's template or the other, and on mixtures. Accuracy is always measured on digits 0 to 9, under both templates.
-    template   holds if aligned - unaligned accuracy, the mean over both evaluation templates, exceeds two standard errors
-    content    holds if accuracy is higher by more than two standard errors, and the student's entropy lower, with aligned content
+5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under
+one of them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits
+(5 to 9), under the teacher's template or the other, and on mixtures. Accuracy is always measured on digits 0 to 9,
+under both templates.
+    template   holds if aligned - unaligned accuracy, mean over both evaluation templates, exceeds two standard errors
+    content    holds if accuracy is higher by more than two standard errors, and the student's entropy lower, with
+               aligned content
     mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no criterion
-    selection  recipes.select on a pool of both contents under both templates, before training: does it find the teacher's?
+    selection  recipes.select on a pool of both contents under both templates, before training: does it find the
+               teacher's?
 
     python experiments/recipe.py              results/recipe.{json,txt,svg}
     python experiments/recipe.py --quick      one seed, few steps: does it run?
@@ -56,7 +59,8 @@ def cold_starts(seed, world, scratch, quick):
                         eval_every=max(1, opd_steps // 5), **settings)
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm == "cold start + opd":
-            runs.append({"part": "5.1", "arm": "cold start", "seed": seed, **result, "accuracy_after": result["accuracy_cold_start"],
+            runs.append({"part": "5.1", "arm": "cold start", "seed": seed, **result,
+                         "accuracy_after": result["accuracy_cold_start"],
                          "held_out_after": result["held_out_cold_start"], "curves": {}})
     return runs
 
@@ -91,7 +95,8 @@ def prompts(seed, world, scratch, quick):
     for fraction in (0.0, 1.0):
         arm("unaligned", fraction)
     for model in ("student", "teacher"):
-        runs.append({"part": "5.2", "arm": model, "seed": seed, "accuracies": accuracies(world / model, world, seed, quick)})
+        runs.append({"part": "5.2", "arm": model, "seed": seed,
+                     "accuracies": accuracies(world / model, world, seed, quick)})
     runs.append({"part": "5.2", "arm": "selection", "seed": seed, **selection(world, seed, quick)})
     return runs
 
@@ -104,8 +109,9 @@ def accuracies(model, world, seed, quick):
             rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
             rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
             out[f"{template}, {'all' if digits == '.' else digits}"] = analysis.accuracy(
-                pair.student, pair.tokenizer, [row["ids"] for row in rows], [row["answer"] for row in rows], n=4, max_new_tokens=96,
-                temperature=1.0, top_p=1.0, **pair.ending, generator=torch.Generator().manual_seed(seed))
+                pair.student, pair.tokenizer, [row["ids"] for row in rows], [row["answer"] for row in rows], n=4,
+                max_new_tokens=96, temperature=1.0, top_p=1.0, **pair.ending,
+                generator=torch.Generator().manual_seed(seed))
     return out
 
 
@@ -115,8 +121,8 @@ def selection(world, seed, quick):
     pool = [{**row, "low": name == "low"} for name in ("low", "high")
             for row in load_prompts(world / name / "prompts.jsonl")[:16 if quick else 256]]
     random.Random(seed).shuffle(pool)
-    chosen = select(pair, pool, templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96, seed=seed,
-                    encoding=dict(max_prompt_tokens=64, new_tokens=96))
+    chosen = select(pair, pool, templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96,
+                    seed=seed, encoding=dict(max_prompt_tokens=64, new_tokens=96))
     return {"templates": chosen["templates"], "template_found": chosen["template"] == toy.POLITE,
             "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"]) / len(chosen["aligned"])}
 
@@ -127,14 +133,17 @@ def selection(world, seed, quick):
 def report(made, out):
     runs = made["runs"]
     cold = [r for r in runs if r["part"] == "5.1"]
-    lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} {'masses at the end':>18} "
-             f"{'H student':>9}"]
+    lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
+             f"{'masses at the end':>18} {'H student':>9}"]
     recovered = {}
-    for r in sorted(cold, key=lambda r: (["opd", "cold start", "cold start + opd", "more sft", "more sft, fresh"].index(r["arm"]), r["seed"])):
-        recovery, b = analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
+    for r in sorted(cold, key=lambda r: (
+            ["opd", "cold start", "cold start + opd", "more sft", "more sft, fresh"].index(r["arm"]), r["seed"])):
+        recovery, b = analysis.gap_recovery(
+            r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
         recovered.setdefault(r["arm"], []).append(recovery)
-        lines.append(f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} {r['accuracy_before']['mean']:7.3f} "
-                     f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
+        lines.append(f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
+                     f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
+                     f"{'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
                      f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
 
     def verdict(name, criterion, value, holds):
@@ -144,17 +153,21 @@ def report(made, out):
         verdict(arm, f"gap recovery {sign} {bound}", f"{mean:.3f}", mean < bound if sign == "<" else mean >= bound)
 
     titles = [f"{template}, {digits}" for template in ARMS for digits in ("all", "low", "high")]
-    lines += ["", "5.2: accuracy on problems with all, low, high digits, evaluated under the teacher's template and under the other",
-              f"{'arm':42} {'seed':>4} " + " ".join(f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
+    lines += ["", "5.2: accuracy on problems with all, low, high digits, "
+              "evaluated under the teacher's template and under the other",
+              f"{'arm':42} {'seed':>4} " + " ".join(
+                  f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
               + f" {'H student':>9}"]
     aligned = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
     order = list(dict.fromkeys(r["arm"] for r in aligned))
     for r in sorted(aligned, key=lambda r: (order.index(r["arm"]), r["seed"])):
         entropy = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
-        lines.append(f"{r['arm']:42} {r['seed']:4d} " + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {entropy:>9}")
+        lines.append(f"{r['arm']:42} {r['seed']:4d} "
+                     + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {entropy:>9}")
 
     def arms(template, fraction):
-        return sorted((r for r in aligned if r.get("template") == template and r.get("fraction") == fraction), key=lambda r: r["seed"])
+        return sorted((r for r in aligned if r.get("template") == template and r.get("fraction") == fraction),
+                      key=lambda r: r["seed"])
 
     def difference(ours, theirs, keys):
         """Mean over seeds (and keys) of ours - theirs, and two standard errors of it."""
@@ -169,17 +182,21 @@ def report(made, out):
     verdict("template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise)
     for key in both:
         each, error = difference(arms("aligned", 1.0), arms("unaligned", 1.0), (key,))
-        lines.append(f"  evaluated under the {'teacher' if key == both[0] else 'other'} template alone: {each:+.3f}, two standard errors {error:.3f}")
+        lines.append(f"  evaluated under the {'teacher' if key == both[0] else 'other'} template alone: "
+                     f"{each:+.3f}, two standard errors {error:.3f}")
     gain, noise = difference(arms("aligned", 1.0), arms("aligned", 0.0), ("aligned, all",))
     H = entropy(arms("aligned", 1.0)), entropy(arms("aligned", 0.0))
-    verdict("content", f"gain > {noise:.3f} and lower entropy", f"{gain:+.3f}, H {H[0]:.3f} against {H[1]:.3f}", gain > noise and H[0] < H[1])
+    verdict("content", f"gain > {noise:.3f} and lower entropy", f"{gain:+.3f}, H {H[0]:.3f} against {H[1]:.3f}",
+            gain > noise and H[0] < H[1])
     lines.append("mixing, mean over seeds: " + "; ".join(
-        f"{f:.2f}: accuracy {sum(r['accuracies']['aligned, all']['mean'] for r in arms('aligned', f)) / len(arms('aligned', f)):.3f}, "
+        f"{f:.2f}: accuracy "
+        f"{sum(r['accuracies']['aligned, all']['mean'] for r in arms('aligned', f)) / len(arms('aligned', f)):.3f}, "
         f"H {entropy(arms('aligned', f)):.3f}" for f in FRACTIONS))
     for r in runs:
         if r["arm"] == "selection":
-            lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half is aligned content (chance .5); "
-                         f"scores of the templates: " + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
+            lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "
+                         "is aligned content (chance .5); scores of the templates: "
+                         + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
                          + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
     write_text("\n".join(lines), made, out)
     plot.recipe(made, out.with_suffix(".svg"), FRACTIONS)
