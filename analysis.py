@@ -101,6 +101,8 @@ def diagnose(log_p, log_q, y, k):
 
 def _shared(log_p, log_q, k):
     """P = TopK(p, k) and which of it is in TopK(q, k): (N, V), (N, V) -> (N, k) ids, (N, k) bool."""
+    if not 1 <= k <= log_p.size(-1):
+        raise ValueError(f"k={k} is outside 1..{log_p.size(-1)}, the size of the vocabulary")
     P, Q = log_p.topk(k).indices, log_q.topk(k).indices
     return P, torch.zeros_like(log_q, dtype=torch.bool).scatter_(-1, Q, True).gather(-1, P)
 
@@ -514,12 +516,12 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 
-    def parse_args(self, argv=None):
-        given, unknown = self.parse_known_args(argv)
+    def parse_known_args(self, args=None, namespace=None):                     # of subcommands too
+        given, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             self.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-        return given
+        return given, unknown
 
 
 def provenance():

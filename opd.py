@@ -34,7 +34,7 @@ import loss
 from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts,
                      read_conversations, same_question, teacher_rollouts)
 from rollout import additions, batch, load_prompts
-from teacher import Pair, grade
+from teacher import Pair, grade, pick_device
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
 
@@ -154,12 +154,7 @@ def check(cfg):
     if not 0 < cfg.eval_top_p <= 1:
         raise ValueError(f"--eval-top-p {cfg.eval_top_p}: must lie above 0 and be at most 1")
     apply_template("", cfg.template)
-    if cfg.device != "auto":
-        try:
-            torch.empty(0, device=cfg.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"--device {cfg.device}: {reason}; --device cpu works everywhere") from None
+    pick_device(cfg.device)
     return cfg
 
 
@@ -167,31 +162,34 @@ def questions(cfg):
     """-> (training, cold start, held-out) lists of {"prompt", "answer"}, in the template; no two share a question."""
     train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
     train = {json.dumps(row["prompt"]): row for row in train}                   # a prompt that stands twice counts once
-    draw = random.Random(cfg.seed)
-    if cfg.eval:
-        held_out = {json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}
-    else:
-        held_out = {name: train.pop(name) for name in draw.sample(sorted(train), min(64, max(1, len(train) // 5)))}
-    seen = {same_question(row["prompt"]) for row in held_out.values()}
-    if cfg.cold_start_file:
-        seen |= {same_question(chat[:-1]) for chat in read_conversations(cfg.cold_start_file)}
+    draw, chats = random.Random(cfg.seed), read_conversations(cfg.cold_start_file) if cfg.cold_start_file else []
+    seen = {same_question(chat[:-1], cfg.template) for chat in chats}
 
     def unseen(rows):
-        return [row for row in rows if same_question(row["prompt"]) not in seen]
-    train, cold = unseen(train.values()), []
+        return [row for row in rows if same_question(row["prompt"], cfg.template) not in seen]
+    train = unseen(train.values())
+    if cfg.eval:
+        held_out = list({json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}.values())
+        if len(unseen(held_out)) < len(held_out):
+            warnings.warn(f"--eval: {len(held_out) - len(unseen(held_out))} of its questions are answered in --cold-start-file")
+    else:
+        pool = sorted(train, key=lambda row: json.dumps(row["prompt"]))
+        held_out = draw.sample(pool, min(64, max(1, len(pool) // 5), len(pool)))
+    seen |= {same_question(row["prompt"], cfg.template) for row in held_out}
+    train, cold = unseen(train), []
     if cfg.cold_start:
         if cfg.cold_start + (cfg.steps > 0) > len(train):
             raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, "
                              "and OPD needs others than these")
         cold = draw.sample(train, cfg.cold_start)
-        seen |= {same_question(row["prompt"]) for row in cold}
+        seen |= {same_question(row["prompt"], cfg.template) for row in cold}
         train = unseen(train)
     if cfg.aligned_prompts:
         train = mix_prompts(unseen(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
                             torch.Generator().manual_seed(cfg.seed))
     if not train and cfg.steps:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
-    return tuple(in_template(rows, cfg.template) for rows in (train, cold, list(held_out.values())))
+    return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
 
 
 # --- one step ------------------------------------------------------------------------------------------------------

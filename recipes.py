@@ -97,17 +97,19 @@ def mix_prompts(aligned, others, fraction, generator):
     return some(mixed, size)
 
 
-def same_question(prompt):
-    """A key that two prompts share when they differ in case, spacing, Unicode form, known template or system prompt
-    alone: -> str.
+def same_question(prompt, template="none"):
+    """A key that prompts share when they differ in case, spacing, Unicode form, template or system prompt alone: -> str.
+
+    Templates are the known ones and the given one.
     """
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
     if not isinstance(prompt, str):
         *earlier, last = [message["content"] for message in prompt if message["role"] != "system"] or [""]
-        return "".join(map(bare, earlier)) + same_question(last)
+        return "".join(map(bare, earlier)) + same_question(last, template)
     text = bare(prompt)
-    for before, after in (map(bare, form.split("{question}")) for form in TEMPLATES.values()):
+    for form in (*TEMPLATES.values(), TEMPLATES.get(template, template)):
+        before, _, after = map(bare, form.partition("{question}"))
         if before + after and text.startswith(before) and text.endswith(after):
             text = text[len(before):len(text) - len(after)]
     return text
@@ -142,6 +144,9 @@ def select(pair, rows, *, templates=("none",), keep=0.5, sample=32, encoding, **
     are the options of Pair.encode and of alignment. -> {"template", "templates": {template: mean score}, "aligned",
     "others"}, rows as they came with their "alignment". Ours, not the paper's, which knows its teacher's prompts.
     """
+    if not 0 < round(keep * len(rows)) < len(rows):
+        raise ValueError(f"--keep {keep}: of {len(rows)} prompts that keeps none, or all")
+
     def scored(rows, template):
         encoded = pair.encode(in_template([{**row, "row": row} for row in rows], template), **encoding)
         return [{**e["row"], "alignment": a} for e, a in zip(encoded, alignment(pair, encoded, **how))]
@@ -180,7 +185,7 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
     -> {"kept", "unfinished", "degenerate"}.
 
     A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
-    unfinished within max_new_tokens or degenerate, goes to <path>.dropped.jsonl with the reason, so that it can be read
+    unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can be read
     too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted call asks
     for nothing twice.
     """
@@ -190,21 +195,21 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
     for line in done[1]:
         counts[json.loads(line)["why"]] += 1
     ready = sum(counts.values())
+    starts = range(ready - ready % at_once, len(rows), at_once) if ready < len(rows) else ()
     with open(path, "a", encoding="utf-8") as kept, open(dropped, "a", encoding="utf-8") as rest:
-        for start in tqdm(range(ready - ready % at_once, len(rows), at_once), desc="teacher's responses",
-                          mininterval=1, disable=None):
+        for start in tqdm(starts, desc="teacher's responses", mininterval=1, disable=None):
             part = rows[start:start + at_once]
             with pair.autocast():
                 r = rollout(pair.teacher, [row["ids"] for row in part], max_new_tokens=max_new_tokens,
                             temperature=temperature, top_p=top_p, **pair.ending,
                             generator=torch.Generator(pair.device).manual_seed(seed * 1_000_003 + start))
             for i in range(max(0, ready - start), len(part)):
-                ids = r.response_ids(i)
-                why = "unfinished" if r.truncated[i] else "degenerate" if is_degenerate(ids[:-1]) else "kept"
-                said = ([{"role": "user", "content": part[i]["prompt"]}] if isinstance(part[i]["prompt"], str)
-                        else part[i]["prompt"])
-                line = {"messages": [
-                    *said, {"role": "assistant", "content": pair.tokenizer.decode(ids, skip_special_tokens=True)}]}
+                ids, prompt = r.response_ids(i), part[i]["prompt"]
+                text = pair.tokenizer.decode(ids, skip_special_tokens=True)
+                chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+                line = {"messages": [*chat, {"role": "assistant", "content": text}]}
+                why = ("unfinished" if r.truncated[i] else
+                       "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept")
                 counts[why] += 1
                 print(json.dumps(line if why == "kept" else {**line, "why": why}, ensure_ascii=False),
                       file=kept if why == "kept" else rest, flush=True)
@@ -215,10 +220,10 @@ def whole_lines(path):
     """The lines of a file that may not exist; a last line without its end, torn by a kill, is cut off the file."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")                        # bytes: a kill may fall within a character
     if lines.pop():
-        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return lines
+        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    return [line.decode() for line in lines]
 
 
 def read_conversations(path):
@@ -341,8 +346,10 @@ def parse(argv=None):
         parser.error(f"--prompts {flags.prompts}: no such file")
     if not Path(flags.out).absolute().parent.is_dir():
         parser.error(f"--out {flags.out}: its folder does not exist")
-    if min(flags.max_new_tokens, flags.max_prompt_tokens, getattr(flags, "n", 1), getattr(flags, "k", 1)) < 1:
-        parser.error("--max-new-tokens, --max-prompt-tokens, --n and --k must be at least 1")
+    for name in ("max_new_tokens", "max_prompt_tokens", "count", "n", "k"):
+        value = getattr(flags, name, None)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if not 0 < getattr(flags, "keep", 0.5) < 1:
         parser.error(f"--keep {flags.keep}: must lie between 0 and 1")
     if getattr(flags, "temperature", 0) < 0 or not 0 < getattr(flags, "top_p", 1) <= 1:

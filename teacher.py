@@ -29,6 +29,14 @@ def load(path, *, device="cpu", dtype=torch.float32):
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
 
 
+def pick_device(name):
+    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there."""
+    try:
+        return torch.empty(0, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
+
+
 def freeze(model):
     """The teacher never learns."""
     return model.eval().requires_grad_(False)
@@ -196,8 +204,7 @@ class Pair:
     @classmethod
     def load(cls, student, teacher, *, device="auto", dtype="float32"):
         """Two directories or hub names -> Pair. Raises ValueError where they do not fit (check_pair)."""
-        cuda = torch.cuda.is_available()
-        device = torch.device(device if device != "auto" else "cuda" if cuda else "cpu")
+        device = pick_device(device)
         plain, dtype = dtype == "float32", getattr(torch, dtype)
         autocast = contextlib.nullcontext if plain else lambda: torch.autocast(device.type, dtype)
         mine, theirs = (AutoTokenizer.from_pretrained(path) for path in (student, teacher))

@@ -9,6 +9,7 @@ other pair. The pairs, the rules of analysis.verdict and these criteria were fix
     python experiments/forecast.py              three seeds; results/forecast.{json,txt,svg}
     python experiments/forecast.py --quick      one seed, few steps: does it run?
 """
+import plot
 from lab import analysis, distil, main, toy, write_text
 from rollout import load_prompts
 from teacher import Pair
@@ -45,7 +46,7 @@ def seed_runs(seed, world, scratch, quick):
         report = analysis.diagnose_pair(pair, rows, n=2, max_new_tokens=96, eval_temperature=1.0, eval_top_p=1.0,
                                         seed=seed)
         result = distil(models / student, models / teacher, world, scratch / f"{student}-{teacher}-{seed}",
-                        steps=3 if quick else 100, eval_n=4, seed=seed)
+                        steps=3 if quick else 100, eval_n=1 if quick else 4, seed=seed)
         del result["curves"]
         runs.append({"seed": seed, "student": student, "teacher": teacher, "verdict": report["verdict"],
                      "predicted_gain": report["predicted_gain"], "first_gain": report["continuation"][0]["gain"],
@@ -109,6 +110,7 @@ def report(made, out):
     lines.append(f'promise  no "should work" below zero: {", ".join(broken) or "none"}, '
                  f'{"DOES NOT HOLD" if broken else "holds"}')
     write_text("\n".join(lines), made, out)
+    plot.forecast(out.with_suffix(".json"), out.with_suffix(".svg"), f"Spearman {rank:.2f}, {len(runs)} runs")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,405 @@
-"""experiments/plot.py: runs as pictures. python experiments/plot.py results/phenomenology.json out.svg
+"""experiments/plot.py: runs as tables and pictures. python experiments/plot.py results/phenomenology.json out.svg
 
-Needs matplotlib, which is optional: without it, says so and draws nothing.
+    runs        directories of opd.py beside each other: a table each, the paper's Figure 6, heat maps as its Figure 13
+    draw        results/phenomenology.json: accuracy and overlap ratio of the four pairs
+    forecast    results/forecast.json: the gain that was predicted before training against the one that came
+    recipe      results/recipe.json: the cold start and its controls, the mixing of aligned prompts
+
+Pictures need matplotlib, which is optional: without it the tables are still printed, and a line says what to install.
 """
+import itertools
 import json
+import math
+import re
 import sys
+import textwrap
+from pathlib import Path
 
 # the same in every figure
 COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "other": "#7d5ba6", "reverse": "#8a8a8a"}
+SPARE = ("#0072b2", "#e69f00", "#56b4e9", "#cc79a7", "#000000")            # Okabe and Ito: safe for the colour-blind
 NAMES = {"success": "post-trained teacher, same family", "bigger": "bigger teacher, same pipeline",
          "other": "post-trained teacher, other family", "reverse": "post-trained student, its earlier self as teacher"}
+COLUMNS = (        # of the table of a run: metric, title, format
+    ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
+    ("overlap_ratio", "overlap", "7.3f"),
+    ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"),
+    ("overlap_token_advantage", "adv.", "8.4f"), ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"),
+    ("reward", "reward", "8.4f"), ("response_length", "length", "7.1f"), ("grad_norm", "|grad|", "7.3f"),
+    ("accuracy", "accuracy", "8.3f"))
+PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or "log", upper limit, metric, teacher's
+    ("accuracy", "share of answers", 0, 1, "accuracy", None),
+    ("overlap ratio (Eq. 6)", "share of the top k", 0, 1, "overlap_ratio", None),
+    ("overlap mass (Eq. 9, 10)", "probability", None, 1, "overlap_mass_student", "overlap_mass_teacher"),
+    ("overlap-token advantage (Eq. 7)", "nats", None, 0, "overlap_token_advantage", None),
+    ("entropy gap (Eq. 8)", "nats", 0, None, "entropy_gap", None),
+    ("entropy", "nats", 0, None, "entropy_student", "entropy_teacher"),
+    ("loss", "nats", "log", None, "loss", None),
+    ("reverse KL (Eq. 4)", "nats", "log", None, "reverse_kl", None),
+    ("gradient norm", "before clipping at 1", "log", None, "grad_norm", None))
+MAPS = {"entropy_student": "student entropy", "entropy_teacher": "teacher entropy", "reward": "reward",
+        "overlap_ratio": "overlap ratio"}
+VERDICTS = {       # by how a verdict begins
+    "should work": (COLOURS["success"], "o"), "nothing new": (COLOURS["bigger"], "s"),
+    "incompatible": (COLOURS["other"], "^"), "harmful": (COLOURS["reverse"], "v"), "undecided": ("#000000", "x")}
+
+
+# --- what a run left behind ----------------------------------------------------------------------------------------
+
+
+def load(paths):
+    """Directories of runs -> [{"path", "name", "rows", "config", "result"}]; result None: not finished."""
+    names = [Path(path).resolve().name for path in paths]
+    return [{"path": str(path), "name": name if names.count(name) == 1 else str(path), "rows": read_rows(path),
+             **{kind: read_json(Path(path) / f"{kind}.json") for kind in ("config", "result")}}
+            for path, name in zip(paths, names)]
+
+
+def read_json(path):
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def read_rows(path):
+    """The rows of metrics.jsonl; a last line that a kill has torn is left out, any other is a ValueError."""
+    lines, rows = (Path(path) / "metrics.jsonl").read_text().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"{path}/metrics.jsonl: line {number} is not JSON") from None
+    return rows
+
+
+def curve(rows, metric):
+    """Where a metric was measured, and what it was: -> (steps, values), None left out."""
+    pairs = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+# --- as tables -----------------------------------------------------------------------------------------------------
+
+
+def some(rows, count):
+    """About `count` rows evenly spread, first and last among them; an evaluated one is preferred to its neighbours."""
+    stride = max(1, (len(rows) - 1) / (count - 1))
+    picked = set()
+    for i in range(min(count, len(rows))):
+        at = i * stride
+        near = [j for j, row in enumerate(rows) if abs(j - at) <= stride / 2 and row.get("accuracy") is not None]
+        inside = 0 < round(at) < len(rows) - 1
+        picked.add(min(near, key=lambda j: abs(j - at)) if near and inside else round(at))
+    return [rows[i] for i in sorted(picked)]
+
+
+def cell(value, form):
+    width = form.split(".")[0].rstrip("d")
+    return f"{'':>{width}}" if value is None else f"{value:{form}}"
+
+
+def table(run):
+    """What a run logged, at about ten of its steps, and what came of it: str."""
+    rows, config = run["rows"], run["config"] or {}
+    lines = [run["path"] + (": {student} <- {teacher}, {objective}, k = {k}".format(**config) if config else "")]
+    lines.append(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
+    lines += [" ".join(cell(row.get(name), form) for name, _, form in COLUMNS).rstrip() for row in some(rows, 10)]
+    return "\n".join(lines + [outcome(run)])
+
+
+def outcome(run):
+    """The accuracies and the gap recovery of a finished run, or how far it has come: one line."""
+    result = run["result"]
+    if result is None:
+        of = f" of {run['config']['steps']}" if run["config"] else ""
+        return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
+    if result["accuracy_after"] is None:
+        return "accuracy not measured: the held-out prompts have no answers"
+    said = [f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in (
+        ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
+    recovered = result["gap_recovery"]
+    return f"accuracy {', '.join(said)}; gap recovery " + (
+        "not given, teacher and student are within noise of each other" if recovered is None else f"{recovered:.2f}")
+
+
+def position_table(run):
+    """The four metrics by output position, at about six steps: str; a column a bucket, titled by its first position."""
+    rows, lines = run["rows"], [f"{run['path']}, by output position"]
+    width, buckets = rows[0]["by_position"]["width"], max(len(row["by_position"]["tokens"]) for row in rows)
+    lines.append(f"{'step':>5} " + " ".join(f"{i * width:6d}" for i in range(buckets)))
+    for metric, title in MAPS.items():
+        lines.append(f"{title}, {'share of the top k' if metric == 'overlap_ratio' else 'nats'}")
+        lines += [f"{row['step']:5d} " + " ".join(cell(x, "6.2f") for x in row["by_position"][metric])
+                  for row in some(rows, 6)]
+    return "\n".join(lines)
+
+
+# --- as pictures ---------------------------------------------------------------------------------------------------
+
+
+def pyplot(again):
+    """matplotlib.pyplot set up for every figure here; without matplotlib None, and a line that says what to do."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        print(f"no picture: pip install matplotlib, then {again}", file=sys.stderr)
+        return None
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "opd",
+                         "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def save(plt, figure, out):
+    """The same bytes for the same data; coordinates in an .svg to a hundredth of a point, which takes off a quarter."""
+    figure.savefig(out, metadata={"Date": None}, facecolor="white")
+    plt.close(figure)
+    if str(out).endswith(".svg"):
+        text = re.sub(r' [dxy]="[^"]+"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]),
+                      Path(out).read_text(encoding="utf-8"))
+        Path(out).write_text(text, encoding="utf-8")
+
+
+def ticks(plt, **how):
+    return plt.MaxNLocator(5, steps=(1, 2, 5, 10), **how)
+
+
+def runs(paths, plot=None, positions=None):
+    """Tables of runs; plot, positions: .svg files for Figure 6 and for the heat maps of Figure 13.
+
+    Raises ValueError where positions are asked for and a run has none.
+    """
+    loaded = load(paths)
+    if positions:
+        for run in loaded:
+            if any("by_position" not in row for row in run["rows"]):
+                raise ValueError(f"--positions: {run['path']} is older than by_position in metrics.jsonl; run it again")
+    begun = [run for run in loaded if run["rows"]]
+    print("\n\n".join([table(run) for run in loaded] + [position_table(run) for run in begun if positions]))
+    asked = [f"--{name} {out}" for name, out in (("plot", plot), ("positions", positions)) if out]
+    if asked and not begun:
+        raise ValueError(f"{' '.join(asked)}: nothing to draw, no step was logged yet")
+    plt = pyplot(" ".join(["python analysis.py", *(f"--run {path}" for path in paths), *asked])) if asked else None
+    if plt and plot:
+        draw_runs(plt, begun, plot)
+    if plt and positions:
+        draw_positions(plt, begun, positions)
+
+
+def colours(paths):
+    """A colour a run: COLOURS where a word of its path is a pair's name (the last such word), else a spare one."""
+    spare, taken, out = itertools.cycle(SPARE), set(), []
+    for path in paths:
+        pair = next((word for word in reversed(re.split(r"[^a-z]+", str(path).lower())) if word in COLOURS), None)
+        out.append(next(spare) if pair is None or pair in taken else COLOURS[pair])
+        taken.add(pair)
+    return out
+
+
+def smooth(values, window):
+    """Running mean over `window` values around each; at the start over 1, 3, 5, ..., at the end over what is left."""
+    out = []
+    for i in range(len(values)):
+        half = min(window // 2, i)
+        part = values[i - half:i + half + 1]
+        out.append(sum(part) / len(part))
+    return out
+
+
+def thin(steps, values, most):
+    """About `most` points of a line: both ends, the lowest and the highest of every stretch -> (steps, values)."""
+    stretch = max(1, -(-2 * len(steps) // most))
+    parts = [range(i, min(i + stretch, len(steps))) for i in range(0, len(steps), stretch)]
+    kept = {best(part, key=values.__getitem__) for part in parts for best in (min, max)}
+    kept = sorted(kept | {0, len(steps) - 1} if steps else kept)
+    return [steps[i] for i in kept], [values[i] for i in kept]
+
+
+def draw_runs(plt, loaded, out):
+    """The paper's Figure 6: every metric against the step, a colour a run."""
+    window = max(1, max(len(run["rows"]) for run in loaded) // 30) * 2 + 1
+    figure, grid = plt.subplots(3, 3, figsize=(9.5, 7), layout="constrained", sharex=True)
+    for run, colour in zip(loaded, colours([run["path"] for run in loaded])):
+        draw_accuracy(grid[0, 0], run, colour)
+        for axes, (*_, metric, of_teacher) in list(zip(grid.flat, PANELS))[1:]:
+            for name, style in ((metric, "-"), (of_teacher, "--")):
+                steps, values = curve(run["rows"], name)
+                axes.plot(*thin(steps, values, 200 // len(loaded)), color=colour, linewidth=0.6, alpha=0.4)
+                axes.plot(*thin(steps, smooth(values, window), 200 // len(loaded)), style, color=colour, linewidth=1.7)
+        grid[0, 0].plot([], [], color=colour, linewidth=1.7, label=run["name"])
+    for axes, (title, unit, low, high, *_) in zip(grid.flat, PANELS):
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel(unit)
+        limit(plt, axes, low, high)
+    for axes in grid[-1]:
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(ticks(plt, integer=True))
+    grid[0, 0].plot([], [], "k--", linewidth=1.2, label="its teacher")
+    figure.align_ylabels()
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"thin: single steps; bold: running mean over {window} steps", fontsize=9)
+    save(plt, figure, out)
+
+
+def limit(plt, axes, low, high):
+    """The limits of a panel; "log": where the values span a decade, else from 0, and free where one is negative."""
+    lowest, highest = axes.dataLim.intervaly
+    if low == "log" and highest > 10 * lowest > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(plt.NullLocator())
+    else:
+        axes.set_ylim(low if low != "log" else 0 if lowest >= 0 else None, high)
+
+
+def draw_accuracy(axes, run, colour):
+    """Before at step 0, where evaluated in between, after at the last step; the teacher's level dashed."""
+    steps, values = curve(run["rows"], "accuracy")
+    result = run["result"]
+    if result and result["accuracy_after"]:
+        steps = [0, *steps, result["steps"]]
+        values = [result["accuracy_before"]["mean"], *values, result["accuracy_after"]["mean"]]
+        axes.plot(steps[::len(steps) - 1], 2 * [result["accuracy_teacher"]["mean"]], "--", color=colour, linewidth=1.2)
+    if steps:                                                  # an unclipped line of no points upsets the layout
+        axes.plot(steps, values, color=colour, linewidth=1.7, marker="o", markersize=3.5, clip_on=False)
+
+
+def draw_positions(plt, loaded, out):
+    """The paper's Figures 13 and 23: a row a run, a map a metric; colour over output position (x) and step (y)."""
+    figure, grid = plt.subplots(len(loaded), 4, figsize=(9.5, 1.2 + 1.8 * len(loaded)), layout="constrained",
+                                squeeze=False, sharex=True, sharey="row")
+    values = {metric: [x for run in loaded for row in run["rows"] for x in row["by_position"][metric] if x is not None]
+              for metric in MAPS}
+    nats, reward = scale(values["entropy_student"] + values["entropy_teacher"]), scale(values["reward"])
+    looks = {"entropy_student": ("viridis", 0, nats), "entropy_teacher": ("viridis", 0, nats),
+             "reward": ("RdBu", -reward, reward), "overlap_ratio": ("magma", 0, 1)}
+    for run, line in zip(loaded, grid):
+        for axes, (metric, title) in zip(line, MAPS.items()):
+            colours, low, high = looks[metric]
+            axes.imshow(**heat(run["rows"], metric, most=100), cmap=colours, vmin=low, vmax=high)
+            axes.set_facecolor("0.85")
+            axes.set_title(title if run is loaded[0] else "", fontsize=9)
+        line[0].yaxis.set_major_locator(ticks(plt, integer=True))
+        line[0].set_ylabel(textwrap.fill(run["name"], 24) + "\nstep")
+    for axes in grid[-1]:
+        axes.set(xlabel="output position (tokens)", xlim=(0, max(line[0].images[0].get_extent()[1] for line in grid)))
+    bars = ((slice(0, 2), "nats", "max"), (slice(2, 3), "nats", "both"), (slice(3, 4), "share of the top k", "neither"))
+    for columns, unit, beyond in bars:
+        where = grid[:, columns]
+        figure.colorbar(where[0, 0].images[0], ax=where, location="bottom", label=unit, extend=beyond, shrink=0.8,
+                        aspect=30 * where.shape[1], ticks=ticks(plt))
+    figure.suptitle("means over the tokens of a step, at most 100 steps a run; grey: no response came this far",
+                    fontsize=9)
+    save(plt, figure, out)
+
+
+def scale(values):
+    """Where a colour scale ends: 99 % of the sizes lie below, since one token at a rare position may be far out."""
+    return sorted(map(abs, values))[int(0.99 * (len(values) - 1))] or 1.0
+
+
+def heat(rows, metric, most):
+    """Rows of metrics.jsonl, at most `most` of them, evenly spread -> what imshow takes: values (steps, buckets), NaN
+    where there is no token, and their edges in tokens and steps.
+    """
+    buckets, width = max(len(row["by_position"]["tokens"]) for row in rows), rows[0]["by_position"]["width"]
+    shown = rows[::-(-len(rows) // most)]
+    values = [[math.nan if x is None else x for x in row["by_position"][metric]] for row in shown]
+    return {"X": [line + [math.nan] * (buckets - len(line)) for line in values], "aspect": "auto", "origin": "lower",
+            "interpolation": "none", "extent": (0, width * buckets, rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5)}
+
+
+def forecast(results, out, note=""):
+    """Realised against predicted gain in accuracy, a point a run, coloured by the verdict before training."""
+    plt = pyplot(f"python experiments/forecast.py --report {results}")
+    if plt is None:
+        return
+    with open(results) as file:
+        known = [run for run in json.load(file)["runs"] if (run.get("predicted_gain") or {}).get("mean") is not None]
+    figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    axes.axline((0, 0), slope=1, color="0.65", linewidth=0.8, linestyle="--", label="realised as predicted")
+    for verdict, (colour, marker) in VERDICTS.items():
+        mine = [run for run in known if run["verdict"].startswith(verdict)]
+        if mine:
+            axes.errorbar([run["predicted_gain"]["mean"] for run in mine], [run["gain"] for run in mine],
+                          xerr=[run["predicted_gain"]["standard_error"] or 0 for run in mine], color=colour, fmt=marker,
+                          label=f"{mine[0]['verdict']}, {len(mine)} run{'s' * (len(mine) > 1)}", markersize=6,
+                          markeredgecolor="white", elinewidth=0.7)
+    if len(known) > 2:
+        label_outliers(axes, known)
+    axes.set(xlabel="predicted gain in accuracy: teacher - student, finishing the student's responses (± 1 s.e.)",
+             ylabel="realised gain in accuracy: after - before")
+    axes.set_title(note, fontsize=9)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    save(plt, figure, out)
+
+
+def label_outliers(axes, known, count=3):
+    """Names what lies two standard deviations off the line through all runs: a pair once, no name over another."""
+    import numpy                                               # is there where matplotlib is
+    x, y = numpy.array([[run["predicted_gain"]["mean"], run["gain"]] for run in known]).T
+    off = abs(y - numpy.polyval(numpy.polyfit(x, y, 1), x))
+    far, named = 2 * (off ** 2).mean() ** 0.5, {}
+    for i in numpy.argsort(-off, kind="stable"):
+        name = f"{known[i]['student']} ← {known[i]['teacher']}"
+        free = all(abs(x[i] - x[j]) > 0.3 * numpy.ptp(x) or abs(y[i] - y[j]) > 0.06 * numpy.ptp(y)
+                   for j in named.values())
+        if off[i] > far and len(named) < count and name not in named and free:
+            named[name] = i
+            axes.annotate(name, (x[i], y[i]), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center")
+
+
+def recipe(results, out):
+    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy against the aligned share of 5.2. Mean and every seed."""
+    plt = pyplot(f"python experiments/recipe.py --report {results}")
+    if plt is None:
+        return
+    with open(results) as file:
+        runs = json.load(file)["runs"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1.25, 1, 1))
+    arms = {"opd": COLOURS["other"], "cold start": COLOURS["reverse"], "more sft": COLOURS["reverse"],
+            "more sft, fresh": COLOURS["reverse"], "cold start + opd": COLOURS["success"]}
+    for place, (arm, colour) in enumerate(arms.items()):
+        mine = [run for run in runs if run["arm"] == arm]
+        values = [run["accuracy_after"]["mean"] for run in mine]
+        left.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
+        left.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
+    cold = [run for run in runs if run["part"] == "5.1"]
+    for key, name, place in (("accuracy_before", "student before", 0.02), ("accuracy_teacher", "teacher", 0.98)):
+        level = sum(run[key]["mean"] for run in cold) / len(cold)
+        left.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
+        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                      fontsize=8, ha="left" if place < 0.5 else "right")
+    left.set_xticks(range(len(arms)), [arm.replace(" + ", "\n+ ").replace(", ", ",\n") for arm in arms])
+    left.set(ylabel="accuracy after", ylim=(0, 1), title="5.1 cold start, teacher of the other family")
+    for axes, title, value in ((middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
+                               (right, "5.2 entropy of the student", lambda run: run["held_out_after"]["entropy_student"])):
+        for template, colour, marker, name in (("aligned", COLOURS["success"], "o", "teacher's template"),
+                                               ("unaligned", COLOURS["other"], "s", "other template")):
+            mine = [run for run in runs if run.get("template") == template]
+            at = sorted({run["fraction"] for run in mine})
+            values = [[value(run) for run in mine if run["fraction"] == fraction] for fraction in at]
+            axes.plot(at, [sum(v) / len(v) for v in values], color=colour, linewidth=1.8, label=name)
+            for fraction, v in zip(at, values):
+                axes.plot([fraction] * len(v), v, marker, color=colour, markersize=4, alpha=0.7)
+        axes.set(xlabel="share of aligned content", title=title)
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1))
+    middle.set_ylabel("accuracy, under the teacher's template")
+    right.set_ylabel("nats")
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False)
+    save(plt, figure, out)
 
 
 def draw(results, out):
     """Accuracy and overlap ratio against step, a line a pair, mean over seeds with the range of the seeds behind it."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        print(f"no picture: pip install matplotlib, then python experiments/plot.py {results} {out}", file=sys.stderr)
+    plt = pyplot(f"python experiments/plot.py {results} {out}")
+    if plt is None:
         return
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
     with open(results) as file:
         runs = json.load(file)["runs"]
-    plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "opd",
-                         "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for pair, colour in COLOURS.items():
         mine = [run for run in runs if run["pair"] == pair]
@@ -44,8 +420,7 @@ def draw(results, out):
     left.set(xlabel="step", ylabel="accuracy of the student (◂ its teacher)", ylim=(0, 1))
     right.set(xlabel="step", ylabel="overlap ratio, k = 16 (Eq. 6)", ylim=(0, 1))
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(out, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
+    save(plt, figure, out)
 
 
 if __name__ == "__main__":

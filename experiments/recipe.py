@@ -55,7 +55,7 @@ def cold_starts(seed, world, scratch, quick):
                           ("cold start + opd", dict(cold_start=few, cold_start_steps=steps, steps=opd_steps)),
                           ("more sft", dict(cold_start=few, cold_start_steps=more, steps=0)),
                           ("more sft, fresh", dict(cold_start=4 * few - 1, cold_start_steps=more, steps=0))):
-        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed, eval_n=4,
+        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed, eval_n=1 if quick else 4,
                         eval_every=max(1, opd_steps // 5), **settings)
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm == "cold start + opd":
@@ -84,7 +84,7 @@ def prompts(seed, world, scratch, quick):
 
     def arm(template, fraction):
         out = scratch / f"{template}-{fraction}-{seed}"
-        result = distil(world / "student", world / "teacher", world, out, seed=seed, eval_n=2, steps=steps,
+        result = distil(world / "student", world / "teacher", world, out, seed=seed, eval_n=1 if quick else 2, steps=steps,
                         template=ARMS[template], prompts=str(world / "high" / "prompts.jsonl"),
                         aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
         runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
@@ -199,7 +199,7 @@ def report(made, out):
                          + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
                          + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
     write_text("\n".join(lines), made, out)
-    plot.recipe(made, out.with_suffix(".svg"), FRACTIONS)
+    plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,14 @@ settings.register_profile("laws", derandomize=True, database=None, deadline=None
 settings.load_profile("laws")
 torch.set_num_threads(1)                                   # tiny tensors: a second thread only costs
 
+
+
+def pytest_configure(config):
+    """Tests marked slow run where they are asked for: python -m pytest -m slow."""
+    config.addinivalue_line("markers", "slow: needs a browser, or minutes")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 VOCAB = 48
 WINDOW = 5                                                 # Gemma 3: shorter than prompt + response, so that it bites
 ARCHITECTURES = ("llama", "qwen3", "gpt2", "gemma3")
