@@ -362,7 +362,8 @@ def verdict(report):
         return f"{x['mean']:+.3f} +- {x['standard_error'] or 0:.3f}"
 
     def sure(x):        # further from 0 than chance allows: 1 above, -1 below, else 0
-        return 0 if abs(x["mean"]) <= 2 * (x["standard_error"] or 0) else math.copysign(1, x["mean"])
+        error = math.inf if x["standard_error"] is None else x["standard_error"]            # one prompt proves nothing
+        return 0 if abs(x["mean"]) <= 2 * error else math.copysign(1, x["mean"])
     metrics = {name: x["mean"] for name, x in report["metrics"].items()}
     mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
     compatible = mass >= SHARED_MASS

@@ -171,7 +171,8 @@ def questions(cfg):
     if cfg.eval:
         held_out = list({json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}.values())
         if len(unseen(held_out)) < len(held_out):
-            warnings.warn(f"--eval: {len(held_out) - len(unseen(held_out))} of its questions are answered in --cold-start-file")
+            known = len(held_out) - len(unseen(held_out))
+            warnings.warn(f"--eval: {known} of its questions are answered in --cold-start-file")
     else:
         pool = sorted(train, key=lambda row: json.dumps(row["prompt"]))
         held_out = draw.sample(pool, min(64, max(1, len(pool) // 5), len(pool)))

@@ -87,7 +87,7 @@ def mix_prompts(aligned, others, fraction, generator):
     others = list({key: row for row in others if (key := same_question(row["prompt"])) not in known}.values())
     size = next((size for size in range(len(aligned) + len(others), 0, -1)
                  if round(fraction * size) <= len(aligned) and size - round(fraction * size) <= len(others)), 0)
-    if not size:
+    if not size or fraction and not aligned or fraction < 1 and not others:
         raise ValueError(f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed "
                          f"at a fraction of {fraction}")
 
@@ -98,9 +98,9 @@ def mix_prompts(aligned, others, fraction, generator):
 
 
 def same_question(prompt, template="none"):
-    """A key that prompts share when they differ in case, spacing, Unicode form, template or system prompt alone: -> str.
+    """A key that prompts share when they differ in case, spacing, Unicode form, template or system prompt alone.
 
-    Templates are the known ones and the given one.
+    -> str. Templates are the known ones and the given one.
     """
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -185,8 +185,8 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
     -> {"kept", "unfinished", "degenerate"}.
 
     A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
-    unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can be read
-    too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted call asks
+    unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can
+    be read too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted call asks
     for nothing twice.
     """
     path, dropped = Path(path), Path(f"{path}.dropped.jsonl")

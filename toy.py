@@ -23,6 +23,7 @@ The task is to add digits modulo 10. Thinking is written down, and there are two
                              a big post-trained one of the other family
 """
 import argparse
+import itertools
 import json
 import math
 from pathlib import Path
@@ -164,8 +165,11 @@ def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
     return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 
 
-def expert_iteration(model, rounds, generator, what, n=512, samples=2, **asked):
-    """RL by keeping what is correct; asked: the template and the digits of its problems."""
+def expert_iteration(model, rounds, generator, what, n=512, samples=2, rehearsal=iter(()), **asked):
+    """RL by keeping what is correct; asked: the template and the digits of its problems.
+
+    rehearsal: an iterator of other batches, of which one follows each of these.
+    """
     for k in range(rounds):
         r, kept = attempt(model, n, generator, samples, **asked)
         if not kept.any():
@@ -174,11 +178,12 @@ def expert_iteration(model, rounds, generator, what, n=512, samples=2, **asked):
         is_response = torch.cat([torch.zeros_like(r.attention_mask[:, :-r.response_mask.size(1)]), r.response_mask], 1)
         ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], is_response[kept])
         parts = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(2)]).split(64)     # two epochs
-        fit(model, ((ids[i], mask[i], is_response[i]) for i in parts), len(parts), 2e-3, score)
+        batches = [b for i in parts for b in ((ids[i], mask[i], is_response[i]), next(rehearsal, None)) if b]
+        fit(model, batches, len(batches), 2e-3, score)
 
 
 def make(out, *, family="left", size="small", noise=NOISE, house_style=False, rounds=0, seed=0, start=None,
-         templates=(PLAIN,), post_template=PLAIN, post_digits=(0, 9)):
+         templates=(PLAIN,), post_template=PLAIN, post_digits=(0, 9), rehearse=False):
     """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in eval mode.
 
     family "left" | "right"; size "small" | "large";
@@ -186,6 +191,8 @@ def make(out, *, family="left", size="small", noise=NOISE, house_style=False, ro
     house_style: fine-tune on it afterwards; rounds of RL after that.
     start: a directory to begin from in place of pre-training.
     templates: of the pre-training corpus, in turn; post_template, post_digits: of all that comes after it.
+    rehearse: while that goes on, every other batch is of the pre-training corpus, plainly put, all digits: what the
+    post-training is not about is kept, as by the pre-training mix of InstructGPT (arXiv 2203.02155).
     """
     what, generator = Path(out).name, torch.Generator().manual_seed(seed)
     if start is not None:
@@ -198,13 +205,16 @@ def make(out, *, family="left", size="small", noise=NOISE, house_style=False, ro
             num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
             initializer_range=0.6 / H ** 0.5,  # the default .02 leaves so narrow a model asleep for hundreds of steps
             pad_token_id=ID["<pad>"], eos_token_id=ID["<eos>"], bos_token_id=None)).eval()
-    for steps, lr, name in ([(STEPS[size], 1e-2, "pre-training")] * (start is None)
-                            + [(HOUSE_STEPS, 2e-3, "house style")] * house_style):
-        post = name == "house style"
-        fit(model, (corpus(family, *problems(64, generator, post_digits if post else (0, 9)), noise, generator, post,
-                           post_template if post else templates[step % len(templates)]) for step in range(steps)),
-            steps, lr, f"{what}, {name}")
-    expert_iteration(model, rounds, generator, what, template=post_template, digits=post_digits)
+    old = (corpus(family, *problems(64, generator), noise, generator) for _ in (itertools.count() if rehearse else ()))
+    if start is None:
+        fit(model, (corpus(family, *problems(64, generator), noise, generator, False, templates[step % len(templates)])
+                    for step in range(STEPS[size])), STEPS[size], 1e-2, f"{what}, pre-training")
+    if house_style:
+        new = (corpus(family, *problems(64, generator, post_digits), noise, generator, True, post_template)
+               for _ in range(HOUSE_STEPS))
+        batches = (batch for one in new for batch in (one, next(old, None)) if batch)
+        fit(model, batches, HOUSE_STEPS * (1 + rehearse), 2e-3, f"{what}, house style")
+    expert_iteration(model, rounds, generator, what, rehearsal=old, template=post_template, digits=post_digits)
     model.save_pretrained(out)
     tokenizer().save_pretrained(out)
     return model

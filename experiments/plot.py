@@ -39,6 +39,7 @@ PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or
     ("gradient norm", "before clipping at 1", "log", None, "grad_norm", None))
 MAPS = {"entropy_student": "student entropy", "entropy_teacher": "teacher entropy", "reward": "reward",
         "overlap_ratio": "overlap ratio"}
+ARMS = ("opd", "sft 60", "sft 60 + opd", "sft 80", "sft 80 + opd", "sft 180", "sft 180, fresh")    # of 5.1
 VERDICTS = {       # by how a verdict begins
     "should work": (COLOURS["success"], "o"), "nothing new": (COLOURS["bigger"], "s"),
     "incompatible": (COLOURS["other"], "^"), "harmful": (COLOURS["reverse"], "v"), "undecided": ("#000000", "x")}
@@ -353,16 +354,16 @@ def label_outliers(axes, known, count=3):
 
 
 def recipe(results, out):
-    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy against the aligned share of 5.2. Mean and every seed."""
+    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy against the aligned share of 5.2; mean, every seed."""
     plt = pyplot(f"python experiments/recipe.py --report {results}")
     if plt is None:
         return
     with open(results) as file:
         runs = json.load(file)["runs"]
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1.25, 1, 1))
-    arms = {"opd": COLOURS["other"], "cold start": COLOURS["reverse"], "more sft": COLOURS["reverse"],
-            "more sft, fresh": COLOURS["reverse"], "cold start + opd": COLOURS["success"]}
-    for place, (arm, colour) in enumerate(arms.items()):
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained",
+                                                 width_ratios=(1.25, 1, 1))
+    for place, arm in enumerate(ARMS):
+        colour = COLOURS["other" if arm == "opd" else "success" if arm.endswith("+ opd") else "reverse"]
         mine = [run for run in runs if run["arm"] == arm]
         values = [run["accuracy_after"]["mean"] for run in mine]
         left.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
@@ -371,12 +372,13 @@ def recipe(results, out):
     for key, name, place in (("accuracy_before", "student before", 0.02), ("accuracy_teacher", "teacher", 0.98)):
         level = sum(run[key]["mean"] for run in cold) / len(cold)
         left.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
-                      fontsize=8, ha="left" if place < 0.5 else "right")
-    left.set_xticks(range(len(arms)), [arm.replace(" + ", "\n+ ").replace(", ", ",\n") for arm in arms])
+        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
+                      textcoords="offset points", fontsize=8, ha="left" if place < 0.5 else "right")
+    left.set_xticks(range(len(ARMS)), [arm.replace(" + ", "\n+ ").replace(", ", ",\n") for arm in ARMS])
     left.set(ylabel="accuracy after", ylim=(0, 1), title="5.1 cold start, teacher of the other family")
-    for axes, title, value in ((middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
-                               (right, "5.2 entropy of the student", lambda run: run["held_out_after"]["entropy_student"])):
+    for axes, title, value in (
+            (middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
+            (right, "5.2 entropy of the student", lambda run: run["held_out_after"]["entropy_student"])):
         for template, colour, marker, name in (("aligned", COLOURS["success"], "o", "teacher's template"),
                                                ("unaligned", COLOURS["other"], "s", "other template")):
             mine = [run for run in runs if run.get("template") == template]

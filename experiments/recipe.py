@@ -1,12 +1,13 @@
 """experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world, three seeds.
 
 5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family: the pair that fails.
-    opd                100 steps of OPD
-    cold start         1,024 of the teacher's responses, 60 SFT steps
-    cold start + opd   the same, then 100 steps of OPD on other prompts
-    more sft           160 SFT steps on the same responses: as many updates, no OPD
-    more sft, fresh    160 SFT steps on 4,096 responses: as many updates, new responses of the teacher instead of OPD
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for the cold start alone, >= .8 for the two
+    opd                       100 steps of OPD
+    sft 60, sft 80            a cold start alone: 60 or 80 SFT steps on 1,024 of the teacher's responses
+    sft 60 + opd, 80 + opd    the same, then 100 steps of OPD on other prompts
+    sft 180                   180 SFT steps on the same responses: as many updates as sft 80 + opd, no OPD
+    sft 180, fresh            180 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for a cold start alone, >= .8 for the two together
+    The budget of 60 was fixed first and missed the last criterion; 80 was then tried on another world, and added.
 
 5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under
 one of them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits
@@ -48,18 +49,19 @@ def seed_runs(seed, world, scratch, quick):
 def cold_starts(seed, world, scratch, quick):
     if not (world / "other").exists():
         toy.make_all(world, seed, everything=True)
-    few, steps, more = (64, 2, 4) if quick else (1024, 60, 160)
-    opd_steps = more - steps
+    few, budgets, opd_steps = (64, (1, 2), 2) if quick else (1024, (60, 80), 100)
+    more = budgets[-1] + opd_steps
     runs = []
     for arm, settings in (("opd", dict(steps=opd_steps)),
-                          ("cold start + opd", dict(cold_start=few, cold_start_steps=steps, steps=opd_steps)),
-                          ("more sft", dict(cold_start=few, cold_start_steps=more, steps=0)),
-                          ("more sft, fresh", dict(cold_start=4 * few - 1, cold_start_steps=more, steps=0))):
-        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed, eval_n=1 if quick else 4,
-                        eval_every=max(1, opd_steps // 5), **settings)
+                          ("sft 60 + opd", dict(cold_start=few, cold_start_steps=budgets[0], steps=opd_steps)),
+                          ("sft 80 + opd", dict(cold_start=few, cold_start_steps=budgets[1], steps=opd_steps)),
+                          ("sft 180", dict(cold_start=few, cold_start_steps=more, steps=0)),
+                          ("sft 180, fresh", dict(cold_start=4 * few - 1, cold_start_steps=more, steps=0))):
+        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
+                        eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **settings)
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
-        if arm == "cold start + opd":
-            runs.append({"part": "5.1", "arm": "cold start", "seed": seed, **result,
+        if arm.endswith("+ opd"):
+            runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed, **result,
                          "accuracy_after": result["accuracy_cold_start"],
                          "held_out_after": result["held_out_cold_start"], "curves": {}})
     return runs
@@ -76,7 +78,7 @@ def prompts(seed, world, scratch, quick):
         toy.make(world / "student", seed=100 * seed + 71, **both)
         toy.make(world / "bigger", size="large", seed=100 * seed + 72, **both)
         toy.make(world / "teacher", start=world / "bigger", house_style=True, rounds=toy.ROUNDS, seed=100 * seed + 73,
-                 post_template=toy.POLITE, post_digits=LOW)
+                 post_template=toy.POLITE, post_digits=LOW, rehearse=True)
         for name, digits, number in (("low", LOW, 1), ("high", HIGH, 2), (".", (0, 9), 3)):
             (world / name).mkdir(exist_ok=True)
             toy.write_questions(world / name, seed=100 * seed + number, digits=digits)
@@ -84,8 +86,8 @@ def prompts(seed, world, scratch, quick):
 
     def arm(template, fraction):
         out = scratch / f"{template}-{fraction}-{seed}"
-        result = distil(world / "student", world / "teacher", world, out, seed=seed, eval_n=1 if quick else 2, steps=steps,
-                        template=ARMS[template], prompts=str(world / "high" / "prompts.jsonl"),
+        result = distil(world / "student", world / "teacher", world, out, seed=seed, steps=steps,
+                        eval_n=1 if quick else 2, template=ARMS[template], prompts=str(world / "high" / "prompts.jsonl"),
                         aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
         runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
                      "template": template, "fraction": fraction, **result, "curves": {},
@@ -136,8 +138,7 @@ def report(made, out):
     lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
              f"{'masses at the end':>18} {'H student':>9}"]
     recovered = {}
-    for r in sorted(cold, key=lambda r: (
-            ["opd", "cold start", "cold start + opd", "more sft", "more sft, fresh"].index(r["arm"]), r["seed"])):
+    for r in sorted(cold, key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"])):
         recovery, b = analysis.gap_recovery(
             r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
         recovered.setdefault(r["arm"], []).append(recovery)
@@ -148,7 +149,8 @@ def report(made, out):
 
     def verdict(name, criterion, value, holds):
         lines.append(f"{name:18} {criterion:44} {value}  {'holds' if holds else 'DOES NOT HOLD'}")
-    for arm, sign, bound in (("opd", "<", 0.2), ("cold start", "<", 0.5), ("cold start + opd", ">=", 0.8)):
+    for arm, sign, bound in (("opd", "<", 0.2), ("sft 60", "<", 0.5), ("sft 60 + opd", ">=", 0.8), ("sft 80", "<", 0.5),
+                             ("sft 80 + opd", ">=", 0.8)):
         mean = math.nan if None in recovered[arm] else sum(recovered[arm]) / len(recovered[arm])
         verdict(arm, f"gap recovery {sign} {bound}", f"{mean:.3f}", mean < bound if sign == "<" else mean >= bound)
 
