@@ -15,7 +15,9 @@ def test_every_flag_that_it_names_exists():
     line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
     flags = line.split()[2:]
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(opd.Config)} | {"--help", "--all"}
-    prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the table, which names its own script
+    for file in ("analysis.py", "recipes.py"):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
+    prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the tables, which name a script
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
     assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {"prompts.jsonl", "eval.jsonl"}
     assert flags[::2] == [word for word in flags if word.startswith("--")]
@@ -31,5 +33,10 @@ def test_every_logged_metric_is_defined_and_every_file_is_there():
 
 
 def test_its_table_is_the_one_that_the_script_wrote():
-    """Nobody types a number: results/phenomenology.txt stands in the README to the letter."""
-    assert (ROOT / "experiments" / "results" / "phenomenology.txt").read_text().strip() in README
+    """Nobody types a number: what the README shows of results/*.txt stands there to the letter."""
+    results = ROOT / "experiments" / "results"
+    assert (results / "phenomenology.txt").read_text().strip() in README
+    for name in ("forecast", "recipe"):                                         # of these a part: whole lines, in order
+        block = README.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
+        lines = iter((results / f"{name}.txt").read_text().splitlines())
+        assert len(block) > 9 and all(line in lines for line in block if line)
