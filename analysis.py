@@ -549,7 +549,7 @@ def parse(argv=None):
         before.add_argument(f"--{name}", help="directory or hub name")
     before.add_argument("--prompts", help='JSON lines {"prompt", "answer"}; without it, additions of two numbers')
     for name, default, why in (
-            ("count", 32, "prompts to sample, the first ones of the file shuffled by --seed"),
+            ("count", 24, "prompts to sample, the first ones of the file shuffled by --seed"),
             ("n", 2, "responses a prompt"), ("max-new-tokens", 128, "of a response"),
             ("max-prompt-tokens", 1024, "longer prompts are dropped and counted"),
             ("finishes", 2, "endings that each model writes at each depth (6.1)"), ("k", 16, "of the overlap metrics"),
