@@ -16,6 +16,7 @@ training, measures how coherent the gradients are, and watches a run:
     python analysis.py --run DIR [--run ...] --plot out.svg [--positions out.svg]   after: what happened (Fig. 6, 13)
 """
 import argparse
+import contextlib
 import difflib
 import json
 import math
@@ -313,7 +314,8 @@ def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0,
     """Sample the student and measure what the paper says decides: -> the content of diagnose.json, verdict included.
 
     rows: from Pair.encode, {"prompt", "answer" or None, "ids"}. Each metric is a mean over tokens within a prompt, then
-    over prompts, with the standard error of the latter. What needs answers is left out without them.
+    over prompts, with the standard error of the latter. What needs answers is left out without them. Where nobody has
+    solved a prompt, neither the student in these responses nor a model at the first depth, deeper ones are not tried.
     """
     prompts = [row["ids"] for row in rows]
     r = pair.write(prompts, n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
@@ -342,9 +344,13 @@ def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0,
         reward = grid["reward"].nanmean(1).view(-1, n)[asked].cpu()                          # sequence mean reward
         report["auroc"] = auroc(reward.flatten(), right.flatten())
         report["right"] = int(right.sum())
-        finished = continuation(
-            pair, [prompts[i] for i in asked], answers, [r.response_ids(i * n) for i in asked], depths, n=finishes,
-            max_new_tokens=max_new_tokens, temperature=eval_temperature, top_p=eval_top_p, seed=seed)
+        finished = {}
+        for depth in depths:
+            finished |= continuation(
+                pair, [prompts[i] for i in asked], answers, [r.response_ids(i * n) for i in asked], [depth], n=finishes,
+                max_new_tokens=max_new_tokens, temperature=eval_temperature, top_p=eval_top_p, seed=seed)
+            if depth == depths[0] and not right.any() and not any(x.any() for x in finished[depth][1:3]):
+                break
         report["continuation"] = [
             {"depth": depth, "tokens": tokens, "student": estimate(student), "teacher": estimate(teacher),
              "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
@@ -383,7 +389,7 @@ def verdict(report):
         return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
     if not compatible or sure(first["gain"]) > 0 > sure(gain):
         return INCOMPATIBLE, reasons + [
-            "the teacher is lost at states that the student visits (3.1); a cold start moves them (5.1)"]
+            "the two part ways at states that the student visits (3.1); a cold start moves those (5.1)"]
     if sure(gain) < 0:
         return HARMFUL, reasons + ["where the student is, the teacher does worse (3.3)"]
     if sure(gain) == 0:
@@ -525,6 +531,19 @@ class Parser(argparse.ArgumentParser):
         return given, unknown
 
 
+@contextlib.contextmanager
+def one_line(program):
+    """What goes wrong with files, models or numbers inside is one line on stderr and exit code 2; a warning is a line."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"{program}: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
 def provenance():
     """What made the numbers: command line, commit, versions."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -581,6 +600,8 @@ def parse(argv=None):
                      "--eval-top-p above 0 and at most 1")
     if bool(flags.run) == bool(flags.student or flags.teacher):
         parser.error("give either --student and --teacher, or --run")
+    if flags.run and flags.tokens or not flags.run and (flags.plot or flags.positions):
+        parser.error("--plot and --positions go with --run, --tokens with --student and --teacher")
     if not flags.run and not (flags.student and flags.teacher):
         parser.error(f"--{'teacher' if flags.student else 'student'} is missing: a directory or hub name")
     if flags.prompts and not Path(flags.prompts).is_file():
@@ -596,14 +617,10 @@ def parse(argv=None):
 
 def main(argv=None):
     flags = parse(argv)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with one_line("analysis.py"):
         if flags.run:
             from experiments import plot
-            plot.runs(flags.run, flags.plot, flags.positions)
-            return
+            return plot.runs(flags.run, flags.plot, flags.positions)
         from recipes import in_template                        # here, since recipes builds on this file
         rows = in_template(load_prompts(flags.prompts) if flags.prompts else additions(512, flags.seed), flags.template)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(flags.seed)).tolist()
@@ -618,9 +635,6 @@ def main(argv=None):
         report = diagnose_pair(pair, rows, **{name: getattr(flags, name) for name in (
             "k", "n", "max_new_tokens", "temperature", "eval_temperature", "eval_top_p", "finishes", "seed",
             "micro_batch_tokens")})
-    except (ValueError, OSError, FloatingPointError) as error:
-        print("analysis.py: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
     print(show(report))
     write_json(flags.out, {"student": flags.student, "teacher": flags.teacher, **report, **provenance()})
 

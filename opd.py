@@ -2,11 +2,12 @@
 
     python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
-    each step:  1  take the next prompts                                              batch
-                2  the student writes n responses to each, y ~ p(.|x)                 rollout.py
-                3  both models read them: log p, log q at the states it visited       teacher.py
+    once:       0  with --cold-start, fine-tune on what the teacher answers              recipes.py
+    each step:  1  take the next prompts, aligned and others mixed                       recipes.py
+                2  the student writes n responses to each, y ~ p(.|x)                    rollout.py
+                3  both models read them: log p, log q at the states it visited          teacher.py
                 4  reverse KL at every token, and its mean over the tokens of the step   loss.py
-                5  Eq. 6-10 from the same softmaxes                                   analysis.py
+                5  Eq. 6-10 from the same softmaxes                                      analysis.py
                 6  one AdamW update of the student
 
 Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs
@@ -77,7 +78,8 @@ class Config:
                                           "paper: 12,288")
     aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, "
                                 "to mix with --prompts (5.2)")
-    aligned_fraction: float = flag(0.5, "their share of the mixture; the paper advises to mix and gives no share")
+    aligned_fraction: float = flag(0.5, "their share of the mixture; on the toy .25 to .75 did alike, 0 and 1 worse. "
+                                   "The paper advises to mix and gives no share")
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only")
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16")
     eval_temperature: float = flag(0.7, "the paper's")
@@ -497,15 +499,9 @@ def summary(result):
 
 
 def main(argv=None):
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     cfg = parse(argv)
-    try:
+    with analysis.one_line("opd.py"):
         result = Run(cfg).go()
-    except (ValueError, OSError, FloatingPointError) as error:
-        print("opd.py: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
     print(summary(result))
     print(f"{result['seconds']:.0f} s; {cfg.out}/result.json, {cfg.out}/student")
 

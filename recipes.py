@@ -18,18 +18,15 @@ compare normalised text).
 import argparse
 import json
 import math
-import sys
 import unicodedata
-import warnings
 from pathlib import Path
 
 import torch
-import transformers
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from analysis import Parser, positions
+from analysis import Parser, one_line, positions
 from loss import CHUNK_ELEMENTS
 from rollout import Rollout, batch, encode, left_pad, load_prompts, rollout
 from teacher import Pair, micro_batches, states
@@ -186,8 +183,8 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
 
     A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
     unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can
-    be read too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted call asks
-    for nothing twice.
+    be read too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted
+    call asks for nothing twice.
     """
     path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
     done = [whole_lines(file) for file in (path, dropped)]
@@ -230,9 +227,8 @@ def read_conversations(path):
     """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
     ValueError with the line.
     """
-    chats = []
-    # splitlines cuts at U+2028 too
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), 1):
+    chats, text = [], Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text.split("\n"), 1):           # splitlines cuts at U+2028 too
         if not line.strip():
             continue
         try:
@@ -364,10 +360,7 @@ def parse(argv=None):
 
 def main(argv=None):
     flags = parse(argv)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
+    with one_line("recipes.py"):
         rows = load_prompts(flags.prompts)
         pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype)
         encoding = dict(max_prompt_tokens=flags.max_prompt_tokens, new_tokens=flags.max_new_tokens,
@@ -381,9 +374,6 @@ def main(argv=None):
             return
         chosen = select(pair, rows, templates=flags.templates.split(","), keep=flags.keep, encoding=encoding,
                         k=flags.k, n=flags.n, max_new_tokens=flags.max_new_tokens, seed=flags.seed)
-    except (ValueError, OSError) as error:
-        print("recipes.py: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
     for template, score in sorted(chosen["templates"].items(), key=lambda item: -item[1]):
         print(f"template {template:8} score {score:.4f}   (mass * confidence)")
     out = Path(flags.out)

@@ -11,42 +11,22 @@
                                                      results/phenomenology.{json,txt,svg}
     python experiments/phenomenology.py --quick      one seed, few steps: does it run?
 """
-import argparse
-import json
 import math
-import sys
-import tempfile
-import time
-import warnings
-from pathlib import Path
 
-import transformers
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import opd  # noqa: E402
-import toy  # noqa: E402
-import analysis  # noqa: E402
-from analysis import gap_recovery  # noqa: E402
-from plot import draw  # noqa: E402
+import plot
+from lab import analysis, distil, main, toy, write_text
 
 PAIRS = {"success": ("student", "teacher"), "bigger": ("student", "bigger"),
          "other": ("student", "other"), "reverse": ("student-rl", "student")}
-CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
-          "entropy_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm", "accuracy")
 
 
-def run(pair, seed, world, out, steps):
-    """One pair distilled -> its result, the curves, and the seconds that it took."""
-    student, teacher = PAIRS[pair]
-    cfg = opd.Config(**{**opd.PRESETS["toy"], **dict(
-        student=str(world / student), teacher=str(world / teacher), prompts=str(world / "prompts.jsonl"),
-        eval=str(world / "eval.jsonl"), out=str(out), steps=steps, eval_every=max(1, steps // 5), seed=seed)})
-    started = time.perf_counter()
-    result = opd.Run(cfg).go()
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return {"pair": pair, "seed": seed, "seconds": round(time.perf_counter() - started, 1), **result,
-            "curves": {name: [row.get(name) for row in rows] for name in CURVES}}
+def seed_runs(seed, world, scratch, quick):
+    if not (world / "other").exists():
+        toy.make_all(world, seed, everything=True)
+    steps = 5 if quick else 100
+    return [{"pair": pair, "seed": seed, **distil(world / student, world / teacher, world, scratch / f"{pair}-{seed}",
+                                                  steps=steps, eval_every=max(1, steps // 5), seed=seed)}
+            for pair, (student, teacher) in PAIRS.items()]
 
 
 def judge(runs):
@@ -57,7 +37,7 @@ def judge(runs):
         return [[r[key] for key in keys] for r in runs if r["pair"] == pair]
 
     def recovered(pair):
-        values = [gap_recovery(*three) for three in each(pair, "accuracy_before", "accuracy_after", "accuracy_teacher")]
+        values = [analysis.gap_recovery(*three) for three in each(pair, "accuracy_before", "accuracy_after", "accuracy_teacher")]
         return None if None in values else sum(values) / len(values)
 
     def difference(pair, a, b):     # a - b, each a mean over the seeds, and two standard errors of it
@@ -92,50 +72,10 @@ def table(runs, verdicts):
     return "\n".join(lines)
 
 
-def report(out):
-    """Table, verdicts and figure from the results file: prints the first two,
-    writes out.txt and out.svg beside out.json.
-    """
-    made = json.loads(out.with_suffix(".json").read_text())
-    text = table(made["runs"], judge(made["runs"]))
-    text += f"\n{made['command']}, commit {made['commit']}, {made['seconds']} s on {made['threads']} thread(s)"
-    print(text)
-    out.with_suffix(".txt").write_text(text + "\n")
-    draw(out.with_suffix(".json"), out.with_suffix(".svg"))
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Section 3 of the paper on the toy world.")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--worlds", help="directory for the models, kept and used again (default: a temporary one)")
-    parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
-    parser.add_argument("--quick", action="store_true", help="one seed, models and runs of a few steps: does it run?")
-    parser.add_argument("--report", action="store_true",
-                        help="run nothing: table, verdicts and figure from the results file")
-    flags = parser.parse_args()
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if flags.quick:
-        flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = 1, {"small": 20, "large": 20}, 5, 0
-    started, runs, out = time.perf_counter(), [], Path(flags.out) / "phenomenology"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if flags.report:
-        return report(out)
-    with tempfile.TemporaryDirectory() as scratch:
-        for seed in range(flags.seeds):
-            world = Path(flags.worlds or scratch) / f"world-{seed}"
-            if not (world / "other").exists():
-                toy.make_all(world, seed, everything=True)
-            runs += [run(pair, seed, world, Path(scratch) / f"{pair}-{seed}", 5 if flags.quick else 100)
-                     for pair in PAIRS]
-    made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
-    if flags.quick:
-        print(table(runs, judge(runs)))
-    else:
-        analysis.write_json(out.with_suffix(".json"), made)
-        report(out)
+def report(made, out):
+    write_text(table(made["runs"], judge(made["runs"])), made, out)
+    plot.draw(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
-    main()
+    main("phenomenology", __doc__.splitlines()[0], seed_runs, report)

@@ -25,6 +25,7 @@ under both templates.
 """
 import math
 import random
+from statistics import mean
 
 import torch
 
@@ -133,12 +134,20 @@ def selection(world, seed, quick):
 
 
 def report(made, out):
-    runs = made["runs"]
-    cold = [r for r in runs if r["part"] == "5.1"]
+    write_text("\n".join(report_cold_starts(made["runs"]) + [""] + report_prompts(made["runs"])), made, out)
+    plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
+
+
+def verdict(name, criterion, value, holds):
+    return f"{name:18} {criterion:44} {value}  {'holds' if holds else 'DOES NOT HOLD'}"
+
+
+def report_cold_starts(runs):
+    """5.1: every run, then the criteria on the mean over seeds; a list of lines."""
     lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
              f"{'masses at the end':>18} {'H student':>9}"]
     recovered = {}
-    for r in sorted(cold, key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"])):
+    for r in sorted((r for r in runs if r["part"] == "5.1"), key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"])):
         recovery, b = analysis.gap_recovery(
             r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
         recovered.setdefault(r["arm"], []).append(recovery)
@@ -146,62 +155,60 @@ def report(made, out):
                      f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
                      f"{'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
                      f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
-
-    def verdict(name, criterion, value, holds):
-        lines.append(f"{name:18} {criterion:44} {value}  {'holds' if holds else 'DOES NOT HOLD'}")
     for arm, sign, bound in (("opd", "<", 0.2), ("sft 60", "<", 0.5), ("sft 60 + opd", ">=", 0.8), ("sft 80", "<", 0.5),
                              ("sft 80 + opd", ">=", 0.8)):
-        mean = math.nan if None in recovered[arm] else sum(recovered[arm]) / len(recovered[arm])
-        verdict(arm, f"gap recovery {sign} {bound}", f"{mean:.3f}", mean < bound if sign == "<" else mean >= bound)
+        value = math.nan if None in recovered[arm] else mean(recovered[arm])
+        lines.append(verdict(arm, f"gap recovery {sign} {bound}", f"{value:.3f}",
+                             value < bound if sign == "<" else value >= bound))
+    return lines
 
+
+def report_prompts(runs):
+    """5.2: every run, then the criteria on the mean over seeds; a list of lines."""
     titles = [f"{template}, {digits}" for template in ARMS for digits in ("all", "low", "high")]
-    lines += ["", "5.2: accuracy on problems with all, low, high digits, "
-              "evaluated under the teacher's template and under the other",
-              f"{'arm':42} {'seed':>4} " + " ".join(
-                  f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
-              + f" {'H student':>9}"]
-    aligned = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
-    order = list(dict.fromkeys(r["arm"] for r in aligned))
-    for r in sorted(aligned, key=lambda r: (order.index(r["arm"]), r["seed"])):
+    lines = ["5.2: accuracy on problems with all, low, high digits, "
+             "evaluated under the teacher's template and under the other",
+             f"{'arm':42} {'seed':>4} " + " ".join(
+                 f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
+             + f" {'H student':>9}"]
+    mine = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
+    order = list(dict.fromkeys(r["arm"] for r in mine))
+    for r in sorted(mine, key=lambda r: (order.index(r["arm"]), r["seed"])):
         entropy = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
         lines.append(f"{r['arm']:42} {r['seed']:4d} "
                      + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {entropy:>9}")
 
-    def arms(template, fraction):
-        return sorted((r for r in aligned if r.get("template") == template and r.get("fraction") == fraction),
-                      key=lambda r: r["seed"])
-
-    def difference(ours, theirs, keys):
-        """Mean over seeds (and keys) of ours - theirs, and two standard errors of it."""
-        pairs = [(a["accuracies"][key], b["accuracies"][key]) for a, b in zip(ours, theirs) for key in keys]
-        return (sum(a["mean"] - b["mean"] for a, b in pairs) / len(pairs),
-                2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
-
-    def entropy(runs):
-        return sum(r["held_out_after"]["entropy_student"] for r in runs) / len(runs)
-    both = ("aligned, all", "unaligned, all")
-    gain, noise = difference(arms("aligned", 1.0), arms("unaligned", 1.0), both)
-    verdict("template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise)
-    for key in both:
-        each, error = difference(arms("aligned", 1.0), arms("unaligned", 1.0), (key,))
-        lines.append(f"  evaluated under the {'teacher' if key == both[0] else 'other'} template alone: "
-                     f"{each:+.3f}, two standard errors {error:.3f}")
-    gain, noise = difference(arms("aligned", 1.0), arms("aligned", 0.0), ("aligned, all",))
-    H = entropy(arms("aligned", 1.0)), entropy(arms("aligned", 0.0))
-    verdict("content", f"gain > {noise:.3f} and lower entropy", f"{gain:+.3f}, H {H[0]:.3f} against {H[1]:.3f}",
-            gain > noise and H[0] < H[1])
+    arms = {}                                                   # (template, fraction) -> its runs, by seed
+    for r in sorted(mine, key=lambda r: r["seed"]):
+        arms.setdefault((r.get("template"), r.get("fraction")), []).append(r)
+    both, H = ("aligned, all", "unaligned, all"), {
+        arm: mean(r["held_out_after"]["entropy_student"] for r in rs) for arm, rs in arms.items() if arm[0]}
+    gain, noise = difference(arms["aligned", 1.0], arms["unaligned", 1.0], both)
+    lines.append(verdict("template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise))
+    for key, name in zip(both, ("teacher", "other")):
+        each, error = difference(arms["aligned", 1.0], arms["unaligned", 1.0], (key,))
+        lines.append(f"  evaluated under the {name} template alone: {each:+.3f}, two standard errors {error:.3f}")
+    gain, noise = difference(arms["aligned", 1.0], arms["aligned", 0.0], both[:1])
+    ours, theirs = H["aligned", 1.0], H["aligned", 0.0]
+    lines.append(verdict("content", f"gain > {noise:.3f} and lower entropy",
+                         f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}", gain > noise and ours < theirs))
     lines.append("mixing, mean over seeds: " + "; ".join(
-        f"{f:.2f}: accuracy "
-        f"{sum(r['accuracies']['aligned, all']['mean'] for r in arms('aligned', f)) / len(arms('aligned', f)):.3f}, "
-        f"H {entropy(arms('aligned', f)):.3f}" for f in FRACTIONS))
+        f"{f:.2f}: accuracy {mean(r['accuracies'][both[0]]['mean'] for r in arms['aligned', f]):.3f}, "
+        f"H {H['aligned', f]:.3f}" for f in FRACTIONS))
     for r in runs:
         if r["arm"] == "selection":
             lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "
                          "is aligned content (chance .5); scores of the templates: "
                          + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
                          + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
-    write_text("\n".join(lines), made, out)
-    plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
+    return lines
+
+
+def difference(ours, theirs, keys):
+    """Mean accuracy over seeds (and keys) of ours - theirs, and two standard errors of it."""
+    pairs = [(a["accuracies"][key], b["accuracies"][key]) for a, b in zip(ours, theirs) for key in keys]
+    return (mean(a["mean"] - b["mean"] for a, b in pairs),
+            2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
 
 
 if __name__ == "__main__":

@@ -516,6 +516,21 @@ def test_a_teacher_that_is_the_student_has_nothing_new():
     assert got["predicted_gain"]["mean"] == 0 and got["auroc"] in (None, 0.5) and got["verdict"] == NOTHING_NEW
 
 
+@pytest.mark.parametrize("own, depths", [(False, 1), (True, 3)])
+def test_where_nobody_solves_anything_deeper_cuts_are_not_tried(monkeypatch, own, depths):
+    """6.1 on problems beyond both says nothing, and costs most of the time; one right response and it is worth it."""
+    asked = []
+
+    def answered(model, tokenizer, prompts, answers, *, starts, n, **_):
+        asked.append(starts)
+        return torch.zeros(len(prompts), n, dtype=torch.bool), None
+    monkeypatch.setattr(analysis, "answered", answered)
+    monkeypatch.setattr(analysis, "same_answer", lambda *_: own)
+    got = analysis.diagnose_pair(different(), rows(), **SMALL, depths=(0.0, 0.25, 0.5))
+    assert [c["depth"] for c in got["continuation"]] == [0.0, 0.25, 0.5][:depths] and len(asked) == 2 * depths
+    assert any("neither solved a single one" in reason for reason in got["reasons"])
+
+
 def test_the_same_seed_gives_the_same_report():
     """A diagnosis can be repeated; another seed samples other responses."""
     one, again, other = (analysis.diagnose_pair(different(), rows(), **SMALL, seed=seed) for seed in (0, 0, 1))
@@ -569,7 +584,7 @@ def test_the_command_writes_the_report_with_its_origin_and_prints_the_table(file
     (["--out", "no/such/folder/diagnose.json"], "its folder does not exist"),
     (["--tokens", "no/such/folder/out.html"], "its folder does not exist"),
     (["--template", "latex"], "latex"),
-    (["--run", "runs/x"], "give either"),
+    (["--run", "runs/x"], "give either"), (["--plot", "f.svg"], "--plot and --positions go with --run"),
 ])
 def test_a_diagnosis_that_cannot_work_is_one_line_and_no_model_is_loaded(flags, says, capsys, tmp_path, monkeypatch):
     """prime-rl#1458: exit code 2, one line with the flag, no file left behind."""
