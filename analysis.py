@@ -533,7 +533,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line(program):
-    """What goes wrong with files, models or numbers inside is one line on stderr and exit code 2; a warning is a line."""
+    """What goes wrong inside with files, models or numbers is one line on stderr, and exit code 2."""
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -37,7 +37,8 @@ def judge(runs):
         return [[r[key] for key in keys] for r in runs if r["pair"] == pair]
 
     def recovered(pair):
-        values = [analysis.gap_recovery(*three) for three in each(pair, "accuracy_before", "accuracy_after", "accuracy_teacher")]
+        values = [analysis.gap_recovery(*three)
+                  for three in each(pair, "accuracy_before", "accuracy_after", "accuracy_teacher")]
         return None if None in values else sum(values) / len(values)
 
     def difference(pair, a, b):     # a - b, each a mean over the seeds, and two standard errors of it

@@ -88,7 +88,8 @@ def prompts(seed, world, scratch, quick):
     def arm(template, fraction):
         out = scratch / f"{template}-{fraction}-{seed}"
         result = distil(world / "student", world / "teacher", world, out, seed=seed, steps=steps,
-                        eval_n=1 if quick else 2, template=ARMS[template], prompts=str(world / "high" / "prompts.jsonl"),
+                        eval_n=1 if quick else 2, template=ARMS[template],
+                        prompts=str(world / "high" / "prompts.jsonl"),
                         aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
         runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
                      "template": template, "fraction": fraction, **result, "curves": {},
