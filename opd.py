@@ -74,8 +74,10 @@ class Config:
     cold_start_steps: int = flag(0, "updates of that fine-tuning; 0: one epoch, as in the paper")
     cold_start_batch_size: int = flag(16, "responses in one of them; the paper takes 64")
     cold_start_lr: float = flag(1e-5, "its highest; warm-up .05, then a cosine; the paper's")
-    cold_start_max_new_tokens: int = flag(0, "of the teacher's responses, T .7, top-p .95; 0: as max_new_tokens; "
-                                          "paper: 12,288")
+    cold_start_max_new_tokens: int = flag(0, "of the teacher's responses; 0: as max_new_tokens; paper: 12,288")
+    cold_start_temperature: float = flag(0.7, "the teacher's when it answers; the paper's. On the toy 1 was better: "
+                                         "sharper answers leave a student whose mistakes OPD cannot reach")
+    cold_start_top_p: float = flag(0.95, "of the same; the paper's")
     aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, "
                                 "to mix with --prompts (5.2)")
     aligned_fraction: float = flag(0.5, "their share of the mixture; on the toy .25 to .75 did alike, 0 and 1 worse. "
@@ -95,7 +97,7 @@ class Config:
 
 PRESETS = {
     "toy": dict(batch_size=64, max_new_tokens=96, lr=1e-3, eval_n=2, eval_temperature=1.0, eval_top_p=1.0,
-                cold_start_lr=2e-3, cold_start_batch_size=64),
+                cold_start_lr=2e-3, cold_start_batch_size=64, cold_start_temperature=1.0, cold_start_top_p=1.0),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
                   eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64,
                   cold_start_max_new_tokens=12288),
@@ -150,11 +152,12 @@ def check(cfg):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "cold_start", "cold_start_steps",
-                 "cold_start_max_new_tokens"):
+                 "cold_start_max_new_tokens", "cold_start_temperature"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
-    if not 0 < cfg.eval_top_p <= 1:
-        raise ValueError(f"--eval-top-p {cfg.eval_top_p}: must lie above 0 and be at most 1")
+    for name in ("eval_top_p", "cold_start_top_p"):
+        if not 0 < getattr(cfg, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie above 0 and be at most 1")
     apply_template("", cfg.template)
     pick_device(cfg.device)
     return cfg
@@ -412,7 +415,8 @@ class Run:
         cfg, path = self.cfg, Path(self.cfg.cold_start_file or self.out / "cold_start.jsonl")
         if not cfg.cold_start_file:
             counts = teacher_rollouts(self.pair, self.cold, path, seed=cfg.seed,
-                                      max_new_tokens=cfg.cold_start_max_new_tokens or cfg.max_new_tokens)
+                                      max_new_tokens=cfg.cold_start_max_new_tokens or cfg.max_new_tokens,
+                                      temperature=cfg.cold_start_temperature, top_p=cfg.cold_start_top_p)
             tqdm.write("cold start: {kept} responses of the teacher; "
                        "dropped: {unfinished} unfinished, {degenerate} degenerate".format(**counts))
             self.before["cold_start"] = counts

@@ -39,7 +39,7 @@ PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or
     ("gradient norm", "before clipping at 1", "log", None, "grad_norm", None))
 MAPS = {"entropy_student": "student entropy", "entropy_teacher": "teacher entropy", "reward": "reward",
         "overlap_ratio": "overlap ratio"}
-ARMS = ("opd", "sft 60", "sft 60 + opd", "sft 80", "sft 80 + opd", "sft 180", "sft 180, fresh")    # of 5.1
+ARMS = ("opd", "sft 100", "sft 100 + opd", "sft 100 T.7", "sft 100 T.7 + opd", "sft 300", "sft 300, fresh")    # of 5.1
 VERDICTS = {       # by how a verdict begins
     "should work": (COLOURS["success"], "o"), "nothing new": (COLOURS["bigger"], "s"),
     "incompatible": (COLOURS["other"], "^"), "harmful": (COLOURS["reverse"], "v"), "undecided": ("#000000", "x")}

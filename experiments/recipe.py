@@ -1,13 +1,15 @@
 """experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world, three seeds.
 
 5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family: the pair that fails.
-    opd                       100 steps of OPD
-    sft 60, sft 80            a cold start alone: 60 or 80 SFT steps on 1,024 of the teacher's responses
-    sft 60 + opd, 80 + opd    the same, then 100 steps of OPD on other prompts
-    sft 180                   180 SFT steps on the same responses: as many updates as sft 80 + opd, no OPD
-    sft 180, fresh            180 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for a cold start alone, >= .8 for the two together
-    The budget of 60 was fixed first and missed the last criterion; 80 was then tried on another world, and added.
+    opd                       200 steps of OPD
+    sft 100                   a cold start alone: 100 SFT steps on 1,024 of the teacher's responses
+    sft 100 + opd             the same, then 200 steps of OPD on other prompts
+    sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and top-p .95, not 1 and 1
+    sft 300                   300 SFT steps on the same responses: as many updates as sft 100 + opd, no OPD
+    sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for sft 100 + opd
+    A first version (commit 0f8080b), T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32.
+    Temperature and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
 
 5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under
 one of them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits
@@ -50,16 +52,16 @@ def seed_runs(seed, world, scratch, quick):
 def cold_starts(seed, world, scratch, quick):
     if not (world / "other").exists():
         toy.make_all(world, seed, everything=True)
-    few, budgets, opd_steps = (64, (1, 2), 2) if quick else (1024, (60, 80), 100)
-    more = budgets[-1] + opd_steps
+    few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
+    cold, control = dict(cold_start=few, cold_start_steps=sft), dict(cold_start_steps=sft + opd_steps, steps=0)
     runs = []
-    for arm, settings in (("opd", dict(steps=opd_steps)),
-                          ("sft 60 + opd", dict(cold_start=few, cold_start_steps=budgets[0], steps=opd_steps)),
-                          ("sft 80 + opd", dict(cold_start=few, cold_start_steps=budgets[1], steps=opd_steps)),
-                          ("sft 180", dict(cold_start=few, cold_start_steps=more, steps=0)),
-                          ("sft 180, fresh", dict(cold_start=4 * few - 1, cold_start_steps=more, steps=0))):
+    for arm, settings in (("opd", {}),
+                          ("sft 100 + opd", cold),
+                          ("sft 100 T.7 + opd", dict(cold, cold_start_temperature=0.7, cold_start_top_p=0.95)),
+                          ("sft 300", dict(control, cold_start=few)),
+                          ("sft 300, fresh", dict(control, cold_start=4 * few - 1))):
         result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
-                        eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **settings)
+                        eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
             runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed, **result,
@@ -156,8 +158,7 @@ def report_cold_starts(runs):
                      f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
                      f"{'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
                      f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
-    for arm, sign, bound in (("opd", "<", 0.2), ("sft 60", "<", 0.5), ("sft 60 + opd", ">=", 0.8), ("sft 80", "<", 0.5),
-                             ("sft 80 + opd", ">=", 0.8)):
+    for arm, sign, bound in (("opd", "<", 0.2), ("sft 100", "<", 0.5), ("sft 100 + opd", ">=", 0.8)):
         value = math.nan if None in recovered[arm] else mean(recovered[arm])
         lines.append(verdict(arm, f"gap recovery {sign} {bound}", f"{value:.3f}",
                              value < bound if sign == "<" else value >= bound))

@@ -350,6 +350,21 @@ def test_masked_mean_sees_nothing_under_the_mask(hidden):
 # --- direction -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("objective", [full_vocab, functools.partial(top_k, k=4)])
+def test_a_student_that_is_sure_of_a_mistake_is_hardly_corrected(objective):
+    """Why OPD needs a start (5.1): where p is all but certain of a token that q rules out, the KL is nats large and
+    its gradient nearly none, since dKL/dz(v) = p(v) (log p(v)/q(v) - KL).
+    """
+    log_q = torch.tensor([[-9.0, 0.0, -6.0, -6.0, -6.0, -6.0]], dtype=torch.double).log_softmax(-1)
+    pushed = []
+    for logit in (0.0, 3.0, 6.0, 12.0):                                             # of the mistake, token 0
+        z = torch.tensor([[logit, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.double)
+        value, gradient = with_grad(lambda log_p: objective(log_p, log_q), z)
+        pushed.append((value.item(), -gradient[0, 1].item()))                       # how hard towards the right token
+    assert [value for value, _ in pushed] == sorted(value for value, _ in pushed) and pushed[-1][0] > 8
+    assert pushed[-1][1] < 1e-3 * pushed[0][1] and pushed[0][1] > 0.5
+
+
 @pytest.mark.parametrize("divergence, covers", [
     (full_vocab, False), (functools.partial(top_k, k=16), False), (functools.partial(top_k_released, k=16), False),
     (lambda log_p, log_q: reverse_kl(log_q, log_p), True)], ids=["full", "top-k", "released", "forward KL"])

@@ -723,6 +723,16 @@ def test_without_distillation_it_is_the_fine_tuning_alone(world, tmp_path, unint
     assert any(not torch.equal(saved[name], first[name]) for name in saved)
 
 
+def test_the_answers_of_a_cold_start_are_drawn_as_asked(world, tmp_path, monkeypatch):
+    """--cold-start-temperature and -top-p reach the teacher that answers; .7 and .95, the paper's, unless asked."""
+    asked = []
+    monkeypatch.setattr(opd, "teacher_rollouts",
+                        lambda *args, **how: asked.append(how) or teacher_rollouts(*args, **how))
+    for name, change in (("paper", {}), ("wide", dict(cold_start_temperature=1.0, cold_start_top_p=1.0))):
+        opd.Run(config(world, tmp_path / name, steps=0, **COLD, **change)).go()
+    assert [(how["temperature"], how["top_p"]) for how in asked] == [(0.7, 0.95), (1.0, 1.0)]
+
+
 def test_an_epoch_is_the_default_length_of_a_cold_start(world, tmp_path):
     """5.1: every conversation once, the last batch filled up from the next epoch."""
     file = conversations(tmp_path / "c.jsonl", PROMPTS[:9])
@@ -773,6 +783,8 @@ def test_the_answers_of_one_run_serve_the_next(world, tmp_path, template):
     (["--cold-start", "3", "--cold-start-lr", "0"], "--cold-start-lr 0.0"),
     (["--cold-start", "3", "--cold-start-batch-size", "0"], "--cold-start-batch-size 0"),
     (["--cold-start", "3", "--cold-start-max-new-tokens", "-1"], "--cold-start-max-new-tokens -1"),
+    (["--cold-start", "3", "--cold-start-temperature", "-1"], "--cold-start-temperature -1.0"),
+    (["--cold-start", "3", "--cold-start-top-p", "1.5"], "--cold-start-top-p 1.5"),
     (["--cold-start", "500"], "--cold-start 500: only 448 prompts"),
     (["--aligned-prompts", "nowhere.jsonl"], "--aligned-prompts nowhere.jsonl: no such file"),
     (["--aligned-prompts", __file__], "--aligned-prompts needs --prompts"),
