@@ -358,7 +358,7 @@ def test_a_student_that_is_sure_of_a_mistake_is_hardly_corrected(objective):
     log_q = torch.tensor([[-9.0, 0.0, -6.0, -6.0, -6.0, -6.0]], dtype=torch.double).log_softmax(-1)
     pushed = []
     for logit in (0.0, 3.0, 6.0, 12.0):                                             # of the mistake, token 0
-        z = torch.tensor([[logit, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.double)
+        z = torch.tensor([[logit, 0.0, -1.0, -1.0, -1.0, -1.0]], dtype=torch.double)
         value, gradient = with_grad(lambda log_p: objective(log_p, log_q), z)
         pushed.append((value.item(), -gradient[0, 1].item()))                       # how hard towards the right token
     assert [value for value, _ in pushed] == sorted(value for value, _ in pushed) and pushed[-1][0] > 8
