@@ -372,9 +372,11 @@ def recipe(results, out):
     for key, name, place in (("accuracy_before", "student before", 0.02), ("accuracy_teacher", "teacher", 0.98)):
         level = sum(run[key]["mean"] for run in cold) / len(cold)
         left.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                      textcoords="offset points", fontsize=8, ha="left" if place < 0.5 else "right")
-    left.set_xticks(range(len(ARMS)), [arm.replace(" + ", "\n+ ").replace(", ", ",\n") for arm in ARMS])
+        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), fontsize=8,
+                      textcoords="offset points", xytext=(0, 2 if place > 0.5 else -2),
+                      **(dict(ha="right") if place > 0.5 else dict(ha="left", va="top")))
+    left.set_xticks(range(len(ARMS)), [
+        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ") for arm in ARMS])
     left.set(ylabel="accuracy after", ylim=(0, 1), title="5.1 cold start, teacher of the other family")
     for axes, title, value in (
             (middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
