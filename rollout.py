@@ -56,7 +56,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     device = model.get_input_embeddings().weight.device
     ids, mask = left_pad(prompts, pad_id, device)                                           # (B/n, P), (B/n, P)
     out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
-    cache = out.past_key_values
+    cache = out.cache
     cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(n))  # n copies of each prompt's cache
     ids, mask, logits = (x.repeat_interleave(n, 0) for x in (ids, mask, out.logits[:, -1]))  # (B, P), (B, P), (B, V)
 
@@ -78,7 +78,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
             break
         seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)                            # (b, P+t+1)
         logits = model(input_ids=y.unsqueeze(-1), attention_mask=seen, position_ids=position_ids(seen)[:, -1:],
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+                       cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
     truncated = torch.zeros(B, dtype=torch.bool, device=device).index_fill_(0, rows, True)
     tokens, written, log_ps = tokens[:, :t + 1], written[:, :t + 1], log_ps[:, :t + 1]      # (B, T) each
     return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1), written, log_ps, truncated)

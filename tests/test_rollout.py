@@ -1,4 +1,5 @@
 """Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
+import warnings
 import copy
 import json
 
@@ -82,6 +83,13 @@ def test_greedy_is_generate_token_for_token_batched_or_alone(model):
         assert response == made[row, ids.size(1):ids.size(1) + len(response)].tolist()
         assert not made[row, ids.size(1) + len(response):].any()
         assert response == responses(sample(model, PROMPTS[row:row + 1], n=1, temperature=0, eos_ids=eos_ids))[0]
+
+
+def test_nothing_deprecated_is_asked_of_transformers(model):
+    """transformers 5.24 calls a cache `cache`: no warning on a newcomer's first screen, no surprise in 5.40."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample(model)
 
 
 def test_padding_changes_nothing(model):
