@@ -1,7 +1,7 @@
 """Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
-import warnings
 import copy
 import json
+import warnings
 
 import pytest
 import torch
