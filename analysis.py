@@ -92,12 +92,20 @@ def diagnose(log_p, log_q, y, k):
     log_p, log_q = log_p.detach(), log_q.detach()
     S, shared = _shared(log_p, log_q, k)                                    # (N, k) ids, (N, k) bool
     p_S, q_S = log_p.gather(-1, S), log_q.gather(-1, S)                     # (N, k)
-    H_p, H_q = entropy(log_p), entropy(log_q)                               # (N,)
+    a, b = log_p.clamp_min(-1e4), log_q.clamp_min(-1e4)                     # (N, V), 0 log 0 = 0
+    p = a.exp()                                                             # (N, V)
+    H_p, KL = -_dot(p, a), _dot(p, a.sub_(b))                               # (N,), from as few N x V as will do
+    H_q = -_dot(torch.exp(b, out=p), b)
     p_y, q_y = (x.gather(-1, y.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
-    return {"reverse_kl": reverse_kl(log_p, log_q), "overlap_ratio": shared.to(log_p.dtype).mean(-1),
+    return {"reverse_kl": KL, "overlap_ratio": shared.to(log_p.dtype).mean(-1),
             "overlap_mass_student": (p_S.exp() * shared).sum(-1), "overlap_mass_teacher": (q_S.exp() * shared).sum(-1),
             "overlap_token_advantage": _advantage(p_S, q_S, shared), "entropy_gap": (H_q - H_p).abs(),
             "entropy_student": H_p, "entropy_teacher": H_q, "reward": q_y - p_y, "log_p": p_y}
+
+
+def _dot(x, y):
+    """sum_v x(v) y(v) without the products in memory: (N, V), (N, V) -> (N,)."""
+    return (x.unsqueeze(1) @ y.unsqueeze(2)).view(-1)
 
 
 def _shared(log_p, log_q, k):
@@ -167,12 +175,12 @@ def _bare(text):
 
 @torch.no_grad()
 def answered(model, tokenizer, prompts, answers, *, starts=None, n, max_new_tokens, temperature, top_p, eos_ids, pad_id,
-             vocab_size, generator, rows=256, what="evaluate"):
+             vocab_size, generator, in_flight=None, rows=256, what="evaluate"):
     """Each of the prompts (token ids) answered n times: -> right (prompts, n) bool, truncated (prompts, n) bool.
 
     starts: the beginning of each response, already written (token ids); it counts towards max_new_tokens. Where it ends
     in an eos or has used them up there is nothing left to write, and it is judged as it stands.
-    `rows` bounds the sequences in flight.
+    `rows` of like length go to rollout at a time, in_flight of which are written at a time.
     """
     starts = starts or [[] for _ in prompts]
     right, truncated = torch.zeros(2, len(prompts), n, dtype=torch.bool)
@@ -190,7 +198,7 @@ def answered(model, tokenizer, prompts, answers, *, starts=None, n, max_new_toke
         part = order[first:first + at_once]
         r = rollout(model, [prompts[i] + starts[i] for i in part], n=n, max_new_tokens=max(room[i] for i in part),
                     temperature=temperature, top_p=top_p, eos_ids=eos_ids, pad_id=pad_id, vocab_size=vocab_size,
-                    generator=generator)
+                    in_flight=in_flight, generator=generator)
         for row in range(len(r.ids)):
             i, j = part[row // n], row % n
             right[i, j], truncated[i, j] = judge(i, starts[i] + r.response_ids(row)[:room[i]])
@@ -256,8 +264,8 @@ def positions(pair, r, k, *, temperature=1.0, teacher_temperature=1.0, micro_bat
     """`diagnose` at every position of a rollout: -> {name: (B, T)}, NaN where there is no response token."""
     out = {}
     with pair.autocast():
-        for rows, _, values in grade(*pair.splits, r, lambda *x: diagnose(*x, k), temperature=temperature,
-                                     teacher_temperature=teacher_temperature, micro_batch_tokens=micro_batch_tokens):
+        for rows, _, values, _ in grade(*pair.splits, r, lambda *x: diagnose(*x, k), temperature=temperature,
+                                        teacher_temperature=teacher_temperature, micro_batch_tokens=micro_batch_tokens):
             for name, x in values.items():
                 part = x.new_full((len(rows), r.response_mask.size(1)), math.nan)            # (b, T)
                 part[r.response_mask[rows]] = x                                              # packed row by row

@@ -16,7 +16,6 @@ Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums wit
 pays the student for moving its mass out of the set (tests/test_loss.py shows it).
 """
 import torch
-from torch.utils.checkpoint import checkpoint
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
@@ -103,24 +102,73 @@ def masked_mean(x, mask):
 def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0, chunk=None):
     """Evaluate per_position over N packed positions, a chunk at a time; logits exist for one chunk only, in float32.
 
-    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; put what needs a gradient first: the backward pass
-        runs it again up to the last tensor that it needs and no further, so that diagnostics placed after cost nothing.
-    h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: their output heads, (c, H) -> (c, V);
-    y (N,): the sampled tokens. Returns {name: (N,)}, differentiable in h_p and in the parameters of head_p.
+    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; "loss" among them is what may be learned from.
+    h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: their output heads, (c, H) -> (c, V),
+    a torch.nn.Linear or the like (weight, bias), or a function without parameters; y (N,): the sampled tokens.
+    Without h_q log_q is None.
+    Returns {name: (N,)}, constants, and where grad is enabled the sum of the losses, differentiable in h_p and in the
+    parameters of head_p, once; else None. Nothing is computed twice for that: the gradient is taken while the logits of
+    a chunk are there, and what waits for backward has the size of h_p and of the head.
     """
-    def one(h_p, h_q, y):
-        log_p = (head_p(h_p).float() / temperature).log_softmax(-1)                       # (c, V)
-        with torch.no_grad():
-            log_q = (head_q(h_q).float() / teacher_temperature).log_softmax(-1)           # (c, V)
-        return per_position(log_p, log_q, y)
-
     if chunk is None:
         chunk = -(-CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))                   # rounded up
-    parts = []
-    for c in zip(h_p.split(chunk), h_q.split(chunk), y.split(chunk), strict=True):
-        parts.append(checkpoint(one, *c, use_reentrant=False, preserve_rng_state=False)
-                     if torch.is_grad_enabled() else one(*c))
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    parts, total = [], None
+
+    def log_softmax(head, h, T):                                                          # (c, H) -> (c, V)
+        z = head(h).float()
+        return (z if T == 1 else z / T).log_softmax(-1)
+
+    def evaluate(log_p, c):                                                               # (c, V), slice -> (c,)
+        with torch.no_grad():
+            log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature)
+        out = per_position(log_p, log_q, y[c])
+        parts.append({name: x.detach() for name, x in out.items()})
+        return out.get("loss")
+
+    slices = [slice(start, start + chunk) for start in range(0, max(1, len(h_p)), chunk)]
+    if torch.is_grad_enabled():
+        total = _Learn.apply(evaluate, slices, lambda h: log_softmax(head_p, h, temperature), temperature, h_p,
+                             getattr(head_p, "weight", None), getattr(head_p, "bias", None))
+    else:
+        for c in slices:
+            evaluate(log_softmax(head_p, h_p[c], temperature), c)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, total
+
+
+class _Learn(torch.autograd.Function):
+    """The sum of the losses, (), as a function of h (N, H) and of the head's weight (V, H) and bias (V,), where it has
+    them.
+    """
+
+    @staticmethod
+    def forward(ctx, evaluate, slices, log_softmax, temperature, h, weight, bias):
+        total = torch.zeros((), device=h.device)
+        of_h, of_weight, of_bias = grads = [torch.zeros_like(x) if x is not None and x.requires_grad else None
+                                            for x in (h, weight, bias)]
+        for c in slices:
+            log_p = log_softmax(h[c]).requires_grad_()                                    # (c, V)
+            with torch.enable_grad():
+                loss = evaluate(log_p, c).sum()
+            g, = torch.autograd.grad(loss, log_p)                                         # (c, V)
+            total += loss.detach()
+            # with z the logits, d/dz = (d/dlog p - p sum_v d/dlog p(v)) / T
+            g.sub_(log_p.detach().exp().mul_(g.sum(-1, keepdim=True))).div_(temperature)
+            g = g.to(h.dtype if weight is None else weight.dtype)
+            if of_h is not None:
+                of_h[c] = g if weight is None else g @ weight
+            if of_weight is not None:
+                if g.dtype == h.dtype == weight.dtype:
+                    of_weight.addmm_(g.t(), h[c])                                         # no second (V, H)
+                else:
+                    of_weight += g.t() @ h[c]
+            if of_bias is not None:
+                of_bias += g.sum(0)
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, None, None, None, *(x if x is None else x.mul_(g) for x in ctx.saved_tensors)
 
 
 def _renormalise(log_x, S, member):

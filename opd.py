@@ -92,7 +92,9 @@ class Config:
     device: str = flag("auto", "auto: cuda where there is one, else cpu")
     dtype: str = flag("float32", "of the computation; the student's weights stay float32: bfloat16 loses small updates",
                       "float32", "bfloat16")
-    micro_batch_tokens: int = flag(16384, "padded tokens in one forward and backward; changes memory, not the result")
+    in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")
+    micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. "
+                                   "0: what keeps activations in half a GiB on a CPU, an eighth of a GPU's memory")
 
 
 PRESETS = {
@@ -100,7 +102,7 @@ PRESETS = {
                 cold_start_lr=2e-3, cold_start_batch_size=64, cold_start_temperature=1.0, cold_start_top_p=1.0),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
                   eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64,
-                  cold_start_max_new_tokens=12288),
+                  cold_start_max_new_tokens=12288, in_flight=64),
 }
 
 
@@ -135,7 +137,7 @@ def check(cfg):
         if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: no such file")
     for name in ("k", "batch_size", "cold_start_batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n",
-                 "save_every", "micro_batch_tokens"):
+                 "save_every"):
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be at least 1")
     if cfg.steps < (not cfg.cold_start and not cfg.cold_start_file):
@@ -151,8 +153,8 @@ def check(cfg):
     for name in ("lr", "cold_start_lr", "temperature", "teacher_temperature"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "cold_start", "cold_start_steps",
-                 "cold_start_max_new_tokens", "cold_start_temperature"):
+    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "in_flight", "micro_batch_tokens",
+                 "cold_start", "cold_start_steps", "cold_start_max_new_tokens", "cold_start_temperature"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     for name in ("eval_top_p", "cold_start_top_p"):
@@ -223,11 +225,11 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
     total, sums, counts, mismatch = r.response_mask.sum(), {}, {}, []
     width, buckets = -(-cfg.max_new_tokens // analysis.BUCKETS), {}
     with torch.set_grad_enabled(learn):
-        for rows, is_response, out in grade(
+        for rows, is_response, out, losses in grade(
                 student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
                 temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
             if learn:
-                (out["loss"].sum() / total).backward()
+                (losses / total).backward()
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
             position = (is_response.cumsum(1) - 1)[is_response]                        # (N,) 0, 1, 2, ... a response
@@ -235,7 +237,6 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
                     position, {name: out[name] for name in analysis.BY_POSITION}, width).items():
                 buckets[name] = buckets.get(name, 0) + x                                     # (BUCKETS,)
             for name, x in out.items():
-                x = x.detach()
                 defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)
                 sums[name] = sums.get(name, 0) + torch.where(defined, x, 0).sum()
                 counts[name] = counts.get(name, 0) + defined.sum()
@@ -269,6 +270,9 @@ class Run:
         if cfg.k > self.pair.ending["vocab_size"]:
             raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; "
                              "take a smaller k")
+        self.pair.ending["in_flight"] = cfg.in_flight or None
+        if not cfg.micro_batch_tokens:
+            self.cfg = cfg = dataclasses.replace(cfg, micro_batch_tokens=self.pair.micro_batch_tokens())
         self.prompts = [row["ids"] for row in self.encode(train)] if train else []
         self.cold = self.encode(cold) if cold else []
         held_out = self.encode(held_out)
@@ -281,7 +285,8 @@ class Run:
         self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, False
 
     def new_optimizer(self):
-        return torch.optim.AdamW(self.pair.student.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=0.01)
+        return torch.optim.AdamW(self.pair.student.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=0.01,
+                                 fused=True)
 
     def encode(self, rows):
         cfg = self.cfg
@@ -350,7 +355,7 @@ class Run:
     def restore(self):
         """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
         state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens"}
+        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight"}
         for name, value in dataclasses.asdict(self.cfg).items():
             if name not in may_differ and state["config"].get(name) != value:
                 raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} "

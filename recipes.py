@@ -22,12 +22,10 @@ import unicodedata
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from analysis import Parser, one_line, positions
-from loss import CHUNK_ELEMENTS
+from loss import in_chunks
 from rollout import Rollout, batch, encode, left_pad, load_prompts, rollout
 from teacher import Pair, micro_batches, states
 
@@ -268,8 +266,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
     student, warm = pair.splits[0], max(1, math.ceil(warmup * steps))
     parameters = list(pair.student.parameters())
 
-    def negative_log_likelihood(h, y):                                                      # (c, H), (c,) -> ()
-        return cross_entropy(student.head(h).float(), y, reduction="sum")
+    def negative_log_likelihood(log_p, _, y):                                               # (c, V), (c,) -> (c,)
+        return {"loss": -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)}
     for step in range(start, steps):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
         for group in optimizer.param_groups:
@@ -278,10 +276,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         total, loss = r.response_mask.sum(), 0.0
         for _, ids, mask, is_response in micro_batches(r, micro_batch_tokens):
             with pair.autocast():
-                h, y = states(student.trunk, ids, mask, is_response), ids[is_response]       # (N, H), (N,)
-                chunk = -(-CHUNK_ELEMENTS // pair.ending["vocab_size"])
-                part = sum(checkpoint(negative_log_likelihood, *c, use_reentrant=False)
-                           for c in zip(h.split(chunk), y.split(chunk)))
+                h = states(student.trunk, ids, mask, is_response)                            # (N, H)
+                _, part = in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response])
             (part / total).backward()
             loss += part.detach() / total
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()

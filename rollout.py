@@ -1,7 +1,7 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that the loss scores.
 
     prompts ──▶ token ids ──▶ prefill once a prompt ──▶ n copies of its cache
-            ──▶ a token a step; who has finished leaves
+            ──▶ a token a step; who has finished leaves, the next prompts take the places
 
 No top-k, no top-p, no repetition penalty stands between the softmax and the draw: `generate` of transformers has such
 defaults (and reads more from a checkpoint's generation_config.json), and then the student is trained on text that it
@@ -12,6 +12,11 @@ import random
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
+from transformers.cache_utils import DynamicLayer
+
+
+LEAVE_EVERY = {"cuda": 16}      # tokens between the moments at which finished rows leave; elsewhere at once
 
 
 @dataclass
@@ -35,7 +40,7 @@ class Rollout:
 
 @torch.no_grad()
 def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0, vocab_size=None,
-            generator=None):
+            in_flight=None, generator=None):
     """Sample n responses to each prompt (lists of token ids, any lengths)
     from softmax(logits[:vocab_size] / temperature).
 
@@ -43,8 +48,9 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     evaluation only, as the loss scores the full softmax; log_p is always that of the full softmax.
     Any of eos_ids ends a response and belongs to it; without eos_ids every response has max_new_tokens tokens.
     pad_id only fills the rectangle: it may equal an eos, since masks decide what counts.
-    The same generator state gives the same responses, on the same machine and thread count, for the same prompts in one
-    call: another batch composition gives the draws to other rows, other kernels round the logits differently.
+    in_flight: how many responses are written at a time, all of them by default; it bounds the cache's memory.
+    Each token has a uniform number of its own, so that the generator's state fixes the responses whatever is written
+    beside them, but for rounding: kernels round otherwise for another batch or another number of threads.
     Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode (dropout would
     sample another softmax).
     """
@@ -53,50 +59,152 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
                          "what is sampled is not what the loss scores")
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
-    device = model.get_input_embeddings().weight.device
-    ids, mask = left_pad(prompts, pad_id, device)                                           # (B/n, P), (B/n, P)
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True, logits_to_keep=1)
-    cache = out.cache
-    cache.reorder_cache(torch.arange(len(ids), device=device).repeat_interleave(n))  # n copies of each prompt's cache
-    ids, mask, logits = (x.repeat_interleave(n, 0) for x in (ids, mask, out.logits[:, -1]))  # (B, P), (B, P), (B, V)
-
-    B, eos = len(ids), torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
-    written = torch.zeros((B, max_new_tokens), dtype=torch.bool, device=device)
-    log_ps = torch.zeros((B, max_new_tokens), device=device)
-    rows, seen = torch.arange(B, device=device), mask                               # rows still being written, (b,)
-    for t in range(max_new_tokens):
-        log_p = (logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)     # (b, V)
-        y = draw(log_p, top_p, generator) if temperature else log_p.argmax(-1)              # (b,)
-        tokens[rows, t], written[rows, t] = y, True
-        log_ps[rows, t] = log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        going = (~torch.isin(y, eos)).nonzero().squeeze(-1)                                 # indices into the b rows
-        if len(going) < len(rows):
-            rows, y, seen = rows[going], y[going], seen[going]
-            cache.reorder_cache(going)
-        if len(rows) == 0 or t + 1 == max_new_tokens:
-            break
-        seen = torch.cat([seen, seen.new_ones(len(rows), 1)], 1)                            # (b, P+t+1)
-        logits = model(input_ids=y.unsqueeze(-1), attention_mask=seen, position_ids=position_ids(seen)[:, -1:],
-                       cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-    truncated = torch.zeros(B, dtype=torch.bool, device=device).index_fill_(0, rows, True)
-    tokens, written, log_ps = tokens[:, :t + 1], written[:, :t + 1], log_ps[:, :t + 1]      # (B, T) each
-    return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1), written, log_ps, truncated)
+    device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    u = torch.rand(B, T, dtype=torch.float64, device=device, generator=generator)
+    tokens, log_ps = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
+    length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+    flight, waiting, step = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts, 0
+    while waiting or len(flight.rows):
+        waiting, step = flight.board(waiting), step + 1
+        rows, t = flight.rows, length[flight.rows].clamp_max(T - 1)                         # (b,), (b,)
+        going = ~ended[rows] & (length[rows] < T)                                           # all, but for LEAVE_EVERY
+        log_p = (flight.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)          # (b, V)
+        y = draw(log_p, u[rows, t], top_p) if temperature else log_p.argmax(-1)             # (b,)
+        tokens[rows, t] = torch.where(going, y, tokens[rows, t])
+        log_ps[rows, t] = torch.where(going, log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1), log_ps[rows, t])
+        length[rows] += going
+        ended[rows] |= going & torch.isin(y, eos)
+        flight.advance(y, ~ended[rows] & (length[rows] < T), leave=step % LEAVE_EVERY.get(device.type, 1) == 0)
+    T = int(length.max())
+    written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
+    ids, mask = (x.repeat_interleave(n, 0) for x in left_pad(prompts, pad_id, device))      # (B, P), (B, P)
+    return Rollout(torch.cat([ids, tokens[:, :T]], 1), torch.cat([mask, written], 1), written, log_ps[:, :T], ~ended)
 
 
-def draw(log_p, top_p=1.0, generator=None):
-    """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p: (b, V) -> (b,)."""
-    p = log_p.exp()
+class Flight:
+    """The responses that are being written: b rows, each at a token of its own, over the L columns of one cache. They
+    end together on the right, and what a row has not written itself is masked.
+    """
+
+    def __init__(self, model, n, places, pad_id):
+        self.model, self.n, self.places, self.pad_id = model, n, places, pad_id             # places: prompts at a time
+        self.rows = torch.empty(0, dtype=torch.long, device=model.get_input_embeddings().weight.device)     # (b,)
+        self.boarded, self.cache, self.seen, self.logits = 0, None, None, None              # seen (b, L), logits (b, V)
+
+    def board(self, waiting):
+        """Read the next prompts once and start n responses to each, if a quarter of the places is free (all of them,
+        where a layer of the cache is more than keys and values): -> the prompts that go on waiting.
+        """
+        free = self.places - -(-len(self.rows) // self.n)
+        if not waiting or len(self.rows) and not (self.in_place and 4 * free >= self.places):
+            return waiting
+        ids, mask = left_pad(waiting[:free], self.pad_id, self.rows.device)                 # (m, P), (m, P)
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True,
+                         logits_to_keep=1)
+        copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)        # (m * n,)
+        rows = torch.arange(self.boarded, self.boarded + len(copies), device=ids.device)    # (m * n,)
+        mask, logits = mask[copies], out.logits[copies, -1]                                 # (m * n, P), (m * n, V)
+        if len(self.rows):
+            unused = int(self.seen.any(0).long().argmax())                      # columns of rows that have left
+            L = max(self.seen.size(1) - unused, mask.size(1))
+            for layer, new in zip(self.cache.layers, out.cache.layers):
+                layer.join(new, copies, L)
+            self.rows, self.logits = torch.cat([self.rows, rows]), torch.cat([self.logits, logits])
+            self.seen = torch.cat([pad(x[:, -L:], (max(0, L - x.size(1)), 0)) for x in (self.seen, mask)])
+        else:
+            self.rows, self.seen, self.logits, self.cache = rows, mask, logits, out.cache
+            self.cache.reorder_cache(copies)
+            self.in_place = all(type(layer) is DynamicLayer for layer in self.cache.layers)
+            if self.in_place:
+                self.cache.layers = [InPlace(layer, max(map(len, waiting))) for layer in self.cache.layers]
+        self.boarded += len(copies)
+        return waiting[free:]
+
+    def advance(self, y, going, leave):
+        """Feed each row's new token y (b,) and get the next logits.
+
+        leave: rows that are not going (b,) go now; to learn how many, a GPU's host has to wait, so that they may be
+        kept for some tokens, which nobody reads.
+        """
+        if leave and (b := int(going.sum())) < len(going):
+            order = torch.arange(b, device=y.device)                               # the last rows fill the holes
+            order[~going[:b]] = b + going[b:].nonzero().squeeze(-1)
+            self.rows, self.seen, y, going = self.rows[order], self.seen[order], y[order], going[order]
+            self.cache.reorder_cache(order)
+        if len(self.rows):
+            self.seen = torch.cat([self.seen, going.unsqueeze(1)], 1)                       # (b, L+1)
+            self.logits = self.model(
+                input_ids=y.unsqueeze(1), attention_mask=self.seen, position_ids=self.seen.sum(1, keepdim=True) - 1,
+                cache=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]           # (b, V)
+
+
+class InPlace(DynamicLayer):
+    """Keys and values (b, h, L, d) of one layer as views of larger buffers: a new token is written where it belongs,
+    and the last row over one that has left, where DynamicLayer copies everything.
+    """
+
+    def __init__(self, layer, widest):
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self.widest = widest                                                    # of the prompts still to come
+        self.lay_out(layer.keys, layer.values, len(layer.keys))
+
+    def lay_out(self, keys, values, rows):
+        """New buffers (rows, h, C, d) with half as many columns again, finite everywhere: masked is not unread."""
+        b, h, L, d = keys.shape
+        self.b, self.end = b, max(L, self.widest)                               # the columns in use end here
+        self.buffers = [x.new_zeros(rows, h, self.end + self.end // 2 + 32, x.size(-1)) for x in (keys, values)]
+        for buffer, x in zip(self.buffers, (keys, values)):
+            buffer[:b, :, self.end - L:self.end] = x
+        self.view(L)
+
+    def view(self, L):
+        self.keys, self.values = (x[:self.b, :, self.end - L:self.end] for x in self.buffers)
+
+    def update(self, keys, values, *args, **kwargs):
+        L = self.keys.size(-2)
+        if self.end == self.buffers[0].size(-2):
+            self.lay_out(self.keys, self.values, len(self.buffers[0]))
+        for buffer, x in zip(self.buffers, (keys, values)):
+            buffer[:self.b, :, self.end] = x.squeeze(-2)
+        self.end += 1
+        self.view(L + 1)
+        return self.keys, self.values
+
+    def reorder_cache(self, order):
+        """Row i becomes what row order[i] is; only rows that move are copied."""
+        moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(-1)
+        for x in (self.keys, self.values):
+            x[moved] = x[order[moved]]
+        self.b = len(order)
+        self.view(self.keys.size(-2))
+
+    def join(self, layer, copies, L):
+        """Rows `copies` of another layer come in; L columns are in use then."""
+        m, P = len(copies), layer.keys.size(-2)
+        for buffer, x in zip(self.buffers, (layer.keys, layer.values)):
+            buffer[self.b:self.b + m, :, self.end - P:self.end] = x[copies]
+        self.b += m
+        self.view(L)
+
+
+def draw(log_p, u, top_p=1.0):
+    """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p:
+    (b, V), (b,) uniform numbers in [0, 1) -> (b,), the first token up to which the mass exceeds u.
+    """
+    p, order = log_p.exp(), None                                                            # (b, V)
     if top_p < 1:
         m, V = 256, p.size(-1)                                   # a few tokens hold that mass: no need to sort all V
         top, order = p.topk(min(m, V))
         while m < V and (top.double().sum(-1) < top_p).any():
             m *= 16
             top, order = p.topk(min(m, V))
-        p = top
-        p = torch.where(p.cumsum(-1) - p < top_p, p, 0)          # keep while the mass before a token is below top_p
-        return order.gather(-1, torch.multinomial(p, 1, generator=generator)).squeeze(-1)
-    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+        p = torch.where(top.cumsum(-1) - top < top_p, top, 0)    # keep while the mass before a token is below top_p
+    mass = p.cumsum(-1, dtype=torch.float64)                     # float32 would lose tokens of 1e-7 and less
+    y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True)                   # (b, 1)
+    y = y.clamp_max(p.size(-1) - 1)                              # for rounding, and for NaN, which the loss reports
+    return (y if order is None else order.gather(-1, y)).squeeze(-1)
 
 
 def left_pad(prompts, pad_id, device=None):

@@ -102,6 +102,22 @@ class Split(NamedTuple):
     own_logits: bool     # true where the model does more than a linear head: then H = V and the head is the identity
 
 
+class Head:
+    """The first V rows of a model's output layer: (..., H) -> (..., V)."""
+
+    def __init__(self, linear, vocab_size):
+        self.linear, self.rows = linear, vocab_size
+
+    def _cut(self, x):
+        return x if x is None or len(x) == self.rows else x[:self.rows]         # a slice has a backward pass of its own
+
+    weight = property(lambda self: self._cut(self.linear.weight))                           # (V, H)
+    bias = property(lambda self: self._cut(self.linear.bias))                               # (V,) or None
+
+    def __call__(self, h):
+        return linear(h, self.weight, self.bias)
+
+
 @torch.no_grad()
 def _agrees(model, head):
     """Does head(last hidden state) equal the model's logits on a few tokens?"""
@@ -122,8 +138,7 @@ def split(model, vocab_size):
         def trunk(ids, attention_mask):
             return model.base_model(input_ids=ids, attention_mask=attention_mask,
                                     position_ids=position_ids(attention_mask), use_cache=False).last_hidden_state
-        bias = None if head.bias is None else head.bias[:vocab_size]
-        return Split(trunk, lambda h: linear(h, head.weight[:vocab_size], bias), False)
+        return Split(trunk, Head(head, vocab_size), False)
 
     def trunk(ids, attention_mask):
         return model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
@@ -167,8 +182,8 @@ def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temper
           seconds=None):
     """Loss and diagnostics at every position of a rollout, a micro-batch at a time, as two Splits see it.
 
-    Yields rows (b,), is_response (b, L) and {name: (N,)} from per_position (see loss.in_chunks), packed row by row.
-    Under torch.enable_grad the results are differentiable in the student; release them before asking for the next.
+    Yields rows (b,), is_response (b, L), {name: (N,)} from per_position, packed row by row, and the sum of the losses
+    (see loss.in_chunks); where grad is enabled call its backward before asking for the next.
     seconds, a dict, collects the time spent in the teacher's trunk.
     """
     for rows, ids, mask, is_response in micro_batches(rollout, micro_batch_tokens):
@@ -179,8 +194,8 @@ def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temper
             seconds["teacher"] = seconds.get("teacher", 0.0) + time.perf_counter() - started
         h_p = states(student.trunk, ids, mask, is_response)                                 # (N, H)
         y = ids[is_response]                                                                # (N,)
-        yield rows, is_response, in_chunks(per_position, h_p, h_q, student.head, teacher.head, y,
-                                           temperature=temperature, teacher_temperature=teacher_temperature)
+        yield rows, is_response, *in_chunks(per_position, h_p, h_q, student.head, teacher.head, y,
+                                            temperature=temperature, teacher_temperature=teacher_temperature)
 
 
 # --- the two together ----------------------------------------------------------------------------------------------
@@ -196,7 +211,7 @@ class Pair:
     teacher: torch.nn.Module
     tokenizer: Callable      # the student's
     end_id: int | None       # the token with which the teacher ends a response
-    ending: dict             # eos_ids, pad_id, vocab_size: what every rollout of either model is given
+    ending: dict             # eos_ids, pad_id, vocab_size (and in_flight): what every rollout of either model is given
     splits: tuple            # Split of the student, Split of the teacher
     device: torch.device
     autocast: Callable       # context manager of the computation's dtype
@@ -244,6 +259,18 @@ class Pair:
                                  f"holds {room}; lower --max-new-tokens")
         if max(ids) >= self.ending["vocab_size"]:
             raise ValueError(f"a token of {what} has no output row; leave it out")
+
+    def micro_batch_tokens(self):
+        """How many tokens' activations fit into half a GiB on a CPU, an eighth of a GPU's memory, in the student: int.
+
+        34 values of 2 bytes a token, layer and hidden unit (arXiv 2205.05198, section 4.1, attention scores aside,
+        which no longer are kept).
+        """
+        config = self.student.config.get_text_config()
+        width = 4 if self.autocast is contextlib.nullcontext else 2                                     # bytes a value
+        room = (torch.cuda.get_device_properties(self.device).total_memory // 8 if self.device.type == "cuda"
+                else 2 ** 29)
+        return max(1, room // (17 * width * config.num_hidden_layers * config.hidden_size))
 
     def write(self, prompts, *, n=1, max_new_tokens, temperature=1.0, seed):
         """The student's responses to prompts (token ids), from exactly the softmax that is scored: -> Rollout."""

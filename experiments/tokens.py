@@ -40,8 +40,8 @@ def read(pair, r, k, temperature):
 
     responses = [None] * len(r.ids)
     with pair.autocast():
-        for rows, is_response, values in grade(*pair.splits, r, per_position, temperature=temperature,
-                                               micro_batch_tokens=16384):
+        for rows, is_response, values, _ in grade(*pair.splits, r, per_position, temperature=temperature,
+                                                  micro_batch_tokens=16384):
             lengths = is_response.sum(1).tolist()
             for row, *parts in zip(rows.tolist(), *(x.cpu().split(lengths) for x in values.values())):
                 responses[row] = dict(zip(values, parts))

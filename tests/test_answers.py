@@ -1,8 +1,6 @@
 """The second half of analysis.py and the small half of recipes.py:
 answers, accuracy, collapse, repetition, templates.
 """
-import json
-
 import pytest
 import torch
 

@@ -130,7 +130,8 @@ def test_the_budget_counts_the_start():
     plain_decode = pair.tokenizer.decode
     pair.tokenizer.decode = lambda ids, **options: seen.append(list(ids)) or plain_decode(ids, **options)
     starts = [[4] * 5, [], [5] * 3, [6], [7] * 2, [10] * 4, [8] * 6, []]
-    _, truncated = analysis.answered(pair.student, pair.tokenizer, PROMPTS, ANSWERS, starts=starts, **how(pair, n=4))
+    _, truncated = analysis.answered(pair.student, pair.tokenizer, PROMPTS, ANSWERS, starts=starts,
+                                    **how(pair, n=4, generator=torch.Generator().manual_seed(1)))
     assert len(seen) == 7 * 4 + 1 and max(map(len, seen)) == LENGTH           # the one that is full is judged once
     for i, start in enumerate(starts):
         mine = [ids for ids in seen if ids[:len(start)] == start]
@@ -626,15 +627,16 @@ def test_what_only_the_models_can_tell_is_one_line_all_the_same(files, flags, ca
 def test_a_flat_softmax_is_cut_where_a_full_sort_would_cut_it(monkeypatch, top_p, least):
     """Over 5,000 nearly equal tokens the smallest set goes far beyond the 256 that are looked at first; a sharp row
     beside them is cut as if it were alone."""
-    generator, kept, multinomial = torch.Generator().manual_seed(0), [], torch.multinomial
-    monkeypatch.setattr(torch, "multinomial",
-                        lambda p, *rest, **options: kept.append(p > 0) or multinomial(p, *rest, **options))
+    generator, kept, searchsorted = torch.Generator().manual_seed(0), [], torch.searchsorted
+    monkeypatch.setattr(torch, "searchsorted", lambda mass, *rest, **options: kept.append(
+        mass.diff(prepend=torch.zeros(len(mass), 1)) > 0) or searchsorted(mass, *rest, **options))
     flat = torch.linspace(0, 0.2, 5000)[torch.randperm(5000, generator=generator)].log_softmax(-1)
     sharp = flat.index_fill(0, torch.tensor(7), 20.0).log_softmax(-1)
     p, order = flat.double().exp().sort(descending=True)
     size = int((p.cumsum(-1) - p < top_p).sum())                              # of the smallest set, by a full sort
     assert least < size < 5000
-    y = draw(torch.stack([sharp] + [flat] * 400), top_p, generator)
+    u = torch.rand(401, dtype=torch.float64, generator=generator)
+    y = draw(torch.stack([sharp] + [flat] * 400), u, top_p)
     assert y[0] == 7 and kept[0].sum(-1).tolist() == [1] + [size] * 400
     ranks = order.argsort()[y[1:]]                                                           # (400,) token -> rank
     assert ranks.max() < size

@@ -400,16 +400,16 @@ def heads_and_states(N=11, V=23, H=6, H_teacher=4, dtype=torch.float32):
 def eagerly(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0):
     """What in_chunks must equal: whole tensors and plain autograd."""
     log_p, log_q = (head_p(h_p) / temperature).log_softmax(-1), (head_q(h_q) / teacher_temperature).log_softmax(-1)
-    return per_position(log_p, log_q, y)
+    out = per_position(log_p, log_q, y)
+    return out, out["loss"].sum()
 
 
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (2.0, 0.7)])
 @each_objective
 def test_in_chunks_equals_eager(objective, temperatures):
-    """Loss, diagnostics and gradients of states and head, any chunk size, each position with its own upstream gradient
-    (Liger#968, #678: wrong under reduction="none"; trl#6526: the chunked loss forgot the temperature)."""
+    """Loss, diagnostics and the gradients of states and head, at any chunk size, whatever is upstream of the sum
+    (trl#6526: the chunked loss forgot the temperature)."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
-    upstream = torch.randn(len(y))
     options = dict(temperature=temperatures[0], teacher_temperature=temperatures[1])
 
     def per_position(log_p, log_q, y):
@@ -417,17 +417,41 @@ def test_in_chunks_equals_eager(objective, temperatures):
 
     def run(evaluate):
         states = h_p.clone().requires_grad_()
-        out = evaluate(per_position, states, h_q, head_p, head_q, y)
-        gradients = torch.autograd.grad(out["loss"], (states, head_p.weight, head_p.bias), upstream)
-        return {name: x.detach() for name, x in out.items()}, gradients
+        out, total = evaluate(per_position, states, h_q, head_p, head_q, y, **options)
+        gradients = torch.autograd.grad(-0.3 * total, (states, head_p.weight, head_p.bias))
+        return {name: x.detach() for name, x in out.items()}, total.detach(), gradients
 
-    expected = run(functools.partial(eagerly, **options))
+    expected = run(eagerly)
     for chunk in (1, 3, len(y), len(y) + 1, None):
-        torch.testing.assert_close(run(functools.partial(in_chunks, chunk=chunk, **options)), expected, equal_nan=True,
+        torch.testing.assert_close(run(functools.partial(in_chunks, chunk=chunk)), expected, equal_nan=True,
                                    rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        loss = in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=3, **options)["loss"]
-    torch.testing.assert_close(loss, expected[0]["loss"])
+        out, total = in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=3, **options)
+    torch.testing.assert_close(out["loss"], expected[0]["loss"])
+    assert total is None
+
+
+@pytest.mark.parametrize("frozen", ["states", "head"])
+def test_in_chunks_learns_only_where_a_gradient_is_asked_for(frozen):
+    """A frozen head, or states that are constants, get none, and the other side gets what it would have had."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    per_position = lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}                       # noqa: E731
+    states = h_p.clone().requires_grad_()
+    whole = torch.autograd.grad(eagerly(per_position, states, h_q, head_p, head_q, y)[1], (states, head_p.weight))
+    states, head_p = states.detach().requires_grad_(frozen != "states"), head_p.requires_grad_(frozen != "head")
+    in_chunks(per_position, states, h_q, head_p, head_q, y, chunk=4)[1].backward()
+    for got, expected, name in ((states.grad, whole[0], "states"), (head_p.weight.grad, whole[1], "head")):
+        assert got is None if name == frozen else torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_without_parameters_passes_the_gradient_on():
+    """Where a model does more than a linear head, its logits stand for the states."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    logits = head_p(h_p).detach().requires_grad_()
+    _, total = in_chunks(lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, logits, h_q, lambda h: h, head_q,
+                         y, chunk=4)
+    expected = full_vocab(logits.log_softmax(-1), head_q(h_q).log_softmax(-1))
+    torch.testing.assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(expected.sum(), logits))
 
 
 def test_each_temperature_reaches_its_own_side():
@@ -436,9 +460,9 @@ def test_each_temperature_reaches_its_own_side():
     inputs = heads_and_states()
 
     def evaluate(**temperatures):
-        out = in_chunks(lambda log_p, log_q, y: {"p": log_p[:, 0], "q": log_q[:, 0], "loss": full_vocab(log_p, log_q)},
-                        *inputs, chunk=4, **temperatures)
-        return {name: x.detach() for name, x in out.items()}
+        return in_chunks(
+            lambda log_p, log_q, y: {"p": log_p[:, 0], "q": log_q[:, 0], "loss": full_vocab(log_p, log_q)},
+            *inputs, chunk=4, **temperatures)[0]
 
     one, student, teacher = evaluate(), evaluate(temperature=2.0), evaluate(teacher_temperature=2.0)
     assert not torch.allclose(student["p"], one["p"]) and torch.equal(student["q"], one["q"])
@@ -446,30 +470,39 @@ def test_each_temperature_reaches_its_own_side():
     assert not torch.allclose(student["loss"], one["loss"]) and not torch.allclose(teacher["loss"], one["loss"])
 
 
-def test_diagnostics_after_the_loss_are_not_computed_again_in_backward():
-    """The backward pass repeats a chunk up to the last tensor that the loss needs, and stops."""
-    inputs, calls = heads_and_states(), {"loss": 0, "diagnostics": 0}
-
-    def counted(name, f, *args):
-        calls[name] += 1
-        return f(*args)
+def test_nothing_is_evaluated_twice():
+    """The gradient is taken in the forward pass, chunk by chunk: backward calls neither heads nor objective again."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    calls = []
+    for name, head in (("student", head_p), ("teacher", head_q)):
+        head.register_forward_hook(lambda *_, name=name: calls.append(name))
 
     def per_position(log_p, log_q, y):
-        loss = counted("loss", full_vocab, log_p, log_q)
-        return {"loss": loss, **counted("diagnostics", diagnose, log_p, log_q, y, 3)}
+        calls.append("objective")
+        return {"loss": full_vocab(log_p, log_q)}
 
-    out = in_chunks(per_position, *inputs, chunk=4)
-    assert calls == {"loss": 3, "diagnostics": 3}
-    out["loss"].sum().backward()
-    assert calls == {"loss": 6, "diagnostics": 3}
+    _, total = in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=4)
+    total.backward()
+    assert sorted(calls) == ["objective"] * 3 + ["student"] * 3 + ["teacher"] * 3 and head_p.weight.grad.any()
+
+
+def test_a_second_backward_is_refused():
+    """What waits for backward is scaled in place: asked for twice it says so instead of being wrong."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    _, total = in_chunks(lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, h_p.requires_grad_(), h_q, head_p,
+                         head_q, y, chunk=4)
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        total.backward()
 
 
 def test_in_chunks_gives_the_teacher_no_gradient():
     """Neither its states nor its head, even where they ask for one and the objective forgets to detach."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
     h_q.requires_grad_()
-    out = in_chunks(lambda log_p, log_q, y: {"loss": reverse_kl(log_p, log_q)}, h_p, h_q, head_p, head_q, y, chunk=4)
-    out["loss"].sum().backward()
+    _, total = in_chunks(lambda log_p, log_q, y: {"loss": reverse_kl(log_p, log_q)}, h_p, h_q, head_p, head_q, y,
+                         chunk=4)
+    total.backward()
     assert head_p.weight.grad is not None and head_q.weight.grad is None and h_q.grad is None
 
 
@@ -479,7 +512,7 @@ def test_bf16_states_are_scored_in_float32(objective):
     (ms-swift#10156: a negative one from mixed precision)."""
     h, _, head, _, y = heads_and_states(N=256, V=500, dtype=torch.bfloat16)
     nearly = h + 2 ** -8 * torch.randn_like(h)
-    loss = in_chunks(lambda log_p, log_q, y: {"loss": objective(log_p, log_q)}, h, nearly, head, head, y)["loss"]
+    loss = in_chunks(lambda log_p, log_q, y: {"loss": objective(log_p, log_q)}, h, nearly, head, head, y)[0]["loss"]
     assert loss.dtype == torch.float32 and (loss >= -1e-6).all() and loss.sum() > 0
 
 
@@ -506,8 +539,8 @@ def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
     gradients, peaks = [], []
     for evaluate in (eagerly, in_chunks):
         def step():
-            loss = evaluate(default_loss, h_p, h_q.detach(), head_p, head_q.requires_grad_(False), y)["loss"].mean()
-            gradients.append(torch.autograd.grad(loss, (h_p, head_p.weight, head_p.bias)))
+            _, total = evaluate(default_loss, h_p, h_q.detach(), head_p, head_q.requires_grad_(False), y)
+            gradients.append(torch.autograd.grad(total / len(y), (h_p, head_p.weight, head_p.bias)))
         peaks.append(peak_bytes(step))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0][0].abs().max().item())
     assert peaks[1] <= peaks[0] / 6, f"{peaks[1] / 2 ** 20:.0f} MiB against {peaks[0] / 2 ** 20:.0f} MiB"
@@ -522,6 +555,6 @@ def test_memory_does_not_grow_with_the_number_of_positions():
         h_p.requires_grad_()
 
         def step():
-            in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=256)["loss"].sum().backward()
+            in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=256)[1].backward()
         peaks.append(peak_bytes(step))
     assert peaks[1] - peaks[0] <= 4 * (4096 - 1024) * (3 * H + 8)                         # bytes; logits would be 49 MB

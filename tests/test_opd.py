@@ -143,7 +143,7 @@ def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_pat
     opd.measure(run.cfg, *run.pair.splits, r, learn=True)
     ours = {name: p.grad.clone() for name, p in run.pair.student.named_parameters()}
     run.pair.student.zero_grad()
-    losses, T = [], r.response_mask.size(1)
+    losses = []
     for row in range(len(r.ids)):
         ids = r.ids[row][r.attention_mask[row]].unsqueeze(0)                                 # (1, L) no padding at all
         first = ids.size(1) - int(r.response_mask[row].sum())
@@ -292,6 +292,8 @@ def test_a_prompt_that_stands_twice_is_on_one_side_only(world, tmp_path):
     (["--lr", "-1"], "--lr -1.0"),
     (["--template", "latex"], "latex"),
     (["--eval-top-p", "0"], "--eval-top-p"),
+    (["--in-flight", "-1"], "--in-flight -1"),
+    (["--micro-batch-tokens", "-5"], "--micro-batch-tokens -5"),
     (["--teacher", ""], "--teacher is missing"),
     (["--device", "gpu"], "--device gpu"),
 ])
@@ -304,6 +306,22 @@ def test_what_cannot_work_is_one_line_before_any_model_is_loaded(flags, says, ca
         opd.main(["--student", "s", "--teacher", "t", "--out", str(tmp_path / "run"), *flags])
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and says in printed and printed.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_micro_batches_and_rows_in_flight_change_nothing_but_memory(world, tmp_path, monkeypatch):
+    """A run with few tokens a micro-batch, or few responses in flight, is the same run; by default as many tokens as
+    half a GiB holds."""
+    rows = []
+    for i, change in enumerate((dict(), dict(micro_batch_tokens=20), dict(in_flight=3))):
+        run = opd.Run(config(world, tmp_path / str(i), steps=2, n=3, **change))
+        if not change:
+            H, layers = run.pair.student.config.hidden_size, run.pair.student.config.num_hidden_layers
+            assert run.cfg.micro_batch_tokens == 2 ** 29 // (68 * H * layers)
+        rows.append([run.update()[1] for _ in range(2)])
+    for other in rows[1:]:
+        for a, b in zip(rows[0], other):
+            for name in ("loss", "reverse_kl", "grad_norm", "tokens", "overlap_ratio"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3), name
 
 
 def test_a_preset_gives_way_to_a_flag():

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 import analysis
+import loss
 import opd
 import recipes
 from recipes import (TEMPLATES, alignment, apply_template, as_rollout, cold_start, in_template, is_degenerate,
@@ -491,13 +492,13 @@ def test_the_fine_tuning_sees_neither_pads_nor_micro_batches(architecture, monke
     pair.ending["pad_id"] = EOS                                               # pad = eos, as in SmolLM2
     padded, of_padded = one_update(pair)
     assert padded == row and all(map(torch.equal, of_padded, gradients))
-    chunks, cross_entropy = [], recipes.cross_entropy
-    monkeypatch.setattr(recipes, "cross_entropy",
-                        lambda z, y, **how: chunks.append(len(y)) or cross_entropy(z, y, **how))
+    chunks, in_chunks = [], recipes.in_chunks
+    monkeypatch.setattr(recipes, "in_chunks", lambda f, *args: in_chunks(
+        lambda log_p, log_q, y: chunks.append(len(y)) or f(log_p, log_q, y), *args))
     for budget, elements, largest in (
             (1, 2 ** 23, 8), (25, 2 ** 23, None), (10_000, 3 * len(WORDS) - 1, 3), (10_000, 1, 1)):
         chunks.clear()
-        monkeypatch.setattr(recipes, "CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
         other, of_other = one_update(pair, micro_batch_tokens=budget)
         assert other == pytest.approx(row, rel=1e-4) and max(chunks) == (largest or max(chunks)) and len(chunks) > 2
         for a, b in zip(of_other, gradients):

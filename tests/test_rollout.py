@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, VOCAB, WINDOW, tiny, word_tokenizer
 
+import rollout as module
 from rollout import draw, encode, left_pad, load_prompts, rollout
 from teacher import split, states
 
@@ -55,8 +56,8 @@ def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, te
     first token is scored at the last prompt position (trl#6126, prime-rl#1525: off by one; trl#6800: positions under
     left padding)."""
     assert min(map(len, PROMPTS)) < WINDOW < LENGTH
-    eos_ids = common(sample(model, temperature=temperature))
-    r = sample(model, temperature=temperature, eos_ids=eos_ids)
+    eos_ids = common(sample(model, temperature=temperature, seed=2))
+    r = sample(model, temperature=temperature, eos_ids=eos_ids, seed=2)
     assert len(r.response_mask.sum(1).unique()) > 2
     for row, response in enumerate(responses(r)):
         alone = unpadded(model, PROMPTS[row // 3], response, temperature)
@@ -104,6 +105,77 @@ def test_padding_changes_nothing(model):
     assert responses(longer)[:3] == responses(sample(model, n=1, temperature=0))
 
 
+# --- who is in flight ----------------------------------------------------------------------------------------------
+
+
+MANY = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [15, 16], [17] * 9, [18, 19, 20], [21], [22, 23]]
+
+
+def batches(model):
+    """A list that gets the (rows, tokens) of every forward from now on."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)),
+                                    with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("places", [1, 2, 3, 5])
+def test_a_response_does_not_depend_on_what_is_written_beside_it(model, places):
+    """The fast path is the plain one: few in flight, the next prompts joining at once or (Gemma 3's sliding windows) in
+    waves, give the very tokens of all in flight, since a token's uniform number is its own (in float64, where kernels
+    round alike enough)."""
+    model = model.double()
+    eos_ids = common(sample(model, MANY, n=2), 6)[1:]
+    whole, seen = sample(model, MANY, n=2, eos_ids=eos_ids), batches(model)
+    few = sample(model, MANY, n=2, eos_ids=eos_ids, in_flight=2 * places + 1)
+    for field in ("ids", "attention_mask", "response_mask", "truncated"):
+        assert torch.equal(getattr(few, field), getattr(whole, field)), field
+    torch.testing.assert_close(few.log_p, whole.log_p)
+    assert max(rows for rows, _ in seen) <= 2 * places                              # never more in flight
+    assert len(few.response_mask.sum(1).unique()) > 2
+
+
+def test_waiting_prompts_take_the_places_of_finished_rows():
+    """A queue, not waves: prompts are read while others are still being written, and each is read once."""
+    model = tiny("llama")
+    eos_ids, seen = common(sample(model, MANY), 8), batches(model)
+    r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
+    in_waves = sum(int(part.max()) for part in r.response_mask.sum(1).split(9))     # one for the prompts of each wave
+    assert len(seen) < in_waves
+    many = [[prompt] for prompt in range(3, 40)]
+    seen.clear()
+    sample(model, [prompt + [2] for prompt in many], n=1, eos_ids=eos_ids, in_flight=5)
+    assert sum(rows for rows, tokens in seen if tokens > 1) == len(many)            # each is read once
+
+
+@pytest.mark.parametrize("in_flight", [None, 6])
+def test_in_place_is_the_plain_cache(monkeypatch, in_flight):
+    """Keys and values written where they belong, rows moved into the places of others = transformers' own cache."""
+    for architecture in ("llama", "qwen3", "gpt2"):
+        model = tiny(architecture).double()
+        eos_ids = common(sample(model, MANY), 6)
+        fast = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "InPlace", lambda *_: pytest.fail("not plain"))
+            patch.setattr(module, "DynamicLayer", object)                           # no layer is of that very type
+            plain = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
+        assert torch.equal(fast.ids, plain.ids) and torch.equal(fast.response_mask, plain.response_mask)
+        torch.testing.assert_close(fast.log_p, plain.log_p)
+
+
+@pytest.mark.parametrize("every", [2, 3, 50])
+def test_rows_that_leave_late_write_nothing_more(model, monkeypatch, every):
+    """On a GPU finished rows stay for some tokens, so that the host need not wait: what comes out is the same."""
+    model = model.double()
+    eos_ids = common(sample(model, MANY), 6)
+    expected = sample(model, MANY, eos_ids=eos_ids, in_flight=12)
+    monkeypatch.setitem(module.LEAVE_EVERY, "cpu", every)
+    late = sample(model, MANY, eos_ids=eos_ids, in_flight=12)
+    assert torch.equal(late.ids, expected.ids) and torch.equal(late.response_mask, expected.response_mask)
+    torch.testing.assert_close(late.log_p, expected.log_p)
+    assert torch.equal(late.truncated, expected.truncated)
+
+
 # --- what is drawn -------------------------------------------------------------------------------------------------
 
 
@@ -124,12 +196,23 @@ def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
     assert ((counts - expected) ** 2 / expected.clamp_min(1e-9)).sum() < freedom + 4 * (2 * freedom) ** 0.5
 
 
+def test_draw_inverts_the_cumulative_probability():
+    """u below p(0) takes token 0, from there up to p(0) + p(1) token 1, ...; a token without probability never comes,
+    one of 1e-12 does."""
+    log_p = torch.tensor([0.0, 0.25, 0.0, 0.25, 0.5, 0.0]).log()
+    u = torch.tensor([0.0, 0.2499, 0.25, 0.4999, 0.5, 1 - 2 ** -53], dtype=torch.float64)
+    assert draw(log_p.repeat(6, 1), u).tolist() == [1, 1, 3, 3, 4, 4]
+    log_p = torch.tensor([[1 - 1e-12, 1e-12]], dtype=torch.float64).log().float()
+    assert draw(log_p, torch.tensor([1 - 1e-13], dtype=torch.float64)).item() == 1
+
+
 def test_draw_takes_the_smallest_set_that_holds_top_p():
     """Tokens are kept while the mass before them is below top_p; within the set, odds stay as they were."""
     log_p = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log().repeat(20_000, 1)
+    u = torch.rand(20_000, dtype=torch.float64, generator=seeded())
     for top_p, expected in ((0.4, [0., 1, 0, 0]), (0.6, [0, 5 / 8, 0, 3 / 8]), (0.81, [15 / 95, 50 / 95, 0, 30 / 95]),
                             (1.0, [0.15, 0.5, 0.05, 0.3])):
-        share = torch.bincount(draw(log_p, top_p, seeded()), minlength=4) / len(log_p)
+        share = torch.bincount(draw(log_p, u, top_p), minlength=4) / len(log_p)
         torch.testing.assert_close(share, torch.tensor(expected), rtol=0, atol=0.02)
         assert not share[torch.tensor(expected) == 0].any()
 

@@ -34,8 +34,8 @@ def full(log_p, log_q, y):
 def graded(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB, **options):
     """{name: (B, T)} of a whole rollout, 0 outside the responses."""
     found = {}
-    for rows, is_response, out in grade(split(student, vocab), split(teacher, vocab), r, per_position,
-                                        micro_batch_tokens=budget, **options):
+    for rows, is_response, out, _ in grade(split(student, vocab), split(teacher, vocab), r, per_position,
+                                           micro_batch_tokens=budget, **options):
         lengths = is_response.sum(1).tolist()
         for name, x in out.items():
             for row, part in zip(rows.tolist(), x.detach().split(lengths), strict=True):
@@ -47,8 +47,8 @@ def gradients(student, teacher, r, per_position=full, *, budget=10_000, vocab=VO
     """Gradients of the token mean: the step's whole token count is the only denominator, {parameter: gradient}."""
     student.zero_grad()
     N = r.response_mask.sum()
-    for _, _, out in grade(split(student, vocab), split(teacher, vocab), r, per_position, micro_batch_tokens=budget):
-        (out["loss"].sum() / N).backward()
+    for *_, total in grade(split(student, vocab), split(teacher, vocab), r, per_position, micro_batch_tokens=budget):
+        (total / N).backward()
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
@@ -314,9 +314,9 @@ def test_only_states_that_predict_response_tokens_get_a_gradient():
     torch.manual_seed(0)
     head = torch.nn.Linear(8, VOCAB)
     student, teacher = Split(lambda ids, mask: h, head, False), split(tiny("llama"), VOCAB)
-    (_, _, out), = grade(student, teacher, r, full, micro_batch_tokens=10_000)
+    (_, _, out, total), = grade(student, teacher, r, full, micro_batch_tokens=10_000)
     assert len(out["loss"]) == r.response_mask.sum() == sum(map(len, RESPONSES))
-    out["loss"].sum().backward()
+    total.backward()
     trained = torch.zeros_like(is_response)
     for i, row in enumerate(rows.tolist()):
         first = is_response[i].long().argmax()
@@ -331,7 +331,7 @@ def test_rollouts_without_a_response_token_leave_zero_gradients():
     r.response_mask = torch.zeros_like(r.response_mask)
     r.attention_mask[:, -r.response_mask.size(1):] = False
     sides = split(student, VOCAB), split(teacher, VOCAB)
-    loss = sum(out["loss"].sum() for _, _, out in grade(*sides, r, full, micro_batch_tokens=20))
+    loss = sum(total for *_, total in grade(*sides, r, full, micro_batch_tokens=20))
     loss.backward()
     assert loss == 0 and all(p.grad is None or not p.grad.any() for p in student.parameters())
 
@@ -372,8 +372,8 @@ def test_the_teacher_reads_each_micro_batch_once(budget):
             seen[name].append((kwargs["input_ids"], kwargs["position_ids"]))
         model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     seconds = {}
-    for _, _, out in grade(*sides, written(), full, micro_batch_tokens=budget, seconds=seconds):
-        out["loss"].sum().backward()
+    for *_, total in grade(*sides, written(), full, micro_batch_tokens=budget, seconds=seconds):
+        total.backward()
     assert len(seen["teacher"]) == len(list(micro_batches(written(), budget))) and seconds["teacher"] > 0
     torch.testing.assert_close(seen["teacher"], seen["student"], rtol=0, atol=0)
 
