@@ -334,17 +334,16 @@ def main():
     if flags.student:
         pairs["real"] = dict(student=flags.student, teacher=flags.teacher, prompts=flags.prompts, batch_size=8,
                              max_new_tokens=64, lr=3e-5)
-    rows = []
+    rows, out = [], Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench"   # quick's numbers mean nothing
+    out.parent.mkdir(parents=True, exist_ok=True)
     for part in flags.parts:
         print(f"--- {part}", flush=True)
         rows += {"rollout": lambda: [row for name, pair in pairs.items() for row in bench_rollout(
                      name, pair["teacher"], pair["prompts"], long[name], flags.quick)],
                  "loss": lambda: bench_loss(flags.quick), "step": lambda: bench_step(pairs, flags.quick),
                  "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []}[part]()
-    made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
-    out = Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench"             # quick's numbers mean nothing
-    out.parent.mkdir(parents=True, exist_ok=True)
-    analysis.write_json(out.with_suffix(".json"), made)
+        made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
+        analysis.write_json(out.with_suffix(".json"), made)                            # what is measured is not lost
     write_text("\n".join(report(rows)), made, out)
 
 
