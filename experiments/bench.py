@@ -82,8 +82,8 @@ def peak():
 # --- rollout -------------------------------------------------------------------------------------------------------
 
 
-def bench_rollout(name, model, prompts, max_new_tokens, quick):
-    """model: a directory; prompts: a file: -> list of results, one an arm and kind of length."""
+def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
+    """model: a directory; prompts: a file; batched: generate_batch too: -> results, one an arm and kind of length."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = [encode(tokenizer, row["prompt"]) for row in load_prompts(prompts)[:4 if quick else 16]]
@@ -117,7 +117,7 @@ def bench_rollout(name, model, prompts, max_new_tokens, quick):
             started = time.perf_counter()
             lengths[arm] = f()
             return sum(lengths[arm]) / (time.perf_counter() - started)
-        arms = {"ours": ours, "generate": theirs, "generate_batch": continuous}
+        arms = {"ours": ours, "generate": theirs, **({"generate_batch": continuous} if batched else {})}
         model.generation_config = config
         rates = alternate({arm: partial(rate, arm, f) for arm, f in arms.items()}, 1 if quick else 3)
         for arm in rates:
@@ -310,6 +310,8 @@ def main():
     for name in ("student", "teacher", "prompts"):
         parser.add_argument(f"--{name}", help="of a second pair")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of the second pair's rollouts")
+    parser.add_argument("--generate-batch", nargs="*", default=["toy"], help="pairs for which it is timed too (default: "
+                        "toy; on a CPU it takes minutes and 10 GB)")
     parser.add_argument("--trl", help="a python with trl and datasets; without it that part is left out")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--quick", action="store_true")
@@ -339,7 +341,7 @@ def main():
     for part in flags.parts:
         print(f"--- {part}", flush=True)
         rows += {"rollout": lambda: [row for name, pair in pairs.items() for row in bench_rollout(
-                     name, pair["teacher"], pair["prompts"], long[name], flags.quick)],
+                     name, pair["teacher"], pair["prompts"], long[name], name in flags.generate_batch, flags.quick)],
                  "loss": lambda: bench_loss(flags.quick), "step": lambda: bench_step(pairs, flags.quick),
                  "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []}[part]()
         made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
