@@ -92,6 +92,8 @@ class Config:
     device: str = flag("auto", "auto: cuda where there is one, else cpu")
     dtype: str = flag("float32", "of the computation; the student's weights stay float32: bfloat16 loses small updates",
                       "float32", "bfloat16")
+    teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
+                              "", "float32", "bfloat16", "float16")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")
     micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. "
                                    "0: what keeps activations in half a GiB on a CPU, an eighth of a GPU's memory")
@@ -266,7 +268,8 @@ class Run:
                 "no checkpoint there to resume; leave --resume out" if cfg.resume
                 else "holds another run; add --resume to go on with it, or take another --out"))
         train, cold, held_out = questions(cfg)
-        self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype)
+        self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype,
+                              teacher_dtype=cfg.teacher_dtype)
         if cfg.k > self.pair.ending["vocab_size"]:
             raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; "
                              "take a smaller k")

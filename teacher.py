@@ -217,13 +217,14 @@ class Pair:
     autocast: Callable       # context manager of the computation's dtype
 
     @classmethod
-    def load(cls, student, teacher, *, device="auto", dtype="float32"):
+    def load(cls, student, teacher, *, device="auto", dtype="float32", teacher_dtype=""):
         """Two directories or hub names -> Pair. Raises ValueError where they do not fit (check_pair)."""
         device = pick_device(device)
         plain, dtype = dtype == "float32", getattr(torch, dtype)
         autocast = contextlib.nullcontext if plain else lambda: torch.autocast(device.type, dtype)
         mine, theirs = (AutoTokenizer.from_pretrained(path) for path in (student, teacher))
-        student, teacher = load(student, device=device), freeze(load(teacher, device=device, dtype=dtype))
+        student = load(student, device=device)
+        teacher = freeze(load(teacher, device=device, dtype=getattr(torch, teacher_dtype) if teacher_dtype else dtype))
         vocab_size = check_pair(student, teacher, mine, theirs)
         eos = eos_ids(student, mine) | eos_ids(teacher, theirs)
         end_id = theirs.eos_token_id if theirs.eos_token_id is not None else min(eos, default=None)

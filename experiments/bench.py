@@ -310,8 +310,8 @@ def main():
     for name in ("student", "teacher", "prompts"):
         parser.add_argument(f"--{name}", help="of a second pair")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="of the second pair's rollouts")
-    parser.add_argument("--generate-batch", nargs="*", default=["toy"], help="pairs for which it is timed too (default: "
-                        "toy; on a CPU it takes minutes and 10 GB)")
+    parser.add_argument("--generate-batch", nargs="*", default=["toy"], help="pairs for which it is timed too "
+                        "(default: toy; on a CPU it takes minutes and 10 GB)")
     parser.add_argument("--trl", help="a python with trl and datasets; without it that part is left out")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--quick", action="store_true")

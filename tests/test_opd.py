@@ -178,6 +178,18 @@ def test_a_sampling_temperature_scales_student_and_score_alike(world, tmp_path):
     assert measured["entropy_teacher"] == warm["entropy_teacher"] > measured["entropy_student"]
 
 
+def test_a_teacher_of_fewer_bits_grades_about_alike(world, tmp_path):
+    """--teacher-dtype bfloat16 halves the teacher's memory; student and losses stay float32, and the KL moves by a
+    rounding of the teacher's logits."""
+    rows = []
+    for dtype in ("", "bfloat16"):
+        run = opd.Run(config(world, tmp_path / (dtype or "same"), teacher_dtype=dtype, steps=1))
+        assert {p.dtype for p in run.pair.teacher.parameters()} == {getattr(torch, dtype or "float32")}
+        assert {p.dtype for p in run.pair.student.parameters()} == {torch.float32}
+        rows.append(run.update()[1])
+    assert rows[1]["loss"] != rows[0]["loss"] and rows[1]["reverse_kl"] == pytest.approx(rows[0]["reverse_kl"], rel=0.1)
+
+
 def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
     """At lr 1e-6 most of an update would be lost in bfloat16: weights and optimizer state stay float32,
     the teacher does not.
