@@ -94,7 +94,8 @@ def diagnose(log_p, log_q, y, k):
     p_S, q_S = log_p.gather(-1, S), log_q.gather(-1, S)                     # (N, k)
     a, b = log_p.clamp_min(-1e4), log_q.clamp_min(-1e4)                     # (N, V), 0 log 0 = 0
     p = a.exp()                                                             # (N, V)
-    H_p, KL = -_dot(p, a), _dot(p, a.sub_(b))                               # (N,), from as few N x V as will do
+    H_p = -_dot(p, a)                                                       # (N,), from as few N x V as will do
+    KL = _dot(p, a.sub_(b))
     H_q = -_dot(torch.exp(b, out=p), b)
     p_y, q_y = (x.gather(-1, y.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
     return {"reverse_kl": KL, "overlap_ratio": shared.to(log_p.dtype).mean(-1),
@@ -104,8 +105,9 @@ def diagnose(log_p, log_q, y, k):
 
 
 def _dot(x, y):
-    """sum_v x(v) y(v) without the products in memory: (N, V), (N, V) -> (N,)."""
-    return (x.unsqueeze(1) @ y.unsqueeze(2)).view(-1)
+    """sum_v x(v) y(v) without the products in memory, in full precision: (N, V), (N, V) -> (N,)."""
+    with torch.autocast(x.device.type, enabled=False):
+        return (x.unsqueeze(1) @ y.unsqueeze(2)).view(-1)
 
 
 def _shared(log_p, log_q, k):

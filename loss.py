@@ -21,6 +21,7 @@ SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
 CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks, or a row more:
                               # from 32 MiB a tensor on, glibc gives freed memory back
+FEWEST_ROWS = 128             # of them: each chunk reads the head and writes the head's gradient once
 
 
 def sampled_token(log_p, log_q, y):
@@ -104,14 +105,15 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, tea
 
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; "loss" among them is what may be learned from.
     h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: their output heads, (c, H) -> (c, V),
-    a torch.nn.Linear or the like (weight, bias), or a function without parameters; y (N,): the sampled tokens.
+    a torch.nn.Linear or the like (weight, bias), or the identity where h are logits; y (N,): the sampled tokens.
     Without h_q log_q is None.
     Returns {name: (N,)}, constants, and where grad is enabled the sum of the losses, differentiable in h_p and in the
     parameters of head_p, once; else None. Nothing is computed twice for that: the gradient is taken while the logits of
     a chunk are there, and what waits for backward has the size of h_p and of the head.
     """
     if chunk is None:
-        chunk = -(-CHUNK_ELEMENTS // head_p(h_p[:1].detach()).size(-1))                   # rounded up
+        elements = CHUNK_ELEMENTS if h_p.device.type == "cpu" else 32 * CHUNK_ELEMENTS    # 1 GiB of logits on a GPU
+        chunk = max(FEWEST_ROWS, -(-elements // head_p(h_p[:1].detach()).size(-1)))       # rounded up
     parts, total = [], None
 
     def log_softmax(head, h, T):                                                          # (c, H) -> (c, V)
@@ -123,7 +125,7 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, tea
             log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature)
         out = per_position(log_p, log_q, y[c])
         parts.append({name: x.detach() for name, x in out.items()})
-        return out.get("loss")
+        return out["loss"] if torch.is_grad_enabled() else None
 
     slices = [slice(start, start + chunk) for start in range(0, max(1, len(h_p)), chunk)]
     if torch.is_grad_enabled():
@@ -157,7 +159,7 @@ class _Learn(torch.autograd.Function):
             if of_h is not None:
                 of_h[c] = g if weight is None else g @ weight
             if of_weight is not None:
-                if g.dtype == h.dtype == weight.dtype:
+                if g.dtype == h.dtype and not torch.is_autocast_enabled(h.device.type):
                     of_weight.addmm_(g.t(), h[c])                                         # no second (V, H)
                 else:
                     of_weight += g.t() @ h[c]

@@ -360,9 +360,10 @@ class Run:
         state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
         may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight"}
         for name, value in dataclasses.asdict(self.cfg).items():
-            if name not in may_differ and state["config"].get(name) != value:
-                raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} "
-                                 f"{state['config'].get(name)!r}; give the same flags, or take another --out")
+            had = state["config"].get(name, getattr(Config, name))              # a flag that is new had its default
+            if name not in may_differ and had != value:
+                raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} {had!r}; "
+                                 "give the same flags, or take another --out")
         self.pair.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

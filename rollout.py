@@ -16,9 +16,6 @@ from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
 
-LEAVE_EVERY = {"cuda": 16}      # tokens between the moments at which finished rows leave; elsewhere at once
-
-
 @dataclass
 class Rollout:
     """B = len(prompts) * n responses; those to prompt i are rows i*n to i*n + n-1.
@@ -48,9 +45,10 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     evaluation only, as the loss scores the full softmax; log_p is always that of the full softmax.
     Any of eos_ids ends a response and belongs to it; without eos_ids every response has max_new_tokens tokens.
     pad_id only fills the rectangle: it may equal an eos, since masks decide what counts.
-    in_flight: how many responses are written at a time, all of them by default; it bounds the cache's memory.
-    Each token has a uniform number of its own, so that the generator's state fixes the responses whatever is written
-    beside them, but for rounding: kernels round otherwise for another batch or another number of threads.
+    in_flight: how many responses are written at a time, all of them by default; whole prompts, at least one. It bounds
+    the cache's memory.
+    Each token has a uniform number of its own, so that generator's state, n and max_new_tokens fix the responses
+    whatever is written beside them, but for rounding: kernels round otherwise for another batch or number of threads.
     Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode (dropout would
     sample another softmax).
     """
@@ -64,18 +62,15 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     u = torch.rand(B, T, dtype=torch.float64, device=device, generator=generator)
     tokens, log_ps = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    flight, waiting, step = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts, 0
+    flight, waiting = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts
     while waiting or len(flight.rows):
-        waiting, step = flight.board(waiting), step + 1
-        rows, t = flight.rows, length[flight.rows].clamp_max(T - 1)                         # (b,), (b,)
-        going = ~ended[rows] & (length[rows] < T)                                           # all, but for LEAVE_EVERY
+        waiting = flight.board(waiting)
+        rows, t = flight.rows, length[flight.rows]                                          # (b,), (b,)
         log_p = (flight.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)          # (b, V)
         y = draw(log_p, u[rows, t], top_p) if temperature else log_p.argmax(-1)             # (b,)
-        tokens[rows, t] = torch.where(going, y, tokens[rows, t])
-        log_ps[rows, t] = torch.where(going, log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1), log_ps[rows, t])
-        length[rows] += going
-        ended[rows] |= going & torch.isin(y, eos)
-        flight.advance(y, ~ended[rows] & (length[rows] < T), leave=step % LEAVE_EVERY.get(device.type, 1) == 0)
+        tokens[rows, t], log_ps[rows, t] = y, log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        length[rows], ended[rows] = t + 1, torch.isin(y, eos)
+        flight.advance(y, going=~ended[rows] & (t + 1 < T))
     T = int(length.max())
     written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
     ids, mask = (x.repeat_interleave(n, 0) for x in left_pad(prompts, pad_id, device))      # (B, P), (B, P)
@@ -91,10 +86,11 @@ class Flight:
         self.model, self.n, self.places, self.pad_id = model, n, places, pad_id             # places: prompts at a time
         self.rows = torch.empty(0, dtype=torch.long, device=model.get_input_embeddings().weight.device)     # (b,)
         self.boarded, self.cache, self.seen, self.logits = 0, None, None, None              # seen (b, L), logits (b, V)
+        self.in_place = False                                                               # known with the first cache
 
     def board(self, waiting):
         """Read the next prompts once and start n responses to each, if a quarter of the places is free (all of them,
-        where a layer of the cache is more than keys and values): -> the prompts that go on waiting.
+        where not every layer of the cache is a plain DynamicLayer): -> the prompts that go on waiting.
         """
         free = self.places - -(-len(self.rows) // self.n)
         if not waiting or len(self.rows) and not (self.in_place and 4 * free >= self.places):
@@ -117,26 +113,26 @@ class Flight:
             self.cache.reorder_cache(copies)
             self.in_place = all(type(layer) is DynamicLayer for layer in self.cache.layers)
             if self.in_place:
-                self.cache.layers = [InPlace(layer, max(map(len, waiting))) for layer in self.cache.layers]
+                for i, layer in enumerate(self.cache.layers):                   # one after the other: memory
+                    self.cache.layers[i] = InPlace(layer, max(map(len, waiting)))
         self.boarded += len(copies)
         return waiting[free:]
 
-    def advance(self, y, going, leave):
-        """Feed each row's new token y (b,) and get the next logits.
-
-        leave: rows that are not going (b,) go now; to learn how many, a GPU's host has to wait, so that they may be
-        kept for some tokens, which nobody reads.
-        """
-        if leave and (b := int(going.sum())) < len(going):
+    def advance(self, y, going):
+        """Feed each row's new token y (b,) and get the next logits; rows that are not going (b,) leave."""
+        b = int(going.sum())
+        if b < len(going):
             order = torch.arange(b, device=y.device)                               # the last rows fill the holes
             order[~going[:b]] = b + going[b:].nonzero().squeeze(-1)
-            self.rows, self.seen, y, going = self.rows[order], self.seen[order], y[order], going[order]
+            self.rows, self.seen, y = self.rows[order], self.seen[order], y[order]
             self.cache.reorder_cache(order)
-        if len(self.rows):
-            self.seen = torch.cat([self.seen, going.unsqueeze(1)], 1)                       # (b, L+1)
+        if b:
+            self.seen = torch.cat([self.seen, self.seen.new_ones(b, 1)], 1)                 # (b, L+1)
             self.logits = self.model(
                 input_ids=y.unsqueeze(1), attention_mask=self.seen, position_ids=self.seen.sum(1, keepdim=True) - 1,
                 cache=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]           # (b, V)
+        else:
+            self.cache = self.logits = None                                                 # before the next is made
 
 
 class InPlace(DynamicLayer):
@@ -151,15 +147,19 @@ class InPlace(DynamicLayer):
         self.lay_out(layer.keys, layer.values, len(layer.keys))
 
     def lay_out(self, keys, values, rows):
-        """New buffers (rows, h, C, d) with half as many columns again, finite everywhere: masked is not unread."""
-        b, h, L, d = keys.shape
-        self.b, self.end = b, max(L, self.widest)                               # the columns in use end here
-        self.buffers = [x.new_zeros(rows, h, self.end + self.end // 2 + 32, x.size(-1)) for x in (keys, values)]
+        """New buffers (rows, h, C, d) with half as many columns again, finite everywhere: masked is not unread.
+
+        The columns in use end where the widest prompt would, so that it can join. Keys get the dtype of the values:
+        autocast leaves float32 keys, which attention then rounds.
+        """
+        b, h, L, _ = keys.shape
+        self.b, self.end = b, max(L, self.widest)
+        self.buffers = [values.new_zeros(rows, h, self.end + self.end // 2 + 32, x.size(-1)) for x in (keys, values)]
         for buffer, x in zip(self.buffers, (keys, values)):
             buffer[:b, :, self.end - L:self.end] = x
-        self.view(L)
+        self.show(L)
 
-    def view(self, L):
+    def show(self, L):
         self.keys, self.values = (x[:self.b, :, self.end - L:self.end] for x in self.buffers)
 
     def update(self, keys, values, *args, **kwargs):
@@ -169,7 +169,7 @@ class InPlace(DynamicLayer):
         for buffer, x in zip(self.buffers, (keys, values)):
             buffer[:self.b, :, self.end] = x.squeeze(-2)
         self.end += 1
-        self.view(L + 1)
+        self.show(L + 1)
         return self.keys, self.values
 
     def reorder_cache(self, order):
@@ -178,7 +178,7 @@ class InPlace(DynamicLayer):
         for x in (self.keys, self.values):
             x[moved] = x[order[moved]]
         self.b = len(order)
-        self.view(self.keys.size(-2))
+        self.show(self.keys.size(-2))
 
     def join(self, layer, copies, L):
         """Rows `copies` of another layer come in; L columns are in use then."""
@@ -186,7 +186,7 @@ class InPlace(DynamicLayer):
         for buffer, x in zip(self.buffers, (layer.keys, layer.values)):
             buffer[self.b:self.b + m, :, self.end - P:self.end] = x[copies]
         self.b += m
-        self.view(L)
+        self.show(L)
 
 
 def draw(log_p, u, top_p=1.0):

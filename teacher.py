@@ -31,6 +31,8 @@ def load(path, *, device="cpu", dtype=torch.float32):
 
 def pick_device(name):
     """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there."""
+    if name.startswith("mps"):
+        raise ValueError("--device mps: it has no float64, with which tokens are drawn; take --device cpu")
     try:
         return torch.empty(0, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as error:
@@ -264,8 +266,8 @@ class Pair:
     def micro_batch_tokens(self):
         """How many tokens' activations fit into half a GiB on a CPU, an eighth of a GPU's memory, in the student: int.
 
-        34 values of 2 bytes a token, layer and hidden unit (arXiv 2205.05198, section 4.1, attention scores aside,
-        which no longer are kept).
+        17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits, attention scores
+        aside, which no longer are kept). Rough: norms and residuals stay float32 under autocast.
         """
         config = self.student.config.get_text_config()
         width = 4 if self.autocast is contextlib.nullcontext else 2                                     # bytes a value

@@ -11,6 +11,7 @@
     python experiments/bench.py --student S --teacher T --prompts F.jsonl --max-new-tokens 256       and on another
     python experiments/bench.py --trl PYTHON             a python that has trl and datasets
     python experiments/bench.py --quick                  does it run?
+    python experiments/bench.py --report A.json B.json   parts that ran one by one
     results/bench.{json,txt}
 """
 import argparse
@@ -30,7 +31,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lab import ROOT, analysis, opd, toy, write_text
+from lab import ROOT, analysis, join, opd, toy, write_text
 import loss
 import teacher
 from rollout import encode, left_pad, load_prompts, rollout
@@ -314,6 +315,7 @@ def main():
                         "(default: toy; on a CPU it takes minutes and 10 GB)")
     parser.add_argument("--trl", help="a python with trl and datasets; without it that part is left out")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
+    parser.add_argument("--report", nargs="+", help="run nothing: the table from results files of single parts, joined")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)                      # of in_a_process
     flags = parser.parse_args()
@@ -324,6 +326,10 @@ def main():
     if flags.one:
         what, how = flags.one[0], json.loads(flags.one[1])
         return print(json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how)))
+    if flags.report:
+        made = join([json.loads(Path(path).read_text()) for path in flags.report], "rows")
+        analysis.write_json(Path(flags.out) / "bench.json", made)
+        return write_text("\n".join(report(made["rows"])), made, Path(flags.out) / "bench")
     started, world = time.perf_counter(), Path(flags.world or tempfile.mkdtemp())
     if flags.quick:
         toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = {"small": 20, "large": 20}, 5, 0

@@ -68,14 +68,14 @@ def main(name, description, seed_runs, report):
     report(made, out)
 
 
-def join(parts):
+def join(parts, key="runs"):
     """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
     if len(parts) == 1:
         return parts[0]
     if len({part["commit"] for part in parts}) > 1:
         raise SystemExit("these results come from different commits")
     return {**parts[0], "command": " ; ".join(part["command"] for part in parts),
-            "seconds": sum(part["seconds"] for part in parts), "runs": [run for part in parts for run in part["runs"]]}
+            "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
 
 
 def write_text(text, made, out):

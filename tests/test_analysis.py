@@ -182,3 +182,15 @@ def test_metrics_over_padded_positions_are_those_of_the_rest():
     log_p, log_q = P.log().repeat(3, 1), torch.cat([Q.log(), P.log(), Q.log()])
     mask = torch.tensor([True, True, False])
     exact(masked_mean(reverse_kl(log_p, log_q), mask), reverse_kl(log_p[:2], log_q[:2]).mean())
+
+
+def test_diagnose_is_float32_under_autocast():
+    """--dtype bfloat16 computes the models in 16 bits, not what is measured of them."""
+    torch.manual_seed(0)
+    log_p, log_q = torch.randn(2, 50, 300).log_softmax(-1)
+    y = torch.arange(50)
+    plain = diagnose(log_p, log_q, y, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = diagnose(log_p, log_q, y, 16)
+    assert all(x.dtype == torch.float32 for x in under.values())
+    torch.testing.assert_close(under, plain, rtol=0, atol=0, equal_nan=True)

@@ -163,19 +163,6 @@ def test_in_place_is_the_plain_cache(monkeypatch, in_flight):
         torch.testing.assert_close(fast.log_p, plain.log_p)
 
 
-@pytest.mark.parametrize("every", [2, 3, 50])
-def test_rows_that_leave_late_write_nothing_more(model, monkeypatch, every):
-    """On a GPU finished rows stay for some tokens, so that the host need not wait: what comes out is the same."""
-    model = model.double()
-    eos_ids = common(sample(model, MANY), 6)
-    expected = sample(model, MANY, eos_ids=eos_ids, in_flight=12)
-    monkeypatch.setitem(module.LEAVE_EVERY, "cpu", every)
-    late = sample(model, MANY, eos_ids=eos_ids, in_flight=12)
-    assert torch.equal(late.ids, expected.ids) and torch.equal(late.response_mask, expected.response_mask)
-    torch.testing.assert_close(late.log_p, expected.log_p)
-    assert torch.equal(late.truncated, expected.truncated)
-
-
 # --- what is drawn -------------------------------------------------------------------------------------------------
 
 
