@@ -333,6 +333,7 @@ def main():
     started, world = time.perf_counter(), Path(flags.world or tempfile.mkdtemp())
     if flags.quick:
         toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = {"small": 20, "large": 20}, 5, 0
+        flags.generate_batch = []
     if not (world / "teacher" / "config.json").exists():
         toy.make_all(world)
     preset = {name: opd.PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}

@@ -15,7 +15,7 @@ def test_every_flag_that_it_names_exists():
     line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
     flags = line.split()[2:]
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(opd.Config)} | {"--help", "--all"}
-    for file in ("analysis.py", "recipes.py"):
+    for file in ("analysis.py", "recipes.py", "experiments/bench.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the tables, which name a script
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
