@@ -108,7 +108,8 @@ def test_padding_changes_nothing(model):
 # --- who is in flight ----------------------------------------------------------------------------------------------
 
 
-MANY = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [15, 16], [17] * 9, [18, 19, 20], [21], [22, 23]]
+# a long prompt joins short ones, which have come less far than it is long
+MANY = [[12], [21], [15, 16], [5, 6, 7, 8, 9, 10, 11], [17] * 30, [3, 4, 13, 14], [18, 19, 20], [22, 23]]
 
 
 def batches(model):
