@@ -329,7 +329,11 @@ def test_micro_batches_and_rows_in_flight_change_nothing_but_memory(world, tmp_p
         if not change:
             H, layers = run.pair.student.config.hidden_size, run.pair.student.config.num_hidden_layers
             assert run.cfg.micro_batch_tokens == 2 ** 29 // (68 * H * layers)
+        sizes = []
+        run.pair.student.register_forward_pre_hook(
+            lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)    # rollouts alone come here
         rows.append([run.update()[1] for _ in range(2)])
+        assert (max(sizes) <= 3) == ("in_flight" in change)
     for other in rows[1:]:
         for a, b in zip(rows[0], other):
             for name in ("loss", "reverse_kl", "grad_norm", "tokens", "overlap_ratio"):
