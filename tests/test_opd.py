@@ -331,7 +331,7 @@ def test_micro_batches_and_rows_in_flight_change_nothing_but_memory(world, tmp_p
             assert run.cfg.micro_batch_tokens == 2 ** 29 // (68 * H * layers)
         sizes = []
         run.pair.student.register_forward_pre_hook(
-            lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)    # rollouts alone come here
+            lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)  # of rollouts
         rows.append([run.update()[1] for _ in range(2)])
         assert (max(sizes) <= 3) == ("in_flight" in change)
     for other in rows[1:]:
