@@ -558,8 +558,14 @@ def provenance():
     """What made the numbers: command line, commit, versions."""
     git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    return {"command": " ".join(sys.argv), "commit": commit or None, "python": sys.version.split()[0],
+    command = " ".join(portable(word) for word in sys.argv)
+    return {"command": command, "commit": commit or None, "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+
+
+def portable(word):
+    """A word of a command without the folders of one machine: "/home/me/bin/python" -> "python"."""
+    return Path(word).name if word.startswith("/") else word
 
 
 def write_json(path, value):

@@ -104,7 +104,7 @@ PRESETS = {
                 cold_start_lr=2e-3, cold_start_batch_size=64, cold_start_temperature=1.0, cold_start_top_p=1.0),
     "paper": dict(steps=200, batch_size=64, n=4, max_new_tokens=7168, lr=1e-6, template="answer", eval_n=16,
                   eval_max_new_tokens=31744, dtype="bfloat16", cold_start_batch_size=64,
-                  cold_start_max_new_tokens=12288, in_flight=64),
+                  cold_start_max_new_tokens=12288, in_flight=32),
 }
 
 

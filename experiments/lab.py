@@ -70,6 +70,8 @@ def main(name, description, seed_runs, report):
 
 def join(parts, key="runs"):
     """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
+    for part in parts:
+        part["command"] = " ".join(map(analysis.portable, part["command"].split()))
     if len(parts) == 1:
         return parts[0]
     if len({part["commit"] for part in parts}) > 1:

@@ -62,11 +62,12 @@ def cold_starts(seed, world, scratch, quick):
                           ("sft 300, fresh", dict(control, cold_start=4 * few - 1))):
         result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
                         eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
+        del result["curves"]                                        # nothing here reads them, and they are long
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
             runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed, **result,
                          "accuracy_after": result["accuracy_cold_start"],
-                         "held_out_after": result["held_out_cold_start"], "curves": {}})
+                         "held_out_after": result["held_out_cold_start"]})
     return runs
 
 
@@ -93,8 +94,9 @@ def prompts(seed, world, scratch, quick):
                         eval_n=1 if quick else 2, template=ARMS[template],
                         prompts=str(world / "high" / "prompts.jsonl"),
                         aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
+        del result["curves"]
         runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
-                     "template": template, "fraction": fraction, **result, "curves": {},
+                     "template": template, "fraction": fraction, **result,
                      "accuracies": accuracies(out / "student", world, seed, quick)})
     for fraction in FRACTIONS:
         arm("aligned", fraction)

@@ -1,8 +1,10 @@
 """The README says what the code does: its commands parse, its metrics are logged, its numbers are the scripts'."""
 import dataclasses
+import json
 import re
 from pathlib import Path
 
+import analysis
 import opd
 from test_opd import METRICS
 
@@ -42,3 +44,11 @@ def test_its_table_is_the_one_that_the_script_wrote():
         block = README.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
         lines = iter((results / f"{name}.txt").read_text().splitlines())
         assert len(block) > 9 and all(line in lines for line in block if line)
+
+
+def test_results_name_no_folder_of_one_machine():
+    """A command is written down so that another machine can run it."""
+    assert [analysis.portable(word) for word in ("/home/me/python", "exp/x.py")] == ["python", "exp/x.py"]
+    for file in (ROOT / "experiments" / "results").glob("*.json"):
+        command = json.loads(file.read_text())["command"]
+        assert not [word for word in command.split() if word.startswith("/")], file
