@@ -122,7 +122,7 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, tea
 
     def evaluate(log_p, c):                                                               # (c, V), slice -> (c,)
         with torch.no_grad():
-            log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature)
+            log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature).to(log_p.device)
         out = per_position(log_p, log_q, y[c])
         parts.append({name: x.detach() for name, x in out.items()})
         return out["loss"] if torch.is_grad_enabled() else None

@@ -14,7 +14,10 @@ Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entro
 none. The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
 """
 import argparse
+import contextlib
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import os
@@ -27,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
@@ -34,7 +38,7 @@ import analysis
 import loss
 from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts,
                      read_conversations, same_question, teacher_rollouts)
-from rollout import additions, batch, load_prompts
+from rollout import additions, batch, from_processes, load_prompts, processes
 from teacher import Pair, grade, pick_device
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
@@ -92,11 +96,15 @@ class Config:
     device: str = flag("auto", "auto: cuda where there is one, else cpu")
     dtype: str = flag("float32", "of the computation; the student's weights stay float32: bfloat16 loses small updates",
                       "float32", "bfloat16")
+    teacher_device_map: str = flag("", "auto: a teacher larger than one GPU, placed on several by transformers (pip "
+                                   "install accelerate)", "", "auto", "balanced", "balanced_low_0", "sequential")
+    gradient_checkpointing: bool = flag(False, "compute the student's layers again in the backward pass: a third more "
+                                        "time there, for long responses")
     teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
                               "", "float32", "bfloat16", "float16")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")
-    micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. "
-                                   "0: what keeps activations in half a GiB on a CPU, an eighth of a GPU's memory")
+    micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. 0: "
+                                   "what keeps activations in a quarter GiB on a CPU, an eighth of a GPU's memory")
 
 
 PRESETS = {
@@ -224,14 +232,14 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
 
     def per_position(log_p, log_q, y):
         return {"loss": descend(log_p, log_q, y), **analysis.diagnose(log_p, log_q, y, cfg.k)}
-    total, sums, counts, mismatch = r.response_mask.sum(), {}, {}, []
+    share, total, sums, mismatch = processes(), int(r.response_mask.sum()), {}, []
     width, buckets = -(-cfg.max_new_tokens // analysis.BUCKETS), {}
     with torch.set_grad_enabled(learn):
         for rows, is_response, out, losses in grade(
-                student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens,
+                student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens, share=share,
                 temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
             if learn:
-                (losses / total).backward()
+                (losses * (share[1] / total)).backward()                 # of the processes' gradients the mean is taken
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
             position = (is_response.cumsum(1) - 1)[is_response]                        # (N,) 0, 1, 2, ... a response
@@ -240,17 +248,23 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
                 buckets[name] = buckets.get(name, 0) + x                                     # (BUCKETS,)
             for name, x in out.items():
                 defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)
-                sums[name] = sums.get(name, 0) + torch.where(defined, x, 0).sum()
-                counts[name] = counts.get(name, 0) + defined.sum()
-    means = dict(zip(sums, (torch.stack(list(sums.values())) / torch.stack(list(counts.values()))).tolist()))
+                sums[name] = sums.get(name, 0) + torch.stack([torch.where(defined, x, 0).sum(), defined.sum()])
+    parts = [part for part in from_processes(sums and (on_cpu(sums), on_cpu(buckets), max(mismatch).cpu())) if part]
+    sums, buckets = ({name: sum(part[i][name] for part in parts) for name in parts[0][i]} for i in (0, 1))
+    means = {name: (x / count).item() for name, (x, count) in sums.items()}
     if not all(math.isfinite(means[name]) for name in ("loss", "reverse_kl", "reward")):
         raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: "
                                  "a model's output is not finite; " + GO_ON)
-    total, defined = int(total), int(counts["overlap_token_advantage"])
+    defined = int(sums["overlap_token_advantage"][1])
     if not defined:
         means["overlap_token_advantage"] = None
-    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(map(float, mismatch)), "tokens": total,
-            "by_position": analysis.bucket_means(buckets, width)}
+    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(float(part[2]) for part in parts),
+            "tokens": total, "by_position": analysis.bucket_means(buckets, width)}
+
+
+def on_cpu(sums):
+    """{name: tensor}, fetched from the device at once."""
+    return dict(zip(sums, torch.stack(list(sums.values())).cpu()))
 
 
 # --- a run ---------------------------------------------------------------------------------------------------------
@@ -261,15 +275,20 @@ class Run:
 
     def __init__(self, cfg):
         self.cfg, self.out, self.started = check(cfg), Path(cfg.out), time.perf_counter()
+        self.first = processes()[0] == 0                            # of several processes this one writes and talks
         if (self.out / "result.json").exists():
             raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out")
         if cfg.resume != (self.out / "checkpoint" / "state.pt").exists():
             raise ValueError(f"--out {cfg.out}: " + (
                 "no checkpoint there to resume; leave --resume out" if cfg.resume
                 else "holds another run; add --resume to go on with it, or take another --out"))
+        if min(cfg.batch_size * cfg.n, cfg.cold_start_batch_size) < processes()[1]:
+            raise ValueError(f"--batch-size {cfg.batch_size}, --n {cfg.n}, --cold-start-batch-size "
+                             f"{cfg.cold_start_batch_size}: each of the {processes()[1]} processes needs a response")
         train, cold, held_out = questions(cfg)
         self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype,
-                              teacher_dtype=cfg.teacher_dtype)
+                              teacher_dtype=cfg.teacher_dtype, teacher_device_map=cfg.teacher_device_map,
+                              gradient_checkpointing=cfg.gradient_checkpointing)
         if cfg.k > self.pair.ending["vocab_size"]:
             raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; "
                              "take a smaller k")
@@ -347,6 +366,8 @@ class Run:
 
     def save(self):
         """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
+        if not self.first:
+            return
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
         state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step,
@@ -358,7 +379,8 @@ class Run:
     def restore(self):
         """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
         state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight"}
+        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight",
+                      "gradient_checkpointing"}
         for name, value in dataclasses.asdict(self.cfg).items():
             had = state["config"].get(name, getattr(Config, name))              # a flag that is new had its default
             if name not in may_differ and had != value:
@@ -377,10 +399,14 @@ class Run:
 
     def rewind(self, name, step):
         """Cut a JSON-lines file of the run back to a step, a torn last line too: -> the rows that stay."""
-        lines = (self.out / name).read_text().splitlines(keepends=True)
+        lines = self.file(name).read_text().splitlines(keepends=True)
         rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
-        (self.out / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.file(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return rows
+
+    def file(self, name):
+        """A file of the run, which of several processes the first alone has."""
+        return self.out / name if self.first else Path(os.devnull)
 
     def clock(self):
         return self.seconds + time.perf_counter() - self.started
@@ -396,13 +422,14 @@ class Run:
                            "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
                            "held_out_before": self.distance()}
             for name in ("metrics.jsonl", "rollouts.jsonl", *["cold_start_metrics.jsonl"] * self.cold_start_wanted()):
-                (self.out / name).write_text("")
+                self.file(name).write_text("")
             self.save()
-        analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
+        if self.first:
+            analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
         if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
             self.fine_tune()
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
-        with open(self.out / "metrics.jsonl", "a") as metrics, open(self.out / "rollouts.jsonl", "a") as texts:
+        with open(self.file("metrics.jsonl"), "a") as metrics, open(self.file("rollouts.jsonl"), "a") as texts:
             bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
             while self.step < cfg.steps:
                 samples, row = self.update()
@@ -431,7 +458,7 @@ class Run:
             self.before["cold_start"] = counts
         examples = load_conversations(path, self.pair, cfg.thinking)
         steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
-        with open(self.out / "cold_start_metrics.jsonl", "a") as metrics:
+        with open(self.file("cold_start_metrics.jsonl"), "a") as metrics:
             for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr,
                                        seed=cfg.seed, batch_size=cfg.cold_start_batch_size, start=self.cold_step,
                                        micro_batch_tokens=cfg.micro_batch_tokens),
@@ -466,6 +493,8 @@ class Run:
         recovery = after and analysis.gap_recovery(before, after, self.before["accuracy_teacher"])
         result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(), "gap_recovery": recovery,
                   "steps": self.step, "seconds": self.clock(), **analysis.provenance()}
+        if not self.first:
+            return result
         # a new one: an inherited one may not be savable
         self.pair.student.generation_config = transformers.GenerationConfig(
             eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=self.pair.tokenizer.bos_token_id,
@@ -511,9 +540,30 @@ def summary(result):
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def one_of_several(cfg):
+    """Inside, this is one of the processes that torchrun started, if it did: nccl on GPUs, gloo on CPUs. A GPU each."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if cfg.device in ("auto", "cuda") and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(timeout=datetime.timedelta(hours=1))     # one may write longer than the others, not so long
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+        warnings.simplefilter("ignore")
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"process {dist.get_rank()} of {dist.get_world_size()}: {error}; {GO_ON}") from error
+    finally:
+        dist.destroy_process_group()
+
+
 def main(argv=None):
     cfg = parse(argv)
-    with analysis.one_line("opd.py"):
+    with analysis.one_line("opd.py"), one_of_several(cfg):
         result = Run(cfg).go()
     print(summary(result))
     print(f"{result['seconds']:.0f} s; {cfg.out}/result.json, {cfg.out}/student")

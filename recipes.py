@@ -18,6 +18,7 @@ compare normalised text).
 import argparse
 import json
 import math
+import os
 import unicodedata
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from tqdm import tqdm
 
 from analysis import Parser, one_line, positions
 from loss import in_chunks
-from rollout import Rollout, batch, encode, left_pad, load_prompts, rollout
-from teacher import Pair, micro_batches, states
+from rollout import (Rollout, batch, encode, from_processes, left_pad, load_prompts, processes, rollout,
+                     sum_over_processes)
+from teacher import Pair, learning, micro_batches, states
 
 # --- 5.2 the template ----------------------------------------------------------------------------------------------
 
@@ -182,16 +184,18 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
     A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
     unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can
     be read too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted
-    call asks for nothing twice.
+    call asks for nothing twice. Several processes share the work, and the first one writes.
     """
     path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
-    done = [whole_lines(file) for file in (path, dropped)]
+    first = processes()[0] == 0
+    done = from_processes([whole_lines(file) for file in (path, dropped)] if first else None)[0]
     counts = {"kept": len(done[0]), "unfinished": 0, "degenerate": 0}
     for line in done[1]:
         counts[json.loads(line)["why"]] += 1
     ready = sum(counts.values())
     starts = range(ready - ready % at_once, len(rows), at_once) if ready < len(rows) else ()
-    with open(path, "a", encoding="utf-8") as kept, open(dropped, "a", encoding="utf-8") as rest:
+    files = (path, dropped) if first else [os.devnull] * 2
+    with open(files[0], "a", encoding="utf-8") as kept, open(files[1], "a", encoding="utf-8") as rest:
         for start in tqdm(starts, desc="teacher's responses", mininterval=1, disable=None):
             part = rows[start:start + at_once]
             with pair.autocast():
@@ -208,7 +212,7 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
                 counts[why] += 1
                 print(json.dumps(line if why == "kept" else {**line, "why": why}, ensure_ascii=False),
                       file=kept if why == "kept" else rest, flush=True)
-    return counts
+    return from_processes(counts)[0]                            # when all is written
 
 
 def whole_lines(path):
@@ -263,7 +267,7 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
     negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches. The batch and the
     lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that was cut.
     """
-    student, warm = pair.splits[0], max(1, math.ceil(warmup * steps))
+    student, warm, share = pair.splits[0], max(1, math.ceil(warmup * steps)), processes()
     parameters = list(pair.student.parameters())
 
     def negative_log_likelihood(log_p, _, y):                                               # (c, V), (c,) -> (c,)
@@ -273,19 +277,23 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warm) * cosine
         r = as_rollout(batch(examples, step, batch_size, seed), pair.ending["pad_id"], pair.device)
-        total, loss = r.response_mask.sum(), 0.0
-        for _, ids, mask, is_response in micro_batches(r, micro_batch_tokens):
-            with pair.autocast():
+        total, loss = r.response_mask.sum(), torch.zeros((), device=pair.device)
+        parts = list(micro_batches(r, micro_batch_tokens, share))
+        for i, (_, ids, mask, is_response) in enumerate(parts):
+            def learn():
                 h = states(student.trunk, ids, mask, is_response)                            # (N, H)
-                _, part = in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response])
-            (part / total).backward()
+                return in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response])[1]
+            with pair.autocast():
+                part = learning(student, learn, last=i == len(parts) - 1)
+            (part * (share[1] / total)).backward()
             loss += part.detach() / total
+        loss = sum_over_processes(loss).item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         if not math.isfinite(norm):
             raise FloatingPointError(f"cold start, step {step + 1}: the gradient is {norm}; lower --cold-start-lr")
         optimizer.step()
         optimizer.zero_grad()
-        yield {"step": step + 1, "loss": loss.item(), "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+        yield {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(total)}
 
 

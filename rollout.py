@@ -12,6 +12,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
@@ -49,6 +50,8 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     the cache's memory.
     Each token has a uniform number of its own, so that generator's state, n and max_new_tokens fix the responses
     whatever is written beside them, but for rounding: kernels round otherwise for another batch or number of threads.
+    Of several processes (torch.distributed) each writes the responses to its share of the prompts, and all get all of
+    them: all must call with the same arguments and the same state of the generator.
     Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode (dropout would
     sample another softmax).
     """
@@ -60,21 +63,26 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     u = torch.rand(B, T, dtype=torch.float64, device=device, generator=generator)
-    tokens, log_ps = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
+    tokens, log_ps = torch.zeros((B, T), dtype=torch.long, device=device), torch.zeros((B, T), device=device)
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    flight, waiting = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts
+    rank, world = processes()
+    flight, waiting = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts[rank::world]
+    mine = torch.arange(B, device=device).view(-1, n)[rank::world].flatten()                # rows of these prompts
     while waiting or len(flight.rows):
         waiting = flight.board(waiting)
-        rows, t = flight.rows, length[flight.rows]                                          # (b,), (b,)
+        rows = mine[flight.rows]                                                            # (b,)
+        t = length[rows]                                                                    # (b,)
         log_p = (flight.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)          # (b, V)
         y = draw(log_p, u[rows, t], top_p) if temperature else log_p.argmax(-1)             # (b,)
         tokens[rows, t], log_ps[rows, t] = y, log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         length[rows], ended[rows] = t + 1, torch.isin(y, eos)
         flight.advance(y, going=~ended[rows] & (t + 1 < T))
+    tokens, log_ps, length, ended = map(sum_over_processes, (tokens, log_ps, length, ended.int()))
     T = int(length.max())
     written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
     ids, mask = (x.repeat_interleave(n, 0) for x in left_pad(prompts, pad_id, device))      # (B, P), (B, P)
-    return Rollout(torch.cat([ids, tokens[:, :T]], 1), torch.cat([mask, written], 1), written, log_ps[:, :T], ~ended)
+    ids = torch.cat([ids, tokens[:, :T].masked_fill(~written, pad_id)], 1)                  # (B, P+T)
+    return Rollout(ids, torch.cat([mask, written], 1), written, log_ps[:, :T], ended == 0)
 
 
 class Flight:
@@ -174,6 +182,7 @@ class InPlace(DynamicLayer):
 
     def reorder_cache(self, order):
         """Row i becomes what row order[i] is; only rows that move are copied."""
+        order = order.to(self.keys.device)                               # a layer may stand on another device
         moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(-1)
         for x in (self.keys, self.values):
             x[moved] = x[order[moved]]
@@ -184,7 +193,7 @@ class InPlace(DynamicLayer):
         """Rows `copies` of another layer come in; L columns are in use then."""
         m, P = len(copies), layer.keys.size(-2)
         for buffer, x in zip(self.buffers, (layer.keys, layer.values)):
-            buffer[self.b:self.b + m, :, self.end - P:self.end] = x[copies]
+            buffer[self.b:self.b + m, :, self.end - P:self.end] = x[copies.to(x.device)]
         self.b += m
         self.show(L)
 
@@ -220,6 +229,30 @@ def left_pad(prompts, pad_id, device=None):
 def position_ids(attention_mask):
     """0, 1, 2, ... from the first real token of each row, 0 in the padding before it: (B, L) -> (B, L)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+def processes():
+    """The rank of this process and how many there are: (0, 1) without torch.distributed."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_processes(x):
+    """The sum of a tensor that each process has, on all of them; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def from_processes(x):
+    """What each process has, by rank, on all of them: object -> list."""
+    everyone = [x]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, x)
+    return everyone
 
 
 # --- what the student is asked -------------------------------------------------------------------------------------

@@ -15,18 +15,24 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch.nn.functional import linear
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loss import in_chunks
 from rollout import encode, position_ids, rollout
 
 
-def load(path, *, device="cpu", dtype=torch.float32):
+def load(path, *, device="cpu", dtype=torch.float32, device_map=None):
     """A causal language model from a directory or the hub, in eval mode:
-    dropout would make sampled and scored softmax differ.
+    dropout would make sampled and scored softmax differ. device_map: of transformers, in place of device.
     """
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(f"{path}: the devices here do not hold it")
+    return model if device_map else model.to(device)
 
 
 def pick_device(name):
@@ -42,6 +48,24 @@ def pick_device(name):
 def freeze(model):
     """The teacher never learns."""
     return model.eval().requires_grad_(False)
+
+
+def checkpoint_layers(model):
+    """Keep the inputs of the layers for the backward pass and compute the rest again: memory for a third more time.
+
+    transformers does so in layers that are in training mode, and only where grad is enabled; what is inside them stays
+    in eval mode, and a layer that drops out by itself no longer does.
+    Raises ValueError for an architecture that has no such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers to checkpoint; leave --gradient-checkpointing out")
+    model.activation_checkpointing_enable()
+    for layer in layers:
+        layer.training = True                                                   # of the layer alone, not of its parts
+        for name, x in vars(layer).items():
+            if "dropout" in name and isinstance(x, float):
+                setattr(layer, name, 0.0)
 
 
 def eos_ids(model, tokenizer):
@@ -102,6 +126,7 @@ class Split(NamedTuple):
     trunk: Callable      # ids (b, L), attention_mask (b, L) -> (b, L, H)
     head: Callable       # (..., H) -> (..., V)
     own_logits: bool     # true where the model does more than a linear head: then H = V and the head is the identity
+    ddp: Callable | None = None      # of a student that several processes train together, see learning
 
 
 class Head:
@@ -117,7 +142,7 @@ class Head:
     bias = property(lambda self: self._cut(self.linear.bias))                               # (V,) or None
 
     def __call__(self, h):
-        return linear(h, self.weight, self.bias)
+        return linear(h.to(self.linear.weight.device), self.weight, self.bias)
 
 
 @torch.no_grad()
@@ -125,7 +150,7 @@ def _agrees(model, head):
     """Does head(last hidden state) equal the model's logits on a few tokens?"""
     ids = torch.arange(8, device=head.weight.device).unsqueeze(0)                           # (1, 8)
     own, made = model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state)
-    return (own - made).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max()
+    return (own - made.to(own.device)).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max()
 
 
 def split(model, vocab_size):
@@ -156,9 +181,10 @@ def states(trunk, ids, attention_mask, is_response):
     return h[:, :-1][is_response[:, 1:]]                                            # the state at t-1 predicts token t
 
 
-def micro_batches(rollout, budget):
+def micro_batches(rollout, budget, share=(0, 1)):
     """Cut a rollout into parts of at most `budget` padded tokens (at least one row), rows of like length together.
 
+    share: (rank, processes), of which each takes every so many rows.
     Yields rows (b,), ids (b, L), attention_mask (b, L), is_response (b, L)
     without columns that are padding in every row.
     """
@@ -166,7 +192,7 @@ def micro_batches(rollout, budget):
     is_response = torch.zeros_like(mask)
     is_response[:, mask.size(1) - rollout.response_mask.size(1):] = rollout.response_mask    # (B, P+T)
     start, end = mask.long().argmax(1).tolist(), (mask.long().cumsum(1).argmax(1) + 1).tolist()
-    order = sorted(range(len(start)), key=lambda row: (end[row] - start[row], row))
+    order = sorted(range(len(start)), key=lambda row: (end[row] - start[row], row))[share[0]::share[1]]
     while order:
         part = [order.pop()]                                                    # the longest first: memory peaks early
         left, right = start[part[0]], end[part[0]]
@@ -181,23 +207,61 @@ def micro_batches(rollout, budget):
 
 
 def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temperature=1.0, teacher_temperature=1.0,
-          seconds=None):
+          seconds=None, share=(0, 1)):
     """Loss and diagnostics at every position of a rollout, a micro-batch at a time, as two Splits see it.
 
     Yields rows (b,), is_response (b, L), {name: (N,)} from per_position, packed row by row, and the sum of the losses
     (see loss.in_chunks); where grad is enabled call its backward before asking for the next.
-    seconds, a dict, collects the time spent in the teacher's trunk.
+    seconds, a dict, collects the time spent in the teacher's trunk. share: of several processes, see micro_batches.
     """
-    for rows, ids, mask, is_response in micro_batches(rollout, micro_batch_tokens):
+    parts = list(micro_batches(rollout, micro_batch_tokens, share))
+    for i, (rows, ids, mask, is_response) in enumerate(parts):
         started = time.perf_counter()
         with torch.no_grad():
             h_q = states(teacher.trunk, ids, mask, is_response)                             # (N, H')
         if seconds is not None:
             seconds["teacher"] = seconds.get("teacher", 0.0) + time.perf_counter() - started
-        h_p = states(student.trunk, ids, mask, is_response)                                 # (N, H)
-        y = ids[is_response]                                                                # (N,)
-        yield rows, is_response, *in_chunks(per_position, h_p, h_q, student.head, teacher.head, y,
-                                            temperature=temperature, teacher_temperature=teacher_temperature)
+
+        def learn():
+            h_p = states(student.trunk, ids, mask, is_response)                             # (N, H)
+            return in_chunks(per_position, h_p, h_q, student.head, teacher.head, ids[is_response],
+                             temperature=temperature, teacher_temperature=teacher_temperature)
+        yield rows, is_response, *learning(student, learn, last=i == len(parts) - 1)
+
+
+# --- several processes ---------------------------------------------------------------------------------------------
+
+
+class Runs(torch.nn.Module):
+    """DistributedDataParallel wants a module whose forward it can watch; this one runs what it is given."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, f):
+        return f()
+
+
+def together(model, student):
+    """A student's Split with DistributedDataParallel around the model: rank 0's weights everywhere, and the mean of the
+    processes' gradients after a backward. As it is where there is one process.
+    """
+    if not dist.is_initialized():
+        return student
+    ids = torch.arange(8, device=model.get_input_embeddings().weight.device).unsqueeze(0)                    # (1, 8)
+    total = student.head(student.trunk(ids, torch.ones_like(ids))).sum()
+    idle = [g is None for g in torch.autograd.grad(total, list(model.parameters()), allow_unused=True)]  # experts, say
+    return student._replace(ddp=DistributedDataParallel(
+        Runs(model), forward_sync_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=any(idle)))
+
+
+def learning(student, f, last):
+    """f(), whose backward through the last micro-batch of an update sums the gradients of all processes."""
+    if student.ddp is None or not torch.is_grad_enabled():
+        return f()
+    with contextlib.nullcontext() if last else student.ddp.no_sync():
+        return student.ddp(f)
 
 
 # --- the two together ----------------------------------------------------------------------------------------------
@@ -219,20 +283,24 @@ class Pair:
     autocast: Callable       # context manager of the computation's dtype
 
     @classmethod
-    def load(cls, student, teacher, *, device="auto", dtype="float32", teacher_dtype=""):
+    def load(cls, student, teacher, *, device="auto", dtype="float32", teacher_dtype="", teacher_device_map="",
+             gradient_checkpointing=False):
         """Two directories or hub names -> Pair. Raises ValueError where they do not fit (check_pair)."""
         device = pick_device(device)
         plain, dtype = dtype == "float32", getattr(torch, dtype)
         autocast = contextlib.nullcontext if plain else lambda: torch.autocast(device.type, dtype)
         mine, theirs = (AutoTokenizer.from_pretrained(path) for path in (student, teacher))
         student = load(student, device=device)
-        teacher = freeze(load(teacher, device=device, dtype=getattr(torch, teacher_dtype) if teacher_dtype else dtype))
+        teacher = freeze(load(teacher, device=device, dtype=getattr(torch, teacher_dtype) if teacher_dtype else dtype,
+                              device_map=teacher_device_map or None))
+        if gradient_checkpointing:
+            checkpoint_layers(student)
         vocab_size = check_pair(student, teacher, mine, theirs)
         eos = eos_ids(student, mine) | eos_ids(teacher, theirs)
         end_id = theirs.eos_token_id if theirs.eos_token_id is not None else min(eos, default=None)
         return cls(student, teacher, mine, end_id,
                    dict(eos_ids=eos, pad_id=mine.pad_token_id or 0, vocab_size=vocab_size),
-                   (split(student, vocab_size), split(teacher, vocab_size)), device, autocast)
+                   (together(student, split(student, vocab_size)), split(teacher, vocab_size)), device, autocast)
 
     def encode(self, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
         """Questions {"prompt", ...} -> those that fit, each with its token ids: list of {"prompt", ..., "ids"}.
@@ -264,16 +332,20 @@ class Pair:
             raise ValueError(f"a token of {what} has no output row; leave it out")
 
     def micro_batch_tokens(self):
-        """How many tokens' activations fit into half a GiB on a CPU, an eighth of a GPU's memory, in the student: int.
+        """How many tokens' activations fit into a quarter of a GiB on a CPU, an eighth of a GPU's memory, in the
+        student: int.
 
         17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits, attention scores
-        aside, which no longer are kept). Rough: norms and residuals stay float32 under autocast.
+        aside, which no longer are kept), with checkpointed layers one, and 17 in the layer at hand. Rough: norms and
+        residuals stay float32 under autocast.
         """
         config = self.student.config.get_text_config()
         width = 4 if self.autocast is contextlib.nullcontext else 2                                     # bytes a value
         room = (torch.cuda.get_device_properties(self.device).total_memory // 8 if self.device.type == "cuda"
-                else 2 ** 29)
-        return max(1, room // (17 * width * config.num_hidden_layers * config.hidden_size))
+                else 2 ** 28)
+        layers = config.num_hidden_layers
+        kept = layers + 17 if self.student.is_activation_checkpointing else 17 * layers       # values a hidden unit
+        return max(1, room // (kept * width * config.hidden_size))
 
     def write(self, prompts, *, n=1, max_new_tokens, temperature=1.0, seed):
         """The student's responses to prompts (token ids), from exactly the softmax that is scored: -> Rollout."""

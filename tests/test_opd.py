@@ -322,13 +322,13 @@ def test_what_cannot_work_is_one_line_before_any_model_is_loaded(flags, says, ca
 
 def test_micro_batches_and_rows_in_flight_change_nothing_but_memory(world, tmp_path, monkeypatch):
     """A run with few tokens a micro-batch, or few responses in flight, is the same run; by default as many tokens as
-    half a GiB holds."""
+    a quarter of a GiB holds."""
     rows = []
     for i, change in enumerate((dict(), dict(micro_batch_tokens=20), dict(in_flight=3))):
         run = opd.Run(config(world, tmp_path / str(i), steps=2, n=3, **change))
         if not change:
             H, layers = run.pair.student.config.hidden_size, run.pair.student.config.num_hidden_layers
-            assert run.cfg.micro_batch_tokens == 2 ** 29 // (68 * H * layers)
+            assert run.cfg.micro_batch_tokens == 2 ** 28 // (68 * H * layers)
         sizes = []
         run.pair.student.register_forward_pre_hook(
             lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)  # of rollouts

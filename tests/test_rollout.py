@@ -62,7 +62,7 @@ def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, te
     for row, response in enumerate(responses(r)):
         alone = unpadded(model, PROMPTS[row // 3], response, temperature)
         torch.testing.assert_close(r.log_p[row, :len(response)], alone, rtol=0, atol=1e-4)
-    trunk, head, _ = split(model, VOCAB)
+    trunk, head, *_ = split(model, VOCAB)
     is_response = torch.nn.functional.pad(r.response_mask, (r.ids.size(1) - r.response_mask.size(1), 0))
     with torch.no_grad():
         log_p = (head(states(trunk, r.ids, r.attention_mask, is_response)) / temperature).log_softmax(-1)

@@ -163,7 +163,7 @@ def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
 def test_trunk_and_head_are_the_models_own_logits(model):
     """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800: GPT-2's learned
     positions)."""
-    trunk, head, own_logits = split(model, VOCAB - 8)
+    trunk, head, own_logits, _ = split(model, VOCAB - 8)
     assert not own_logits
     ids, mask = left_pad(PROMPTS, 0)
     made = head(trunk(ids, mask))
@@ -175,7 +175,7 @@ def test_a_bias_of_the_head_is_part_of_it():
     """A head with a bias is cut along with its weight."""
     model, ids = tiny("llama"), torch.arange(10)[None]
     model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
-    trunk, head, own_logits = split(model, VOCAB - 8)
+    trunk, head, own_logits, _ = split(model, VOCAB - 8)
     assert not own_logits
     close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), model(input_ids=ids).logits[..., :VOCAB - 8])
 
@@ -184,7 +184,7 @@ def test_soft_capped_logits_are_found_out_and_kept():
     """Gemma 2 does more than a linear head: its own logits are taken, with a warning, and graded like any other."""
     model, ids = tiny("gemma2"), torch.arange(10)[None]
     with pytest.warns(UserWarning, match="Gemma2ForCausalLM does more than a linear output head"):
-        trunk, head, own_logits = split(model, VOCAB - 8)
+        trunk, head, own_logits, _ = split(model, VOCAB - 8)
     own = model(input_ids=ids).logits[..., :VOCAB - 8]
     assert own_logits and own.abs().max() <= 2
     close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), own)
@@ -223,7 +223,7 @@ def test_padded_vocabulary_columns_change_nothing(architecture, padded):
 def test_states_are_those_before_each_response_token(model):
     """Packed row by row, the state at t - 1 for token t (ms-swift#8436: logits and labels unshifted)."""
     r = written()
-    trunk, _, _ = split(model, VOCAB)
+    trunk, *_ = split(model, VOCAB)
     (rows, ids, mask, is_response), = micro_batches(r, 10_000)
     expected = []
     for row in rows.tolist():
