@@ -33,7 +33,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rollout import additions, load_prompts, rollout
+from rollout import additions, load_prompts, processes, rollout
 from teacher import Pair, grade, micro_batches, states
 
 # --- Eq. 6 to 10, a position at a time -----------------------------------------------------------------------------
@@ -560,7 +560,8 @@ def provenance():
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     command = " ".join(portable(word) for word in sys.argv)
     return {"command": command, "commit": commit or None, "python": sys.version.split()[0],
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "processes": processes()[1]}
 
 
 def portable(word):

@@ -23,6 +23,7 @@ import math
 import os
 import random
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -553,10 +554,15 @@ def one_of_several(cfg):
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
+    def stop(*_):
+        raise ValueError("stopped, as torchrun does when another process has died; the last checkpoint is whole: --resume")
+    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except RuntimeError as error:
-        raise ValueError(f"process {dist.get_rank()} of {dist.get_world_size()}: {error}; {GO_ON}") from error
+        if any(name in str(error) for name in ("gloo", "NCCL", "Connection")):              # the others are not there
+            stop()
+        raise
     finally:
         dist.destroy_process_group()
 

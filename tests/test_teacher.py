@@ -10,7 +10,8 @@ from conftest import ARCHITECTURES, TEMPLATE, VOCAB, WORDS, tiny, word_tokenizer
 from analysis import diagnose
 from loss import full_vocab, sampled_token, top_k
 from rollout import Rollout, left_pad, rollout
-from teacher import Split, check_pair, eos_ids, freeze, grade, load, micro_batches, split, states
+from teacher import (Pair, Split, check_pair, checkpoint_layers, eos_ids, freeze, grade, load, micro_batches, split,
+                     states)
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, equal_nan=True)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [20, 21]]
@@ -399,3 +400,64 @@ def test_what_was_sampled_is_what_is_graded(architecture, temperature, teacher_t
     logits = teacher(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
     log_q = (logits / teacher_temperature).log_softmax(-1)[r.response_ids(2)[0]]
     assert (ours["reward"] + ours["log_p"])[2, 0].item() == pytest.approx(log_q.item(), abs=1e-4)
+
+
+def kept_for_backward(student, teacher, r):
+    """Bytes of what autograd keeps between forward and backward, each tensor once, weights aside."""
+    kept, weights = {}, {p.untyped_storage().data_ptr() for p in student.parameters()}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        parts = list(grade(split(student, VOCAB), split(teacher, VOCAB), r, full, micro_batch_tokens=10_000))
+    return sum(kept.values()) if parts else 0
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
+    """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval mode,
+    writes the same tokens, has the same gradients, and keeps less.
+    """
+    student, teacher = pair(architecture)
+    how = dict(n=2, max_new_tokens=6)
+    before = rollout(student, PROMPTS, **how, generator=torch.Generator().manual_seed(0))
+    plain, kept = gradients(student, teacher, before), kept_for_backward(student, teacher, before)
+    checkpoint_layers(student)
+    after = rollout(student, PROMPTS, **how, generator=torch.Generator().manual_seed(0))
+    assert not student.training and torch.equal(before.ids, after.ids) and torch.equal(before.log_p, after.log_p)
+    close(gradients(student, teacher, after), plain)
+    assert kept_for_backward(student, teacher, before) < 0.5 * kept
+
+
+def test_a_checkpointed_layer_does_not_drop_out():
+    """A layer that reads its own training flag for dropout, as OPT's does, would no longer be scored as it sampled."""
+    from transformers import OPTConfig, OPTForCausalLM
+    torch.manual_seed(0)
+    model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, ffn_dim=64, dropout=0.5,
+                                     num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)).eval()
+    r = written()
+    plain = gradients(model, freeze(tiny("llama")), r)
+    checkpoint_layers(model)
+    close(gradients(model, freeze(tiny("llama")), r), plain)
+
+
+def test_what_has_no_layers_to_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="leave --gradient-checkpointing out"):
+        checkpoint_layers(torch.nn.Linear(2, 2))
+
+
+def test_a_teacher_is_placed_by_transformers(tmp_path):
+    """--teacher-device-map: the same grades; without accelerate one line says what to install."""
+    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path)
+    word_tokenizer().save_pretrained(tmp_path)
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install accelerate"):
+            Pair.load(tmp_path, tmp_path, device="cpu", teacher_device_map="auto")
+        return
+    pair = Pair.load(tmp_path, tmp_path, device="cpu", teacher_device_map="auto")
+    ids = torch.arange(6).unsqueeze(0)
+    assert torch.equal(pair.teacher(ids).logits, pair.student(ids).logits)

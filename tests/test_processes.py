@@ -1,0 +1,127 @@
+"""Several processes are one run: what torchrun starts writes, learns and measures as a single process does.
+
+This file is also what torchrun starts: `main` at its end runs one part of the tests in each process.
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import opd
+import recipes
+from test_opd import config, rows, weights, world                                          # noqa: F401: a fixture
+
+EXAMPLES = [([4, 6], [7, 2]), ([4], [8, 9, 10, 2]), ([5, 5, 5], [2])]                     # prompt ids, response ids
+
+
+def start(*arguments, timeout=120):
+    """Two processes: -> what came out of them, with their exit code. Without -- torchrun takes --n for one of its own."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+    return subprocess.run([*torchrun, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(opd.__file__).parent)})
+
+
+def flags(cfg):
+    """A Config as words of the command line."""
+    named = {name: x for name, x in vars(cfg).items() if x not in (False, "") and x != getattr(opd.Config, name)}
+    return [word for name, x in named.items()
+            for word in ["--" + name.replace("_", "-")] + ([] if x is True else [str(x)])]
+
+
+def gradients(cfg):
+    """Gradients and metrics of one update without its step, and of one of the cold start."""
+    run, out = opd.Run(cfg), {}
+    r = run.write(run.prompts[:3], 2, 0)
+    out["tokens"] = r.ids
+    out["measured"] = opd.measure(run.cfg, *run.pair.splits, r, learn=True)
+    out["gradients"] = [p.grad.clone() for p in run.pair.student.parameters()]
+    run.optimizer.zero_grad()
+    held = opd.measure(run.cfg, *run.pair.splits, run.write(run.prompts[:1], 1, 0), learn=False)     # less than one each
+    out["held"] = held["reverse_kl"]
+    run.optimizer.step = lambda: out.update(cold=[p.grad.clone() for p in run.pair.student.parameters()])
+    out["cold_start"] = next(recipes.cold_start(run.pair, run.optimizer, EXAMPLES, steps=4, batch_size=3,
+                                                micro_batch_tokens=4))
+    return out
+
+
+@pytest.mark.parametrize("change", [dict(objective="full"), dict(gradient_checkpointing=True, teacher="gemma3")])
+def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change):      # noqa: F811
+    """trl#4105, easydistill#16 over processes: one denominator for all, whatever each of them got: five or six
+    micro-batches of unlike sizes here; in the evaluation one process has nothing to do.
+    """
+    change = {**change, "teacher": f"{world}/{change.get('teacher', 'teacher')}"}
+    cfg = config(world, tmp_path / "two", micro_batch_tokens=9, **change)
+    done = start(__file__, "gradients", tmp_path, *flags(cfg))
+    assert done.returncode == 0, done.stderr
+    one = gradients(config(world, tmp_path / "one", micro_batch_tokens=9, **change))
+    for two in (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)):
+        assert torch.equal(two["tokens"], one["tokens"])
+        for name in ("gradients", "cold"):
+            for a, b in zip(two[name], one[name], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        for name, x in one["measured"].items():
+            if name not in ("by_position", "sampling_mismatch"):
+                assert two["measured"][name] == pytest.approx(x, rel=1e-5, abs=1e-6), name
+        assert two["measured"]["by_position"]["tokens"] == one["measured"]["by_position"]["tokens"]
+        assert two["held"] == pytest.approx(one["held"], rel=1e-5)
+        assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
+
+
+def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_path):      # noqa: F811
+    """A process killed in step 4 ends all of them in seconds, with a word; --resume then ends as the run that was not
+    disturbed. The first process alone wrote: no line stands twice.
+    """
+    how = dict(steps=5, cold_start=4, cold_start_steps=2, cold_start_batch_size=2, cold_start_max_new_tokens=40,
+               cold_start_temperature=1.0)
+    cfg = config(world, tmp_path / "two", **how)
+    died = start(__file__, "dies", tmp_path, *flags(cfg))
+    assert died.returncode and "exitcode  : -9" in died.stderr and "opd.py: stopped, as torchrun does" in died.stderr
+    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
+    assert not (tmp_path / "two" / "result.json").exists()
+    done = start(opd.__file__, *flags(cfg), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("gap recovery") == 1                                           # one of them talks
+    opd.Run(config(world, tmp_path / "one", **how)).go()
+    two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
+    assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
+    for a, b in zip(two, one):
+        assert {name: a[name] for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length")} == pytest.approx(
+            {name: b[name] for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length")}, rel=1e-4)
+    for name in ("cold_start.jsonl", "cold_start.jsonl.dropped.jsonl", "rollouts.jsonl"):
+        lines = [sorted((tmp_path / run / name).read_text().splitlines()) for run in ("one", "two")]
+        assert lines[0] == lines[1], name
+    theirs = weights(tmp_path / "one")
+    assert all(torch.allclose(x, theirs[name], atol=1e-4) for name, x in weights(tmp_path / "two").items())
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+
+
+def test_more_processes_than_responses_are_refused(world, tmp_path, monkeypatch):          # noqa: F811
+    """A process without a response would have no gradient to give, and all would wait for it."""
+    monkeypatch.setattr(opd, "processes", lambda: (0, 8))
+    with pytest.raises(ValueError, match="--batch-size 3, --n 2.*8 processes"):
+        opd.Run(config(world, tmp_path))
+
+
+def main(what, folder, *words):
+    cfg = opd.parse(list(words))
+    with opd.analysis.one_line("opd.py"), opd.one_of_several(cfg):
+        if what == "gradients":
+            rank = torch.distributed.get_rank()
+            return torch.save(gradients(cfg), f"{folder}/{rank}.pt")
+        plain = opd.Run.update
+
+        def update(run):
+            if run.step == 3 and torch.distributed.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(run)
+        opd.Run.update = update
+        opd.Run(cfg).go()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
