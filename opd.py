@@ -555,7 +555,8 @@ def one_of_several(cfg):
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
     def stop(*_):
-        raise ValueError("stopped, as torchrun does when another process has died; the last checkpoint is whole: --resume")
+        raise ValueError("stopped, as torchrun does when another process has died; "
+                         "the last checkpoint is whole: --resume")
     signal.signal(signal.SIGTERM, stop)
     try:
         yield

@@ -5,6 +5,7 @@
               token against the time that reading the weights once takes on this machine
     loss      peak memory and time of in_chunks against whole tensors and plain autograd, growing N and vocabulary
     step      seconds by phase and peak memory of opd.py, one setting changed at a time
+    processes the toy's step in two processes of one thread beside one process of one thread and of two
     trl       the whole step against TRL's DistillationTrainer, in an environment of its own
 
     python experiments/bench.py                          on a toy pair, made first
@@ -17,6 +18,7 @@
 import argparse
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -37,7 +39,7 @@ import teacher
 from rollout import encode, left_pad, load_prompts, rollout
 
 GIB = 2 ** 30
-PARTS = ("rollout", "loss", "step", "trl")
+PARTS = ("rollout", "loss", "step", "processes", "trl")
 VOCABULARIES = (50_000, 152_000, 262_000)         # about those of GPT-2, Qwen 2.5 and 3, Gemma 3
 POSITIONS = (512, 1024, 2048, 4096, 8192)
 WIDTH = 256                                       # hidden size in the loss part
@@ -67,9 +69,12 @@ def clock(f):
     return time.perf_counter() - started
 
 
-def in_a_process(python, what, **how):
-    """`what` of this file in a fresh process, for a peak of memory of its own: -> its result."""
-    run = subprocess.run([python, __file__, "--one", what, json.dumps(how)], capture_output=True, text=True)
+def in_a_process(python, what, *, processes=1, threads=None, **how):
+    """`what` of this file in a fresh process, or several, for a peak of memory of its own: -> its result."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    run = subprocess.run([python, *torchrun * (processes > 1), __file__, "--one", what, json.dumps(how)],
+                         env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
+                         capture_output=True, text=True)
     if run.returncode:
         raise RuntimeError(f"{what} {how}: {run.stderr[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -202,11 +207,13 @@ def bench_loss(quick):
 
 def our_step(steps, **settings):
     """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases, "tokens", "bytes"}."""
-    run, rows = opd.Run(opd.Config(**settings, out=tempfile.mkdtemp() + "/run")), []
-    for _ in range(steps + 1):
-        started = time.perf_counter()
-        rows.append(run.update()[1])
-        rows[-1]["seconds"] = time.perf_counter() - started
+    cfg, rows = opd.Config(**settings, out=tempfile.mkdtemp() + "/run"), []
+    with opd.one_of_several(cfg):
+        run = opd.Run(cfg)
+        for _ in range(steps + 1):
+            started = time.perf_counter()
+            rows.append(run.update()[1])
+            rows[-1]["seconds"] = time.perf_counter() - started
     return {**{name: median(row[name] for row in rows[1:])
                for name in ("seconds", "time_rollout", "time_teacher", "time_update", "tokens")}, "bytes": peak()}
 
@@ -245,6 +252,23 @@ def bench_step(pairs, quick):
                              ("full vocabulary", {"objective": "full"}), ("sampled token", {"objective": "sampled"})):
             rows.append({"part": "step", "model": name, "what": what, **in_a_process(
                 sys.executable, "step", steps=10 if name == "toy" and not quick else 2, **{**pair, **change})})
+    return rows
+
+
+def bench_processes(pair, quick):
+    """Tokens a second of the toy, per process as many prompts as before ("weak"), and as many in all ("strong")."""
+    rows = []
+    for B in (64, 256):
+        def rate(processes, threads, batch_size):
+            step = in_a_process(sys.executable, "step", processes=processes, threads=threads, steps=2 if quick else 20,
+                                **{**pair, "batch_size": batch_size})
+            return step["tokens"] / step["seconds"]
+        arms = {"one process, one thread": partial(rate, 1, 1, B), "one process, two threads": partial(rate, 1, 2, B),
+                "two processes": partial(rate, 2, 1, B), "two processes, each as many": partial(rate, 2, 1, 2 * B)}
+        made = alternate(arms, 1 if quick else 5)
+        for arm, rates in made.items():
+            rows.append({"part": "processes", "model": "toy", "batch_size": B, "arm": arm, "tokens_per_second": rates,
+                         "ratio": [a / b for a, b in zip(rates, made["one process, one thread"])]})
     return rows
 
 
@@ -295,6 +319,9 @@ def report(rows):
             lines.append(f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = rollout {r['time_rollout']:.3f} "
                          f"+ teacher {r['time_teacher']:.3f} + update {r['time_update']:.3f}; "
                          f"{r['tokens'] / r['seconds']:6.0f} tokens/s, peak {r['bytes'] / 1e9:.2f} GB")
+        elif r["part"] == "processes":
+            lines.append(f"processes toy, {r['batch_size']:3d} prompts, {r['arm']:27}: "
+                         f"{median(r['tokens_per_second']):6.0f} tokens/s, {spread(r['ratio'])} times the first's")
         elif r["part"] == "trl":
             faster = [a / b for a, b in zip(r["trl seconds"], r["ours seconds"])]
             smaller = [a / b for a, b in zip(r["ours bytes"], r["trl bytes"])]
@@ -350,6 +377,7 @@ def main():
         rows += {"rollout": lambda: [row for name, pair in pairs.items() for row in bench_rollout(
                      name, pair["teacher"], pair["prompts"], long[name], name in flags.generate_batch, flags.quick)],
                  "loss": lambda: bench_loss(flags.quick), "step": lambda: bench_step(pairs, flags.quick),
+                 "processes": lambda: bench_processes(pairs["toy"], flags.quick),
                  "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []}[part]()
         made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
         analysis.write_json(out.with_suffix(".json"), made)                            # what is measured is not lost

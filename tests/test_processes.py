@@ -20,7 +20,7 @@ EXAMPLES = [([4, 6], [7, 2]), ([4], [8, 9, 10, 2]), ([5, 5, 5], [2])]           
 
 
 def start(*arguments, timeout=120):
-    """Two processes: -> what came out of them, with their exit code. Without -- torchrun takes --n for one of its own."""
+    """Two processes: -> what came out of them, with their exit code. Without -- torchrun takes --n for its own."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
     return subprocess.run([*torchrun, *map(str, arguments)], capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(opd.__file__).parent)})
@@ -41,7 +41,7 @@ def gradients(cfg):
     out["measured"] = opd.measure(run.cfg, *run.pair.splits, r, learn=True)
     out["gradients"] = [p.grad.clone() for p in run.pair.student.parameters()]
     run.optimizer.zero_grad()
-    held = opd.measure(run.cfg, *run.pair.splits, run.write(run.prompts[:1], 1, 0), learn=False)     # less than one each
+    held = opd.measure(run.cfg, *run.pair.splits, run.write(run.prompts[:1], 1, 0), learn=False)  # less than one each
     out["held"] = held["reverse_kl"]
     run.optimizer.step = lambda: out.update(cold=[p.grad.clone() for p in run.pair.student.parameters()])
     out["cold_start"] = next(recipes.cold_start(run.pair, run.optimizer, EXAMPLES, steps=4, batch_size=3,
@@ -89,9 +89,8 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
     opd.Run(config(world, tmp_path / "one", **how)).go()
     two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
-    for a, b in zip(two, one):
-        assert {name: a[name] for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length")} == pytest.approx(
-            {name: b[name] for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length")}, rel=1e-4)
+    for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), name
     for name in ("cold_start.jsonl", "cold_start.jsonl.dropped.jsonl", "rollouts.jsonl"):
         lines = [sorted((tmp_path / run / name).read_text().splitlines()) for run in ("one", "two")]
         assert lines[0] == lines[1], name

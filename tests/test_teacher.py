@@ -417,8 +417,8 @@ def kept_for_backward(student, teacher, r):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
-    """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval mode,
-    writes the same tokens, has the same gradients, and keeps less.
+    """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval
+    mode, writes the same tokens, has the same gradients, and keeps less.
     """
     student, teacher = pair(architecture)
     how = dict(n=2, max_new_tokens=6)
