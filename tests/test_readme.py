@@ -20,6 +20,7 @@ def test_every_flag_that_it_names_exists():
     for file in ("analysis.py", "recipes.py", "experiments/bench.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the tables, which name a script
+    prose = re.sub(r"torchrun .*? -- ", "", prose)                              # and without flags of another's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
     assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {"prompts.jsonl", "eval.jsonl"}
     assert flags[::2] == [word for word in flags if word.startswith("--")]
