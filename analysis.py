@@ -6,6 +6,7 @@ At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = T
     Eq. 7      overlap-token advantage  (1/|I|) sum_I p'(v) (log q'(v) - log p'(v)),  p', q' renormalised on I
     Eq. 8      entropy gap              |H(q) - H(p)|, full vocabulary, absolute value at each position
     Eq. 9, 10  overlap mass             sum_I p(v)  and  sum_I q(v), not renormalised
+    4.1        largest gap              |p(v) - q(v)| at the v of P with the largest p(v) |log q(v) - log p(v)|
 
 The first half knows only tensors: log-probabilities (N, V) at N packed positions in, one number a position out, (N,).
 The paper's E_t is their mean over all positions of all responses. What follows reads answers, diagnoses a pair before
@@ -64,6 +65,14 @@ def overlap_mass(log_p, log_q, k):
     return tuple((x.gather(-1, S).exp() * shared).sum(-1) for x in (log_p, log_q))
 
 
+def largest_gap(log_p, log_q, k):
+    """4.1, |p - q| at the token that asks most of the student, of its k likeliest the one with the largest
+    p(v) |log q(v) - log p(v)|: (N, V), (N, V) -> (N,) in 0..1. The paper plots p - q; signs would cancel in a mean.
+    """
+    S = log_p.topk(k).indices
+    return _largest_gap(log_p.gather(-1, S), log_q.gather(-1, S))
+
+
 def entropy(log_p):
     """H(p) = -sum_v p(v) log p(v) over the whole vocabulary: (N, V) -> (N,), nats."""
     p = log_p.exp()
@@ -101,6 +110,7 @@ def diagnose(log_p, log_q, y, k):
     return {"reverse_kl": KL, "overlap_ratio": shared.to(log_p.dtype).mean(-1),
             "overlap_mass_student": (p_S.exp() * shared).sum(-1), "overlap_mass_teacher": (q_S.exp() * shared).sum(-1),
             "overlap_token_advantage": _advantage(p_S, q_S, shared), "entropy_gap": (H_q - H_p).abs(),
+            "largest_gap": _largest_gap(p_S, q_S),
             "entropy_student": H_p, "entropy_teacher": H_q, "reward": q_y - p_y, "log_p": p_y}
 
 
@@ -123,6 +133,13 @@ def _advantage(p_S, q_S, shared):
     p_I, q_I = (torch.where(shared, x, -1e4).clamp_min(-1e4).log_softmax(-1) for x in (p_S, q_S))   # 0 log 0 = 0
     total = torch.where(shared, p_I.exp() * (q_I - p_I), 0).sum(-1)
     return torch.where(shared.any(-1), total / shared.sum(-1), math.nan)
+
+
+def _largest_gap(p_S, q_S):
+    """From log-probabilities on P: (N, k), (N, k) -> (N,)."""
+    p, q = p_S.exp(), q_S.exp()
+    asks = (p * (q_S.clamp_min(-1e4) - p_S.clamp_min(-1e4))).abs()                          # (N, k)
+    return (p - q).abs().gather(-1, asks.argmax(-1, keepdim=True)).squeeze(-1)
 
 
 # --- Is the answer right? ------------------------------------------------------------------------------------------
@@ -417,8 +434,8 @@ def show(report):
         "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
         "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
         "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
-        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8", "reverse_kl": "reverse KL",
-        "reward": "mean reward"}
+        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
+        "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
     for name, title in titles.items():
         x = r["metrics"][name]
         lines.append(f"{title:32} " + (

@@ -101,16 +101,22 @@ def report(made, out):
         if gains:
             lines.append(f"{name:44} {len(gains):3d} runs, gain {min(gains):+.3f} .. {max(gains):+.3f}, "
                          f"mean {sum(gains) / len(gains):+.3f}")
-    rank, promised = spearman(predictors["predicted gain"], realised) or 0, {}
+    verdicts = judge(runs)
+    lines += [f"{name:8} {criterion}: {found}, {'holds' if holds else 'DOES NOT HOLD'}"
+              for name, criterion, found, holds in verdicts]
+    write_text("\n".join(lines), made, out)
+    plot.forecast(out.with_suffix(".json"), out.with_suffix(".svg"), f"Spearman {verdicts[0][2]}, {len(runs)} runs")
+
+
+def judge(runs):
+    """The criteria above: [(name, criterion, what was found, does it hold)]."""
+    rank, promised = spearman([r["predicted_gain"]["mean"] for r in runs], [r["gain"] for r in runs]) or 0, {}
     for r in runs:
         if r["verdict"] == analysis.SHOULD_WORK:
             promised.setdefault((r["student"], r["teacher"]), []).append(r["gain"])
     broken = [f"{s} <- {t}" for (s, t), gains in promised.items() if sum(gains) < 0]
-    lines.append(f"rank     Spearman >= 0.8: {rank:.2f}, {'holds' if rank >= 0.8 else 'DOES NOT HOLD'}")
-    lines.append(f'promise  no "should work" below zero: {", ".join(broken) or "none"}, '
-                 f'{"DOES NOT HOLD" if broken else "holds"}')
-    write_text("\n".join(lines), made, out)
-    plot.forecast(out.with_suffix(".json"), out.with_suffix(".svg"), f"Spearman {rank:.2f}, {len(runs)} runs")
+    return [("rank", "Spearman >= 0.8", f"{rank:.2f}", rank >= 0.8),
+            ("promise", 'no "should work" below zero', ", ".join(broken) or "none", not broken)]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """experiments/lab.py: what the experiments share: their flags, one distillation, and how results are written down."""
 import argparse
 import json
+import math
 import sys
 import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import mean
 
 import transformers
 
@@ -16,7 +18,8 @@ import opd  # noqa: E402
 import toy  # noqa: E402
 
 CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
-          "entropy_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm", "accuracy")
+          "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
+          "time_update", "accuracy")
 
 
 def distil(student, teacher, world, out, **settings):
@@ -78,6 +81,13 @@ def join(parts, key="runs"):
         raise SystemExit("these results come from different commits")
     return {**parts[0], "command": " ; ".join(part["command"] for part in parts),
             "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
+
+
+def difference(ours, theirs, keys=("accuracy_after", "accuracy_after")):
+    """Mean over seeds of an accuracy of ours - one of theirs, and two standard errors of it."""
+    pairs = [(a[keys[0]], b[keys[1]]) for a, b in zip(ours, theirs, strict=True)]
+    return (mean(a["mean"] - b["mean"] for a, b in pairs),
+            2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
 
 
 def write_text(text, made, out):

@@ -4,6 +4,8 @@
     draw        results/phenomenology.json: accuracy and overlap ratio of the four pairs
     forecast    results/forecast.json: the gain that was predicted before training against the one that came
     recipe      results/recipe.json: the cold start and its controls, the mixing of aligned prompts
+    mechanism   results/mechanism.json: success and failure side by side, supports
+    cost        results/cost.json: response budgets, depth, supports, coherence of the gradients
 
 Pictures need matplotlib, which is optional: without it the tables are still printed, and a line says what to install.
 """
@@ -16,10 +18,13 @@ import textwrap
 from pathlib import Path
 
 # the same in every figure
-COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "other": "#7d5ba6", "reverse": "#8a8a8a"}
+COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "weaker": "#0072b2", "other": "#7d5ba6", "reverse": "#8a8a8a",
+           "reverse-bigger": "#b8a06a"}
 SPARE = ("#0072b2", "#e69f00", "#56b4e9", "#cc79a7", "#000000")            # Okabe and Ito: safe for the colour-blind
 NAMES = {"success": "post-trained teacher, same family", "bigger": "bigger teacher, same pipeline",
-         "other": "post-trained teacher, other family", "reverse": "post-trained student, its earlier self as teacher"}
+         "weaker": "less post-trained teacher, same family", "other": "post-trained teacher, other family",
+         "reverse": "post-trained student, its earlier self as teacher",
+         "reverse-bigger": "post-trained student, the bigger one as teacher"}
 COLUMNS = (        # of the table of a run: metric, title, format
     ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
     ("overlap_ratio", "overlap", "7.3f"),
@@ -397,6 +402,92 @@ def recipe(results, out):
     save(plt, figure, out)
 
 
+def mechanism(results, out):
+    """Paper 4: metrics against step for success and failure, accuracy on other supports; mean, range of the seeds."""
+    plt = pyplot(f"python experiments/mechanism.py --report {results}")
+    if plt is None:
+        return
+    with open(results) as file:
+        runs = json.load(file)["runs"]
+    figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
+    panels = [panel for panel in PANELS if panel[4] in (
+        "overlap_ratio", "overlap_mass_student", "overlap_token_advantage", "entropy_gap", "loss", "grad_norm")]
+    panels.insert(4, ("|p - q| at the token of largest advantage", "probability", 0, None, "largest_gap", None))
+    for axes, (title, unit, low, high, *names) in zip(grid.flat, panels):
+        for pair, colour in (("success", COLOURS["success"]), ("failure", COLOURS["bigger"])):
+            mine = [run["curves"] for run in runs if run["pair"] == pair and run["support"] == "student"]
+            for name, style in zip(names, ("-", "--")):
+                if name:
+                    curves = [smooth(curve[name], 7) for curve in mine]
+                    band(axes, mine[0]["step"], curves, colour, style, label=pair if style == "-" else None)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel(unit)
+        limit(plt, axes, low, high)
+        axes.set_xlabel("step")
+    right, success = grid[1, 3], [run for run in runs if run["pair"] == "success"]
+    arms = list(dict.fromkeys(run["support"] for run in success))
+    for place, arm in enumerate(arms):
+        values = [run["accuracy_after"]["mean"] for run in success if run["support"] == arm]
+        colour = COLOURS["success" if place < 2 else "reverse"]
+        right.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
+        right.plot([place] * len(values), values, "o", color=colour, markersize=4)
+    level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
+    right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
+    right.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=8)
+    right.set_title("4.2 accuracy by support (- - before)", fontsize=9)
+    right.set_ylim(0, 1)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save(plt, figure, out)
+
+
+def cost(results, out):
+    """Paper 6: accuracy against the response budget and by support, gain against depth, coherence over training."""
+    plt = pyplot(f"python experiments/cost.py --report {results}")
+    if plt is None:
+        return
+    with open(results) as file:
+        runs = json.load(file)["runs"]
+
+    def of(part):
+        return [run for run in runs if run["part"] == part]
+    figure, (length, depth, support, signal) = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    seeds = sorted({run["seed"] for run in runs})
+    budgets = list(dict.fromkeys(int(run["arm"]) for run in of("length")))
+    band(length, budgets, [[run["accuracy_after"]["mean"] for run in of("length") if run["seed"] == seed]
+                           for seed in seeds], COLOURS["success"], "o-")
+    length.set_xscale("log", base=2)
+    length.set_xticks(budgets, budgets)
+    length.set(xlabel="tokens a response may have", ylabel="accuracy after", ylim=(0, 1), title="6.1 response budget")
+    cuts = [run["depths"] for run in of("depth")]
+    band(depth, [sum(x["tokens"] for x in at) / len(at) for at in zip(*cuts)],
+         [[x["mean"] for x in each] for each in cuts], COLOURS["success"], "o-")
+    depth.axhline(0, color="0.6", linewidth=0.8)
+    depth.set(xlabel="tokens that the student wrote", ylabel="teacher - student", title="6.1 who finishes it")
+    arms = list(dict.fromkeys(run["arm"] for run in of("support")))
+    for place, arm in enumerate(arms):
+        values = [run["accuracy_after"]["mean"] for run in of("support") if run["arm"] == arm]
+        support.bar(place, sum(values) / len(values), color=COLOURS["success"], alpha=0.35, width=0.7)
+        support.plot([place] * len(values), values, "o", color=COLOURS["success"], markersize=4)
+    support.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=7, rotation=40)
+    support.set(ylabel="accuracy after", ylim=(0, 1), title="6.3 support")
+    for pair in ("success", "bigger", "other"):
+        mine = [[run["coherence"] / run["null"] for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
+                for seed in seeds]
+        band(signal, range(3), mine, COLOURS[pair], "o-", label=NAMES[pair])
+    signal.set_xticks(range(3), ["before", "half-way", "after"])
+    signal.set(ylabel="coherence / null", title="6.2 do gradients point one way?", ylim=(0, None))
+    figure.legend(*signal.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save(plt, figure, out)
+
+
+def band(axes, x, curves, colour, style="-", label=None):
+    """A line through the mean over seeds, and their range behind it."""
+    middle = [sum(values) / len(values) for values in zip(*curves)]
+    axes.plot(x, middle, style, color=colour, label=label, linewidth=1.8)
+    axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
+                      color=colour, alpha=0.15, linewidth=0)
+
+
 def draw(results, out):
     """Accuracy and overlap ratio against step, a line a pair, mean over seeds with the range of the seeds behind it."""
     plt = pyplot(f"python experiments/plot.py {results} {out}")
@@ -417,10 +508,7 @@ def draw(results, out):
         left.plot(evaluated[-1] * 1.04, teacher, marker="<", color=colour, clip_on=False)
         for axes, x, curves in ((left, evaluated, accuracy),
                                 (right, steps, [run["curves"]["overlap_ratio"] for run in mine])):
-            middle = [sum(values) / len(values) for values in zip(*curves)]
-            axes.plot(x, middle, color=colour, label=NAMES[pair], linewidth=1.8)
-            axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
-                              color=colour, alpha=0.15, linewidth=0)
+            band(axes, x, curves, colour, label=NAMES[pair])
     left.set(xlabel="step", ylabel="accuracy of the student (◂ its teacher)", ylim=(0, 1))
     right.set(xlabel="step", ylabel="overlap ratio, k = 16 (Eq. 6)", ylim=(0, 1))
     figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

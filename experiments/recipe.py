@@ -31,6 +31,7 @@ from statistics import mean
 
 import torch
 
+import lab
 from lab import analysis, distil, main, toy, write_text
 import plot
 from recipes import in_template, select
@@ -139,36 +140,66 @@ def selection(world, seed, quick):
 
 
 def report(made, out):
-    write_text("\n".join(report_cold_starts(made["runs"]) + [""] + report_prompts(made["runs"])), made, out)
+    lines = report_cold_starts(made["runs"]) + [""] + report_prompts(made["runs"]) + [""]
+    lines += [f"{name:19} {criterion:44} {found}  {'holds' if holds else 'DOES NOT HOLD'}"
+              for name, criterion, found, holds in judge(made["runs"])]
+    write_text("\n".join(lines), made, out)
     plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
-def verdict(name, criterion, value, holds):
-    return f"{name:18} {criterion:44} {value}  {'holds' if holds else 'DOES NOT HOLD'}"
+def judge(runs):
+    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it hold)]."""
+    cold = {arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"]) for arm in plot.ARMS}
+    lines = []
+    for arm, sign, bound in (("opd", "<", 0.2), ("sft 100", "<", 0.5), ("sft 100 + opd", ">=", 0.8)):
+        recovered = [recovery(r) for r in cold[arm]]
+        value = math.nan if None in recovered else mean(recovered)
+        lines.append((f"5.1 {arm}", f"gap recovery {sign} {bound}", f"{value:.3f}",
+                      value < bound if sign == "<" else value >= bound))
+    against = [lab.difference(cold["sft 100 + opd"], cold[arm]) for arm in ("opd", "sft 300", "sft 300, fresh")]
+    lines.append(("5.1 cold start", "above opd and both sft 300", ", ".join(
+        f"{gain:+.3f} (noise {noise:.3f})" for gain, noise in against), all(gain > noise for gain, noise in against)))
+    arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
+    gain, noise = difference(arms["aligned", 1.0], arms["unaligned", 1.0], all_digits)
+    lines.append(("5.2 template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise))
+    gain, noise = difference(arms["aligned", 1.0], arms["aligned", 0.0], all_digits[:1])
+    ours, theirs = entropy(arms["aligned", 1.0]), entropy(arms["aligned", 0.0])
+    lines.append(("5.2 content", f"gain > {noise:.3f} and lower entropy",
+                  f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}", gain > noise and ours < theirs))
+    return lines
+
+
+def recovery(r):
+    return analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
+
+
+def by_template(runs):
+    """The runs of 5.2: {(template, fraction): one a seed}."""
+    arms = {}
+    for r in sorted((r for r in runs if "fraction" in r), key=lambda r: r["seed"]):
+        arms.setdefault((r["template"], r["fraction"]), []).append(r)
+    return arms
+
+
+def entropy(arm):
+    return mean(r["held_out_after"]["entropy_student"] for r in arm)
 
 
 def report_cold_starts(runs):
-    """5.1: every run, then the criteria on the mean over seeds; a list of lines."""
+    """5.1: every run; a list of lines."""
     lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
              f"{'masses at the end':>18} {'H student':>9}"]
-    recovered = {}
     for r in sorted((r for r in runs if r["part"] == "5.1"), key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"])):
-        recovery, b = analysis.gap_recovery(
-            r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]), r["held_out_after"]
-        recovered.setdefault(r["arm"], []).append(recovery)
+        recovered, b = recovery(r), r["held_out_after"]
         lines.append(f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
                      f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-                     f"{'none' if recovery is None else f'{recovery:.3f}':>9} {b['overlap_ratio']:8.3f} "
+                     f"{'none' if recovered is None else f'{recovered:.3f}':>9} {b['overlap_ratio']:8.3f} "
                      f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
-    for arm, sign, bound in (("opd", "<", 0.2), ("sft 100", "<", 0.5), ("sft 100 + opd", ">=", 0.8)):
-        value = math.nan if None in recovered[arm] else mean(recovered[arm])
-        lines.append(verdict(arm, f"gap recovery {sign} {bound}", f"{value:.3f}",
-                             value < bound if sign == "<" else value >= bound))
     return lines
 
 
 def report_prompts(runs):
-    """5.2: every run, then the criteria on the mean over seeds; a list of lines."""
+    """5.2: every run, then what has no criterion; a list of lines."""
     titles = [f"{template}, {digits}" for template in ARMS for digits in ("all", "low", "high")]
     lines = ["5.2: accuracy on problems with all, low, high digits, "
              "evaluated under the teacher's template and under the other",
@@ -178,27 +209,17 @@ def report_prompts(runs):
     mine = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
     order = list(dict.fromkeys(r["arm"] for r in mine))
     for r in sorted(mine, key=lambda r: (order.index(r["arm"]), r["seed"])):
-        entropy = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
+        H = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
         lines.append(f"{r['arm']:42} {r['seed']:4d} "
-                     + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {entropy:>9}")
+                     + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {H:>9}")
 
-    arms = {}                                                   # (template, fraction) -> its runs, by seed
-    for r in sorted(mine, key=lambda r: r["seed"]):
-        arms.setdefault((r.get("template"), r.get("fraction")), []).append(r)
-    both, H = ("aligned, all", "unaligned, all"), {
-        arm: mean(r["held_out_after"]["entropy_student"] for r in rs) for arm, rs in arms.items() if arm[0]}
-    gain, noise = difference(arms["aligned", 1.0], arms["unaligned", 1.0], both)
-    lines.append(verdict("template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise))
-    for key, name in zip(both, ("teacher", "other")):
+    arms = by_template(runs)
+    for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
         each, error = difference(arms["aligned", 1.0], arms["unaligned", 1.0], (key,))
-        lines.append(f"  evaluated under the {name} template alone: {each:+.3f}, two standard errors {error:.3f}")
-    gain, noise = difference(arms["aligned", 1.0], arms["aligned", 0.0], both[:1])
-    ours, theirs = H["aligned", 1.0], H["aligned", 0.0]
-    lines.append(verdict("content", f"gain > {noise:.3f} and lower entropy",
-                         f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}", gain > noise and ours < theirs))
+        lines.append(f"template, evaluated under the {name} one alone: {each:+.3f}, two standard errors {error:.3f}")
     lines.append("mixing, mean over seeds: " + "; ".join(
-        f"{f:.2f}: accuracy {mean(r['accuracies'][both[0]]['mean'] for r in arms['aligned', f]):.3f}, "
-        f"H {H['aligned', f]:.3f}" for f in FRACTIONS))
+        f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
+        f"H {entropy(arms['aligned', f]):.3f}" for f in FRACTIONS))
     for r in runs:
         if r["arm"] == "selection":
             lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "

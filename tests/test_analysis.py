@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from analysis import diagnose, entropy, entropy_gap, overlap_mass, overlap_ratio, overlap_token_advantage, reverse_kl
+from analysis import (diagnose, entropy, entropy_gap, largest_gap, overlap_mass, overlap_ratio,
+                      overlap_token_advantage, reverse_kl)
 from loss import masked_mean
 
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
@@ -33,8 +34,9 @@ def metrics(log_p, log_q, k):
     return {"overlap_ratio": overlap_ratio(log_p, log_q, k),
             "overlap_mass_student": mass_p, "overlap_mass_teacher": mass_q,
             "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k),
-            "entropy_gap": entropy_gap(log_p, log_q), "entropy_student": entropy(log_p),
-            "entropy_teacher": entropy(log_q), "reverse_kl": reverse_kl(log_p, log_q)}
+            "entropy_gap": entropy_gap(log_p, log_q), "largest_gap": largest_gap(log_p, log_q, k),
+            "entropy_student": entropy(log_p), "entropy_teacher": entropy(log_q),
+            "reverse_kl": reverse_kl(log_p, log_q)}
 
 
 @pytest.mark.parametrize("name, by_hand", {
@@ -45,6 +47,7 @@ def metrics(log_p, log_q, k):
                        - sum(-p * math.log(p) for p in P[0].tolist())),               # Eq. 8
     "overlap_mass_student": 0.50 + 0.15,                                              # Eq. 9
     "overlap_mass_teacher": 0.20 + 0.40,                                              # Eq. 10
+    "largest_gap": 0.50 - 0.20,                         # .5 |ln .4| is most, though token 1 has the largest log-ratio
 }.items())
 def test_equations_6_to_10_by_hand(name, by_hand):
     """Each equation on the example at the top of this file."""

@@ -455,7 +455,7 @@ def test_every_verdict_is_one_of_the_five_and_names_its_numbers():
 # --- a whole diagnosis ---------------------------------------------------------------------------------------------
 
 METRICS = """reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage entropy_gap
-    entropy_student entropy_teacher reward""".split()
+    largest_gap entropy_student entropy_teacher reward""".split()
 SMALL = dict(k=3, n=2, max_new_tokens=LENGTH, finishes=2)
 
 

@@ -15,8 +15,8 @@ PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in
             (["so"], "0"), (["add", "the", "digits"], "3"), (["7", "+", "3", "="], "0"), (["3", "="], "3"),
             (["the"], "7"), (["add", "0"], "0")]]
 METRICS = """step loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage
-    entropy_gap entropy_student entropy_teacher reward response_length truncated_fraction repetition_fraction grad_norm
-    lr tokens time_rollout time_teacher time_update peak_memory_bytes""".split()
+    entropy_gap largest_gap entropy_student entropy_teacher reward response_length truncated_fraction
+    repetition_fraction grad_norm lr tokens time_rollout time_teacher time_update peak_memory_bytes""".split()
 
 
 @pytest.fixture(scope="module")

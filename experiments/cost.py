@@ -1,0 +1,189 @@
+"""experiments/cost.py: what dense rewards cost, and how much of the vocabulary they need (paper 6 and 2.2), toy world.
+
+6.1 length      the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
+                some 33. Holds if the best budget is neither the shortest nor the longest, and better than both by more
+                than two standard errors
+6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
+                from each depth to the next and is within two standard errors of 0 at the last
+6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds and with the one
+                that ruins the student (the other family's). Holds if they are within .1 of each other
+6.2 coherence   the gradients of single positions with both teachers and the bigger one of the same pipeline, before,
+                half-way and after. The paper supposes that a failing teacher's are large and cancel: holds if the other
+                family's are larger and less coherent than the successful teacher's, at step 0
+6.3 support     sampled token, the student's likeliest 1 (top-k-released: Eq. 5 is 0 there), 4, 16, all. Holds if 1 ends
+                more than two standard errors below 16, and the others within two
+2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the gradient of the output head
+                from one batch to the next, how far does its mean point where Eq. 4 points, and what does a step take?
+                Holds if all four end within two standard errors of Eq. 4
+
+    python experiments/cost.py              three seeds; results/cost.{json,txt,svg}
+    python experiments/cost.py --quick      one seed, few steps: does it run?
+"""
+import math
+from statistics import mean
+
+import torch
+
+import plot
+from lab import analysis, difference, distil, main, opd, toy, write_text
+from rollout import load_prompts
+from teacher import Pair
+
+BUDGETS = (8, 16, 24, 32, 48, 96, 192)
+SUPPORTS = {"sampled": dict(objective="sampled"), "top-1, released": dict(objective="top-k-released", k=1),
+            "top-4": dict(k=4), "top-16": dict(), "full": dict(objective="full")}
+ESTIMATORS = {"Eq. 3, sampled": dict(objective="sampled"), "Eq. 4, full": dict(objective="full"),
+              "Eq. 5, top-16": dict(), "released, top-16": dict(objective="top-k-released")}
+TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
+
+
+def seed_runs(seed, world, scratch, quick):
+    if not (world / "other").exists():
+        toy.make_all(world, seed, everything=True)
+    steps, runs = 4 if quick else 100, []
+
+    def run(part, arm, teacher="teacher", **settings):
+        result = distil(world / "student", world / teacher, world, scratch / f"{part}-{arm}-{seed}", **{
+            **dict(seed=seed, steps=steps, eval_every=max(1, steps // 10), eval_n=1 if quick else 4,
+                   eval_max_new_tokens=96), **settings})
+        runs.append({"part": part, "arm": arm, "seed": seed, **result})
+    for budget in BUDGETS:
+        run("length", str(budget), max_new_tokens=budget)
+    for arm, settings in {**SUPPORTS, "released, top-16": dict(objective="top-k-released")}.items():
+        run("support", arm, **settings)
+    for pair, teacher in TEACHERS.items():
+        for part in (steps // 2, steps):
+            run("coherence", f"{pair} {part}", teacher, steps=part)
+        learned = [scratch / f"coherence-{pair} {part}-{seed}" / "student" for part in (steps // 2, steps)]
+        for when, student in zip(("before", "half-way", "after"), (world / "student", *learned)):
+            runs.append({"part": "signal", "arm": pair, "when": when, "seed": seed,
+                         **signal(student, world / teacher, world, seed, quick)})
+    runs.append({"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)})
+    runs += [{"part": "estimator", "arm": arm, "seed": seed, **found}
+             for arm, found in gradient_noise(world, seed, quick).items()]
+    return runs
+
+
+def encoded(pair, world, count):
+    return pair.encode(load_prompts(world / "prompts.jsonl")[:count], max_prompt_tokens=64, new_tokens=192)
+
+
+def signal(student, teacher, world, seed, quick):
+    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits."""
+    pair, count = Pair.load(student, teacher), 16 if quick else 256
+    rows = encoded(pair, world, count)
+    r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
+    grid = analysis.positions(pair, r, 16)
+    right = torch.tensor([analysis.same_answer(analysis.read_answer(pair.tokenizer.decode(
+        r.response_ids(i), skip_special_tokens=True)), rows[i // 4]["answer"]) for i in range(len(r.ids))])
+    gradients = analysis.logit_gradients(pair, r, opd.objective(opd.Config()))
+    return {**analysis.coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
+            "right": right.float().mean().item()}
+
+
+def depths(world, seed, quick):
+    """{depth: gain of the teacher over the student who finish the student's responses, +- s.e. over prompts}."""
+    pair = Pair.load(world / "student", world / "teacher")
+    rows = encoded(pair, world, 16 if quick else 512)
+    prompts, answers = [row["ids"] for row in rows], [row["answer"] for row in rows]
+    r = pair.write(prompts, max_new_tokens=96, seed=seed)
+    found = analysis.continuation(pair, prompts, answers, [r.response_ids(i) for i in range(len(rows))], n=4,
+                                  max_new_tokens=96, temperature=1.0, top_p=1.0, seed=seed)
+    return [{"depth": depth, "tokens": tokens, **analysis.estimate(gain)}
+            for depth, (gain, _, _, tokens) in found.items()]
+
+
+def gradient_noise(world, seed, quick, batches=8):
+    """The output head's gradient G of the mean loss, 64 prompts at a time, on the same tokens for all estimators:
+    noise = mean |G - mean G|^2 / |mean G|^2, and the cosine of mean G with that of Eq. 4.
+    """
+    pair, made = Pair.load(world / "student", world / "teacher"), {}
+    rows = encoded(pair, world, 8 if quick else 64)
+    for batch in range(2 if quick else batches):
+        r = pair.write([row["ids"] for row in rows], max_new_tokens=96, seed=1000 * seed + batch)
+        for arm, settings in ESTIMATORS.items():
+            objective, total = opd.objective(opd.Config(**settings)), 0.0
+            for g, h in analysis.logit_gradients(pair, r, objective):
+                total = total + g.T @ h                                                      # (V, H)
+            made.setdefault(arm, []).append(total / r.response_mask.sum())
+    means = {arm: torch.stack(each).mean(0) for arm, each in made.items()}
+    truth = means["Eq. 4, full"]
+    return {arm: {"noise": (mean((g - means[arm]).norm().item() ** 2 for g in each) / means[arm].norm().item() ** 2),
+                  "cosine": torch.nn.functional.cosine_similarity(means[arm].flatten(), truth.flatten(), dim=0).item(),
+                  "size": means[arm].norm().item()} for arm, each in made.items()}
+
+
+# --- the report ----------------------------------------------------------------------------------------------------
+
+
+def judge(runs):
+    """The criteria above: [(name, criterion, what was found, does it hold)]."""
+    arms = {}
+    for r in runs:
+        arms.setdefault((r["part"], r["arm"], r.get("when")), []).append(r)
+
+    def of(part, arm, when=None):
+        return arms[part, arm, when]
+    after = {b: mean(r["accuracy_after"]["mean"] for r in of("length", str(b))) for b in BUDGETS}
+    best = max(after, key=after.get)
+    short, long = (difference(of("length", str(best)), of("length", str(b))) for b in (BUDGETS[0], BUDGETS[-1]))
+    lines = [("6.1 length", "best budget inside, better than both ends",
+              f"best {best}; {short[0]:+.3f} and {long[0]:+.3f} over the ends (noise {short[1]:.3f}, {long[1]:.3f})",
+              short[0] > short[1] and long[0] > long[1])]
+    each = list(zip(*(r["depths"] for r in of("depth", "success"))))                         # a depth, its seeds
+    gains = [mean(x["mean"] for x in seeds) for seeds in each]
+    noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
+    lines.append(("6.1 depth", f"falls, last within {noise:.3f} of 0", ", ".join(f"{x:+.3f}" for x in gains),
+                  gains == sorted(gains, reverse=True) and abs(gains[-1]) <= noise))
+    areas = {pair: mean(r["auroc"] for r in of("signal", pair, "before")) for pair in TEACHERS}
+    lines.append(("6.2 global", "AUROC within .1", ", ".join(f"{pair} {x:.3f}" for pair, x in areas.items()),
+                  abs(areas["success"] - areas["other"]) <= 0.1))
+    now = {pair: (mean(r["size"] for r in of("signal", pair, "before")),
+                  mean(r["coherence"] / r["null"] for r in of("signal", pair, "before"))) for pair in TEACHERS}
+    lines.append(("6.2 coherence", "other: larger, and less coherent", ", ".join(
+        f"{pair} {size:.3f}, {c:.2f} x null" for pair, (size, c) in now.items()),
+        now["other"][0] > now["success"][0] and now["other"][1] < now["success"][1]))
+    against = {arm: difference(of("support", arm), of("support", "top-16")) for arm in SUPPORTS if arm != "top-16"}
+    lines.append(("6.3 support", "top-1 below top-16, others alike", ", ".join(
+        f"{arm} {x:+.3f} (noise {noise:.3f})" for arm, (x, noise) in against.items()),
+        all(x < -noise if arm.startswith("top-1,") else abs(x) <= noise for arm, (x, noise) in against.items())))
+    ends = {arm: difference(of("support", arm), of("support", "full"))
+            for arm in ("sampled", "top-16", "released, top-16")}
+    lines.append(("2.2 estimators", "same end as Eq. 4", ", ".join(
+        f"{arm} {x:+.3f} (noise {noise:.3f})" for arm, (x, noise) in ends.items()),
+        all(abs(x) <= noise for x, noise in ends.values())))
+    return lines
+
+
+def report(made, out):
+    lines = [f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>14} "
+             f"{'length':>7} {'largest |grad|':>14} {'update s':>8}"]
+    for r in made["runs"]:
+        if r["part"] in ("length", "support"):
+            curves = r["curves"]
+            late = [x for x in curves["accuracy"][len(curves["step"]) // 2:] if x is not None] or [math.nan]
+            lines.append(f"{r['part']:8} {r['arm']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
+                         f"{r['accuracy_after']['mean']:7.3f} {min(late):7.3f} "
+                         f"{r['held_out_before']['overlap_ratio']:6.3f} -> {r['held_out_after']['overlap_ratio']:.3f} "
+                         f"{curves['response_length'][-1]:7.1f} {max(curves['grad_norm']):14.3f} "
+                         f"{mean(curves['time_update']):8.3f}")
+    for r in made["runs"]:
+        if r["part"] == "signal":
+            lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC {r['auroc'] or math.nan:.3f}, "
+                         f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
+                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}")
+    for r in made["runs"]:
+        if r["part"] == "depth":
+            lines.append(f"depth    seed {r['seed']}: " + ", ".join(
+                f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f}" for x in r["depths"]))
+        if r["part"] == "estimator":
+            lines.append(f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
+                         f"cosine with Eq. 4 {r['cosine']:.4f}")
+    for name, criterion, found, holds in judge(made["runs"]):
+        lines.append(f"{name:15} {criterion:42} {found}  {'holds' if holds else 'DOES NOT HOLD'}")
+    write_text("\n".join(lines), made, out)
+    plot.cost(out.with_suffix(".json"), out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main("cost", __doc__.splitlines()[0], seed_runs, report)

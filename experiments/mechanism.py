@@ -1,0 +1,89 @@
+"""experiments/mechanism.py: why it works (paper 4), on the toy world, three seeds.
+
+4.1, progressive alignment. The same student learns from two teachers of its own family: the post-trained one
+("success") and the bigger one of the same pipeline ("failure"). The first and last five steps, means over seeds; holds if
+    overlap     rises by .15 or more in success, and by less than half of that rise in failure
+    masses      student's and teacher's are both >= .97 at the end of success (the paper: throughout)
+    advantage   its size at least halves in success
+    gap         the entropy gap at least halves in success
+    small loss  failure starts with less than half of success's loss, and less than half of its gradient norm
+    largest     p - q at the token of largest advantage at least halves in success
+
+4.2, the shared tokens suffice. The success pair with Eq. 5 on other supports; holds if
+    overlap     "intersection" ends within two standard errors of "student"
+    others      "difference" ends more than two standard errors below "student"
+    scale       no criterion: "difference" renormalised (Eq. 5) beside the authors' raw weights (top-k-released), whose
+                signal is the smaller by scale alone
+
+    python experiments/mechanism.py              results/mechanism.{json,txt,svg}
+    python experiments/mechanism.py --quick      one seed, few steps: does it run?
+"""
+from statistics import mean
+
+import plot
+from lab import analysis, difference, distil, main, toy, write_text
+
+PAIRS = {"success": "teacher", "failure": "bigger"}
+SUPPORTS = {"student": {}, "intersection": dict(support="intersection"), "difference": dict(support="difference"),
+            "difference, raw": dict(support="difference", objective="top-k-released")}
+ENDS = 5                              # steps at either end that are averaged
+
+
+def seed_runs(seed, world, scratch, quick):
+    if not (world / "teacher").exists():
+        toy.make_all(world, seed)
+    steps = 2 * ENDS if quick else 100
+    arms = [(pair, "student", {}) for pair in PAIRS] + [("success", *item) for item in list(SUPPORTS.items())[1:]]
+    return [{"pair": pair, "support": support, "seed": seed, **distil(
+        world / "student", world / PAIRS[pair], world, scratch / f"{pair}-{support}-{seed}", seed=seed, steps=steps,
+        eval_every=steps // 5, eval_n=1 if quick else 4, **settings)} for pair, support, settings in arms]
+
+
+def ends(runs, name):
+    """A metric in the first and in the last steps: the means over runs."""
+    return [mean(mean(run["curves"][name][part]) for run in runs) for part in (slice(ENDS), slice(-ENDS, None))]
+
+
+def judge(runs):
+    """The criteria above: [(name, criterion, what was found, does it hold)]."""
+    good, bad = ([r for r in runs if r["pair"] == pair and r["support"] == "student"] for pair in PAIRS)
+    first = {name: (ends(good, name), ends(bad, name)) for name in good[0]["curves"] if name != "accuracy"}
+    rise, fail = (b - a for a, b in first["overlap_ratio"])
+    p, q = (first[f"overlap_mass_{side}"][0][1] for side in ("student", "teacher"))
+    lines = [("4.1 overlap", "rise >= .15, and twice failure's", f"{rise:+.3f} against {fail:+.3f}",
+              rise >= 0.15 and fail < rise / 2), ("4.1 masses", "both >= .97 at the end", f"{p:.4f}, {q:.4f}",
+                                                  min(p, q) >= 0.97)]
+    for name, title in (("overlap_token_advantage", "advantage"), ("entropy_gap", "gap"), ("largest_gap", "largest")):
+        (a, b), (c, d) = first[name]
+        lines.append((f"4.1 {title}", "halves in success", f"{a:.4f} -> {b:.4f} (failure {c:.4f} -> {d:.4f})",
+                      abs(b) <= abs(a) / 2))
+    losses, norms = first["loss"], first["grad_norm"]
+    lines.append(("4.1 small loss", "failure's loss and gradient < half of success's",
+                  f"{losses[1][0]:.4f} against {losses[0][0]:.4f}, {norms[1][0]:.3f} against {norms[0][0]:.3f}",
+                  losses[1][0] < losses[0][0] / 2 and norms[1][0] < norms[0][0] / 2))
+    arms = {support: [r for r in runs if r["pair"] == "success" and r["support"] == support] for support in SUPPORTS}
+    off, noise = difference(arms["intersection"], arms["student"])
+    lines.append(("4.2 overlap", f"|intersection - student| <= {noise:.3f}", f"{off:+.3f}", abs(off) <= noise))
+    off, noise = difference(arms["difference"], arms["student"])
+    lines.append(("4.2 others", f"difference - student < -{noise:.3f}", f"{off:+.3f}", off < -noise))
+    return lines
+
+
+def report(made, out):
+    lines = [f"{'pair':8} {'support':16} {'seed':>4} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>14} "
+             f"{'loss':>17} {'|grad|':>6} {'s':>5}"]
+    for r in made["runs"]:
+        recovery = analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
+        a, b = r["held_out_before"], r["held_out_after"]
+        lines.append(f"{r['pair']:8} {r['support']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
+                     f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} "
+                     f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['loss']:7.4f} -> {b['loss']:.4f} "
+                     f"{r['curves']['grad_norm'][0]:6.3f} {r['seconds']:5.0f}")
+    for name, criterion, found, holds in judge(made["runs"]):
+        lines.append(f"{name:15} {criterion:48} {found:48} {'holds' if holds else 'DOES NOT HOLD'}")
+    write_text("\n".join(lines), made, out)
+    plot.mechanism(out.with_suffix(".json"), out.with_suffix(".svg"))
+
+
+if __name__ == "__main__":
+    main("mechanism", __doc__.splitlines()[0], seed_runs, report)

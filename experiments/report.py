@@ -1,0 +1,73 @@
+"""experiments/report.py: the README's table of findings, from results/*.json. Nobody types a number of ours.
+
+    python experiments/report.py              prints it, and puts it into the README between its two markers
+
+A finding stands beside what the paper says (section 3 to 6 of arXiv 2604.13016; its numbers are single runs). What ours
+means is in the script's first lines, where its criterion is, and every seed is in results/<script>.txt.
+"""
+import importlib
+import json
+
+import lab
+
+MARKERS = ("<!-- the findings -->\n", "<!-- end of the findings -->\n")
+PAPER = {   # script -> verdict of its judge -> what the paper has
+    "phenomenology": {
+        "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
+        "3.2 knowledge": "recovery .05 and .16 from bigger, .17 and .59 from the same after RL, of lower overlap",
+        "3.3 reverse": "from .54 to .30-.34, whether the earlier self teaches or R1-Distill-7B"},
+    "mechanism": {
+        "4.1 overlap": ".72 -> .91 in success, .745 -> .78 in failure",
+        "4.1 masses": ".97 to .99 throughout",
+        "4.1 advantage": "towards 0 in success, stays negative in failure",
+        "4.1 gap": "narrows in success, persists in failure",
+        "4.1 largest": "shrinks in success, persists in failure",
+        "4.1 small loss": "failure starts with a small loss and a small gradient",
+        "4.2 overlap": "Overlap Top-k equals Student Top-k",
+        "4.2 others": "Non-Overlap Top-k is clearly weaker"},
+    "recipe": {
+        "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
+        "5.1 sft 100 + opd": "the ceiling rises",
+        "5.2 template": ".51 -> .54, recovery 80 -> 85 %",
+        "5.2 content": "better, at lower overlap and much lower entropy (1.5 against 3 to 6 nats)"},
+    "cost": {
+        "6.1 length": "3K and 7K tokens best of .5K to 15K; 10K and 15K collapse",
+        "6.1 depth": "+.366, +.271, +.152, +.024 at 1K, 4K, 8K, 16K tokens",
+        "6.2 global": "AUROC .733 with the teacher that succeeds, .751 with the one that fails",
+        "6.2 coherence": "a hypothesis, not tested",
+        "6.3 support": "AIME24 .454 sampled, .446 top-1, .473 top-4, .458 top-16",
+        "2.2 estimators": "none"},
+    "forecast": {"rank": "none, ours", "promise": "none, ours"},
+}
+
+
+def table(results):
+    """Markdown, a row a finding; a script without results yet is left out."""
+    lines = ["| finding | paper | criterion | ours, mean over seeds | holds |", "|---|---|---|---|---|"]
+    commands = []
+    for script, paper in PAPER.items():
+        path = results / f"{script}.json"
+        if not path.exists():
+            continue
+        made = json.loads(path.read_text())
+        verdicts = {name: rest for name, *rest in importlib.import_module(script).judge(made["runs"])}
+        for name, says in paper.items():
+            criterion, found, holds = verdicts[name]
+            cells = (name, says, criterion, found, "yes" if holds else "**no**")
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        seeds = len({run["seed"] for run in made["runs"]})
+        commands.append(f"`python experiments/{script}.py`: {seeds} seeds, {made['seconds']} s on {made['threads']} "
+                        f"thread(s), commit {made['commit']}")
+    return "\n".join([*lines, "", *(f"- {command}" for command in commands)]) + "\n"
+
+
+def main():
+    readme = lab.ROOT / "README.md"
+    text, made = readme.read_text(), table(lab.ROOT / "experiments" / "results")
+    print(made)
+    before, rest = text.split(MARKERS[0])
+    readme.write_text(before + MARKERS[0] + made + MARKERS[1] + rest.split(MARKERS[1])[1])
+
+
+if __name__ == "__main__":
+    main()
