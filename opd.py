@@ -99,8 +99,8 @@ class Config:
                       "float32", "bfloat16")
     teacher_device_map: str = flag("", "auto: a teacher larger than one GPU, placed on several by transformers (pip "
                                    "install accelerate)", "", "auto", "balanced", "balanced_low_0", "sequential")
-    gradient_checkpointing: bool = flag(False, "compute the student's layers again in the backward pass: a third more "
-                                        "time there, for long responses")
+    gradient_checkpointing: bool = flag(False, "compute the student's layers again in the backward pass: one more "
+                                        "forward, for long responses")
     teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
                               "", "float32", "bfloat16", "float16")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")

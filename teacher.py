@@ -51,7 +51,7 @@ def freeze(model):
 
 
 def checkpoint_layers(model):
-    """Keep the inputs of the layers for the backward pass and compute the rest again: memory for a third more time.
+    """Keep the inputs of the layers for the backward pass and compute the rest again: memory for one more forward.
 
     transformers does so in layers that are in training mode, and only where grad is enabled; what is inside them stays
     in eval mode, and a layer that drops out by itself no longer does.

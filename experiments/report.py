@@ -63,7 +63,10 @@ def table(results):
 
 def main():
     readme = lab.ROOT / "README.md"
-    text, made = readme.read_text(), table(lab.ROOT / "experiments" / "results")
+    text = readme.read_text()
+    if not all(marker in text for marker in MARKERS):
+        raise SystemExit(f"{readme}: put the lines {' and '.join(map(str.strip, MARKERS))} where the table belongs")
+    made = table(lab.ROOT / "experiments" / "results")
     print(made)
     before, rest = text.split(MARKERS[0])
     readme.write_text(before + MARKERS[0] + made + MARKERS[1] + rest.split(MARKERS[1])[1])
