@@ -277,8 +277,10 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.started = check(cfg), Path(cfg.out), time.perf_counter()
         self.first = processes()[0] == 0                            # of several processes this one writes and talks
-        if (self.out / "result.json").exists():
-            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out")
+        result = self.out / "result.json"
+        if result.exists() and not (cfg.resume and cfg.steps > json.loads(result.read_text())["steps"]):
+            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
+                             "more --steps")
         if cfg.resume != (self.out / "checkpoint" / "state.pt").exists():
             raise ValueError(f"--out {cfg.out}: " + (
                 "no checkpoint there to resume; leave --resume out" if cfg.resume
@@ -417,6 +419,7 @@ class Run:
         cfg = self.cfg
         if cfg.resume:
             self.restore()
+            self.file("result.json").unlink(missing_ok=True)
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self.before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),

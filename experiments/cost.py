@@ -25,7 +25,7 @@ from statistics import mean
 import torch
 
 import plot
-from lab import analysis, difference, distil, main, opd, toy, write_text
+from lab import analysis, difference, distil, main, opd, toy, verdicts, write_text
 from rollout import load_prompts
 from teacher import Pair
 
@@ -43,19 +43,20 @@ def seed_runs(seed, world, scratch, quick):
     steps, runs = 4 if quick else 100, []
 
     def run(part, arm, teacher="teacher", **settings):
-        result = distil(world / "student", world / teacher, world, scratch / f"{part}-{arm}-{seed}", **{
-            **dict(seed=seed, steps=steps, eval_every=max(1, steps // 10), eval_n=1 if quick else 4,
-                   eval_max_new_tokens=96), **settings})
-        runs.append({"part": part, "arm": arm, "seed": seed, **result})
+        out = scratch / f"{part}-{arm}-{seed}"
+        settings = {**dict(seed=seed, steps=steps, eval_every=steps // 4, eval_n=1 if quick else 4,
+                           eval_max_new_tokens=96), **settings}
+        runs.append({"part": part, "arm": arm, "seed": seed,
+                     **distil(world / "student", world / teacher, world, out, **settings)})
+        return out / "student"
     for budget in BUDGETS:
         run("length", str(budget), max_new_tokens=budget)
     for arm, settings in {**SUPPORTS, "released, top-16": dict(objective="top-k-released")}.items():
         run("support", arm, **settings)
     for pair, teacher in TEACHERS.items():
-        for part in (steps // 2, steps):
-            run("coherence", f"{pair} {part}", teacher, steps=part)
-        learned = [scratch / f"coherence-{pair} {part}-{seed}" / "student" for part in (steps // 2, steps)]
-        for when, student in zip(("before", "half-way", "after"), (world / "student", *learned)):
+        for when, student in (("before", world / "student"),
+                              ("half-way", run("coherence", pair, teacher, steps=steps // 2)),
+                              ("after", run("coherence", pair, teacher, steps=steps))):
             runs.append({"part": "signal", "arm": pair, "when": when, "seed": seed,
                          **signal(student, world / teacher, world, seed, quick)})
     runs.append({"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)})
@@ -135,7 +136,7 @@ def judge(runs):
     noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
     lines.append(("6.1 depth", f"falls, last within {noise:.3f} of 0", ", ".join(f"{x:+.3f}" for x in gains),
                   gains == sorted(gains, reverse=True) and abs(gains[-1]) <= noise))
-    areas = {pair: mean(r["auroc"] for r in of("signal", pair, "before")) for pair in TEACHERS}
+    areas = {pair: mean(r["auroc"] or math.nan for r in of("signal", pair, "before")) for pair in TEACHERS}
     lines.append(("6.2 global", "AUROC within .1", ", ".join(f"{pair} {x:.3f}" for pair, x in areas.items()),
                   abs(areas["success"] - areas["other"]) <= 0.1))
     now = {pair: (mean(r["size"] for r in of("signal", pair, "before")),
@@ -179,9 +180,7 @@ def report(made, out):
         if r["part"] == "estimator":
             lines.append(f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
                          f"cosine with Eq. 4 {r['cosine']:.4f}")
-    for name, criterion, found, holds in judge(made["runs"]):
-        lines.append(f"{name:15} {criterion:42} {found}  {'holds' if holds else 'DOES NOT HOLD'}")
-    write_text("\n".join(lines), made, out)
+    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.cost(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 

@@ -10,7 +10,7 @@ other pair. The pairs, the rules of analysis.verdict and these criteria were fix
     python experiments/forecast.py --quick      one seed, few steps: does it run?
 """
 import plot
-from lab import analysis, distil, main, toy, write_text
+from lab import analysis, distil, main, toy, verdicts, write_text
 from rollout import load_prompts
 from teacher import Pair
 
@@ -101,11 +101,9 @@ def report(made, out):
         if gains:
             lines.append(f"{name:44} {len(gains):3d} runs, gain {min(gains):+.3f} .. {max(gains):+.3f}, "
                          f"mean {sum(gains) / len(gains):+.3f}")
-    verdicts = judge(runs)
-    lines += [f"{name:8} {criterion}: {found}, {'holds' if holds else 'DOES NOT HOLD'}"
-              for name, criterion, found, holds in verdicts]
-    write_text("\n".join(lines), made, out)
-    plot.forecast(out.with_suffix(".json"), out.with_suffix(".svg"), f"Spearman {verdicts[0][2]}, {len(runs)} runs")
+    judged = judge(runs)
+    write_text("\n".join(lines + verdicts(judged)), made, out)
+    plot.forecast(out.with_suffix(".json"), out.with_suffix(".svg"), f"Spearman {judged[0][2]}, {len(runs)} runs")
 
 
 def judge(runs):

@@ -1,5 +1,6 @@
 """experiments/lab.py: what the experiments share: their flags, one distillation, and how results are written down."""
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import analysis  # noqa: E402
 import opd  # noqa: E402
+import plot  # noqa: E402
 import toy  # noqa: E402
 
 CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
@@ -23,26 +25,47 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
 
 
 def distil(student, teacher, world, out, **settings):
-    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, curves, seconds."""
-    started = time.perf_counter()
-    cfg = opd.Config(**{**opd.PRESETS["toy"], **dict(
+    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves."""
+    return run(**{**opd.PRESETS["toy"], **dict(
         student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"),
         eval=str(world / "eval.jsonl"), out=str(out)), **settings})
-    result = opd.Run(cfg).go()
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return {**result, "seconds": round(time.perf_counter() - started, 1),
-            "curves": {name: [row.get(name) for row in rows] for name in CURVES}}
 
 
-def main(name, description, seed_runs, report):
+def run(**settings):
+    """A run of opd.py, or of one that was killed in the same directory what is left: -> its result, its curves.
+
+    Raises SystemExit where the directory holds a run of other settings or of another commit.
+    """
+    out, cfg = Path(settings["out"]), opd.Config(**settings)
+    had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
+    if had and any(had[name] != value for name, value in {
+            **settings, "steps": had["steps"], "commit": analysis.provenance()["commit"]}.items()):
+        raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
+    if result is None or result["steps"] < cfg.steps:
+        opd.Run(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists())).go()
+    rows, result = plot.read_rows(out), plot.read_json(out / "result.json")
+    return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
+
+
+def short(x):
+    """Five digits are enough for a curve."""
+    return float(f"{x:.5g}") if isinstance(x, float) else x
+
+
+def main(name, description, seed_runs, report, own=None):
     """The command line of one experiment; writes results/<name>.json and calls report(results, path without suffix).
 
     seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and
     used again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
+    own: {flag: help} of what this experiment cannot run without; seed_runs is handed it by name.
     """
     parser = argparse.ArgumentParser(description=description)
+    for flag, text in (own or {}).items():
+        parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--worlds", help="directory for the models, kept and used again (default: a temporary one)")
+    parser.add_argument("--runs", help="directory for the runs, kept; one that was killed goes on from its checkpoint "
+                        "(default: a temporary one)")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--quick", action="store_true", help="one seed, models and runs of a few steps: does it run?")
     parser.add_argument("--report", nargs="*", help="run nothing: table, verdicts and figure from the results file, or "
@@ -57,13 +80,17 @@ def main(name, description, seed_runs, report):
         made = join([json.loads(Path(path).read_text()) for path in flags.report or [out.with_suffix(".json")]])
         analysis.write_json(out.with_suffix(".json"), made)
         return report(made, out)
+    given = {flag: getattr(flags, flag) for flag in own or {}}
+    missing = [f"--{flag}" for flag, value in given.items() if not value]
+    if missing:
+        parser.error(f"{', '.join(missing)}: needed; see --help")
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
     started, runs = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:
             world = Path(flags.worlds or scratch) / f"world-{seed}"
-            runs += seed_runs(seed, world, Path(scratch), flags.quick)
+            runs += seed_runs(seed, world, Path(flags.runs or scratch), flags.quick, **given)
     made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
     if flags.quick:
         out = Path(tempfile.mkdtemp()) / name                   # its numbers mean nothing
@@ -83,11 +110,21 @@ def join(parts, key="runs"):
             "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
 
 
-def difference(ours, theirs, keys=("accuracy_after", "accuracy_after")):
-    """Mean over seeds of an accuracy of ours - one of theirs, and two standard errors of it."""
-    pairs = [(a[keys[0]], b[keys[1]]) for a, b in zip(ours, theirs, strict=True)]
+def difference(ours, theirs, of=("accuracy_after",), than=None):
+    """Mean over seeds (and keys) of an accuracy of ours - one of theirs, and two standard errors of it.
+
+    of: its keys in each of ours; than: those in theirs, where they are others.
+    """
+    pairs = [(a[x], b[y]) for a, b in zip(ours, theirs, strict=True) for x, y in zip(of, than or of, strict=True)]
     return (mean(a["mean"] - b["mean"] for a, b in pairs),
             2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
+
+
+def verdicts(judged):
+    """What a judge found, [(name, criterion, what was found, does it hold)], as lines with columns."""
+    name, criterion = (max(len(line[i]) for line in judged) for i in (0, 1))
+    return [f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {'holds' if line[3] else 'DOES NOT HOLD'}"
+            for line in judged]
 
 
 def write_text(text, made, out):

@@ -1,7 +1,8 @@
 """experiments/mechanism.py: why it works (paper 4), on the toy world, three seeds.
 
 4.1, progressive alignment. The same student learns from two teachers of its own family: the post-trained one
-("success") and the bigger one of the same pipeline ("failure"). The first and last five steps, means over seeds; holds if
+("success") and the bigger one of the same pipeline ("failure"). The first and last five steps, means over seeds;
+holds if
     overlap     rises by .15 or more in success, and by less than half of that rise in failure
     masses      student's and teacher's are both >= .97 at the end of success (the paper: throughout)
     advantage   its size at least halves in success
@@ -21,7 +22,7 @@
 from statistics import mean
 
 import plot
-from lab import analysis, difference, distil, main, toy, write_text
+from lab import analysis, difference, distil, main, toy, verdicts, write_text
 
 PAIRS = {"success": "teacher", "failure": "bigger"}
 SUPPORTS = {"student": {}, "intersection": dict(support="intersection"), "difference": dict(support="difference"),
@@ -79,9 +80,7 @@ def report(made, out):
                      f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} "
                      f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['loss']:7.4f} -> {b['loss']:.4f} "
                      f"{r['curves']['grad_norm'][0]:6.3f} {r['seconds']:5.0f}")
-    for name, criterion, found, holds in judge(made["runs"]):
-        lines.append(f"{name:15} {criterion:48} {found:48} {'holds' if holds else 'DOES NOT HOLD'}")
-    write_text("\n".join(lines), made, out)
+    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.mechanism(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 

@@ -1,11 +1,14 @@
-"""experiments/plot.py: runs as tables and pictures. python experiments/plot.py results/phenomenology.json out.svg
+"""experiments/plot.py: runs as tables and pictures.
 
-    runs        directories of opd.py beside each other: a table each, the paper's Figure 6, heat maps as its Figure 13
-    draw        results/phenomenology.json: accuracy and overlap ratio of the four pairs
-    forecast    results/forecast.json: the gain that was predicted before training against the one that came
-    recipe      results/recipe.json: the cold start and its controls, the mixing of aligned prompts
-    mechanism   results/mechanism.json: success and failure side by side, supports
-    cost        results/cost.json: response budgets, depth, supports, coherence of the gradients
+    runs           directories of opd.py beside each other (python analysis.py --run): a table each, the paper's
+                   Figure 6, heat maps as its Figure 13
+    phenomenology  results/phenomenology.json: accuracy and overlap ratio of its pairs
+    forecast       results/forecast.json: the gain that was predicted before training against the one that came
+    recipe         results/recipe.json: the cold start and its controls, the mixing of aligned prompts
+    mechanism      results/mechanism.json: success and failure side by side, supports
+    cost           results/cost.json: response budgets, depth, supports, coherence of the gradients
+    real           results/real.json: success and its reverse on real weights
+    overview       success, failure and recovery of several results in one picture
 
 Pictures need matplotlib, which is optional: without it the tables are still printed, and a line says what to install.
 """
@@ -154,6 +157,12 @@ def pyplot(again):
     plt.rcParams.update({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "opd",
                          "axes.spines.top": False, "axes.spines.right": False})
     return plt
+
+
+def opened(results, script):
+    """pyplot, and the runs of a results file; (None, None) without matplotlib, and a line that says what to do."""
+    plt = pyplot(f"python experiments/{script}.py --report {results}")
+    return (plt, None) if plt is None else (plt, read_json(Path(results))["runs"])
 
 
 def save(plt, figure, out):
@@ -318,11 +327,10 @@ def heat(rows, metric, most):
 
 def forecast(results, out, note=""):
     """Realised against predicted gain in accuracy, a point a run, coloured by the verdict before training."""
-    plt = pyplot(f"python experiments/forecast.py --report {results}")
+    plt, runs = opened(results, "forecast")
     if plt is None:
         return
-    with open(results) as file:
-        known = [run for run in json.load(file)["runs"] if (run.get("predicted_gain") or {}).get("mean") is not None]
+    known = [run for run in runs if (run.get("predicted_gain") or {}).get("mean") is not None]
     figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
     axes.axhline(0, color="0.6", linewidth=0.8)
     axes.axvline(0, color="0.6", linewidth=0.8)
@@ -360,19 +368,13 @@ def label_outliers(axes, known, count=3):
 
 def recipe(results, out):
     """Paper 5: accuracy of the arms of 5.1; accuracy and entropy against the aligned share of 5.2; mean, every seed."""
-    plt = pyplot(f"python experiments/recipe.py --report {results}")
+    plt, runs = opened(results, "recipe")
     if plt is None:
         return
-    with open(results) as file:
-        runs = json.load(file)["runs"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained",
                                                  width_ratios=(1.25, 1, 1))
-    for place, arm in enumerate(ARMS):
-        colour = COLOURS["other" if arm == "opd" else "success" if arm.endswith("+ opd") else "reverse"]
-        mine = [run for run in runs if run["arm"] == arm]
-        values = [run["accuracy_after"]["mean"] for run in mine]
-        left.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
-        left.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
+    bars(left, runs, {arm: COLOURS["other" if arm == "opd" else "success" if arm.endswith("+ opd") else "reverse"]
+                      for arm in ARMS})
     cold = [run for run in runs if run["part"] == "5.1"]
     for key, name, place in (("accuracy_before", "student before", 0.02), ("accuracy_teacher", "teacher", 0.98)):
         level = sum(run[key]["mean"] for run in cold) / len(cold)
@@ -380,9 +382,7 @@ def recipe(results, out):
         left.annotate(name, (place, level), xycoords=("axes fraction", "data"), fontsize=8,
                       textcoords="offset points", xytext=(0, 2 if place > 0.5 else -2),
                       **(dict(ha="right") if place > 0.5 else dict(ha="left", va="top")))
-    left.set_xticks(range(len(ARMS)), [
-        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ") for arm in ARMS])
-    left.set(ylabel="accuracy after", ylim=(0, 1), title="5.1 cold start, teacher of the other family")
+    left.set_title("5.1 cold start, teacher of the other family")
     for axes, title, value in (
             (middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
             (right, "5.2 entropy of the student", lambda run: run["held_out_after"]["entropy_student"])):
@@ -404,49 +404,72 @@ def recipe(results, out):
 
 def mechanism(results, out):
     """Paper 4: metrics against step for success and failure, accuracy on other supports; mean, range of the seeds."""
-    plt = pyplot(f"python experiments/mechanism.py --report {results}")
+    plt, runs = opened(results, "mechanism")
     if plt is None:
         return
-    with open(results) as file:
-        runs = json.load(file)["runs"]
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    panels = [panel for panel in PANELS if panel[4] in (
-        "overlap_ratio", "overlap_mass_student", "overlap_token_advantage", "entropy_gap", "loss", "grad_norm")]
-    panels.insert(4, ("|p - q| at the token of largest advantage", "probability", 0, None, "largest_gap", None))
-    for axes, (title, unit, low, high, *names) in zip(grid.flat, panels):
-        for pair, colour in (("success", COLOURS["success"]), ("failure", COLOURS["bigger"])):
-            mine = [run["curves"] for run in runs if run["pair"] == pair and run["support"] == "student"]
-            for name, style in zip(names, ("-", "--")):
-                if name:
-                    curves = [smooth(curve[name], 7) for curve in mine]
-                    band(axes, mine[0]["step"], curves, colour, style, label=pair if style == "-" else None)
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel(unit)
-        limit(plt, axes, low, high)
-        axes.set_xlabel("step")
-    right, success = grid[1, 3], [run for run in runs if run["pair"] == "success"]
-    arms = list(dict.fromkeys(run["support"] for run in success))
-    for place, arm in enumerate(arms):
-        values = [run["accuracy_after"]["mean"] for run in success if run["support"] == arm]
-        colour = COLOURS["success" if place < 2 else "reverse"]
-        right.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
-        right.plot([place] * len(values), values, "o", color=colour, markersize=4)
+    aligning(plt, grid.flat[:7], {pair: (colour, [run for run in runs if (run["pair"], run["support"]) == (
+        pair, "student")]) for pair, colour in (("success", COLOURS["success"]), ("failure", COLOURS["bigger"]))})
+    right, success = grid[1, 3], [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
+    bars(right, success, {arm: COLOURS["success" if arm in ("student", "intersection") else "reverse"]
+                          for arm in dict.fromkeys(run["arm"] for run in success)})
     level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
     right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-    right.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=8)
-    right.set_title("4.2 accuracy by support (- - before)", fontsize=9)
-    right.set_ylim(0, 1)
+    right.set_title("4.2 by support (dashed: before)", fontsize=9)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(plt, figure, out)
 
 
-def cost(results, out):
-    """Paper 6: accuracy against the response budget and by support, gain against depth, coherence over training."""
-    plt = pyplot(f"python experiments/cost.py --report {results}")
+def real(results, out):
+    """Figure 6 on real weights: a better teacher, and the two the other way round; mean, range of the seeds."""
+    plt, runs = opened(results, "real")
     if plt is None:
         return
-    with open(results) as file:
-        runs = json.load(file)["runs"]
+    figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
+    aligning(plt, grid.flat, {pair: (COLOURS[pair], [run for run in runs if run["pair"] == pair])
+                              for pair in ("success", "reverse")})
+    last = grid[1, 3]
+    for pair in ("success", "reverse"):
+        for run in (run for run in runs if run["pair"] == pair):
+            last.plot((0, run["steps"]), (run["text_before"], run["text_after"]), "o-", color=COLOURS[pair])
+    last.set(xlabel="step", ylabel="nats a token")
+    last.set_title("a text written by people", fontsize=9)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save(plt, figure, out)
+
+
+def aligning(plt, grid, groups):
+    """Panels of Figure 6, and |p - q| of 4.1, with a band a group: {label: (colour, runs, one a seed)}."""
+    panels = [panel for panel in PANELS if panel[4] in (
+        "overlap_ratio", "overlap_mass_student", "overlap_token_advantage", "entropy_gap", "loss", "grad_norm")]
+    panels.insert(4, ("|p - q| at the token of largest advantage", "probability", 0, None, "largest_gap", None))
+    for axes, (title, unit, low, high, *names) in zip(grid, panels):
+        for label, (colour, mine) in groups.items():
+            for name, style in zip(names, ("-", "--")):
+                if name:
+                    band(axes, mine[0]["curves"]["step"], [smooth(run["curves"][name], 7) for run in mine], colour,
+                         style, label if style == "-" else None)
+        axes.set_title(title, fontsize=9)
+        axes.set(xlabel="step", ylabel=unit)
+        limit(plt, axes, low, high)
+
+
+def bars(axes, runs, colours):
+    """A bar an arm, {arm: colour}: the mean of its accuracy after training, and a point a seed."""
+    for place, (arm, colour) in enumerate(colours.items()):
+        values = [run["accuracy_after"]["mean"] for run in runs if run["arm"] == arm]
+        axes.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
+        axes.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
+    axes.set_xticks(range(len(colours)), [
+        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ") for arm in colours], fontsize=8)
+    axes.set(ylabel="accuracy after", ylim=(0, 1))
+
+
+def cost(results, out):
+    """Paper 6: accuracy against the response budget and by support, gain against depth, coherence over training."""
+    plt, runs = opened(results, "cost")
+    if plt is None:
+        return
 
     def of(part):
         return [run for run in runs if run["part"] == part]
@@ -463,13 +486,9 @@ def cost(results, out):
          [[x["mean"] for x in each] for each in cuts], COLOURS["success"], "o-")
     depth.axhline(0, color="0.6", linewidth=0.8)
     depth.set(xlabel="tokens that the student wrote", ylabel="teacher - student", title="6.1 who finishes it")
-    arms = list(dict.fromkeys(run["arm"] for run in of("support")))
-    for place, arm in enumerate(arms):
-        values = [run["accuracy_after"]["mean"] for run in of("support") if run["arm"] == arm]
-        support.bar(place, sum(values) / len(values), color=COLOURS["success"], alpha=0.35, width=0.7)
-        support.plot([place] * len(values), values, "o", color=COLOURS["success"], markersize=4)
-    support.set_xticks(range(len(arms)), [arm.replace(", ", ",\n") for arm in arms], fontsize=7, rotation=40)
-    support.set(ylabel="accuracy after", ylim=(0, 1), title="6.3 support")
+    bars(support, of("support"), dict.fromkeys((run["arm"] for run in of("support")), COLOURS["success"]))
+    support.tick_params(axis="x", rotation=40)
+    support.set_title("6.3 support")
     for pair in ("success", "bigger", "other"):
         mine = [[run["coherence"] / run["null"] for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
                 for seed in seeds]
@@ -488,22 +507,17 @@ def band(axes, x, curves, colour, style="-", label=None):
                       color=colour, alpha=0.15, linewidth=0)
 
 
-def draw(results, out):
+def phenomenology(results, out):
     """Accuracy and overlap ratio against step, a line a pair, mean over seeds with the range of the seeds behind it."""
-    plt = pyplot(f"python experiments/plot.py {results} {out}")
+    plt, runs = opened(results, "phenomenology")
     if plt is None:
         return
-    with open(results) as file:
-        runs = json.load(file)["runs"]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
     for pair, colour in COLOURS.items():
         mine = [run for run in runs if run["pair"] == pair]
         if not mine:
             continue
-        steps = mine[0]["curves"]["step"]
-        evaluated = [0] + [s for s, x in zip(steps, mine[0]["curves"]["accuracy"]) if x is not None] + [steps[-1]]
-        accuracy = [[run["accuracy_before"]["mean"], *(x for x in run["curves"]["accuracy"] if x is not None),
-                     run["accuracy_after"]["mean"]] for run in mine]
+        steps, evaluated, accuracy = accuracies(mine)
         teacher = sum(run["accuracy_teacher"]["mean"] for run in mine) / len(mine)
         left.plot(evaluated[-1] * 1.04, teacher, marker="<", color=colour, clip_on=False)
         for axes, x, curves in ((left, evaluated, accuracy),
@@ -515,7 +529,39 @@ def draw(results, out):
     save(plt, figure, out)
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python experiments/plot.py RESULTS.json OUT.svg")
-    draw(*sys.argv[1:])
+def overview(results, out):
+    """The paper at a glance, from a folder of results: a pair that works, one that fails, and that one recovered."""
+    plt = pyplot("python experiments/report.py")
+    if plt is None:
+        return
+    pairs, cold = (read_json(Path(results) / f"{name}.json")["runs"] for name in ("phenomenology", "recipe"))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for name, colour, mine in (
+            ("works: same way of thinking,\nnew capability", "success", [r for r in pairs if r["pair"] == "success"]),
+            ("recovers: 100 steps of SFT\non the teacher's answers first", "weaker",
+             [r for r in cold if r["arm"] == "sft 100 + opd"]),
+            ("fails: as good a teacher,\nanother way of thinking", "other", [r for r in cold if r["arm"] == "opd"])):
+        steps, evaluated, accuracy = accuracies(mine)
+        cold_start = [run.get("accuracy_cold_start") for run in mine]
+        if all(cold_start):
+            rise = [(run["accuracy_before"]["mean"], start["mean"]) for run, start in zip(mine, cold_start)]
+            band(panels[0], (-100, 0), rise, COLOURS[colour], ":")
+            accuracy = [[start["mean"], *values[1:]] for start, values in zip(cold_start, accuracy)]
+        band(panels[0], evaluated, accuracy, COLOURS[colour], label=name)
+        band(panels[1], steps, [smooth(run["curves"]["overlap_ratio"], 7) for run in mine], COLOURS[colour])
+        teacher = sum(run["accuracy_teacher"]["mean"] for run in mine) / len(mine)
+        panels[0].plot(210, teacher, marker="<", color=COLOURS[colour], clip_on=False)
+    panels[0].set(xlabel="step of on-policy distillation (dotted: of SFT)", ylim=(0, 1), xlim=(-105, 210),
+                  title="accuracy of the student (◂ its teacher)")
+    panels[1].set(xlabel="step of on-policy distillation", ylim=(0, 1), xlim=(0, 210),
+                  title="overlap of the 16 likeliest tokens (Eq. 6)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save(plt, figure, out)
+
+
+def accuracies(runs):
+    """Of runs with the same steps -> the steps, where accuracy was measured, and what it was there, a list a run."""
+    steps, known = runs[0]["curves"]["step"], runs[0]["curves"]["accuracy"]
+    evaluated = [0, *(step for step, x in zip(steps, known) if x is not None), steps[-1]]
+    return steps, evaluated, [[run["accuracy_before"]["mean"], *(x for x in run["curves"]["accuracy"] if x is not None),
+                               run["accuracy_after"]["mean"]] for run in runs]

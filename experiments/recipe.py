@@ -31,9 +31,8 @@ from statistics import mean
 
 import torch
 
-import lab
-from lab import analysis, distil, main, toy, write_text
 import plot
+from lab import analysis, difference, distil, main, toy, verdicts, write_text
 from recipes import in_template, select
 from rollout import load_prompts
 from teacher import Pair
@@ -63,9 +62,10 @@ def cold_starts(seed, world, scratch, quick):
                           ("sft 300, fresh", dict(control, cold_start=4 * few - 1))):
         result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
                         eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
-        del result["curves"]                                        # nothing here reads them, and they are long
+        result["curves"] = {name: result["curves"][name] for name in ("step", "overlap_ratio", "accuracy")}
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
+            del result["curves"]
             runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed, **result,
                          "accuracy_after": result["accuracy_cold_start"],
                          "held_out_after": result["held_out_cold_start"]})
@@ -141,9 +141,7 @@ def selection(world, seed, quick):
 
 def report(made, out):
     lines = report_cold_starts(made["runs"]) + [""] + report_prompts(made["runs"]) + [""]
-    lines += [f"{name:19} {criterion:44} {found}  {'holds' if holds else 'DOES NOT HOLD'}"
-              for name, criterion, found, holds in judge(made["runs"])]
-    write_text("\n".join(lines), made, out)
+    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
@@ -156,13 +154,15 @@ def judge(runs):
         value = math.nan if None in recovered else mean(recovered)
         lines.append((f"5.1 {arm}", f"gap recovery {sign} {bound}", f"{value:.3f}",
                       value < bound if sign == "<" else value >= bound))
-    against = [lab.difference(cold["sft 100 + opd"], cold[arm]) for arm in ("opd", "sft 300", "sft 300, fresh")]
+    against = [difference(cold["sft 100 + opd"], cold[arm]) for arm in ("opd", "sft 300", "sft 300, fresh")]
     lines.append(("5.1 cold start", "above opd and both sft 300", ", ".join(
         f"{gain:+.3f} (noise {noise:.3f})" for gain, noise in against), all(gain > noise for gain, noise in against)))
     arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
-    gain, noise = difference(arms["aligned", 1.0], arms["unaligned", 1.0], all_digits)
+    aligned, unaligned, other_content = (
+        [r["accuracies"] for r in arms[arm]] for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0)))
+    gain, noise = difference(aligned, unaligned, all_digits)
     lines.append(("5.2 template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise))
-    gain, noise = difference(arms["aligned", 1.0], arms["aligned", 0.0], all_digits[:1])
+    gain, noise = difference(aligned, other_content, all_digits[:1])
     ours, theirs = entropy(arms["aligned", 1.0]), entropy(arms["aligned", 0.0])
     lines.append(("5.2 content", f"gain > {noise:.3f} and lower entropy",
                   f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}", gain > noise and ours < theirs))
@@ -215,7 +215,7 @@ def report_prompts(runs):
 
     arms = by_template(runs)
     for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
-        each, error = difference(arms["aligned", 1.0], arms["unaligned", 1.0], (key,))
+        each, error = difference(*([r["accuracies"] for r in arms[arm, 1.0]] for arm in ARMS), (key,))
         lines.append(f"template, evaluated under the {name} one alone: {each:+.3f}, two standard errors {error:.3f}")
     lines.append("mixing, mean over seeds: " + "; ".join(
         f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
@@ -227,13 +227,6 @@ def report_prompts(runs):
                          + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
                          + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
     return lines
-
-
-def difference(ours, theirs, keys):
-    """Mean accuracy over seeds (and keys) of ours - theirs, and two standard errors of it."""
-    pairs = [(a["accuracies"][key], b["accuracies"][key]) for a, b in zip(ours, theirs) for key in keys]
-    return (mean(a["mean"] - b["mean"] for a, b in pairs),
-            2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
 
 
 if __name__ == "__main__":

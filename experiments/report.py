@@ -1,6 +1,6 @@
 """experiments/report.py: the README's table of findings, from results/*.json. Nobody types a number of ours.
 
-    python experiments/report.py              prints it, and puts it into the README between its two markers
+    python experiments/report.py      prints it, puts it into the README between its two markers, and draws the figures
 
 A finding stands beside what the paper says (section 3 to 6 of arXiv 2604.13016; its numbers are single runs). What ours
 means is in the script's first lines, where its criterion is, and every seed is in results/<script>.txt.
@@ -9,6 +9,7 @@ import importlib
 import json
 
 import lab
+import plot
 
 MARKERS = ("<!-- the findings -->\n", "<!-- end of the findings -->\n")
 PAPER = {   # script -> verdict of its judge -> what the paper has
@@ -37,6 +38,9 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "6.2 coherence": "a hypothesis, not tested",
         "6.3 support": "AIME24 .454 sampled, .446 top-1, .473 top-4, .458 top-16",
         "2.2 estimators": "none"},
+    "real": {
+        "Fig. 6 overlap": ".72 -> .91 in success",
+        "3.3 text": "the student regresses to the level of its worse teacher"},
     "forecast": {"rank": "none, ours", "promise": "none, ours"},
 }
 
@@ -66,10 +70,15 @@ def main():
     text = readme.read_text()
     if not all(marker in text for marker in MARKERS):
         raise SystemExit(f"{readme}: put the lines {' and '.join(map(str.strip, MARKERS))} where the table belongs")
-    made = table(lab.ROOT / "experiments" / "results")
+    results = lab.ROOT / "experiments" / "results"
+    made = table(results)
     print(made)
     before, rest = text.split(MARKERS[0])
     readme.write_text(before + MARKERS[0] + made + MARKERS[1] + rest.split(MARKERS[1])[1])
+    for path in results.glob("*.json"):
+        if path.stem in PAPER:
+            getattr(plot, path.stem)(path, path.with_suffix(".svg"))
+    plot.overview(results, results / "overview.svg")
 
 
 if __name__ == "__main__":

@@ -351,3 +351,18 @@ def test_the_questions_without_a_file_have_their_answers():
     for row in rollout.additions(50):
         a, b = [int(word.strip("?")) for word in row["prompt"].split() if word.strip("?").isdigit()]
         assert row["answer"] == str(a + b)
+
+
+def test_a_finished_run_goes_on_with_more_steps(world, tmp_path):
+    """Four steps and two more are six; without more steps, and without --resume, nothing is touched."""
+    out, straight = tmp_path / "run", tmp_path / "straight"
+    opd.Run(config(world, out)).go()
+    left = (out / "result.json").read_bytes()
+    for change in (dict(resume=True), dict(steps=6)):
+        with pytest.raises(ValueError, match="complete; .*--resume it with more --steps"):
+            opd.Run(config(world, out, **change))
+    assert (out / "result.json").read_bytes() == left
+    result = opd.Run(config(world, out, steps=6, resume=True)).go()
+    opd.Run(config(world, straight, steps=6)).go()
+    assert result["steps"] == 6 and rows(out) == rows(straight)
+    assert all(torch.equal(x, weights(straight)[name]) for name, x in weights(out).items())

@@ -117,7 +117,7 @@ def test_without_matplotlib_the_table_stands_and_one_line_says_what_to_install(s
     assert steps(said.out) and not (tmp_path / "out.svg").exists()
     assert said.err == (f"no picture: pip install matplotlib, then python analysis.py --run {success} "
                         f"--plot {tmp_path}/out.svg --positions {tmp_path}/positions.svg\n")
-    for figure in (plot.draw, plot.forecast):
+    for figure in (plot.phenomenology, plot.forecast):
         figure("results.json", "out.svg")
         assert capsys.readouterr().err.startswith("no picture: pip install matplotlib, then python experiments/")
 
