@@ -411,7 +411,7 @@ def mechanism(results, out):
     aligning(plt, grid.flat[:7], {pair: (colour, [run for run in runs if (run["pair"], run["support"]) == (
         pair, "student")]) for pair, colour in (("success", COLOURS["success"]), ("failure", COLOURS["bigger"]))})
     right, success = grid[1, 3], [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
-    bars(right, success, {arm: COLOURS["success" if arm in ("student", "intersection") else "reverse"]
+    bars(right, success, {arm: COLOURS["reverse" if arm.startswith("difference") else "success"]
                           for arm in dict.fromkeys(run["arm"] for run in success)})
     level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
     right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")

@@ -24,7 +24,8 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "4.1 gap": "narrows in success, persists in failure",
         "4.1 largest": "shrinks in success, persists in failure",
         "4.1 small loss": "failure starts with a small loss and a small gradient",
-        "4.2 overlap": "Overlap Top-k equals Student Top-k",
+        "4.2 overlap": "Overlap Top-k equals Student Top-k (with the raw log-ratio, as below)",
+        "4.2 overlap, raw": "Overlap Top-k equals Student Top-k",
         "4.2 others": "Non-Overlap Top-k is clearly weaker"},
     "recipe": {
         "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
