@@ -587,9 +587,10 @@ def portable(word):
 
 
 def write_json(path, value):
-    """Whole or not at all."""
-    aside = Path(f"{path}.tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n")
+    """Whole or not at all; a list of numbers on one line."""
+    aside, text = Path(f"{path}.tmp"), json.dumps(value, indent=1)
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda found: f"[{' '.join(found[1].split())}]", text)
+    aside.write_text(text + "\n")
     os.replace(aside, path)
 
 

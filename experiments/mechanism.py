@@ -15,14 +15,21 @@ holds if
     overlap     "intersection" ends within two standard errors of "student"
     overlap raw the same of the raw ones; added after Eq. 5 had not held on seed 0, and before it ran
     others      "difference" ends more than two standard errors below "student", for Eq. 5 and raw
+Where a sum is due, the student's probability of wrong digits is measured too, and its part on the shared tokens: what
+the intersection does not hold, it cannot unlearn.
 
     python experiments/mechanism.py              results/mechanism.{json,txt,svg}
     python experiments/mechanism.py --quick      one seed, few steps: does it run?
 """
 from statistics import mean
 
+import torch
+
 import plot
 from lab import analysis, difference, distil, main, toy, verdicts, write_text
+from loss import token_sets
+from rollout import position_ids
+from teacher import Pair
 
 PAIRS = {"success": "teacher", "failure": "bigger"}
 SUPPORTS = {name + raw: dict(support=name, objective=objective)
@@ -36,9 +43,36 @@ def seed_runs(seed, world, scratch, quick):
         toy.make_all(world, seed)
     steps = 2 * ENDS if quick else 100
     arms = [(pair, "student", {}) for pair in PAIRS] + [("success", *item) for item in list(SUPPORTS.items())[1:]]
-    return [{"pair": pair, "support": support, "seed": seed, **distil(
-        world / "student", world / PAIRS[pair], world, scratch / f"{pair}-{support}-{seed}", seed=seed, steps=steps,
-        eval_every=steps // 5, eval_n=1 if quick else 4, **settings)} for pair, support, settings in arms]
+    runs = []
+    for pair, support, settings in arms:
+        student, teacher, out = world / "student", world / PAIRS[pair], scratch / f"{pair}-{support}-{seed}"
+        result = distil(student, teacher, world, out, seed=seed, steps=steps, eval_every=steps // 5,
+                        eval_n=1 if quick else 4, **settings)
+        runs.append({"pair": pair, "support": support, "seed": seed, **result,
+                     "wrong_before": wrong_digits(student, teacher, seed),
+                     "wrong_after": wrong_digits(out / "student", teacher, seed)})
+    return runs
+
+
+@torch.no_grad()
+def wrong_digits(student, teacher, seed, k=16):
+    """Where the student has written "3+7=" of 512 new problems: its mean probability of the nine wrong digits, and the
+    part of it on digits that are among both models' k likeliest tokens.
+    """
+    pair = Pair.load(student, teacher)
+    prompts, _ = toy.question(*toy.problems(512, torch.Generator().manual_seed(seed)))
+    r = pair.write(prompts, max_new_tokens=96, seed=seed)
+    log_p, log_q = (model(input_ids=r.ids, attention_mask=r.attention_mask, position_ids=position_ids(
+        r.attention_mask)).logits.log_softmax(-1) for model in (pair.student, pair.teacher))       # (B, L, V)
+    sums = r.ids - toy.ID["0+0="]                                                                  # (B, L) 10 a + x
+    due = (sums >= 0) & (sums < 100) & (r.attention_mask > 0)
+    due[:, :-r.response_mask.size(1)] = False                                                      # none in a prompt
+    log_p, log_q, right = log_p[due], log_q[due], (sums[due] // 10 + sums[due]) % 10               # (N, V), (N,)
+    S, member = token_sets(log_p, log_q, k, "intersection")
+    digits = slice(toy.ID["0"], toy.ID["0"] + 10)
+    wrong = log_p[:, digits].exp() * (torch.arange(10) != right[:, None])                          # (N, 10)
+    shared = torch.zeros_like(log_p).scatter(1, S, member.float())[:, digits]
+    return {"p": wrong.sum(1).mean().item(), "shared": (wrong * shared).sum(1).mean().item()}
 
 
 def ends(runs, name):
@@ -66,7 +100,8 @@ def judge(runs):
     arms = {support: [r for r in runs if r["pair"] == "success" and r["support"] == support] for support in SUPPORTS}
     for raw in ("", ", raw"):
         off, noise = difference(arms[f"intersection{raw}"], arms[f"student{raw}"])
-        lines.append((f"4.2 overlap{raw}", f"|intersection - student| <= {noise:.3f}", f"{off:+.3f}", abs(off) <= noise))
+        lines.append((f"4.2 overlap{raw}", f"|intersection - student| <= {noise:.3f}", f"{off:+.3f}",
+                      abs(off) <= noise))
     ends_at = [difference(arms[f"difference{raw}"], arms[f"student{raw}"]) for raw in ("", ", raw")]
     lines.append(("4.2 others", "difference below student by more than noise", "; raw ".join(
         f"{off:+.3f} (noise {noise:.3f})" for off, noise in ends_at), all(off < -noise for off, noise in ends_at)))
@@ -75,14 +110,15 @@ def judge(runs):
 
 def report(made, out):
     lines = [f"{'pair':8} {'support':16} {'seed':>4} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>14} "
-             f"{'loss':>17} {'|grad|':>6} {'s':>5}"]
+             f"{'loss':>17} {'|grad|':>6} {'p(wrong digit), shared part':>32}"]
     for r in made["runs"]:
         recovery = analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
         a, b = r["held_out_before"], r["held_out_after"]
         lines.append(f"{r['pair']:8} {r['support']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
                      f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} "
                      f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['loss']:7.4f} -> {b['loss']:.4f} "
-                     f"{r['curves']['grad_norm'][0]:6.3f} {r['seconds']:5.0f}")
+                     f"{r['curves']['grad_norm'][0]:6.3f} " + " -> ".join(
+                         f"{r[when]['p']:.4f}, {r[when]['shared']:.4f}" for when in ("wrong_before", "wrong_after")))
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.mechanism(out.with_suffix(".json"), out.with_suffix(".svg"))
 

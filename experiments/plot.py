@@ -38,7 +38,7 @@ COLUMNS = (        # of the table of a run: metric, title, format
 PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or "log", upper limit, metric, teacher's
     ("accuracy", "share of answers", 0, 1, "accuracy", None),
     ("overlap ratio (Eq. 6)", "share of the top k", 0, 1, "overlap_ratio", None),
-    ("overlap mass (Eq. 9, 10)", "probability", None, 1, "overlap_mass_student", "overlap_mass_teacher"),
+    ("overlap mass (Eq. 9; dashed: 10)", "probability", None, 1, "overlap_mass_student", "overlap_mass_teacher"),
     ("overlap-token advantage (Eq. 7)", "nats", None, 0, "overlap_token_advantage", None),
     ("entropy gap (Eq. 8)", "nats", 0, None, "entropy_gap", None),
     ("entropy", "nats", 0, None, "entropy_student", "entropy_teacher"),
@@ -408,13 +408,15 @@ def mechanism(results, out):
     if plt is None:
         return
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    aligning(plt, grid.flat[:7], {pair: (colour, [run for run in runs if (run["pair"], run["support"]) == (
-        pair, "student")]) for pair, colour in (("success", COLOURS["success"]), ("failure", COLOURS["bigger"]))})
+    aligning(plt, grid.flat[:7], {f"{pair}: {NAMES[name]}": (COLOURS[name], [
+        run for run in runs if (run["pair"], run["support"]) == (pair, "student")])
+        for pair, name in (("success", "success"), ("failure", "bigger"))})
     right, success = grid[1, 3], [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
     bars(right, success, {arm: COLOURS["reverse" if arm.startswith("difference") else "success"]
                           for arm in dict.fromkeys(run["arm"] for run in success)})
     level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
     right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
+    right.tick_params(axis="x", rotation=40)
     right.set_title("4.2 by support (dashed: before)", fontsize=9)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(plt, figure, out)
@@ -500,7 +502,9 @@ def cost(results, out):
 
 
 def band(axes, x, curves, colour, style="-", label=None):
-    """A line through the mean over seeds, and their range behind it."""
+    """A line through the mean over seeds, and their range behind it; of a long one every second point, or fewer."""
+    every = max(1, math.ceil(len(x) / 60))
+    x, curves = x[::every], [values[::every] for values in curves]
     middle = [sum(values) / len(values) for values in zip(*curves)]
     axes.plot(x, middle, style, color=colour, label=label, linewidth=1.8)
     axes.fill_between(x, [min(values) for values in zip(*curves)], [max(values) for values in zip(*curves)],
@@ -508,24 +512,27 @@ def band(axes, x, curves, colour, style="-", label=None):
 
 
 def phenomenology(results, out):
-    """Accuracy and overlap ratio against step, a line a pair, mean over seeds with the range of the seeds behind it."""
+    """Accuracy and overlap ratio against step, the reversed pairs by themselves; mean, range of the seeds."""
     plt, runs = opened(results, "phenomenology")
     if plt is None:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
     for pair, colour in COLOURS.items():
         mine = [run for run in runs if run["pair"] == pair]
         if not mine:
             continue
         steps, evaluated, accuracy = accuracies(mine)
         teacher = sum(run["accuracy_teacher"]["mean"] for run in mine) / len(mine)
-        left.plot(evaluated[-1] * 1.04, teacher, marker="<", color=colour, clip_on=False)
-        for axes, x, curves in ((left, evaluated, accuracy),
-                                (right, steps, [run["curves"]["overlap_ratio"] for run in mine])):
-            band(axes, x, curves, colour, label=NAMES[pair])
-    left.set(xlabel="step", ylabel="accuracy of the student (◂ its teacher)", ylim=(0, 1))
-    right.set(xlabel="step", ylabel="overlap ratio, k = 16 (Eq. 6)", ylim=(0, 1))
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+        axes = right if pair.startswith("reverse") else left
+        axes.plot(evaluated[-1] * 1.04, teacher, marker="<", color=colour, clip_on=False)
+        band(axes, evaluated, accuracy, colour)
+        if axes is left:
+            band(middle, steps, [smooth(run["curves"]["overlap_ratio"], 7) for run in mine], colour)
+        left.plot([], [], color=colour, label=NAMES[pair])
+    left.set(xlabel="step", ylim=(0, 1), title="accuracy of the student (◂ its teacher)")
+    middle.set(xlabel="step", ylim=(0, 1), title="overlap ratio, k = 16 (Eq. 6)")
+    right.set(xlabel="step", ylim=(0, 1), title="accuracy, reversed pairs (3.3)")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
 
 
