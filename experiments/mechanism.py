@@ -56,8 +56,8 @@ def seed_runs(seed, world, scratch, quick):
 
 @torch.no_grad()
 def wrong_digits(student, teacher, seed, k=16):
-    """Where the student has written "3+7=" of 512 new problems: its mean probability of the nine wrong digits, and the
-    part of it on digits that are among both models' k likeliest tokens.
+    """Where the student has written "3+7=" of 512 new problems: its mean probability p of the nine wrong digits, the
+    part of it on digits that are among both models' k likeliest tokens, and the teacher's probability q of the nine.
     """
     pair = Pair.load(student, teacher)
     prompts, _ = toy.question(*toy.problems(512, torch.Generator().manual_seed(seed)))
@@ -70,9 +70,10 @@ def wrong_digits(student, teacher, seed, k=16):
     log_p, log_q, right = log_p[due], log_q[due], (sums[due] // 10 + sums[due]) % 10               # (N, V), (N,)
     S, member = token_sets(log_p, log_q, k, "intersection")
     digits = slice(toy.ID["0"], toy.ID["0"] + 10)
-    wrong = log_p[:, digits].exp() * (torch.arange(10) != right[:, None])                          # (N, 10)
-    shared = torch.zeros_like(log_p).scatter(1, S, member.float())[:, digits]
-    return {"p": wrong.sum(1).mean().item(), "shared": (wrong * shared).sum(1).mean().item()}
+    wrong = torch.arange(10) != right[:, None]                                                     # (N, 10)
+    p, q = (log[:, digits].exp() * wrong for log in (log_p, log_q))
+    shared = p * torch.zeros_like(log_p).scatter(1, S, member.float())[:, digits]
+    return {name: x.sum(1).mean().item() for name, x in (("p", p), ("shared", shared), ("q", q))}
 
 
 def ends(runs, name):
