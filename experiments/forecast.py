@@ -113,8 +113,8 @@ def judge(runs):
         if r["verdict"] == analysis.SHOULD_WORK:
             promised.setdefault((r["student"], r["teacher"]), []).append(r["gain"])
     broken = [f"{s} <- {t}" for (s, t), gains in promised.items() if sum(gains) < 0]
-    return [("rank", "Spearman >= 0.8", f"{rank:.2f}", rank >= 0.8),
-            ("promise", 'no "should work" below zero', ", ".join(broken) or "none", not broken)]
+    return [("forecast rank", "Spearman >= 0.8", f"{rank:.2f}", rank >= 0.8),
+            ("forecast promise", 'no "should work" below zero', ", ".join(broken) or "none", not broken)]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "4.1 small loss": "failure starts with a small loss and a small gradient",
         "4.2 overlap": "Overlap Top-k equals Student Top-k (with the raw log-ratio, as below)",
         "4.2 overlap, raw": "Overlap Top-k equals Student Top-k",
+        "4.2 overlap, k 64": "not there",
         "4.2 others": "Non-Overlap Top-k is clearly weaker"},
     "recipe": {
         "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
@@ -42,7 +43,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
     "real": {
         "Fig. 6 overlap": ".72 -> .91 in success",
         "3.3 text": "the student regresses to the level of its worse teacher"},
-    "forecast": {"rank": "none, ours", "promise": "none, ours"},
+    "forecast": {"forecast rank": "none, ours", "forecast promise": "none, ours"},
 }
 
 
