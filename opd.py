@@ -389,6 +389,9 @@ class Run:
             if name not in may_differ and had != value:
                 raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} {had!r}; "
                                  "give the same flags, or take another --out")
+        if state["step"] > self.cfg.steps:
+            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.cfg.out} has come to step {state['step']}; "
+                             "ask for more, or take another --out")
         self.pair.student.load_state_dict(state["student"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

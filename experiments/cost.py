@@ -1,19 +1,19 @@
 """experiments/cost.py: what dense rewards cost, and how much of the vocabulary they need (paper 6 and 2.2), toy world.
 
 6.1 length      the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
-                some 33. Holds if the best budget is neither the shortest nor the longest, and better than both by more
-                than two standard errors
+                some 33. Holds if 48 is better than the shortest and than the longest by more than noise (here and
+                below two standard errors, lab.difference)
 6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
                 from each depth to the next, to a quarter of the first or less. (A first version asked for 0 within two
                 standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90)
 6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds and with the one
-                that ruins the student (the other family's). Holds if they are within .1 of each other. Both models'
-                probability of a wrong digit where a sum is due stands beside it
+                that ruins the student (the other family's). Holds if both are .6 or more, and the second is no more
+                than .1 behind. Both models' probability of a wrong digit where a sum is due stands beside it
 6.2 coherence   the gradients of single positions with both teachers and the bigger one of the same pipeline, before,
                 half-way and after. The paper supposes that a failing teacher's are large and cancel: holds if the other
                 family's are larger and less coherent than the successful teacher's, at step 0
-6.3 support     sampled token, the student's likeliest 1 (top-k-released: Eq. 5 is 0 there), 4, 16, 32, all. Holds if,
-                after 100 steps, 1 and no other ends more than two standard errors below 16
+6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4, 16, 32, all. Holds
+                if, after 100 steps, 1 ends below 16 of the same objective by more than noise, and no other does
 2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the gradient of the output head
                 from one batch to the next, how far does its mean point where Eq. 4 points, and what does a step take?
                 Holds if all end within two standard errors of Eq. 4, after 200 steps (after 100, on seed 0 at commit
@@ -28,28 +28,27 @@ from statistics import mean
 import torch
 
 import plot
-from lab import analysis, difference, distil, main, opd, toy, verdicts, write_text
+from lab import analysis, difference, distil, main, models, opd, told, verdicts, write_text
 from mechanism import wrong_digits
 from rollout import load_prompts
 from teacher import Pair
 
 BUDGETS = (8, 16, 24, 32, 48, 96, 192)
 SUPPORTS = {"sampled": dict(objective="sampled"), "top-1, released": dict(objective="top-k-released", k=1),
-            "top-4": dict(k=4), "top-16": dict(), "top-32": dict(k=32), "full": dict(objective="full")}
+            "top-16, released": dict(objective="top-k-released"), "top-4": dict(k=4), "top-16": {},
+            "top-32": dict(k=32), "full": dict(objective="full")}
 ESTIMATORS = {"Eq. 3, sampled": dict(objective="sampled"), "Eq. 4, full": dict(objective="full"),
-              "Eq. 5, top-16": dict(), "released, top-16": dict(objective="top-k-released")}
-LONGER = {"sampled": SUPPORTS["sampled"], "full": SUPPORTS["full"], "top-16": {},
-          "released, top-16": dict(objective="top-k-released")}
+              "Eq. 5, top-16": {}, "released, top-16": dict(objective="top-k-released")}
+LONGER = ("sampled", "full", "top-16", "top-16, released")
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
 
 
 def seed_runs(seed, world, scratch, quick):
-    if not (world / "other").exists():
-        toy.make_all(world, seed, everything=True)
+    models(world, seed)
     steps, runs = 4 if quick else 100, []
 
     def run(part, arm, teacher="teacher", **settings):
-        out = scratch / f"{part}-{arm}-{seed}"
+        out = scratch / f"{part}-{arm}-{settings.get('steps', steps)}-{seed}"
         settings = {**dict(seed=seed, steps=steps, eval_every=steps // 4, eval_n=1 if quick else 4,
                            eval_max_new_tokens=96), **settings}
         runs.append({"part": part, "arm": arm, "seed": seed,
@@ -59,8 +58,8 @@ def seed_runs(seed, world, scratch, quick):
         run("length", str(budget), max_new_tokens=budget)
     for arm, settings in SUPPORTS.items():
         run("support", arm, **settings)
-    for arm, settings in LONGER.items():
-        run("longer", arm, **settings, steps=2 * steps)
+    for arm in LONGER:
+        run("longer", arm, **SUPPORTS[arm], steps=2 * steps)
     for pair, teacher in TEACHERS.items():
         for when, after in (("before", 0), ("half-way", steps // 2), ("after", steps)):
             student = run("coherence", pair, teacher, steps=after) if after else world / "student"
@@ -76,9 +75,13 @@ def encoded(pair, world, count):
     return pair.encode(load_prompts(world / "prompts.jsonl")[:count], max_prompt_tokens=64, new_tokens=192)
 
 
+def load(student, teacher):
+    return Pair.load(student, teacher, device="cpu")
+
+
 def signal(student, teacher, world, seed, quick):
     """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits."""
-    pair, count = Pair.load(student, teacher), 16 if quick else 256
+    pair, count = load(student, teacher), 16 if quick else 256
     rows = encoded(pair, world, count)
     r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
     grid = analysis.positions(pair, r, 16)
@@ -91,7 +94,7 @@ def signal(student, teacher, world, seed, quick):
 
 def depths(world, seed, quick):
     """{depth: gain of the teacher over the student who finish the student's responses, +- s.e. over prompts}."""
-    pair = Pair.load(world / "student", world / "teacher")
+    pair = load(world / "student", world / "teacher")
     rows = encoded(pair, world, 16 if quick else 512)
     prompts, answers = [row["ids"] for row in rows], [row["answer"] for row in rows]
     r = pair.write(prompts, max_new_tokens=96, seed=seed)
@@ -101,24 +104,29 @@ def depths(world, seed, quick):
             for depth, (gain, _, _, tokens) in found.items()]
 
 
-def gradient_noise(world, seed, quick, batches=8):
-    """The output head's gradient G of the mean loss, 64 prompts at a time, on the same tokens for all estimators:
-    noise = mean |G - mean G|^2 / |mean G|^2, and the cosine of mean G with that of Eq. 4.
+def gradient_noise(world, seed, quick):
+    """The output head's gradient G of the mean loss, eight batches of 64 prompts, the same tokens for all estimators.
+
+    noise: the variance of |G| from batch to batch over the squared norm of its mean, both without bias; cosine: of the
+    mean with that of Eq. 4; size: the norm of the mean.
     """
-    pair, made = Pair.load(world / "student", world / "teacher"), {}
-    rows = encoded(pair, world, 8 if quick else 64)
-    for batch in range(2 if quick else batches):
-        r = pair.write([row["ids"] for row in rows], max_new_tokens=96, seed=1000 * seed + batch)
+    pair, made = load(world / "student", world / "teacher"), {}
+    batches, size = (2, 8) if quick else (8, 64)
+    rows = encoded(pair, world, batches * size)
+    for batch in range(batches):
+        prompts = [row["ids"] for row in rows[batch * size:(batch + 1) * size]]
+        r = pair.write(prompts, max_new_tokens=96, seed=1000 * seed + batch)
         for arm, settings in ESTIMATORS.items():
-            objective, total = opd.objective(opd.Config(**settings)), 0.0
-            for g, h in analysis.logit_gradients(pair, r, objective):
-                total = total + g.T @ h                                                      # (V, H)
-            made.setdefault(arm, []).append(total / r.response_mask.sum())
+            total = sum(g.T @ h for g, h in analysis.logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
+            made.setdefault(arm, []).append(total / r.response_mask.sum())                   # (V, H)
     means = {arm: torch.stack(each).mean(0) for arm, each in made.items()}
-    truth = means["Eq. 4, full"]
-    return {arm: {"noise": (mean((g - means[arm]).norm().item() ** 2 for g in each) / means[arm].norm().item() ** 2),
-                  "cosine": torch.nn.functional.cosine_similarity(means[arm].flatten(), truth.flatten(), dim=0).item(),
-                  "size": means[arm].norm().item()} for arm, each in made.items()}
+    truth, found = means["Eq. 4, full"].flatten(), {}
+    for arm, each in made.items():
+        variance = sum((g - means[arm]).norm().item() ** 2 for g in each) / (batches - 1)
+        signal = means[arm].norm().item() ** 2 - variance / batches
+        found[arm] = {"noise": variance / signal, "size": means[arm].norm().item(),
+                      "cosine": torch.nn.functional.cosine_similarity(means[arm].flatten(), truth, dim=0).item()}
+    return found
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -132,33 +140,32 @@ def judge(runs):
 
     def of(part, arm, when=None):
         return arms[part, arm, when]
-    after = {b: mean(r["accuracy_after"]["mean"] for r in of("length", str(b))) for b in BUDGETS}
-    best = max(after, key=after.get)
-    short, long = (difference(of("length", str(best)), of("length", str(b))) for b in (BUDGETS[0], BUDGETS[-1]))
-    lines = [("6.1 length", "best budget inside, better than both ends",
-              f"best {best}; {short[0]:+.3f} and {long[0]:+.3f} over the ends (noise {short[1]:.3f}, {long[1]:.3f})",
-              short[0] > short[1] and long[0] > long[1])]
+    over = [difference(of("length", "48"), of("length", str(b))) for b in (BUDGETS[0], BUDGETS[-1])]
+    lines = [("6.1 length", f"48 better than {BUDGETS[0]} and {BUDGETS[-1]}", ", ".join(told(*x) for x in over),
+              all(gain > noise for gain, noise in over))]
     each = list(zip(*(r["depths"] for r in of("depth", "success"))))                         # a depth, its seeds
     gains = [mean(x["mean"] for x in seeds) for seeds in each]
     noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
     lines.append(("6.1 depth", "falls, to a quarter or less", ", ".join(f"{x:+.3f}" for x in gains)
                   + f" (noise of the last {noise:.3f})",
                   gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4))
-    areas = {pair: mean(r["auroc"] or math.nan for r in of("signal", pair, "before")) for pair in TEACHERS}
-    lines.append(("6.2 global", "AUROC within .1", ", ".join(f"{pair} {x:.3f}" for pair, x in areas.items()),
-                  abs(areas["success"] - areas["other"]) <= 0.1))
+    areas = {pair: mean(math.nan if r["auroc"] is None else r["auroc"] for r in of("signal", pair, "before"))
+             for pair in TEACHERS}
+    lines.append(("6.2 global", "AUROC both >= .6, other's not .1 behind", ", ".join(
+        f"{pair} {x:.3f}" for pair, x in areas.items()),
+        min(areas["success"], areas["other"]) >= 0.6 and areas["other"] >= areas["success"] - 0.1))
     now = {pair: (mean(r["size"] for r in of("signal", pair, "before")),
                   mean(r["coherence"] / r["null"] for r in of("signal", pair, "before"))) for pair in TEACHERS}
     lines.append(("6.2 coherence", "other: larger, and less coherent", ", ".join(
         f"{pair} {size:.3f}, {c:.2f} x null" for pair, (size, c) in now.items()),
         now["other"][0] > now["success"][0] and now["other"][1] < now["success"][1]))
-    against = {arm: difference(of("support", arm), of("support", "top-16")) for arm in SUPPORTS if arm != "top-16"}
+    against = {arm: difference(of("support", arm), of("support", "top-16" + ", released" * arm.endswith("released")))
+               for arm in SUPPORTS if not arm.startswith("top-16")}
     lines.append(("6.3 support", "only top-1 below top-16", ", ".join(
-        f"{arm} {x:+.3f} (noise {noise:.3f})" for arm, (x, noise) in against.items()),
+        f"{arm} {told(*x)}" for arm, x in against.items()),
         all((x < -noise) == arm.startswith("top-1,") for arm, (x, noise) in against.items())))
     ends = {arm: difference(of("longer", arm), of("longer", "full")) for arm in LONGER if arm != "full"}
-    lines.append(("2.2 estimators", "same end as Eq. 4", ", ".join(
-        f"{arm} {x:+.3f} (noise {noise:.3f})" for arm, (x, noise) in ends.items()),
+    lines.append(("2.2 estimators", "same end as Eq. 4", ", ".join(f"{arm} {told(*x)}" for arm, x in ends.items()),
         all(abs(x) <= noise for x, noise in ends.values())))
     return lines
 
@@ -177,7 +184,8 @@ def report(made, out):
                          f"{mean(curves['time_update']):8.3f}")
     for r in made["runs"]:
         if r["part"] == "signal":
-            lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC {r['auroc'] or math.nan:.3f}, "
+            lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
+                         f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
                          f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
                          f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; wrong digits: student "
                          f"{r['wrong']['p']:.4f}, teacher {r['wrong']['q']:.4f}")

@@ -8,7 +8,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import transformers
 
@@ -27,7 +27,7 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
 def distil(student, teacher, world, out, **settings):
     """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves."""
     return run(**{**opd.PRESETS["toy"], **dict(
-        student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"),
+        student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"), device="cpu",
         eval=str(world / "eval.jsonl"), out=str(out)), **settings})
 
 
@@ -38,8 +38,10 @@ def run(**settings):
     """
     out, cfg = Path(settings["out"]), opd.Config(**settings)
     had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
-    if had and any(had[name] != value for name, value in {
-            **settings, "steps": had["steps"], "commit": analysis.provenance()["commit"]}.items()):
+    asked = {**dataclasses.asdict(cfg), "commit": analysis.provenance()["commit"]}
+    for name in ("steps", "resume", "micro_batch_tokens"):
+        del asked[name]
+    if had and any(had[name] != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
         raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
     if result is None or result["steps"] < cfg.steps:
         opd.Run(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists())).go()
@@ -63,7 +65,8 @@ def main(name, description, seed_runs, report, own=None):
     for flag, text in (own or {}).items():
         parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--worlds", help="directory for the models, kept and used again (default: a temporary one)")
+    parser.add_argument("--worlds", help="directory for the models, kept and used again (default: --runs, or else a "
+                        "temporary one)")
     parser.add_argument("--runs", help="directory for the runs, kept; one that was killed goes on from its checkpoint "
                         "(default: a temporary one)")
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
@@ -86,12 +89,12 @@ def main(name, description, seed_runs, report, own=None):
         parser.error(f"{', '.join(missing)}: needed; see --help")
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
-    started, runs = time.perf_counter(), []
+    started, origin, runs = time.perf_counter(), analysis.provenance(), []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:
-            world = Path(flags.worlds or scratch) / f"world-{seed}"
+            world = Path(flags.worlds or flags.runs or scratch) / f"world-{seed}"
             runs += seed_runs(seed, world, Path(flags.runs or scratch), flags.quick, **given)
-    made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "runs": runs}
+    made = {**origin, "seconds": round(time.perf_counter() - started), "runs": runs}
     if flags.quick:
         out = Path(tempfile.mkdtemp()) / name                   # its numbers mean nothing
     analysis.write_json(out.with_suffix(".json"), made)
@@ -100,24 +103,39 @@ def main(name, description, seed_runs, report, own=None):
 
 def join(parts, key="runs"):
     """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
-    for part in parts:
-        part["command"] = " ".join(map(analysis.portable, part["command"].split()))
-    if len(parts) == 1:
-        return parts[0]
-    if len({part["commit"] for part in parts}) > 1:
-        raise SystemExit("these results come from different commits")
-    return {**parts[0], "command": " ; ".join(part["command"] for part in parts),
+    commands = [" ".join(map(analysis.portable, part["command"].split())) for part in parts]
+    if len(set(commands)) < len(parts):
+        raise SystemExit("the same results twice")
+    if len({(part["commit"], part["threads"]) for part in parts}) > 1:
+        raise SystemExit("these results come from different commits, or numbers of threads")
+    return {**parts[0], "command": " ; ".join(commands),
             "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
 
 
 def difference(ours, theirs, of=("accuracy_after",), than=None):
-    """Mean over seeds (and keys) of an accuracy of ours - one of theirs, and two standard errors of it.
+    """Mean over seeds of an accuracy of ours - one of theirs, and its noise: two standard errors, by the prompts of the
+    evaluation or by the spread between the seeds, whichever is larger.
 
-    of: its keys in each of ours; than: those in theirs, where they are others.
+    of: its keys in each of ours; than: those in theirs, where they are others. Of several the mean in a run is taken,
+    of their standard errors too: they are of the same prompts.
     """
-    pairs = [(a[x], b[y]) for a, b in zip(ours, theirs, strict=True) for x, y in zip(of, than or of, strict=True)]
-    return (mean(a["mean"] - b["mean"] for a, b in pairs),
-            2 * math.sqrt(sum(a["standard_error"] ** 2 + b["standard_error"] ** 2 for a, b in pairs)) / len(pairs))
+    each, variances = [], []
+    for a, b in zip(ours, theirs, strict=True):
+        mine, other = [a[key] for key in of], [b[key] for key in than or of]
+        each.append(mean(x["mean"] for x in mine) - mean(x["mean"] for x in other))
+        variances.append(sum(mean(x["standard_error"] for x in part) ** 2 for part in (mine, other)))
+    spread = stdev(each) ** 2 if len(each) > 1 else 0
+    return mean(each), 2 * math.sqrt(max(mean(variances), spread) / len(each))
+
+
+def told(x, noise):
+    return f"{x:+.3f} (noise {noise:.3f})"
+
+
+def models(world, seed):
+    """All models of a toy world, made where they are not there whole."""
+    if not (world / "other" / "tokenizer_config.json").exists():
+        toy.make_all(world, seed, everything=True)
 
 
 def verdicts(judged):

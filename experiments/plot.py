@@ -492,11 +492,11 @@ def cost(results, out):
     support.tick_params(axis="x", rotation=40)
     support.set_title("6.3 support")
     for pair in ("success", "bigger", "other"):
-        mine = [[run["coherence"] / run["null"] for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
+        mine = [[run["cosine"] for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
                 for seed in seeds]
         band(signal, range(3), mine, COLOURS[pair], "o-", label=NAMES[pair])
     signal.set_xticks(range(3), ["before", "half-way", "after"])
-    signal.set(ylabel="coherence / null", title="6.2 do gradients point one way?", ylim=(0, None))
+    signal.set(ylabel="mean cosine of two positions", title="6.2 do gradients point one way?", ylim=(0, None))
     figure.legend(*signal.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
 

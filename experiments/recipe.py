@@ -7,17 +7,18 @@
     sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and top-p .95, not 1 and 1
     sft 300                   300 SFT steps on the same responses: as many updates as sft 100 + opd, no OPD
     sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for sft 100 + opd
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for sft 100 + opd; and
+    if sft 100 + opd ends above opd and above both sft 300 by more than noise (two standard errors)
     A first version (commit 0f8080b), T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32.
     Temperature and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
 
 5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under
 one of them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits
-(5 to 9), under the teacher's template or the other, and on mixtures. Accuracy is always measured on digits 0 to 9,
-under both templates.
+(5 to 9), under the teacher's template or the other, and on mixtures. Accuracy is measured on digits 0 to 9, under both
+templates.
     template   holds if aligned - unaligned accuracy, mean over both evaluation templates, exceeds two standard errors
-    content    holds if accuracy is higher by more than two standard errors, and the student's entropy lower, with
-               aligned content
+    content    holds if accuracy, under the teacher's template, is higher by more than two standard errors, and the
+               student's entropy lower, with aligned content
     mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no criterion
     selection  recipes.select on a pool of both contents under both templates, before training: does it find the
                teacher's?
@@ -32,7 +33,7 @@ from statistics import mean
 import torch
 
 import plot
-from lab import analysis, difference, distil, main, toy, verdicts, write_text
+from lab import analysis, difference, distil, main, models, told, toy, verdicts, write_text
 from recipes import in_template, select
 from rollout import load_prompts
 from teacher import Pair
@@ -50,8 +51,7 @@ def seed_runs(seed, world, scratch, quick):
 
 
 def cold_starts(seed, world, scratch, quick):
-    if not (world / "other").exists():
-        toy.make_all(world, seed, everything=True)
+    models(world, seed)
     few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
     cold, control = dict(cold_start=few, cold_start_steps=sft), dict(cold_start_steps=sft + opd_steps, steps=0)
     runs = []
@@ -65,9 +65,9 @@ def cold_starts(seed, world, scratch, quick):
         result["curves"] = {name: result["curves"][name] for name in ("step", "overlap_ratio", "accuracy")}
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
-            del result["curves"]
-            runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed, **result,
-                         "accuracy_after": result["accuracy_cold_start"],
+            kept = ("accuracy_teacher", "accuracy_before", "held_out_before", "commit")
+            runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed,
+                         **{name: result[name] for name in kept}, "accuracy_after": result["accuracy_cold_start"],
                          "held_out_after": result["held_out_cold_start"]})
     return runs
 
@@ -112,7 +112,7 @@ def prompts(seed, world, scratch, quick):
 
 def accuracies(model, world, seed, quick):
     """{"<template>, <digits>": accuracy} of a saved model."""
-    pair, out = Pair.load(model, model), {}
+    pair, out = Pair.load(model, model, device="cpu"), {}
     for template, text in ARMS.items():
         for digits in (".", "low", "high"):
             rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
@@ -126,7 +126,7 @@ def accuracies(model, world, seed, quick):
 
 def selection(world, seed, quick):
     """What recipes.select finds in a pool whose halves are known to us and not to it."""
-    pair = Pair.load(world / "student", world / "teacher")
+    pair = Pair.load(world / "student", world / "teacher", device="cpu")
     pool = [{**row, "low": name == "low"} for name in ("low", "high")
             for row in load_prompts(world / name / "prompts.jsonl")[:16 if quick else 256]]
     random.Random(seed).shuffle(pool)
@@ -156,7 +156,7 @@ def judge(runs):
                       value < bound if sign == "<" else value >= bound))
     against = [difference(cold["sft 100 + opd"], cold[arm]) for arm in ("opd", "sft 300", "sft 300, fresh")]
     lines.append(("5.1 cold start", "above opd and both sft 300", ", ".join(
-        f"{gain:+.3f} (noise {noise:.3f})" for gain, noise in against), all(gain > noise for gain, noise in against)))
+        told(gain, noise) for gain, noise in against), all(gain > noise for gain, noise in against)))
     arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
     aligned, unaligned, other_content = (
         [r["accuracies"] for r in arms[arm]] for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0)))
@@ -216,7 +216,7 @@ def report_prompts(runs):
     arms = by_template(runs)
     for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
         each, error = difference(*([r["accuracies"] for r in arms[arm, 1.0]] for arm in ARMS), (key,))
-        lines.append(f"template, evaluated under the {name} one alone: {each:+.3f}, two standard errors {error:.3f}")
+        lines.append(f"template, evaluated under the {name} one alone: {told(each, error)}")
     lines.append("mixing, mean over seeds: " + "; ".join(
         f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
         f"H {entropy(arms['aligned', f]):.3f}" for f in FRACTIONS))

@@ -16,19 +16,22 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
         "3.2 knowledge": "recovery .05 and .16 from bigger, .17 and .59 from the same after RL, of lower overlap",
+        "3.3 lost": ".77 and .92 of it",
         "3.3 reverse": "from .54 to .30-.34, whether the earlier self teaches or R1-Distill-7B"},
     "mechanism": {
         "4.1 overlap": ".72 -> .91 in success, .745 -> .78 in failure",
         "4.1 masses": ".97 to .99 throughout",
-        "4.1 advantage": "towards 0 in success, stays negative in failure",
-        "4.1 gap": "narrows in success, persists in failure",
-        "4.1 largest": "shrinks in success, persists in failure",
+        "4.1 advantage": "towards 0 in success, stays negative in failure (not judged)",
+        "4.1 gap": "narrows in success, persists in failure (not judged)",
+        "4.1 largest": "shrinks in success, persists in failure (not judged)",
         "4.1 small loss": "failure starts with a small loss and a small gradient",
         "4.2 overlap": "Overlap Top-k equals Student Top-k (with the raw log-ratio, as below)",
         "4.2 overlap, raw": "Overlap Top-k equals Student Top-k",
         "4.2 overlap, k 64": "not there",
         "4.2 others": "Non-Overlap Top-k is clearly weaker"},
     "recipe": {
+        "5.1 opd": "fails",
+        "5.1 sft 100": "not there",
         "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
         "5.1 sft 100 + opd": "the ceiling rises",
         "5.2 template": ".51 -> .54, recovery 80 -> 85 %",
@@ -56,10 +59,8 @@ def table(results):
         if not path.exists():
             continue
         made = json.loads(path.read_text())
-        verdicts = {name: rest for name, *rest in importlib.import_module(script).judge(made["runs"])}
-        for name, says in paper.items():
-            criterion, found, holds = verdicts[name]
-            cells = (name, says, criterion, found, "yes" if holds else "**no**")
+        for name, criterion, found, holds in importlib.import_module(script).judge(made["runs"]):
+            cells = (name, paper[name], criterion, found, "yes" if holds else "**no**")
             lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
         seeds = len({run["seed"] for run in made["runs"]})
         commands.append(f"`python experiments/{script}.py`: {seeds} seeds, {made['seconds']} s on {made['threads']} "

@@ -17,7 +17,7 @@ def test_every_flag_that_it_names_exists():
     line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
     flags = line.split()[2:]
     known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(opd.Config)} | {"--help", "--all"}
-    for file in ("analysis.py", "recipes.py", "experiments/bench.py"):
+    for file in ("analysis.py", "recipes.py", "experiments/bench.py", "experiments/lab.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the tables, which name a script
     prose = re.sub(r"torchrun .*? -- ", "", prose)                              # and without flags of another's

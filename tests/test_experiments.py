@@ -1,0 +1,130 @@
+"""What the experiments share: a killed one goes on, noise is what it says, and no number in the README is typed."""
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import opd
+from conftest import WORDS, tiny, word_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+sys.path.insert(0, str(ROOT / "experiments"))
+import lab  # noqa: E402
+import report  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        tiny("llama", seed=seed, vocab_size=len(WORDS)).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    (folder / "prompts.jsonl").write_text("\n".join(
+        json.dumps({"prompt": f"add {a} {b}", "answer": str((a + b) % 10)}) for a in (0, 3, 7) for b in (0, 3, 7)))
+    return dict(student=f"{folder}/student", teacher=f"{folder}/teacher", prompts=f"{folder}/prompts.jsonl", steps=4,
+                batch_size=2, max_new_tokens=5, k=4, eval_n=1, save_every=2, device="cpu")
+
+
+def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_path, monkeypatch):
+    """The curve is that of a run that nothing stopped; a second call computes nothing."""
+    whole = lab.run(**settings, out=str(tmp_path / "whole"))
+    step, log = opd.Run.update, opd.Run.log
+
+    def dies(run):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return step(run)
+    monkeypatch.setattr(opd.Run, "update", dies)
+    with pytest.raises(KeyboardInterrupt):
+        lab.run(**settings, out=str(tmp_path / "cut"))
+    logged = []
+    monkeypatch.setattr(opd.Run, "update", step)
+    monkeypatch.setattr(opd.Run, "log", lambda run, row, *rest: (logged.append(row["step"]), log(run, row, *rest)))
+    cut = lab.run(**settings, out=str(tmp_path / "cut"))
+    assert logged == [3, 4]                                                      # from the checkpoint of step 2
+    for name in ("loss", "overlap_ratio", "reward", "accuracy"):
+        assert cut["curves"][name] == whole["curves"][name] and len(whole["curves"][name]) == 4
+    assert lab.run(**settings, out=str(tmp_path / "cut")) == cut and logged == [3, 4]
+    longer = lab.run(**{**settings, "steps": 5}, out=str(tmp_path / "cut"))
+    assert logged == [3, 4, 5] and longer["steps"] == 5
+
+
+@pytest.mark.parametrize("change", [dict(lr=1e-2), dict(objective="full"), dict(seed=1)])
+def test_runs_of_other_settings_are_not_taken_for_ones_own(settings, tmp_path, monkeypatch, change):
+    """Whichever of the two has a default, nor where it has come further, nor those of another commit."""
+    for kept, asked in ((settings, {**settings, **change}), ({**settings, **change}, settings)):
+        out = str(tmp_path / str(kept is settings))
+        lab.run(**kept, out=out)
+        for call in (asked, {**kept, "steps": 3}):
+            with pytest.raises(SystemExit, match="other settings or of another commit"):
+                lab.run(**call, out=out)
+    monkeypatch.setattr(lab.analysis, "provenance", lambda: {"commit": "another"})
+    with pytest.raises(SystemExit, match="take another --runs"):
+        lab.run(**kept, out=out)
+
+
+def test_a_run_that_was_killed_further_on_is_not_cut_back(settings, tmp_path):
+    """A checkpoint of step 4 does not become a run of 2 steps."""
+    lab.run(**settings, out=str(tmp_path))
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(ValueError, match="come to step 4; ask for more"):
+        lab.run(**{**settings, "steps": 2}, out=str(tmp_path))
+
+
+def arm(*runs):
+    return [{key: {"mean": mean, "standard_error": error} for key, (mean, error) in run.items()} for run in runs]
+
+
+def test_a_difference_and_its_noise_by_hand():
+    """Two standard errors: of the prompts, 2 sqrt((.03^2 + .04^2) / 2) = .0707, or of seeds that differ,
+    2 sqrt(.02 / 2) = .2; a second key of the same prompts takes nothing off.
+    """
+    same = arm({"a": (0.7, 0.03)}, {"a": (0.8, 0.03)}), arm({"a": (0.5, 0.04)}, {"a": (0.6, 0.04)})
+    assert lab.difference(*same, of=("a",)) == pytest.approx((0.2, 0.005 ** 0.5))
+    assert lab.difference(*same, of=("a", "a")) == pytest.approx((0.2, 0.005 ** 0.5))
+    apart = arm({"a": (0.7, 0.03)}, {"a": (0.8, 0.03)}), arm({"b": (0.5, 0.04)}, {"b": (0.4, 0.04)})
+    assert lab.difference(*apart, of=("a",), than=("b",)) == pytest.approx((0.3, 0.2))
+    with pytest.raises(ValueError):
+        lab.difference(same[0], same[1][:1], of=("a",))                          # a seed is missing
+
+
+def test_results_of_several_commands_are_joined_once(tmp_path):
+    """The seeds of one command twice would halve the noise."""
+    parts = [{"command": f"x.py --seeds {seed}", "commit": "c", "threads": 1, "seconds": 2, "runs": [{"seed": seed}]}
+             for seed in (0, 1)]
+    made = lab.join(parts)
+    assert [run["seed"] for run in made["runs"]] == [0, 1] and made["seconds"] == 4
+    assert made["command"] == "x.py --seeds 0 ; x.py --seeds 1"
+    for other, why in ((parts[0], "twice"), ({**parts[1], "commit": "d"}, "commits"),
+                       ({**parts[1], "threads": 2}, "threads")):
+        with pytest.raises(SystemExit, match=why):
+            lab.join([parts[0], other])
+
+
+def test_what_an_experiment_needs_is_asked_for_before_anything_runs(monkeypatch, capsys):
+    """One line, exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["real.py", "--student", "S"])
+    with pytest.raises(SystemExit, match="2"):
+        lab.main("real", "", None, None, {"student": "", "teacher": "", "prompts": ""})
+    assert "--teacher, --prompts: needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_say_where_they_come_from(path):
+    """Command, commit of a clean tree, seconds; a figure that a page can carry."""
+    made = json.loads(path.read_text())
+    assert path.stem in made["command"] and made["seconds"] > 0 and made["threads"] > 0
+    assert len(made["commit"]) == 12 and path.with_suffix(".txt").exists()
+    if path.stem != "bench":
+        assert len({run["seed"] for run in made["runs"]}) >= 3
+        assert path.with_suffix(".svg").stat().st_size < 150_000
+
+
+def test_the_table_of_findings_is_a_fresh_report():
+    """Nobody types a number, and what does not hold says so."""
+    made = report.table(ROOT / "experiments" / "results")
+    assert "".join((report.MARKERS[0], made, report.MARKERS[1])) in (ROOT / "README.md").read_text()
+    assert made.count("| yes |") + made.count("| **no** |") == sum(
+        len(rows) for script, rows in report.PAPER.items() if (ROOT / f"experiments/results/{script}.json").exists())
