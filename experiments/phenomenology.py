@@ -83,9 +83,9 @@ def judge(runs):
             for pair in ("reverse", "reverse-bigger")]
     lines.append(("3.3 reverse", "both within noise of the student before", ", ".join(
         told(off, noise) for off, noise in ends), all(abs(off) <= noise for off, noise in ends)))
-    lost = [mean((r["accuracy_before"]["mean"] - r["accuracy_after"]["mean"])
-                 / (r["accuracy_before"]["mean"] - own["accuracy_teacher"]["mean"])
-                 for r, own in zip(arms[pair], arms["reverse"])) for pair in ("reverse", "reverse-bigger")]
+    given = difference(arms["reverse"], arms["reverse"], ("accuracy_before",), ("accuracy_teacher",))[0]
+    lost = [difference(arms[pair], arms[pair], ("accuracy_before",), ("accuracy_after",))[0] / (given or math.nan)
+            for pair in ("reverse", "reverse-bigger")]
     lines.append(("3.3 lost", "both >= .8 of the post-training's gain", ", ".join(f"{x:.2f}" for x in lost),
                   min(lost) >= 0.8))
     return lines
