@@ -37,8 +37,8 @@ BUDGETS = (8, 16, 24, 32, 48, 96, 192)
 SUPPORTS = {"sampled": dict(objective="sampled"), "top-1, released": dict(objective="top-k-released", k=1),
             "top-16, released": dict(objective="top-k-released"), "top-4": dict(k=4), "top-16": {},
             "top-32": dict(k=32), "full": dict(objective="full")}
-ESTIMATORS = {"Eq. 3, sampled": dict(objective="sampled"), "Eq. 4, full": dict(objective="full"),
-              "Eq. 5, top-16": {}, "released, top-16": dict(objective="top-k-released")}
+ESTIMATORS = {"Eq. 3, sampled": SUPPORTS["sampled"], "Eq. 4, full": SUPPORTS["full"],
+              "Eq. 5, top-16": SUPPORTS["top-16"], "released, top-16": SUPPORTS["top-16, released"]}
 LONGER = ("sampled", "full", "top-16", "top-16, released")
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
 
@@ -93,7 +93,7 @@ def signal(student, teacher, world, seed, quick):
 
 
 def depths(world, seed, quick):
-    """{depth: gain of the teacher over the student who finish the student's responses, +- s.e. over prompts}."""
+    """Gain of the teacher over the student who finish the student's responses, its s.e. over prompts; a dict each."""
     pair = load(world / "student", world / "teacher")
     rows = encoded(pair, world, 16 if quick else 512)
     prompts, answers = [row["ids"] for row in rows], [row["answer"] for row in rows]

@@ -54,12 +54,13 @@ def short(x):
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
-def main(name, description, seed_runs, report, own=None):
+def main(name, description, seed_runs, report, own=None, curves=CURVES):
     """The command line of one experiment; writes results/<name>.json and calls report(results, path without suffix).
 
     seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and
     used again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
     own: {flag: help} of what this experiment cannot run without; seed_runs is handed it by name.
+    curves: the ones that the results file keeps.
     """
     parser = argparse.ArgumentParser(description=description)
     for flag, text in (own or {}).items():
@@ -81,8 +82,7 @@ def main(name, description, seed_runs, report, own=None):
     out.parent.mkdir(parents=True, exist_ok=True)
     if flags.report is not None:
         made = join([json.loads(Path(path).read_text()) for path in flags.report or [out.with_suffix(".json")]])
-        analysis.write_json(out.with_suffix(".json"), made)
-        return report(made, out)
+        return write(made, out, curves, report)
     given = {flag: getattr(flags, flag) for flag in own or {}}
     missing = [f"--{flag}" for flag, value in given.items() if not value]
     if missing:
@@ -97,6 +97,13 @@ def main(name, description, seed_runs, report, own=None):
     made = {**origin, "seconds": round(time.perf_counter() - started), "runs": runs}
     if flags.quick:
         out = Path(tempfile.mkdtemp()) / name                   # its numbers mean nothing
+    write(made, out, curves, report)
+
+
+def write(made, out, curves, report):
+    for run in made["runs"]:
+        if "curves" in run:
+            run["curves"] = {name: run["curves"][name] for name in curves}
     analysis.write_json(out.with_suffix(".json"), made)
     report(made, out)
 

@@ -106,4 +106,5 @@ def report(made, out):
 
 
 if __name__ == "__main__":
-    main("phenomenology", __doc__.splitlines()[0], seed_runs, report)
+    main("phenomenology", __doc__.splitlines()[0], seed_runs, report,
+         curves=("step", "overlap_ratio", "reverse_kl", "accuracy"))

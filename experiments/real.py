@@ -15,6 +15,8 @@ themselves, which nothing here trains on. What holds:
 --prompts: {"prompt": ...} a line; a fifth of them is held out. With --runs DIR the runs are kept, and one that was
 killed goes on from its checkpoint.
 """
+import math
+
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoTokenizer
@@ -59,7 +61,7 @@ def judge(runs):
     good, bad = ([r for r in runs if r["pair"] == pair] for pair in ("success", "reverse"))
     a, b = ends(good, "overlap_ratio")
     shrunk = {name: ends(good, name) for name in ("overlap_token_advantage", "entropy_gap")}
-    way = [[(r["text_after"] - r["text_before"]) / (r["text_teacher"] - r["text_before"]) for r in part]
+    way = [[(r["text_after"] - r["text_before"]) / (r["text_teacher"] - r["text_before"] or math.nan) for r in part]
            for part in (good, bad)]
     return [("Fig. 6 overlap", "rises by .05, advantage and gap to .75",
              f"{a:.3f} -> {b:.3f}, " + ", ".join(f"{c:.3f} -> {d:.3f}" for c, d in shrunk.values()),

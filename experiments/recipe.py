@@ -62,7 +62,6 @@ def cold_starts(seed, world, scratch, quick):
                           ("sft 300, fresh", dict(control, cold_start=4 * few - 1))):
         result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
                         eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
-        result["curves"] = {name: result["curves"][name] for name in ("step", "overlap_ratio", "accuracy")}
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
             kept = ("accuracy_teacher", "accuracy_before", "held_out_before", "commit")
@@ -230,4 +229,4 @@ def report_prompts(runs):
 
 
 if __name__ == "__main__":
-    main("recipe", __doc__.splitlines()[0], seed_runs, report)
+    main("recipe", __doc__.splitlines()[0], seed_runs, report, curves=("step", "overlap_ratio", "accuracy"))

@@ -1,5 +1,6 @@
 """Laws of the first half of analysis.py: Eq. 6 to 10, a position at a time, in float64."""
 import functools
+import json
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from analysis import (diagnose, entropy, entropy_gap, largest_gap, overlap_mass, overlap_ratio,
-                      overlap_token_advantage, reverse_kl)
+                      overlap_token_advantage, reverse_kl, write_json)
 from loss import masked_mean
 
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
@@ -197,3 +198,11 @@ def test_diagnose_is_float32_under_autocast():
         under = diagnose(log_p, log_q, y, 16)
     assert all(x.dtype == torch.float32 for x in under.values())
     torch.testing.assert_close(under, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_json_keeps_every_value_and_puts_numbers_on_one_line(tmp_path):
+    """What is read back is what was written, brackets and line ends inside of texts too."""
+    value = {"x": [1, None, 2.5], "runs": [{"text": "[\n1\n]", "y": []}, {"names": ["a, b", "c"], "z": [[1, 2], [3]]}]}
+    write_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text) == value and '"x": [1, null, 2.5]' in text and "[1, 2]" in text
