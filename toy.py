@@ -132,6 +132,29 @@ def corpus(family, digits, count, noise, generator, house_style=False, template=
     return pack(torch.cat([before, ids], 1), torch.cat([before >= 0, keep], 1), is_response)
 
 
+def first_slip(response, digits, count, family="left"):
+    """Where a response first leaves the right path: the index of that token, or None of a right one that ended.
+
+    response: token ids, eos included; digits, count: its problem, as lists and ints (see `problems`). Hesitations are
+    free, and so is the choice of connector. A response that was cut off slips past its end.
+    """
+    place, total, path = list(range(count)), 0, []
+    for at in place if family == "left" else place[::-1]:
+        path += ["connector", ID["a"] + at, ID["0+0="] + 10 * total + digits[at]]
+        total = (total + digits[at]) % 10
+        path += [ID["0"] + total, ID[","]]
+    path[-1:] = [ID["."], ID["Answer:"], ID["0"] + total, ID["<eos>"]]
+    done = 0
+    for index, token in enumerate(response):
+        if ID[HESITATIONS[0]] <= token <= ID[HESITATIONS[-1]]:
+            continue
+        is_connector = ID[CONNECTORS[0]] <= token <= ID[CONNECTORS[-1]]
+        if done == len(path) or path[done] != ("connector" if is_connector else token):
+            return index
+        done += 1
+    return None if done == len(path) else len(response)
+
+
 def pack(ids, keep, is_response):
     """Move the tokens to keep to the left and cut what is left of the width: (n, L) each -> (n, L') each."""
     order = keep.logical_not().long().argsort(dim=1, stable=True)[:, :keep.sum(1).max()]

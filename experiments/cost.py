@@ -3,12 +3,16 @@
 6.1 length      the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
                 some 33. Holds if 48 is better than the shortest and than the longest by more than noise (here and
                 below two standard errors, lab.difference)
+6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here no budget collapses, but
+                the pair that fails does (small <- other family's): holds if in every seed its entropy passes 1.5 nats in
+                the last quarter of the 96 positions before it does in the first (an earlier run, commit 54e2e90, did in
+                two of three)
 6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
                 from each depth to the next, to a quarter of the first or less. (A first version asked for 0 within two
                 standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90)
 6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds and with the one
                 that ruins the student (the other family's). Holds if both are .6 or more, and the second is no more
-                than .1 behind. Both models' probability of a wrong digit where a sum is due stands beside it
+                than .1 behind. The reward where a response first goes wrong stands beside it
 6.2 coherence   the gradients of single positions with both teachers and the bigger one of the same pipeline, before,
                 half-way and after. The paper supposes that a failing teacher's are large and cancel: holds if the other
                 family's are larger and less coherent than the successful teacher's, at step 0
@@ -28,8 +32,7 @@ from statistics import mean
 import torch
 
 import plot
-from lab import analysis, difference, distil, main, models, opd, told, verdicts, write_text
-from mechanism import wrong_digits
+from lab import analysis, difference, distil, main, models, opd, told, toy, verdicts, write_text
 from rollout import load_prompts
 from teacher import Pair
 
@@ -52,7 +55,8 @@ def seed_runs(seed, world, scratch, quick):
         settings = {**dict(seed=seed, steps=steps, eval_every=steps // 4, eval_n=1 if quick else 4,
                            eval_max_new_tokens=96), **settings}
         runs.append({"part": part, "arm": arm, "seed": seed,
-                     **distil(world / "student", world / teacher, world, out, **settings)})
+                     **distil(world / "student", world / teacher, world, out, **settings),
+                     "passed": passed(plot.read_rows(out))})
         return out / "student"
     for budget in BUDGETS:
         run("length", str(budget), max_new_tokens=budget)
@@ -79,6 +83,21 @@ def load(student, teacher):
     return Pair.load(student, teacher, device="cpu")
 
 
+def passed(rows, nats=1.5):
+    """The first step of a run at which the student's entropy is above that many nats in the mean over the tokens of the
+    first and of the last quarter of the positions: {"front", "back"}, None where it never is.
+    """
+    found, quarter = {"front": None, "back": None}, max(len(row["by_position"]["tokens"]) for row in rows) // 4
+    for row in rows:
+        tokens, entropy = (row["by_position"][name] for name in ("tokens", "entropy_student"))
+        for name, part in (("front", slice(quarter)), ("back", slice(3 * quarter, None))):
+            count = sum(tokens[part])
+            total = sum(n * h for n, h in zip(tokens[part], entropy[part]) if n)
+            if found[name] is None and total > nats * count:
+                found[name] = row["step"]
+    return found
+
+
 def signal(student, teacher, world, seed, quick):
     """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits."""
     pair, count = load(student, teacher), 16 if quick else 256
@@ -87,9 +106,16 @@ def signal(student, teacher, world, seed, quick):
     grid = analysis.positions(pair, r, 16)
     right = torch.tensor([analysis.same_answer(analysis.read_answer(pair.tokenizer.decode(
         r.response_ids(i), skip_special_tokens=True)), rows[i // 4]["answer"]) for i in range(len(r.ids))])
+    at_slips = []
+    for i, reward in enumerate(grid["reward"]):
+        digits = [int(word[1]) for word in rows[i // 4]["prompt"].split()[1:-1]]                # "Add a3 b7 :" -> 3, 7
+        at = toy.first_slip(r.response_ids(i), digits, len(digits))
+        if at is not None and at < len(r.response_ids(i)):
+            at_slips.append(reward[at].item())
     gradients = analysis.logit_gradients(pair, r, opd.objective(opd.Config()))
     return {**analysis.coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
-            "right": right.float().mean().item(), "wrong": wrong_digits(student, teacher, seed)}
+            "right": right.float().mean().item(), "reward": grid["reward"].nanmean().item(),
+            "reward_at_slips": mean(at_slips) if at_slips else None, "slips": len(at_slips) / len(r.ids)}
 
 
 def depths(world, seed, quick):
@@ -143,6 +169,10 @@ def judge(runs):
     over = [difference(of("length", "48"), of("length", str(b))) for b in (BUDGETS[0], BUDGETS[-1])]
     lines = [("6.1 length", f"48 better than {BUDGETS[0]} and {BUDGETS[-1]}", ", ".join(told(*x) for x in over),
               all(gain > noise for gain, noise in over))]
+    fails = {r["seed"]: r["passed"] for r in of("coherence", "other")}.values()               # of the longer run
+    lines.append(("6.1 backwards", "back before front, every seed", ", ".join(
+        f"step {x['back']} and {x['front']}" for x in fails),
+        all(x["back"] is not None and (x["front"] is None or x["back"] < x["front"]) for x in fails)))
     each = list(zip(*(r["depths"] for r in of("depth", "success"))))                         # a depth, its seeds
     gains = [mean(x["mean"] for x in seeds) for seeds in each]
     noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
@@ -187,8 +217,8 @@ def report(made, out):
             lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
                          f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
                          f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
-                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; wrong digits: student "
-                         f"{r['wrong']['p']:.4f}, teacher {r['wrong']['q']:.4f}")
+                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}, "
+                         f"at the first slips of {r['slips']:.3f} {r['reward_at_slips'] or math.nan:.3f}")
     for r in made["runs"]:
         if r["part"] == "depth":
             lines.append(f"depth    seed {r['seed']}: " + ", ".join(

@@ -411,9 +411,13 @@ def mechanism(results, out):
     aligning(plt, grid.flat[:7], {f"{pair}: {NAMES[name]}": (COLOURS[name], [
         run for run in runs if (run["pair"], run["support"]) == (pair, "student")])
         for pair, name in (("success", "success"), ("failure", "bigger"))})
-    right, success = grid[1, 3], [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
-    bars(right, success, {arm: COLOURS["reverse" if arm.startswith("difference") else "success"]
-                          for arm in dict.fromkeys(run["arm"] for run in success)})
+    right = grid[1, 3]
+    success = [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
+    fluent = [{**run, "arm": f"{run['support']}, fluent"} for run in runs if run["pair"] == "fluent"]
+    shown = [run for run in success + fluent if ", raw" not in run["arm"]]
+    bars(right, shown, {arm: COLOURS["reverse" if arm.startswith("difference") else
+                                     "weaker" if arm.endswith("fluent") else "success"]
+                        for arm in dict.fromkeys(run["arm"] for run in shown)})
     level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
     right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
     right.tick_params(axis="x", rotation=40)

@@ -27,7 +27,8 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "4.1 small loss": "failure starts with a small loss and a small gradient",
         "4.2 overlap": "Overlap Top-k equals Student Top-k (with the raw log-ratio, as below)",
         "4.2 overlap, raw": "Overlap Top-k equals Student Top-k",
-        "4.2 overlap, k 64": "not there",
+        "4.2 fluent": "as above",
+        "4.2 fluent, raw": "as above",
         "4.2 others": "Non-Overlap Top-k is clearly weaker"},
     "recipe": {
         "5.1 opd": "fails",
@@ -38,6 +39,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "5.2 content": "better, at lower overlap and much lower entropy (1.5 against 3 to 6 nats)"},
     "cost": {
         "6.1 length": "3K and 7K tokens best of .5K to 15K; 10K and 15K collapse",
+        "6.1 backwards": "in the 15K run the entropy rises first at the end of the responses",
         "6.1 depth": "+.366, +.271, +.152, +.024 at 1K, 4K, 8K, 16K tokens",
         "6.2 global": "AUROC .733 with the teacher that succeeds, .751 with the one that fails",
         "6.2 coherence": "a hypothesis, not tested",

@@ -46,6 +46,29 @@ def test_mistakes_are_near_misses_at_the_rate_asked_for():
     assert set(off) == {0, 1, 9} and sum(x != 0 for x in off) / len(off) == pytest.approx(0.1, abs=0.01)
 
 
+@pytest.mark.parametrize("family", ["left", "right"])
+def test_the_first_slip_is_where_a_step_is_wrong(family):
+    """None in a right solution; in the corpus's own mistakes the digit that is one off, never what follows from it."""
+    for noise in (0.0, 0.2):
+        digits, count, ids, _, is_response = solutions(family, noise)
+        for row, (d, c) in enumerate(zip(digits.tolist(), count.tolist())):
+            response = ids[row][is_response[row]].tolist()
+            words, off = [toy.WORDS[i] for i in response], None
+            for at, word in enumerate(words):
+                if "=" in word:
+                    said = next(i for i in range(at + 1, len(words)) if words[i].isdigit())
+                    if off is None and int(words[said]) != (int(word[0]) + int(word[2])) % 10:
+                        off = said
+            assert toy.first_slip(response, d, c, family) == off
+            if off is None:
+                label = next(i for i, word in enumerate(words) if word in toy.LABELS)
+                other = toy.ID["b" if words[label] == "a" else "a"]
+                assert toy.first_slip([*response[:label], other, *response[label + 1:]], d, c, family) == label
+                assert toy.first_slip(response[:-1], d, c, family) == len(response) - 1           # cut off
+                assert toy.first_slip(response[:9], d, c, family) == 9
+                assert toy.first_slip([*response, toy.ID[","]], d, c, family) == len(response)    # it went on
+
+
 def test_families_differ_in_order_and_in_words_but_not_in_answers():
     """Two ways of thinking: other favourites, another order; the house style keeps the family's order of connectors."""
     left, right, house = (toy.law("hesitation", *of) for of in (("left",), ("right",), ("left", True)))
