@@ -3,10 +3,10 @@
 6.1 length      the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
                 some 33. Holds if 48 is better than the shortest and than the longest by more than noise (here and
                 below two standard errors, lab.difference)
-6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here no budget collapses, but
-                the pair that fails does (small <- other family's): holds if in every seed its entropy passes 1.5 nats in
-                the last quarter of the 96 positions before it does in the first (an earlier run, commit 54e2e90, did in
-                two of three)
+6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here no budget collapses,
+                but the pair that fails does (small <- other family's): holds if in every seed its entropy passes 1.5
+                nats in the last quarter of the 96 positions before it does in the first (in earlier runs of recipe.py,
+                commit 54e2e90: in one seed of three)
 6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
                 from each depth to the next, to a quarter of the first or less. (A first version asked for 0 within two
                 standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90)
