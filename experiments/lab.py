@@ -23,6 +23,8 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
           "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
           "time_update", "accuracy")
 
+EARLIER = []     # seconds of the runs, or parts of runs, that were found on the disk
+
 
 def distil(student, teacher, world, out, **settings):
     """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves."""
@@ -33,6 +35,7 @@ def distil(student, teacher, world, out, **settings):
 
 def run(**settings):
     """A run of opd.py, or of one that was killed in the same directory what is left: -> its result, its curves.
+    What had been run before this call is counted in EARLIER, in seconds.
 
     Raises SystemExit where the directory holds a run of other settings or of another commit.
     """
@@ -43,9 +46,11 @@ def run(**settings):
         del asked[name]
     if had and any(had[name] != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
         raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
+    started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:
         opd.Run(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists())).go()
     rows, result = plot.read_rows(out), plot.read_json(out / "result.json")
+    EARLIER.append(max(0, result["seconds"] - (time.perf_counter() - started)))
     return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
 
 
@@ -94,7 +99,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
         for seed in flags.seeds:
             world = Path(flags.worlds or flags.runs or scratch) / f"world-{seed}"
             runs += seed_runs(seed, world, Path(flags.runs or scratch), flags.quick, **given)
-    made = {**origin, "seconds": round(time.perf_counter() - started), "runs": runs}
+    made = {**origin, "seconds": round(time.perf_counter() - started + sum(EARLIER)), "runs": runs}
     if flags.quick:
         out = Path(tempfile.mkdtemp()) / name                   # its numbers mean nothing
     write(made, out, curves, report)

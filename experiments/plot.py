@@ -541,11 +541,17 @@ def phenomenology(results, out):
 
 
 def overview(results, out):
-    """The paper at a glance, from a folder of results: a pair that works, one that fails, and that one recovered."""
+    """The paper at a glance, from a folder of results: a pair that works, one that fails, and that one recovered.
+
+    Draws nothing where phenomenology.json or recipe.json is not there yet.
+    """
     plt = pyplot("python experiments/report.py")
     if plt is None:
         return
-    pairs, cold = (read_json(Path(results) / f"{name}.json")["runs"] for name in ("phenomenology", "recipe"))
+    made = [read_json(Path(results) / f"{name}.json") for name in ("phenomenology", "recipe")]
+    if not all(made):
+        return
+    pairs, cold = (each["runs"] for each in made)
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for name, colour, mine in (
             ("works: same way of thinking,\nnew capability", "success", [r for r in pairs if r["pair"] == "success"]),

@@ -40,7 +40,7 @@ from teacher import Pair
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOW, HIGH = (0, 4), (5, 9)
-ARMS = {"aligned": toy.POLITE, "unaligned": toy.PLAIN}
+TEMPLATES = {"aligned": toy.POLITE, "unaligned": toy.PLAIN}
 
 
 def seed_runs(seed, world, scratch, quick):
@@ -91,7 +91,7 @@ def prompts(seed, world, scratch, quick):
     def arm(template, fraction):
         out = scratch / f"{template}-{fraction}-{seed}"
         result = distil(world / "student", world / "teacher", world, out, seed=seed, steps=steps,
-                        eval_n=1 if quick else 2, template=ARMS[template],
+                        eval_n=1 if quick else 2, template=TEMPLATES[template],
                         prompts=str(world / "high" / "prompts.jsonl"),
                         aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
         del result["curves"]
@@ -112,7 +112,7 @@ def prompts(seed, world, scratch, quick):
 def accuracies(model, world, seed, quick):
     """{"<template>, <digits>": accuracy} of a saved model."""
     pair, out = Pair.load(model, model, device="cpu"), {}
-    for template, text in ARMS.items():
+    for template, text in TEMPLATES.items():
         for digits in (".", "low", "high"):
             rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
             rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
@@ -199,7 +199,7 @@ def report_cold_starts(runs):
 
 def report_prompts(runs):
     """5.2: every run, then what has no criterion; a list of lines."""
-    titles = [f"{template}, {digits}" for template in ARMS for digits in ("all", "low", "high")]
+    titles = [f"{template}, {digits}" for template in TEMPLATES for digits in ("all", "low", "high")]
     lines = ["5.2: accuracy on problems with all, low, high digits, "
              "evaluated under the teacher's template and under the other",
              f"{'arm':42} {'seed':>4} " + " ".join(
@@ -214,7 +214,7 @@ def report_prompts(runs):
 
     arms = by_template(runs)
     for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
-        each, error = difference(*([r["accuracies"] for r in arms[arm, 1.0]] for arm in ARMS), (key,))
+        each, error = difference(*([r["accuracies"] for r in arms[arm, 1.0]] for arm in TEMPLATES), (key,))
         lines.append(f"template, evaluated under the {name} one alone: {told(each, error)}")
     lines.append("mixing, mean over seeds: " + "; ".join(
         f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "

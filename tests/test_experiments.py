@@ -28,7 +28,8 @@ def settings(tmp_path_factory):
 
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_path, monkeypatch):
-    """The curve is that of a run that nothing stopped; a second call computes nothing."""
+    """The curve is that of a run that nothing stopped; a second call computes nothing, and its seconds still count."""
+    monkeypatch.setattr(lab, "EARLIER", [])
     whole = lab.run(**settings, out=str(tmp_path / "whole"))
     step, log = opd.Run.update, opd.Run.log
 
@@ -47,6 +48,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_
     for name in ("loss", "overlap_ratio", "reward", "accuracy"):
         assert cut["curves"][name] == whole["curves"][name] and len(whole["curves"][name]) == 4
     assert lab.run(**settings, out=str(tmp_path / "cut")) == cut and logged == [3, 4]
+    assert lab.EARLIER[-1] == pytest.approx(cut["seconds"], abs=0.5) and lab.EARLIER[0] < 0.1 < cut["seconds"]
     longer = lab.run(**{**settings, "steps": 5}, out=str(tmp_path / "cut"))
     assert logged == [3, 4, 5] and longer["steps"] == 5
 
