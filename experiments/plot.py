@@ -432,11 +432,12 @@ def real(results, out):
     if plt is None:
         return
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    aligning(plt, grid.flat, {pair: (COLOURS[pair], [run for run in runs if run["pair"] == pair])
-                              for pair in ("success", "reverse")})
+    pairs = {pair: [run for run in runs if run["pair"] == pair] for pair in ("success", "reverse")}
+    aligning(plt, grid.flat, {f"{pair}: the {learns} learns": (COLOURS[pair], pairs[pair])
+                              for pair, learns in (("success", "worse model"), ("reverse", "better one"))})
     last = grid[1, 3]
-    for pair in ("success", "reverse"):
-        for run in (run for run in runs if run["pair"] == pair):
+    for pair, mine in pairs.items():
+        for run in mine:
             last.plot((0, run["steps"]), (run["text_before"], run["text_after"]), "o-", color=COLOURS[pair])
     last.set(xlabel="step", ylabel="nats a token")
     last.set_title("a text written by people", fontsize=9)

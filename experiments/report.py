@@ -38,7 +38,8 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "5.2 template": ".51 -> .54, recovery 80 -> 85 %",
         "5.2 content": "better, at lower overlap and much lower entropy (1.5 against 3 to 6 nats)"},
     "cost": {
-        "6.1 length": "3K and 7K tokens best of .5K to 15K; 10K and 15K collapse",
+        "6.1 short": "3K and 7K tokens are best, .5K and 1K learn little",
+        "6.1 long": "10K and 15K collapse near step 200",
         "6.1 backwards": "in the 15K run the entropy rises first at the end of the responses",
         "6.1 depth": "+.366, +.271, +.152, +.024 at 1K, 4K, 8K, 16K tokens",
         "6.2 global": "AUROC .733 with the teacher that succeeds, .751 with the one that fails",
