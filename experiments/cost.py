@@ -2,20 +2,25 @@
 
 6.1 short, long the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
                 some 33. Hold if 48 is better than the shortest, and than the longest, by more than noise (here and
-                below two standard errors, lab.difference)
+                below two standard errors, lab.difference). Where 48 cuts nothing off, a longer budget can only be worse
+                if responses grow, as the paper's do; the table has both
 6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here no budget collapses,
                 but the pair that fails does (small <- other family's): holds if in every seed its entropy passes 1.5
-                nats in the last quarter of the 96 positions before it does in the first (in earlier runs of recipe.py,
-                commit 54e2e90: in one seed of three)
+                nats in the last quarter of the 96 positions before it does in the first (in five earlier runs, of
+                recipe.py at commit 54e2e90: in two). A quarter speaks once it holds a fourth of the tokens it ever does
 6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
                 from each depth to the next, to a quarter of the first or less. (A first version asked for 0 within two
-                standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90)
-6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds and with the one
-                that ruins the student (the other family's). Holds if both are .6 or more, and the second is no more
-                than .1 behind. The reward where a response first goes wrong stands beside it
-6.2 coherence   the gradients of single positions with both teachers and the bigger one of the same pipeline, before,
-                half-way and after. The paper supposes that a failing teacher's are large and cancel: holds if the other
-                family's are larger and less coherent than the successful teacher's, at step 0
+                standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90.) It says little: if slips fall
+                evenly, cannot be undone, and the teacher is as good on any right beginning as on its own, the gain at
+                depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies; this stands beside it
+6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds, and with the two
+                that fail: the bigger one of the same pipeline (the paper's case), which teaches nothing, and the other
+                family's, which ruins the student. Holds if all are .6 or more, and those no more than .1 behind. The
+                reward where a response first goes wrong stands beside it
+6.2 coherence   the gradients of single positions with the same three. The paper supposes that a failing teacher's are
+                large and cancel: holds for each of the two if, at step 0, where all three grade the same tokens, they
+                are larger than the successful teacher's, and their sum smaller beside them (analysis.coherence; the
+                mean cosine of two positions, which weighs small ones alike, may say otherwise: it is printed and drawn)
 6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4, 16, 32, all. Holds
                 if, after 100 steps, 1 ends below 16 of the same objective by more than noise, and no other does
 2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the gradient of the output head
@@ -68,7 +73,7 @@ def seed_runs(seed, world, scratch, quick):
         for when, after in (("before", 0), ("half-way", steps // 2), ("after", steps)):
             student = run("coherence", pair, teacher, steps=after) if after else world / "student"
             runs.append({"part": "signal", "arm": pair, "when": when, "seed": seed,
-                         **signal(student, world / teacher, world, seed, quick)})
+                         **signal(student, world / teacher, world, seed, quick, slips=when == "before")})
     runs.append({"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)})
     runs += [{"part": "estimator", "arm": arm, "seed": seed, **found}
              for arm, found in gradient_noise(world, seed, quick).items()]
@@ -85,21 +90,24 @@ def load(student, teacher):
 
 def passed(rows, nats=1.5):
     """The first step of a run at which the student's entropy is above that many nats in the mean over the tokens of the
-    first and of the last quarter of the positions: {"front", "back"}, None where it never is.
+    first and of the last quarter of the positions: {"front", "back"}, None where it never is. Steps are left out at
+    which a quarter holds less than a fourth of the tokens that it does at another: one response that got lost.
     """
-    found, quarter = {"front": None, "back": None}, max(len(row["by_position"]["tokens"]) for row in rows) // 4
-    for row in rows:
-        tokens, entropy = (row["by_position"][name] for name in ("tokens", "entropy_student"))
-        for name, part in (("front", slice(quarter)), ("back", slice(3 * quarter, None))):
-            count = sum(tokens[part])
-            total = sum(n * h for n, h in zip(tokens[part], entropy[part]) if n)
-            if found[name] is None and total > nats * count:
-                found[name] = row["step"]
+    rows, found = [row["by_position"] for row in rows], {}
+    quarter = max(len(row["tokens"]) for row in rows) // 4
+    for name, part in (("front", slice(quarter)), ("back", slice(3 * quarter, None))):
+        counts = [sum(row["tokens"][part]) for row in rows]
+        totals = [sum(n * h for n, h in zip(row["tokens"][part], row["entropy_student"][part]) if n) for row in rows]
+        found[name] = next((step for step, (count, total) in enumerate(zip(counts, totals), 1)
+                            if count >= max(counts) / 4 and total > nats * count), None)
     return found
 
 
-def signal(student, teacher, world, seed, quick):
-    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits."""
+def signal(student, teacher, world, seed, quick, slips):
+    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits.
+
+    slips: and the mean reward where a response first goes wrong; for a student that thinks as its family does.
+    """
     pair, count = load(student, teacher), 16 if quick else 256
     rows = encoded(pair, world, count)
     r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
@@ -107,7 +115,7 @@ def signal(student, teacher, world, seed, quick):
     right = torch.tensor([analysis.same_answer(analysis.read_answer(pair.tokenizer.decode(
         r.response_ids(i), skip_special_tokens=True)), rows[i // 4]["answer"]) for i in range(len(r.ids))])
     at_slips = []
-    for i, reward in enumerate(grid["reward"]):
+    for i, reward in enumerate(grid["reward"] if slips else ()):
         digits = [int(word[1]) for word in rows[i // 4]["prompt"].split()[1:-1]]                # "Add a3 b7 :" -> 3, 7
         at = toy.first_slip(r.response_ids(i), digits, len(digits))
         if at is not None and at < len(r.response_ids(i)):
@@ -115,26 +123,30 @@ def signal(student, teacher, world, seed, quick):
     gradients = analysis.logit_gradients(pair, r, opd.objective(opd.Config()))
     return {**analysis.coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
             "right": right.float().mean().item(), "reward": grid["reward"].nanmean().item(),
-            "reward_at_slips": mean(at_slips) if at_slips else None, "slips": len(at_slips) / len(r.ids)}
+            "reward_at_slips": mean(at_slips) if at_slips else None}
 
 
 def depths(world, seed, quick):
-    """Gain of the teacher over the student who finish the student's responses, its s.e. over prompts; a dict each."""
+    """Gain of the teacher over the student who finish the student's responses, its s.e. over prompts, and what it would
+    be if the teacher were as good on any right beginning (6.1 depth, above): a dict a depth.
+    """
     pair = load(world / "student", world / "teacher")
     rows = encoded(pair, world, 16 if quick else 512)
     prompts, answers = [row["ids"] for row in rows], [row["answer"] for row in rows]
     r = pair.write(prompts, max_new_tokens=96, seed=seed)
     found = analysis.continuation(pair, prompts, answers, [r.response_ids(i) for i in range(len(rows))], n=4,
                                   max_new_tokens=96, temperature=1.0, top_p=1.0, seed=seed)
-    return [{"depth": depth, "tokens": tokens, **analysis.estimate(gain)}
+    s, t = (found[0.0][model].mean().item() for model in (1, 2))
+    return [{"depth": depth, "tokens": tokens, **analysis.estimate(gain),
+             "even": s ** depth * (t ** (1 - depth) - s ** (1 - depth))}
             for depth, (gain, _, _, tokens) in found.items()]
 
 
 def gradient_noise(world, seed, quick):
     """The output head's gradient G of the mean loss, eight batches of 64 prompts, the same tokens for all estimators.
 
-    noise: the variance of |G| from batch to batch over the squared norm of its mean, both without bias; cosine: of the
-    mean with that of Eq. 4; size: the norm of the mean.
+    size: the norm of its expectation; cosine: of that with Eq. 4's; noise: the variance of G over the square of size.
+    All from inner products of different batches, in which noise cancels: it does not pass for an angle.
     """
     pair, made = load(world / "student", world / "teacher"), {}
     batches, size = (2, 8) if quick else (8, 64)
@@ -145,13 +157,16 @@ def gradient_noise(world, seed, quick):
         for arm, settings in ESTIMATORS.items():
             total = sum(g.T @ h for g, h in analysis.logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
             made.setdefault(arm, []).append(total / r.response_mask.sum())                   # (V, H)
-    means = {arm: torch.stack(each).mean(0) for arm, each in made.items()}
-    truth, found = means["Eq. 4, full"].flatten(), {}
-    for arm, each in made.items():
-        variance = sum((g - means[arm]).norm().item() ** 2 for g in each) / (batches - 1)
-        signal = means[arm].norm().item() ** 2 - variance / batches
-        found[arm] = {"noise": variance / signal, "size": means[arm].norm().item(),
-                      "cosine": torch.nn.functional.cosine_similarity(means[arm].flatten(), truth, dim=0).item()}
+    made = {arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}        # (batches, V H)
+
+    def across(a, b):
+        products = a @ b.T
+        return ((products.sum() - products.trace()) / (batches * (batches - 1))).item()
+    full, found = made["Eq. 4, full"], {}
+    for arm, g in made.items():
+        signal = across(g, g)
+        found[arm] = {"noise": g.square().sum().item() / batches / signal - 1, "size": math.sqrt(max(0, signal)),
+                      "cosine": across(g, full) / math.sqrt(max(1e-30, signal * across(full, full)))}
     return found
 
 
@@ -177,19 +192,21 @@ def judge(runs):
     each = list(zip(*(r["depths"] for r in of("depth", "success"))))                         # a depth, its seeds
     gains = [mean(x["mean"] for x in seeds) for seeds in each]
     noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
+    even = [mean(x["even"] for x in seeds) for seeds in each]
     lines.append(("6.1 depth", "falls, to a quarter or less", ", ".join(f"{x:+.3f}" for x in gains)
-                  + f" (noise of the last {noise:.3f})",
+                  + f" (noise of the last {noise:.3f}; even slips: {', '.join(f'{x:+.3f}' for x in even)})",
                   gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4))
     areas = {pair: mean(math.nan if r["auroc"] is None else r["auroc"] for r in of("signal", pair, "before"))
              for pair in TEACHERS}
-    lines.append(("6.2 global", "AUROC both >= .6, other's not .1 behind", ", ".join(
+    lines.append(("6.2 global", "AUROC all >= .6, failing ones not .1 behind", ", ".join(
         f"{pair} {x:.3f}" for pair, x in areas.items()),
-        min(areas["success"], areas["other"]) >= 0.6 and areas["other"] >= areas["success"] - 0.1))
-    now = {pair: (mean(r["size"] for r in of("signal", pair, "before")),
-                  mean(r["coherence"] / r["null"] for r in of("signal", pair, "before"))) for pair in TEACHERS}
-    lines.append(("6.2 coherence", "other: larger, and less coherent", ", ".join(
-        f"{pair} {size:.3f}, {c:.2f} x null" for pair, (size, c) in now.items()),
-        now["other"][0] > now["success"][0] and now["other"][1] < now["success"][1]))
+        min(areas.values()) >= 0.6 and min(areas.values()) >= areas["success"] - 0.1))
+    now = {pair: [mean(r[name] for r in of("signal", pair, "before")) for name in ("size", "coherence", "cosine")]
+           for pair in TEACHERS}
+    for pair in ("bigger", "other"):
+        lines.append((f"6.2 coherence, {pair}", "larger, and less coherent", " against ".join(
+            "|G| {:.3f}, coherence {:.3f} (cosine {:.3f})".format(*now[x]) for x in (pair, "success")),
+            now[pair][0] > now["success"][0] and now[pair][1] < now["success"][1]))
     against = {arm: difference(of("support", arm), of("support", "top-16" + ", released" * arm.endswith("released")))
                for arm in SUPPORTS if not arm.startswith("top-16")}
     lines.append(("6.3 support", "only top-1 below top-16", ", ".join(
@@ -202,28 +219,31 @@ def judge(runs):
 
 
 def report(made, out):
-    lines = [f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>14} "
-             f"{'length':>7} {'largest |grad|':>14} {'update s':>8}"]
+    lines = [f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>7} "
+             f"{'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} {'update s':>8}"]
     for r in made["runs"]:
         if r["part"] in ("length", "support", "longer"):
             curves = r["curves"]
-            late = [x for x in curves["accuracy"][len(curves["step"]) // 2:] if x is not None] or [math.nan]
+            accuracies = [x for x in curves["accuracy"] if x is not None] + [r["accuracy_after"]["mean"]]
             lines.append(f"{r['part']:8} {r['arm']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-                         f"{r['accuracy_after']['mean']:7.3f} {min(late):7.3f} "
-                         f"{r['held_out_before']['overlap_ratio']:6.3f} -> {r['held_out_after']['overlap_ratio']:.3f} "
-                         f"{curves['response_length'][-1]:7.1f} {max(curves['grad_norm']):14.3f} "
+                         f"{r['accuracy_after']['mean']:7.3f} {min(accuracies):7.3f} "
+                         f"{curves['overlap_ratio'][-1]:7.3f} {curves['response_length'][-1]:7.1f} "
+                         f"{max(curves['truncated_fraction']):16.3f} "
+                         f"{max(curves['grad_norm']):14.3f} "
                          f"{mean(curves['time_update']):8.3f}")
     for r in made["runs"]:
         if r["part"] == "signal":
+            at_slips = f", at first slips {r['reward_at_slips'] or math.nan:.3f}" if r["when"] == "before" else ""
             lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
                          f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
                          f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
-                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}, "
-                         f"at the first slips of {r['slips']:.3f} {r['reward_at_slips'] or math.nan:.3f}")
+                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}"
+                         + at_slips)
     for r in made["runs"]:
         if r["part"] == "depth":
             lines.append(f"depth    seed {r['seed']}: " + ", ".join(
-                f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f}" for x in r["depths"]))
+                f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} ({x['even']:+.3f})"
+                for x in r["depths"]))
         if r["part"] == "estimator":
             lines.append(f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
                          f"cosine with Eq. 4 {r['cosine']:.4f}")

@@ -21,7 +21,7 @@ import toy  # noqa: E402
 
 CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
           "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
-          "time_update", "accuracy")
+          "time_update", "truncated_fraction", "accuracy")
 
 EARLIER = []     # seconds of the runs, or parts of runs, that were found on the disk
 

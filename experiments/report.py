@@ -31,7 +31,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "4.2 fluent, raw": "as above",
         "4.2 others": "Non-Overlap Top-k is clearly weaker"},
     "recipe": {
-        "5.1 opd": "fails",
+        "5.1 opd": ".12 -> .26: it learns, to a lower ceiling",
         "5.1 sft 100": "not there",
         "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
         "5.1 sft 100 + opd": "the ceiling rises",
@@ -43,7 +43,8 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "6.1 backwards": "in the 15K run the entropy rises first at the end of the responses",
         "6.1 depth": "+.366, +.271, +.152, +.024 at 1K, 4K, 8K, 16K tokens",
         "6.2 global": "AUROC .733 with the teacher that succeeds, .751 with the one that fails",
-        "6.2 coherence": "a hypothesis, not tested",
+        "6.2 coherence, bigger": "a hypothesis, not tested",
+        "6.2 coherence, other": "not there",
         "6.3 support": "AIME24 .454 sampled, .446 top-1, .473 top-4, .458 top-16",
         "2.2 estimators": "none"},
     "real": {

@@ -11,6 +11,7 @@ from conftest import WORDS, tiny, word_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 sys.path.insert(0, str(ROOT / "experiments"))
+import cost  # noqa: E402
 import lab  # noqa: E402
 import report  # noqa: E402
 
@@ -130,3 +131,13 @@ def test_the_table_of_findings_is_a_fresh_report():
     assert "".join((report.MARKERS[0], made, report.MARKERS[1])) in (ROOT / "README.md").read_text()
     assert made.count("| yes |") + made.count("| **no** |") == sum(
         len(rows) for script, rows in report.PAPER.items() if (ROOT / f"experiments/results/{script}.json").exists())
+
+
+def test_entropy_passes_where_enough_tokens_say_so():
+    """6.1: one response that got lost is not the end of all responses; a quarter that nobody reaches says nothing."""
+    def row(tokens, entropy):
+        return {"by_position": {"tokens": tokens, "entropy_student": entropy}}
+    full, lost, quiet = [64, 64, 64, 64], [64, 64, 64, 6], [64, 64, 0]
+    rows = [row(quiet, [1.0, 1.0, None]), row(lost, [1.0, 1.0, 1.0, 2.0]), row(full, [1.0, 1.0, 1.0, 2.0]),
+            row(full, [1.0, 2.0, 2.0, 2.0])]
+    assert cost.passed(rows) == {"front": None, "back": 3} and cost.passed(rows, nats=0.5) == {"front": 1, "back": 3}
