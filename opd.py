@@ -80,8 +80,8 @@ class Config:
     cold_start_batch_size: int = flag(16, "responses in one of them; the paper takes 64")
     cold_start_lr: float = flag(1e-5, "its highest; warm-up .05, then a cosine; the paper's")
     cold_start_max_new_tokens: int = flag(0, "of the teacher's responses; 0: as max_new_tokens; paper: 12,288")
-    cold_start_temperature: float = flag(0.7, "the teacher's when it answers; the paper's. On the toy 1 was better: "
-                                         "sharper answers leave a student whose mistakes OPD cannot reach")
+    cold_start_temperature: float = flag(0.7, "the teacher's when it answers; the paper's. On the toy 1 ended as "
+                                         "well in the mean, and was never far behind (experiments/recipe.py)")
     cold_start_top_p: float = flag(0.95, "of the same; the paper's")
     aligned_prompts: str = flag("", "JSON lines, like what the teacher was post-trained on, "
                                 "to mix with --prompts (5.2)")

@@ -418,8 +418,9 @@ def mechanism(results, out):
     bars(right, shown, {arm: COLOURS["reverse" if arm.startswith("difference") else
                                      "weaker" if arm.endswith("fluent") else "success"]
                         for arm in dict.fromkeys(run["arm"] for run in shown)})
-    level = sum(run["accuracy_before"]["mean"] for run in success) / len(success)
-    right.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
+    for mine, place in ((success, (-0.5, 2.5)), (fluent, (2.5, 4.5))):
+        level = sum(run["accuracy_before"]["mean"] for run in mine) / len(mine)
+        right.plot(place, (level, level), color="0.3", linewidth=0.9, linestyle="--")
     right.tick_params(axis="x", rotation=40)
     right.set_title("4.2 by support (dashed: before)", fontsize=9)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)

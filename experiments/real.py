@@ -7,8 +7,8 @@ Whether a model became better is asked of a text that neither of them wrote: nat
 themselves, which nothing here trains on. What holds:
     overlap   in the mean over seeds, first and last five steps compared, the ratio rises by .05 or more in success, and
               the advantage and the entropy gap shrink to .75 of what they were
-    text      in every seed nats a token come nearer to those of the teacher, by a tenth of the way or more: better in
-              success, worse in reverse
+    text      in every seed nats a token come nearer to those of the teacher, by a tenth of the distance or more: better
+              in success, worse in reverse. (Past the teacher and away from it counts against it)
 
     python experiments/real.py --student S --teacher T --prompts F.jsonl       results/real.{json,txt,svg}
 
@@ -61,8 +61,8 @@ def judge(runs):
     good, bad = ([r for r in runs if r["pair"] == pair] for pair in ("success", "reverse"))
     a, b = ends(good, "overlap_ratio")
     shrunk = {name: ends(good, name) for name in ("overlap_token_advantage", "entropy_gap")}
-    way = [[(r["text_after"] - r["text_before"]) / (r["text_teacher"] - r["text_before"] or math.nan) for r in part]
-           for part in (good, bad)]
+    way = [[1 - abs(r["text_after"] - r["text_teacher"]) / (abs(r["text_before"] - r["text_teacher"]) or math.nan)
+            for r in part] for part in (good, bad)]
     return [("Fig. 6 overlap", "rises by .05, advantage and gap to .75",
              f"{a:.3f} -> {b:.3f}, " + ", ".join(f"{c:.3f} -> {d:.3f}" for c, d in shrunk.values()),
              b - a >= 0.05 and all(abs(d) <= 0.75 * abs(c) for c, d in shrunk.values())),

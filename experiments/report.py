@@ -49,7 +49,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "2.2 estimators": "none"},
     "real": {
         "Fig. 6 overlap": ".72 -> .91 in success",
-        "3.3 text": "the student regresses to the level of its worse teacher"},
+        "3.3 text": "the student regresses all the way to the level of its worse teacher"},
     "forecast": {"forecast rank": "none, ours", "forecast promise": "none, ours"},
 }
 
