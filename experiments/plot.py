@@ -474,14 +474,15 @@ def bars(axes, runs, colours):
 
 
 def cost(results, out):
-    """Paper 6: accuracy against the response budget and by support, gain against depth, coherence over training."""
+    """Paper 6: accuracy by response budget and support, gain by depth, what the mean reward and the gradients say."""
     plt, runs = opened(results, "cost")
     if plt is None:
         return
 
     def of(part):
         return [run for run in runs if run["part"] == part]
-    figure, (length, depth, support, signal) = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    figure, ((length, depth, support), (area, coherence, cosine)) = plt.subplots(2, 3, figsize=(11, 6),
+                                                                                 layout="constrained")
     seeds = sorted({run["seed"] for run in runs})
     budgets = list(dict.fromkeys(int(run["arm"]) for run in of("length")))
     band(length, budgets, [[run["accuracy_after"]["mean"] for run in of("length") if run["seed"] == seed]
@@ -490,20 +491,27 @@ def cost(results, out):
     length.set_xticks(budgets, budgets)
     length.set(xlabel="tokens a response may have", ylabel="accuracy after", ylim=(0, 1), title="6.1 response budget")
     cuts = [run["depths"] for run in of("depth")]
-    band(depth, [sum(x["tokens"] for x in at) / len(at) for at in zip(*cuts)],
-         [[x["mean"] for x in each] for each in cuts], COLOURS["success"], "o-")
-    depth.axhline(0, color="0.6", linewidth=0.8)
-    depth.set(xlabel="tokens that the student wrote", ylabel="teacher - student", title="6.1 who finishes it")
+    at = [sum(x["tokens"] for x in place) / len(place) for place in zip(*cuts)]
+    band(depth, at, [[x["mean"] for x in each] for each in cuts], COLOURS["success"], "o-")
+    depth.plot(at, [sum(x["even"] for x in place) / len(place) for place in zip(*cuts)], "--", color="0.3", linewidth=1)
+    depth.set(xlabel="tokens that the student wrote", ylabel="teacher - student", ylim=(0, None),
+              title="6.1 who finishes it (dashed: by slips alone)")
     bars(support, of("support"), dict.fromkeys((run["arm"] for run in of("support")), COLOURS["success"]))
-    support.tick_params(axis="x", rotation=40)
+    plt.setp(support.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
     support.set_title("6.3 support")
-    for pair in ("success", "bigger", "other"):
-        mine = [[run["cosine"] for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
-                for seed in seeds]
-        band(signal, range(3), mine, COLOURS[pair], "o-", label=NAMES[pair])
-    signal.set_xticks(range(3), ["before", "half-way", "after"])
-    signal.set(ylabel="mean cosine of two positions", title="6.2 do gradients point one way?", ylim=(0, None))
-    figure.legend(*signal.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    for place, pair in enumerate(("success", "bigger", "other")):
+        mine = [[run for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)] for seed in seeds]
+        known = [run["auroc"] for (run, *_) in mine if run["auroc"] is not None]
+        area.plot([place] * len(known), known, "o", color=COLOURS[pair])
+        for axes, name in ((coherence, "coherence"), (cosine, "cosine")):
+            band(axes, range(3), [[run[name] for run in each] for each in mine], COLOURS[pair], "o-", label=NAMES[pair])
+    area.axhline(0.5, color="0.6", linewidth=0.8)
+    area.set_xticks(range(3), ["succeeds", "teaches\nnothing", "ruins"])
+    area.set(ylabel="AUROC, before training", ylim=(0.4, 1), xlim=(-0.5, 2.5), title="6.2 right or wrong, by mean reward")
+    for axes, label in ((coherence, "length of the sum / sum of lengths"), (cosine, "mean cosine of two positions")):
+        axes.set_xticks(range(3), ["before", "half-way", "after"])
+        axes.set(ylabel=label, title="6.2 do gradients point one way?", ylim=(0, None))
+    figure.legend(*cosine.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
 
 
