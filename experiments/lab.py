@@ -108,7 +108,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
 def write(made, out, curves, report):
     for run in made["runs"]:
         if "curves" in run:
-            run["curves"] = {name: run["curves"][name] for name in curves}
+            run["curves"] = {name: x for name, x in run["curves"].items() if name in curves}
     analysis.write_json(out.with_suffix(".json"), made)
     report(made, out)
 
