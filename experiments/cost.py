@@ -253,4 +253,4 @@ def report(made, out):
 
 if __name__ == "__main__":
     main("cost", __doc__.splitlines()[0], seed_runs, report, curves=(
-        "step", "overlap_ratio", "response_length", "truncated_fraction", "grad_norm", "time_update", "accuracy"))
+        "overlap_ratio", "response_length", "truncated_fraction", "grad_norm", "time_update", "accuracy"))

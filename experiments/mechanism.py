@@ -143,4 +143,6 @@ def report(made, out):
 
 
 if __name__ == "__main__":
-    main("mechanism", __doc__.splitlines()[0], seed_runs, report)
+    main("mechanism", __doc__.splitlines()[0], seed_runs, report, curves=(
+        "step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
+        "entropy_gap", "largest_gap", "grad_norm"))
