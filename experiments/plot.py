@@ -47,7 +47,8 @@ PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or
     ("gradient norm", "before clipping at 1", "log", None, "grad_norm", None))
 MAPS = {"entropy_student": "student entropy", "entropy_teacher": "teacher entropy", "reward": "reward",
         "overlap_ratio": "overlap ratio"}
-ARMS = ("opd", "sft 100", "sft 100 + opd", "sft 100 T.7", "sft 100 T.7 + opd", "sft 300", "sft 300, fresh")    # of 5.1
+ARMS = ("opd", "sft 100", "sft 100 + opd", "sft 300", "sft 300, fresh", "sft 100 T.7",
+        "sft 100 T.7 + opd", "sft 300 T.7", "sft 300 T.7, fresh")                                          # of 5.1
 VERDICTS = {       # by how a verdict begins
     "should work": (COLOURS["success"], "o"), "nothing new": (COLOURS["bigger"], "s"),
     "incompatible": (COLOURS["other"], "^"), "harmful": (COLOURS["reverse"], "v"), "undecided": ("#000000", "x")}

@@ -7,8 +7,10 @@
     sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and top-p .95, not 1 and 1
     sft 300                   300 SFT steps on the same responses: as many updates as sft 100 + opd, no OPD
     sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
+    sft 300 T.7, and fresh    both, with responses drawn at temperature .7 and top-p .95
     holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for sft 100 + opd; and
-    if sft 100 + opd ends above opd and above both sft 300 by more than noise (two standard errors)
+    if sft 100 + opd ends above opd and above both sft 300 by more than noise (two standard errors); and the same of
+    sft 100 T.7 + opd and the two sft 300 T.7, which were added last, after five seeds without them (commit 54e2e90)
     A first version (commit 0f8080b), T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32.
     Temperature and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
 
@@ -54,12 +56,14 @@ def cold_starts(seed, world, scratch, quick):
     models(world, seed)
     few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
     cold, control = dict(cold_start=few, cold_start_steps=sft), dict(cold_start_steps=sft + opd_steps, steps=0)
-    runs = []
+    sharp, runs = dict(cold_start_temperature=0.7, cold_start_top_p=0.95), []
     for arm, settings in (("opd", {}),
                           ("sft 100 + opd", cold),
-                          ("sft 100 T.7 + opd", dict(cold, cold_start_temperature=0.7, cold_start_top_p=0.95)),
+                          ("sft 100 T.7 + opd", {**cold, **sharp}),
                           ("sft 300", dict(control, cold_start=few)),
-                          ("sft 300, fresh", dict(control, cold_start=4 * few - 1))):
+                          ("sft 300, fresh", dict(control, cold_start=4 * few - 1)),
+                          ("sft 300 T.7", dict(control, cold_start=few, **sharp)),
+                          ("sft 300 T.7, fresh", dict(control, cold_start=4 * few - 1, **sharp))):
         result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
                         eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
@@ -153,9 +157,11 @@ def judge(runs):
         value = math.nan if None in recovered else mean(recovered)
         lines.append((f"5.1 {arm}", f"gap recovery {sign} {bound}", f"{value:.3f}",
                       value < bound if sign == "<" else value >= bound))
-    against = [difference(cold["sft 100 + opd"], cold[arm]) for arm in ("opd", "sft 300", "sft 300, fresh")]
-    lines.append(("5.1 cold start", "above opd and both sft 300", ", ".join(
-        told(gain, noise) for gain, noise in against), all(gain > noise for gain, noise in against)))
+    for T in ("", " T.7"):
+        controls = ("opd", f"sft 300{T}", f"sft 300{T}, fresh")
+        against = [difference(cold[f"sft 100{T} + opd"], cold[arm]) for arm in controls]
+        lines.append((f"5.1 cold start{T}", f"above {', '.join(controls)}", ", ".join(
+            told(gain, noise) for gain, noise in against), all(gain > noise for gain, noise in against)))
     arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
     aligned, unaligned, other_content = (
         [r["accuracies"] for r in arms[arm]] for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0)))

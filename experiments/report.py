@@ -34,6 +34,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "5.1 opd": ".12 -> .26: it learns, to a lower ceiling",
         "5.1 sft 100": "not there",
         "5.1 cold start": ".36 -> .40 with it, .12 -> .26 without; no control of equal compute",
+        "5.1 cold start T.7": "the same, drawn at T .7",
         "5.1 sft 100 + opd": "the ceiling rises",
         "5.2 template": ".51 -> .54, recovery 80 -> 85 %",
         "5.2 content": "better, at lower overlap and much lower entropy (1.5 against 3 to 6 nats)"},
