@@ -377,12 +377,12 @@ def recipe(results, out):
     bars(left, runs, {arm: COLOURS["other" if arm == "opd" else "success" if arm.endswith("+ opd") else "reverse"]
                       for arm in ARMS})
     cold = [run for run in runs if run["part"] == "5.1"]
-    for key, name, place in (("accuracy_before", "student before", 0.02), ("accuracy_teacher", "teacher", 0.98)):
+    for key, name in (("accuracy_before", "student before"), ("accuracy_teacher", "teacher")):
         level = sum(run[key]["mean"] for run in cold) / len(cold)
         left.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-        left.annotate(name, (place, level), xycoords=("axes fraction", "data"), fontsize=8,
-                      textcoords="offset points", xytext=(0, 2 if place > 0.5 else -2),
-                      **(dict(ha="right") if place > 0.5 else dict(ha="left", va="top")))
+        left.annotate(name, (0.02, level), xycoords=("axes fraction", "data"), fontsize=8,
+                      textcoords="offset points", xytext=(0, 2))
+    left.set_xticks(range(len(ARMS)), ARMS, rotation=40, ha="right", rotation_mode="anchor")
     left.set_title("5.1 cold start, teacher of the other family")
     for axes, title, value in (
             (middle, "5.2 accuracy on all digits", lambda run: run["accuracies"]["aligned, all"]["mean"]),
