@@ -149,10 +149,8 @@ def depths(world, seed, quick):
 
 
 def gradient_noise(world, seed, quick):
-    """The output head's gradient G of the mean loss, eight batches of 64 prompts, the same tokens for all estimators.
-
-    size: the norm of its expectation; cosine: of that with Eq. 4's; noise: the variance of G over the square of size.
-    All from inner products of different batches, in which noise cancels: it does not pass for an angle.
+    """The output head's gradient of the mean loss, eight batches of 64 prompts, the same tokens for all estimators:
+    what `expectations` says of it, a dict an estimator.
     """
     pair, made = load(world / "student", world / "teacher"), {}
     batches, size = (2, 8) if quick else (8, 64)
@@ -163,16 +161,23 @@ def gradient_noise(world, seed, quick):
         for arm, settings in ESTIMATORS.items():
             total = sum(g.T @ h for g, h in analysis.logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
             made.setdefault(arm, []).append(total / r.response_mask.sum())                   # (V, H)
-    made = {arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}        # (batches, V H)
+    return expectations({arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full")
 
+
+def expectations(made, exact):
+    """What the gradients G of several batches, {estimator: (batches, numbers)}, say of their expectation: a dict each.
+
+    size: its norm; cosine: of it with that of the exact estimator's; noise: the variance of G over the square of size.
+    All from inner products of different batches, in which noise cancels: it does not pass for an angle.
+    """
     def across(a, b):
         products = a @ b.T
-        return ((products.sum() - products.trace()) / (batches * (batches - 1))).item()
-    full, found = made["Eq. 4, full"], {}
+        return ((products.sum() - products.trace()) / (len(a) * (len(a) - 1))).item()
+    found = {}
     for arm, g in made.items():
-        signal = across(g, g)
-        found[arm] = {"noise": g.square().sum().item() / batches / signal - 1, "size": math.sqrt(max(0, signal)),
-                      "cosine": across(g, full) / math.sqrt(max(1e-30, signal * across(full, full)))}
+        ours, theirs = across(g, g), across(made[exact], made[exact])
+        found[arm] = {"noise": g.square().sum().item() / len(g) / ours - 1, "size": math.sqrt(max(0, ours)),
+                      "cosine": across(g, made[exact]) / math.sqrt(max(1e-30, ours * theirs))}
     return found
 
 

@@ -508,7 +508,8 @@ def cost(results, out):
             band(axes, range(3), [[run[name] for run in each] for each in mine], COLOURS[pair], "o-", label=NAMES[pair])
     area.axhline(0.5, color="0.6", linewidth=0.8)
     area.set_xticks(range(3), ["succeeds", "teaches\nnothing", "ruins"])
-    area.set(ylabel="AUROC, before training", ylim=(0.4, 1), xlim=(-0.5, 2.5), title="6.2 right or wrong, by mean reward")
+    area.set(ylabel="AUROC, before training", ylim=(0.4, 1), xlim=(-0.5, 2.5),
+             title="6.2 right or wrong, by mean reward")
     for axes, label in ((coherence, "length of the sum / sum of lengths"), (cosine, "mean cosine of two positions")):
         axes.set_xticks(range(3), ["before", "half-way", "after"])
         axes.set(ylabel=label, title="6.2 do gradients point one way?", ylim=(0, None))

@@ -2,17 +2,22 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import opd
+import toy
 from conftest import WORDS, tiny, word_tokenizer
+from teacher import Pair
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 sys.path.insert(0, str(ROOT / "experiments"))
 import cost  # noqa: E402
 import lab  # noqa: E402
+import mechanism  # noqa: E402
 import report  # noqa: E402
 
 
@@ -141,3 +146,50 @@ def test_entropy_passes_where_enough_tokens_say_so():
     rows = [row(quiet, [1.0, 1.0, None]), row(lost, [1.0, 1.0, 1.0, 2.0]), row(full, [1.0, 1.0, 1.0, 2.0]),
             row(full, [1.0, 2.0, 2.0, 2.0])]
     assert cost.passed(rows) == {"front": None, "back": 3} and cost.passed(rows, nats=0.5) == {"front": 1, "back": 3}
+
+
+def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
+    """2.2: four batches, noise 5 times the signal: the norm of their mean would be off by a factor, an angle too."""
+    generator, trials = torch.Generator().manual_seed(0), []
+    exact, other = torch.zeros(2, 50, dtype=torch.float64)
+    exact[0], other[:2] = 2.0, torch.tensor([1.8, 2.4])                          # sizes 2 and 3, cosine .6
+    for _ in range(2000):
+        noise = torch.randn(2, 4, 50, generator=generator, dtype=torch.float64) * (20 / 50) ** 0.5
+        trials.append(cost.expectations({"Eq. 4": exact + noise[0], "other": other + 0.1 * noise[1]}, "Eq. 4"))
+    squares = [trial["Eq. 4"]["size"] ** 2 for trial in trials if trial["Eq. 4"]["size"] > 0]
+    assert sum(squares) / len(trials) == pytest.approx(4, abs=0.3)               # not 4 + 20 / 4
+    calm = cost.expectations({"Eq. 4": exact + 0.1 * noise[0], "other": other + 0.1 * noise[1]}, "Eq. 4")
+    assert calm["other"]["size"] == pytest.approx(3, abs=0.2) and calm["other"]["cosine"] == pytest.approx(0.6, abs=0.1)
+    assert calm["other"]["noise"] == pytest.approx(0.2 / 9, abs=0.01) and calm["Eq. 4"]["cosine"] == pytest.approx(1)
+
+
+def test_what_the_gain_by_depth_would_be_by_slips_alone(monkeypatch):
+    """6.1: right .64 and .81 of the time from the start: half-way .64^.5 (.81^.5 - .64^.5) = .8 (.9 - .8)."""
+    def finished(pair, prompts, answers, responses, **settings):
+        s, t = torch.full((4,), 0.64), torch.full((4,), 0.81)
+        return {depth: (t - s, s, t, 30 * depth) for depth in (0.0, 0.5)}
+    wrote = SimpleNamespace(write=lambda prompts, **_: SimpleNamespace(response_ids=lambda i: [i]))
+    monkeypatch.setattr(cost, "load", lambda *paths: wrote)
+    monkeypatch.setattr(cost, "encoded", lambda *_: [{"ids": [1], "answer": "2"}] * 4)
+    monkeypatch.setattr(cost.analysis, "continuation", finished)
+    assert [x["even"] for x in cost.depths(Path("w"), 0, True)] == pytest.approx([0.17, 0.08])
+
+
+def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
+    """4.2: against a loop over responses, each by itself and unpadded."""
+    for seed, name in enumerate(("student", "teacher")):
+        tiny("llama", seed=seed, vocab_size=len(toy.WORDS)).save_pretrained(tmp_path / name)
+        toy.tokenizer().save_pretrained(tmp_path / name)
+    pair, expected, places = Pair.load(tmp_path / "student", tmp_path / "teacher", device="cpu"), {}, set()
+    digits, count = toy.problems(48, torch.Generator().manual_seed(3))
+    prompts, _ = toy.question(digits, count)
+    r = pair.write(prompts, max_new_tokens=96, seed=3)
+    for i, prompt in enumerate(prompts):
+        at = toy.first_slip(r.response_ids(i), digits[i].tolist(), count[i].item())
+        before, token = torch.tensor([prompt + r.response_ids(i)[:at]]), r.response_ids(i)[at]
+        likely = [set(model(before).logits[0, -1].topk(60).indices.tolist()) for model in (pair.student, pair.teacher)]
+        kind = "shared" if token in likely[0] & likely[1] else "apart"
+        expected[kind] = expected.get(kind, 0) + 1 / 48
+        places.add(at)
+    assert mechanism.slips(tmp_path / "student", tmp_path / "teacher", 3, k=60, n=48) == pytest.approx(expected)
+    assert len(expected) == 2 and len(places) > 1
