@@ -499,7 +499,10 @@ def cost(results, out):
               title="6.1 who finishes it (dashed: by slips alone)")
     bars(support, of("support"), dict.fromkeys((run["arm"] for run in of("support")), COLOURS["success"]))
     plt.setp(support.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    support.set_title("6.3 support")
+    longer, places = of("longer"), list(dict.fromkeys(run["arm"] for run in of("support")))
+    support.plot([places.index(run["arm"]) for run in longer], [run["accuracy_after"]["mean"] for run in longer], "o",
+                 color=COLOURS["success"], markerfacecolor="white", markersize=5)
+    support.set_title(f"6.3 support (○ after {longer[0]['steps']} steps)")
     for place, pair in enumerate(("success", "bigger", "other")):
         mine = [[run for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)] for seed in seeds]
         known = [run["auroc"] for (run, *_) in mine if run["auroc"] is not None]
