@@ -65,7 +65,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
     seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and
     used again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
     own: {flag: help} of what this experiment cannot run without; seed_runs is handed it by name.
-    curves: the names of those that the results file keeps, or a function of a run that gives them.
+    curves: the ones that the results file keeps.
     """
     parser = argparse.ArgumentParser(description=description)
     for flag, text in (own or {}).items():
@@ -108,8 +108,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
 def write(made, out, curves, report):
     for run in made["runs"]:
         if "curves" in run:
-            names = curves(run) if callable(curves) else curves
-            run["curves"] = {name: x for name, x in run["curves"].items() if name in names}
+            run["curves"] = {name: x for name, x in run["curves"].items() if name in curves}
     analysis.write_json(out.with_suffix(".json"), made)
     report(made, out)
 

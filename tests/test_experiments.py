@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import cost  # noqa: E402
 import lab  # noqa: E402
 import mechanism  # noqa: E402
+import real  # noqa: E402
 import report  # noqa: E402
 
 
@@ -193,3 +194,14 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
         places.add(at)
     assert mechanism.slips(tmp_path / "student", tmp_path / "teacher", 3, k=60, n=48) == pytest.approx(expected)
     assert len(expected) == 2 and len(places) > 1
+
+
+@pytest.mark.parametrize("after, holds", [
+    (3.9, True), (3.1, True), (2.9, True), (3.95, False), (4.1, False), (1.9, False)])
+def test_a_text_is_nearer_to_the_teacher_or_it_is_not(after, holds):
+    """On real weights: from 4 nats towards 3, by a tenth or more; away from it, or as far beyond it, is no gain."""
+    curves = {"overlap_ratio": [0.4] * 10, "overlap_token_advantage": [-0.1] * 10, "entropy_gap": [1.0] * 10}
+    whole = {"pair": "reverse", "text_before": 3.0, "text_after": 3.5, "text_teacher": 4.0, "curves": curves}
+    damaged = {"pair": "success", "text_before": 4.0, "text_after": after, "text_teacher": 3.0, "curves": curves}
+    (_, _, _, figure), (_, _, _, text) = real.judge([damaged, whole])
+    assert text is holds and not figure
