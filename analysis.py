@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import math
 import os
 import re
@@ -34,8 +35,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from rollout import additions, load_prompts, processes, rollout
-from teacher import Pair, grade, micro_batches, states
+from rollout import additions, check_file, load_prompts, processes, rollout
+from teacher import NoMemory, Pair, grade, is_out_of_memory, micro_batches, pick_device, states
 
 # --- Eq. 6 to 10, a position at a time -----------------------------------------------------------------------------
 
@@ -151,12 +152,14 @@ def read_answer(text):
 
     read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"      read_answer("Answer: 12 .") -> "12 ."
     """
-    for box in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for i in range(box.end(), len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if depth == 0:
-                return text[box.end():i].strip()
+    open_at, boxes = [], []                                    # starts of open braces, None for those of no box
+    for brace in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if brace[0] != "}":
+            open_at.append(brace.end() if len(brace[0]) > 1 else None)
+        elif open_at and (start := open_at.pop()) is not None:
+            boxes.append((start, brace.start()))
+    if boxes:
+        return text[slice(*max(boxes))].strip()
     rest = re.split(r"answer:", text, flags=re.IGNORECASE)[1:]
     return rest[-1].replace("**", "").strip().split("\n")[0].strip() or None if rest else None
 
@@ -166,7 +169,7 @@ def as_number(text):
     "1,200" "$-3$" "2.50" "\frac{3}{4}" "3/4" "12%" "12 ." -> Fraction.
     """
     text = _bare(text).replace("{,}", "").replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac")
-    text = re.sub(r"^([+-]?)\\frac\{?([0-9]+)\}?\{?([0-9]+)\}?$", r"\1\2/\3", text)
+    text = re.sub(r"^([+-]?)\\frac\{?([0-9]{1,40})\}?\{?([0-9]{1,40})\}?$", r"\1\2/\3", text)
     text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
     if not re.fullmatch(r"[+-]?(\d{1,40}/\d{1,40}|\d{1,40}\.?\d{0,40}|\.\d{1,40})", text):
         return None
@@ -243,6 +246,12 @@ def estimate(x):
             "standard_error": (x.std() / len(x) ** 0.5).item() if len(x) > 1 else None}
 
 
+def plus_minus(x, form=".3f"):
+    """What `estimate` found, to read: {"mean": .5, "standard_error": None} -> "0.500 +- ?"."""
+    error = x["standard_error"]
+    return f"{x['mean']:{form}} +- " + ("?" if error is None else f"{error:{form.lstrip('+').lstrip('0123456789')}}")
+
+
 def auroc(scores, labels):
     """The chance that a true one scores above a false one, ties counting half: (B,), (B,) bool -> float.
 
@@ -259,10 +268,11 @@ def gap_recovery(before, after, teacher):
     """(after - before) / (teacher - before) from three results of `accuracy`:
     float, or None where the gap is within noise.
 
-    None when teacher and student lie within two standard errors of each other: the ratio then says nothing.
+    None when teacher and student lie within two standard errors of each other, or have none, being of one prompt: the
+    ratio then says nothing.
     """
     gap = teacher["mean"] - before["mean"]
-    noise = math.hypot(teacher["standard_error"] or 0, before["standard_error"] or 0)
+    noise = math.hypot(*(math.inf if x["standard_error"] is None else x["standard_error"] for x in (teacher, before)))
     return (after["mean"] - before["mean"]) / gap if abs(gap) > 2 * noise else None
 
 
@@ -305,7 +315,7 @@ def by_position(position, values, width):
 
 
 def bucket_means(sums, width):
-    """What by_position summed, as lists of means, up to the last bucket that holds a token:
+    """What by_position summed, as lists of means, up to the last bucket that holds a token, None where there is none:
     {"width", "tokens", name: [...]}.
     """
     tokens = [int(x) for x in sums["tokens"]]
@@ -313,7 +323,8 @@ def bucket_means(sums, width):
     means = {name: [x / t if t else None for x, t in zip(sums[name].tolist(), tokens)]
              for name in sums if name != "tokens"}
     return {"width": width, "tokens": tokens[:used],
-            **{name: [x if x is None else round(x, 5) for x in xs[:used]] for name, xs in means.items()}}
+            **{name: [round(x, 5) if x is not None and math.isfinite(x) else None for x in xs[:used]]
+               for name, xs in means.items()}}
 
 
 def continuation(pair, prompts, answers, responses, depths=DEPTHS, *, n, max_new_tokens, temperature, top_p, seed):
@@ -383,6 +394,11 @@ def diagnose_pair(pair, rows, *, k=16, n=2, max_new_tokens=128, temperature=1.0,
              "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
         report["predicted_gain"] = estimate(torch.stack([gain for gain, *_ in finished.values()]).mean(0))
     report["verdict"], report["reasons"] = verdict(report)
+    why = {"overlap_token_advantage": report["metrics"]["overlap_token_advantage"]["mean"] is None and
+           "at no position do the two share a likely token",
+           "auroc": "auroc" in report and report["auroc"] is None and "the responses are all right, or all wrong",
+           "standard_error": len(rows) == 1 and "one prompt has no spread"}
+    report["undefined"] = {name: reason for name, reason in why.items() if reason}
     return report
 
 
@@ -391,9 +407,6 @@ def verdict(report):
 
     Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections.
     """
-    def said(x):
-        return f"{x['mean']:+.3f} +- {x['standard_error'] or 0:.3f}"
-
     def sure(x):        # further from 0 than chance allows: 1 above, -1 below, else 0
         error = math.inf if x["standard_error"] is None else x["standard_error"]            # one prompt proves nothing
         return 0 if abs(x["mean"]) <= 2 * error else math.copysign(1, x["mean"])
@@ -408,8 +421,8 @@ def verdict(report):
     if "continuation" not in report:
         return (UNDECIDED if compatible else INCOMPATIBLE), reasons
     first, gain = report["continuation"][0], report["predicted_gain"]
-    reasons += [f"on its own, teacher - student is {said(first['gain'])} in accuracy",
-                f"from the student's own beginnings, mean over depths, teacher - student is {said(gain)} (6.1)"]
+    reasons += [f"on its own, teacher - student is {plus_minus(first['gain'], '+.3f')} in accuracy",
+                f"from the student's own beginnings, mean over depths, teacher - student is {plus_minus(gain, '+.3f')} (6.1)"]
     if first["student"]["mean"] == first["teacher"]["mean"] == 0:
         reasons.append("neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens")
     if sure(first["gain"]) < 0:
@@ -439,7 +452,7 @@ def show(report):
     for name, title in titles.items():
         x = r["metrics"][name]
         lines.append(f"{title:32} " + (
-            "none shared" if x["mean"] is None else f"{x['mean']:9.4f} +- {x['standard_error'] or 0:.4f}"))
+            "none shared" if x["mean"] is None else plus_minus(x, "9.4f")))
     if "continuation" in r:
         score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
         lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
@@ -449,9 +462,8 @@ def show(report):
             place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
             lines.append(
                 f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
-                f"{c['teacher']['mean']:9.3f} {c['gain']['mean']:+9.3f} +- {c['gain']['standard_error'] or 0:.3f}")
-        x = r["predicted_gain"]
-        lines.append(f"  {'mean over these depths':54} {x['mean']:+8.3f} +- {x['standard_error'] or 0:.3f}")
+                f"{c['teacher']['mean']:9.3f} {plus_minus(c['gain'], '+9.3f')}")
+        lines.append(f"  {'mean over these depths':54} {plus_minus(r['predicted_gain'], '+8.3f')}")
     b = r["by_position"]
     lines += ["", "position      tokens    reward  5 % .. 95 %         overlap   H student   H teacher"]
     for i, tokens in enumerate(b["tokens"]):
@@ -522,6 +534,7 @@ def collapse(history, window=5):
     something that should not has risen from its lowest (student entropy or response length by half, the entropy by .3
     nats at least; repetition by .2). Each is a mean over `window` steps.
     """
+    history = [row for row in history if "skipped" not in row]
     if len(history) < 2 * window:
         return None
 
@@ -560,23 +573,46 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def one_line(program):
-    """What goes wrong inside with files, models or numbers is one line on stderr, and exit code 2."""
+    """What goes wrong inside is one line on stderr. Exit code 2: what was asked for cannot work (files, models, flags);
+    1: it came to an end on its way (memory, disk, numbers that are not finite); 130: Ctrl-C.
+    """
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                            # its five tries to connect
+    code = None
     try:
         yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"{program}: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt as stop:
+        code, said = getattr(stop, "code", 130), str(stop) or "stopped"
+    except ValueError as error:
+        code, said = 2, error
+    except (OSError, FloatingPointError) as error:
+        code, said = 1, error
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        code, said = 1, str(error) if isinstance(error, NoMemory) else (
+            "out of memory; take smaller models, or --dtype bfloat16" + (f" ({error})" if str(error) else ""))
+    if code:
+        print(f"{program}: " + " ".join(str(said).split()), file=sys.stderr)
+        sys.exit(code)
 
 
 def provenance():
-    """What made the numbers: command line, commit, versions."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    command = " ".join(portable(word) for word in sys.argv)
-    return {"command": command, "commit": commit or None, "python": sys.version.split()[0],
+    """What made the numbers: command line, commit and whether the code was changed since (dirty), versions.
+
+    commit and dirty are null where the code is not in a git repository.
+    """
+    def git(*arguments):
+        if not shutil.which("git"):
+            return None
+        done = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *arguments], capture_output=True,
+                              text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"command": " ".join(portable(word) for word in sys.argv), "commit": git("rev-parse", "--short=12", "HEAD"),
+            "dirty": None if changed is None else bool(changed), "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
             "processes": processes()[1]}
 
@@ -586,12 +622,52 @@ def portable(word):
     return Path(word).name if word.startswith("/") else word
 
 
+def finite_or_null(row):
+    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": 3} -> "loss is nan",
+    {"loss": None, "tokens": 3, "undefined": {"loss": "nan"}}; "" and the row itself where all numbers are finite.
+    """
+    bad = {name: str(x) for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)}
+    said = ", ".join(f"{name} is {x}" for name, x in bad.items())
+    return said, {**row, **dict.fromkeys(bad), "undefined": {**row.get("undefined", {}), **bad}} if bad else row
+
+
+def read_json(path):
+    """What write_json wrote; ValueError with the path for anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore or remove it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not what was written there; restore or remove it")
+    return value
+
+
 def write_json(path, value):
     """Whole or not at all; a list of numbers on one line."""
-    aside, text = Path(f"{path}.tmp"), json.dumps(value, indent=1)
+    text = json.dumps(value, indent=1)
     text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda found: f"[{' '.join(found[1].split())}]", text)
-    aside.write_text(text + "\n")
-    os.replace(aside, path)
+    write_whole(path, lambda file: file.write((text + "\n").encode()))
+
+
+def write_whole(path, write):
+    """Call write with a binary file that then stands at path: written aside, to the disk, renamed. A kill, a full disk
+    or a loss of permission at any moment leaves what was there before.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        while error is not None and not isinstance(error, OSError):     # torch.save hides it behind one of its own
+            error = error.__context__
+        if error is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def parse(argv=None):
@@ -619,6 +695,8 @@ def parse(argv=None):
                         help="of chat templates that have it")
     before.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
     before.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+    before.add_argument("--trust-remote-code", action="store_true",
+                        help="run code that a checkpoint brings; read it first")
     before.add_argument("--out", default="diagnose.json", help="where the report goes")
     before.add_argument("--tokens", help="an .html file: a few responses, every token tinted by its reward")
     after = parser.add_argument_group("after: what happened?")
@@ -639,14 +717,18 @@ def parse(argv=None):
         parser.error("--plot and --positions go with --run, --tokens with --student and --teacher")
     if not flags.run and not (flags.student and flags.teacher):
         parser.error(f"--{'teacher' if flags.student else 'student'} is missing: a directory or hub name")
-    if flags.prompts and not Path(flags.prompts).is_file():
-        parser.error(f"--prompts {flags.prompts}: no such file")
+    try:
+        if flags.prompts:
+            check_file(flags.prompts, "--prompts")
+        pick_device(flags.device, flags.dtype)
+    except ValueError as error:
+        parser.error(str(error))
     for run in flags.run or []:
         if not (Path(run) / "metrics.jsonl").is_file():
             parser.error(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
     for path in filter(None, (flags.out, flags.tokens, flags.plot, flags.positions)):
         if not Path(path).absolute().parent.is_dir():
-            parser.error(f"{path}: its folder does not exist")
+            parser.error(f"{path}: its folder does not exist; make it first")
     return flags
 
 
@@ -659,7 +741,8 @@ def main(argv=None):
         from recipes import in_template                        # here, since recipes builds on this file
         rows = in_template(load_prompts(flags.prompts) if flags.prompts else additions(512, flags.seed), flags.template)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(flags.seed)).tolist()
-        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype)
+        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype,
+                         trust_remote_code=flags.trust_remote_code)
         rows = pair.encode([rows[i] for i in order[:flags.count]], max_prompt_tokens=flags.max_prompt_tokens,
                            new_tokens=flags.max_new_tokens, thinking=flags.thinking)
         if flags.tokens:

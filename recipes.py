@@ -16,6 +16,7 @@ Not here: a filter by correctness (the paper has none), embedding similarity (it
 compare normalised text).
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -25,11 +26,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from analysis import Parser, one_line, positions
+from analysis import Parser, finite_or_null, one_line, positions
 from loss import in_chunks
-from rollout import (Rollout, batch, encode, from_processes, left_pad, load_prompts, processes, rollout,
-                     sum_over_processes)
-from teacher import Pair, learning, micro_batches, states
+from rollout import (Rollout, batch, check_file, encode, from_processes, is_chat, json_lines, left_pad, load_prompts,
+                     processes, rollout, sum_over_processes)
+from teacher import Pair, learning, micro_batches, pick_device, states
 
 # --- 5.2 the template ----------------------------------------------------------------------------------------------
 
@@ -191,7 +192,10 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
     done = from_processes([whole_lines(file) for file in (path, dropped)] if first else None)[0]
     counts = {"kept": len(done[0]), "unfinished": 0, "degenerate": 0}
     for line in done[1]:
-        counts[json.loads(line)["why"]] += 1
+        try:
+            counts[json.loads(line)["why"]] += 1
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{dropped}: not what was written there; remove it and {path} to begin anew") from None
     ready = sum(counts.values())
     starts = range(ready - ready % at_once, len(rows), at_once) if ready < len(rows) else ()
     files = (path, dropped) if first else [os.devnull] * 2
@@ -229,17 +233,11 @@ def read_conversations(path):
     """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
     ValueError with the line.
     """
-    chats, text = [], Path(path).read_text(encoding="utf-8")
-    for number, line in enumerate(text.split("\n"), 1):           # splitlines cuts at U+2028 too
-        if not line.strip():
-            continue
-        try:
-            chat = json.loads(line)["messages"]
-            good = (len(chat) > 1 and chat[-1]["role"] == "assistant"
-                    and all(isinstance(m["content"], str) and m["content"] for m in chat))
-        except (json.JSONDecodeError, KeyError, TypeError):
-            good = False
-        if not good:
+    chats = []
+    for number, row in json_lines(path):
+        chat = row.get("messages") if isinstance(row, dict) else None
+        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"
+                and all(message["content"] for message in chat)):
             raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
         chats.append(chat)
     if not chats:
@@ -259,14 +257,18 @@ def load_conversations(path, pair, thinking="default"):
 
 
 def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0,
-               micro_batch_tokens=16384):
+               micro_batch_tokens=16384, whole=contextlib.nullcontext):
     """Fine-tune the student on [(prompt ids, response ids)], response tokens only;
     yields a row of metrics after each update.
 
     lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean
     negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches. The batch and the
     lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that was cut.
+    A step whose loss or gradient is not finite is no update: its row has "skipped", the reason and the examples by
+    number. Raises FloatingPointError at the third in a row. whole: a context manager around an update and what is done
+    with its row, which a signal must not part.
     """
+    in_a_row = 0
     student, warm, share = pair.splits[0], max(1, math.ceil(warmup * steps)), processes()
     parameters = list(pair.student.parameters())
 
@@ -276,7 +278,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warm) * cosine
-        r = as_rollout(batch(examples, step, batch_size, seed), pair.ending["pad_id"], pair.device)
+        chosen = batch(range(len(examples)), step, batch_size, seed)
+        r = as_rollout([examples[i] for i in chosen], pair.ending["pad_id"], pair.device)
         total, loss = r.response_mask.sum(), torch.zeros((), device=pair.device)
         parts = list(micro_batches(r, micro_batch_tokens, share))
         for i, (_, ids, mask, is_response) in enumerate(parts):
@@ -289,12 +292,20 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
             loss += part.detach() / total
         loss = sum_over_processes(loss).item()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"cold start, step {step + 1}: the gradient is {norm}; lower --cold-start-lr")
-        optimizer.step()
-        optimizer.zero_grad()
-        yield {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
+        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(total)}
+        bad, row = finite_or_null(row)
+        with whole():
+            if bad:
+                row["skipped"] = {"why": bad, "examples": sorted(i + 1 for i in chosen)}
+            else:
+                optimizer.step()
+            in_a_row = in_a_row + 1 if bad else 0
+            optimizer.zero_grad()
+            yield row
+        if in_a_row == 3:
+            raise FloatingPointError(f"cold start, steps {step - 1} to {step + 1}: {bad}; lower --cold-start-lr, or look "
+                                     f"at these conversations: {row['skipped']['examples'][:16]}")
 
 
 def as_rollout(examples, pad_id, device):
@@ -330,6 +341,8 @@ def parse(argv=None):
         command.add_argument("--seed", type=int, default=0, help="of all sampling")
         command.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
         command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
+        command.add_argument("--trust-remote-code", action="store_true",
+                             help="run code that a checkpoint brings; read it first")
         if name == "rollouts":
             command.add_argument("--count", type=int, help="the first so many prompts (default: all)")
             command.add_argument("--template", default="none",
@@ -342,10 +355,8 @@ def parse(argv=None):
             command.add_argument("--n", type=int, default=1, help="responses a prompt")
             command.add_argument("--k", type=int, default=16, help="of the overlap masses")
     flags = parser.parse_args(argv)
-    if not Path(flags.prompts).is_file():
-        parser.error(f"--prompts {flags.prompts}: no such file")
     if not Path(flags.out).absolute().parent.is_dir():
-        parser.error(f"--out {flags.out}: its folder does not exist")
+        parser.error(f"--out {flags.out}: its folder does not exist; make it first")
     for name in ("max_new_tokens", "max_prompt_tokens", "count", "n", "k"):
         value = getattr(flags, name, None)
         if value is not None and value < 1:
@@ -355,6 +366,8 @@ def parse(argv=None):
     if getattr(flags, "temperature", 0) < 0 or not 0 < getattr(flags, "top_p", 1) <= 1:
         parser.error("--temperature must not be negative, --top-p above 0 and at most 1")
     try:
+        check_file(flags.prompts, "--prompts")
+        pick_device(flags.device, flags.dtype)
         for template in flags.templates.split(",") if flags.command == "select" else [flags.template]:
             apply_template("", template)
     except ValueError as error:
@@ -366,7 +379,8 @@ def main(argv=None):
     flags = parse(argv)
     with one_line("recipes.py"):
         rows = load_prompts(flags.prompts)
-        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype)
+        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype,
+                         trust_remote_code=flags.trust_remote_code)
         encoding = dict(max_prompt_tokens=flags.max_prompt_tokens, new_tokens=flags.max_new_tokens,
                         thinking=flags.thinking)
         if flags.command == "rollouts":

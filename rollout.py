@@ -8,7 +8,9 @@ defaults (and reads more from a checkpoint's generation_config.json), and then t
 did not write. top_p exists here for evaluation alone.
 """
 import json
+import os
 import random
+import re
 from dataclasses import dataclass
 
 import torch
@@ -258,30 +260,65 @@ def from_processes(x):
 # --- what the student is asked -------------------------------------------------------------------------------------
 
 
+def check_file(path, flag=""):
+    """ValueError where a file of JSON lines cannot be read, before anything expensive starts."""
+    what = f"{flag} {path}".strip()
+    if not os.path.exists(path):
+        raise ValueError(f"{what}: no such file; give a file of JSON lines")
+    if not os.path.isfile(path):
+        raise ValueError(f"{what}: not a file, where one of JSON lines is needed")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{what}: may not be read; change its permissions")
+
+
+def json_lines(path):
+    """The JSON values of a file, a line each, blank ones left out: yields (number of the line, value).
+
+    Files come from elsewhere: whatever stands in them, the only exception is a ValueError that names file and line.
+    """
+    check_file(path)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):                           # bytes: \n alone ends a line, not U+2028
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                value = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from None
+            except (ValueError, RecursionError) as error:                  # a number of 5,000 digits, 1,000 brackets
+                why = getattr(error, "msg", None) or str(error)
+                raise ValueError(f"{path}:{number} is not JSON ({why}); write one JSON object a line") from None
+            if text.strip():
+                yield number, value
+
+
+def is_text(x):
+    """A string that can be written down: half of a surrogate pair, which JSON may hold, is no character."""
+    return isinstance(x, str) and not re.search(r"[\ud800-\udfff]", x)
+
+
+def is_chat(x):
+    """Messages as chat templates take them: a list of {"role": text, "content": text}, not empty."""
+    return isinstance(x, list) and len(x) > 0 and all(
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
+
+
 def load_prompts(path):
-    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)} -> list of dicts.
+    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}
+    -> list of {"prompt", "answer", "id"}; answer: text or None, id: "name of the file:line".
 
     Raises ValueError naming file and line for what is not that.
     """
     problems = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON ({error.msg}); write one JSON object a line") from None
-            prompt = row.get("prompt") if isinstance(row, dict) else None
-            chat = isinstance(prompt, list) and prompt and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in prompt)
-            if not chat and not (isinstance(prompt, str) and prompt.strip()):
-                raise ValueError(f'{path}:{number} needs "prompt": text, '
-                                 f'or a list of {{"role": text, "content": text}}')
-            problems.append({"prompt": prompt, "answer": None if row.get("answer") is None else str(row["answer"])})
+    for number, row in json_lines(path):
+        prompt, answer = (row.get(name) if isinstance(row, dict) else None for name in ("prompt", "answer"))
+        if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
+            raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
+        if answer is not None and not (is_text(answer) and answer.strip()):
+            raise ValueError(f'{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; '
+                             'write "answer": "42", or leave it out')
+        problems.append({"prompt": prompt, "answer": answer, "id": f"{os.path.basename(path)}:{number}"})
     if not problems:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line')
     return problems
 
 
@@ -305,11 +342,11 @@ def encode(tokenizer, prompt, **chat_options):
 
 
 def additions(count, seed=0):
-    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer"}."""
+    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer", "id"}."""
     draw = random.Random(seed)
     pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
-    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b)}
-            for a, b in pairs]
+    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b),
+             "id": f"{a} + {b}"} for a, b in pairs]
 
 
 def batch(prompts, step, size, seed):

@@ -9,9 +9,11 @@
 The teacher reads the student's very token ids; nothing is decoded and encoded again.
 """
 import contextlib
+import re
 import time
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -25,24 +27,118 @@ from loss import in_chunks
 from rollout import encode, position_ids, rollout
 
 
-def load(path, *, device="cpu", dtype=torch.float32, device_map=None):
+def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remote_code=False):
     """A causal language model from a directory or the hub, in eval mode:
     dropout would make sampled and scored softmax differ. device_map: of transformers, in place of device.
+
+    Read from safetensors alone, as a pickle may run code; code of the checkpoint's own runs with trust_remote_code.
+    Raises ValueError with the path for what is no whole checkpoint of a causal language model: a weight that is missing
+    or of another shape, which transformers would replace by random numbers, is one; so is a model that reads ahead.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, device_map=device_map).eval()
+    with of_checkpoint(path):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    lacks = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacks:
+        raise ValueError(f"{path}: {len(lacks)} weights are missing or have another shape than config.json says, "
+                         f"{lacks[0]} first; take a whole checkpoint")
     if any(weight.is_meta for weight in model.parameters()):
-        raise ValueError(f"{path}: the devices here do not hold it")
-    return model if device_map else model.to(device)
+        raise ValueError(f"{path}: the devices here do not hold it; take a smaller model, or --teacher-dtype bfloat16")
+    model = (model if device_map else model.to(device)).eval()
+    check_causal(model, path)
+    return model
 
 
-def pick_device(name):
-    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there."""
+def load_tokenizer(path, trust_remote_code=False):
+    """The tokenizer of a directory or of the hub; ValueError with the path where there is none."""
+    check_directory(path)
+    with of_checkpoint(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def check_directory(path):
+    """ValueError where a path is no hub's name and no directory of safetensors: said at once, not by a search online.
+
+    A hub's name is NAME or OWNER/NAME; where OWNER is a folder here, a folder is meant.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
+        if not next(folder.glob("*.safetensors"), None):
+            raise ValueError(f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
+                             "convert it where you trust it: from_pretrained, then save_pretrained")
+    elif folder.exists():
+        raise ValueError(f"{path}: a file; give the directory of a checkpoint")
+    elif not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path) or "/" in path and folder.parent.is_dir():
+        raise ValueError(f"{path}: no such directory; give that of a checkpoint, or a hub name")
+
+
+@contextlib.contextmanager
+def of_checkpoint(path):
+    """Whatever broken files make transformers raise is a ValueError with their path, in one line."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            error = "it brings code of its own; if you have read and trust it, add --trust-remote-code"
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read: {said or type(error).__name__}; give a directory or hub name of a "
+                         "causal language model with its tokenizer") from None
+
+
+class NoMemory(MemoryError):
+    """With a message that says which flag to change."""
+
+
+@contextlib.contextmanager
+def in_memory(what):
+    """What runs out of memory inside says while doing what, and which flag to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or isinstance(error, NoMemory):
+            raise
+        raise NoMemory(f"out of memory while {what}") from error
+
+
+def is_out_of_memory(error):
+    """PyTorch has a class for a GPU's memory and none for a CPU's: bool."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+
+@torch.no_grad()
+def check_causal(model, path):
+    """ValueError where a later token changes an earlier logit (BERT, which transformers loads as causal too), or where
+    logits are not finite.
+    """
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.get_input_embeddings().weight.device)      # (2, 4)
+    z = model(input_ids=ids).logits[:, :3].float()                                                           # (2, 3, V)
+    if not z.isfinite().all():
+        raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or its numbers outgrow --dtype")
+    if not torch.allclose(z[0], z[1], rtol=0.01, atol=0.01 * z.abs().max().item()):
+        raise ValueError(f"{path}: {type(model).__name__} is no causal language model, a later token changes what it "
+                         "says of an earlier one; take a decoder")
+
+
+def pick_device(name, *dtypes):
+    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there, or that cannot
+    compute in one of the dtypes (names).
+    """
     if name.startswith("mps"):
         raise ValueError("--device mps: it has no float64, with which tokens are drawn; take --device cpu")
     try:
-        return torch.empty(0, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+        device = torch.empty(0, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: it holds no numbers; take --device cpu")
+    if device.type == "cuda" and "bfloat16" in dtypes and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--dtype bfloat16: this GPU does not compute in it; take --dtype float32")
+    return device
 
 
 def freeze(model):
@@ -84,28 +180,24 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
 
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
     real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
-    Raises ValueError when the token -> id maps differ, with the first tokens that do, or when a model has no row for a
-    token that ends a response. Warns where the pair works but may surprise: other tokens without a row (they are cut;
+    Raises ValueError when the token -> id maps differ, with the first tokens that do, when a model has no row for a
+    token that ends a response, or when no token ends one. Warns where the pair works but may surprise: other tokens without a row (they are cut;
     Gemma 3's <image_soft_token> is one), other eos or special tokens, another chat template.
     """
-    mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()             # token -> id
-    if mine != theirs:
-        def place(vocab, token):
-            return vocab.get(token, "absent")
-        differ = sorted((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)),
-                        key=lambda t: (mine.get(t, theirs.get(t)), t))
-        first = ", ".join(f"{t!r} (student {place(mine, t)}, teacher {place(theirs, t)})" for t in differ[:3])
-        raise ValueError(f"student and teacher disagree on {len(differ)} token ids: {first}; "
-                         "take a teacher with the student's tokenizer")
+    check_tokens(student_tokenizer, teacher_tokenizer)
+    tokens = student_tokenizer.get_vocab()                                                  # token -> id
     ends = [eos_ids(student, student_tokenizer), eos_ids(teacher, teacher_tokenizer)]
     rows = [model.get_output_embeddings().weight.size(0) for model in (student, teacher)]
-    size = min(*rows, max(mine.values()) + 1)
-    cut = [token for token, i in mine.items() if i >= size]
+    size = min(*rows, max(tokens.values()) + 1)
+    cut = [token for token, i in tokens.items() if i >= size]
     if any(i >= size for i in ends[0] | ends[1]) or len(cut) > size // 100:
         raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows "
-                         f"for {max(mine.values()) + 1} tokens; a checkpoint and its tokenizer do not belong together")
+                         f"for {max(tokens.values()) + 1} tokens; a checkpoint and its tokenizer do not belong together")
     if cut:
         warnings.warn(f"no output row for {len(cut)} tokens, which can be neither sampled nor scored: {cut[:3]}")
+    if not ends[0] | ends[1]:
+        raise ValueError("neither student nor teacher has a token that ends a response, so that none would end; "
+                         "set eos_token_id in the generation_config.json of one of them")
     if ends[0] != ends[1]:
         warnings.warn(f"student ends a response with {_names(student_tokenizer, ends[0])}, teacher with "
                       f"{_names(student_tokenizer, ends[1])}: any of them ends a rollout")
@@ -115,6 +207,21 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         warnings.warn("chat templates differ: both models read the student's text")
     return size
+
+
+def check_tokens(student_tokenizer, teacher_tokenizer):
+    """ValueError where the two map a token to different ids, with the first tokens that differ."""
+    mine, theirs = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()             # token -> id
+    if mine == theirs:
+        return
+
+    def place(vocab, token):
+        return vocab.get(token, "absent")
+    differ = sorted((t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)),
+                    key=lambda t: (mine.get(t, theirs.get(t)), t))
+    first = ", ".join(f"{t!r} (student {place(mine, t)}, teacher {place(theirs, t)})" for t in differ[:3])
+    raise ValueError(f"student and teacher disagree on {len(differ)} token ids: {first}; "
+                     "take a teacher with the student's tokenizer")
 
 
 def _names(tokenizer, ids):
@@ -207,12 +314,13 @@ def micro_batches(rollout, budget, share=(0, 1)):
 
 
 def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temperature=1.0, teacher_temperature=1.0,
-          seconds=None, share=(0, 1)):
+          seconds=None, share=(0, 1), chunk=None):
     """Loss and diagnostics at every position of a rollout, a micro-batch at a time, as two Splits see it.
 
     Yields rows (b,), is_response (b, L), {name: (N,)} from per_position, packed row by row, and the sum of the losses
     (see loss.in_chunks); where grad is enabled call its backward before asking for the next.
     seconds, a dict, collects the time spent in the teacher's trunk. share: of several processes, see micro_batches.
+    chunk: positions whose logits exist at a time, see loss.in_chunks.
     """
     parts = list(micro_batches(rollout, micro_batch_tokens, share))
     for i, (rows, ids, mask, is_response) in enumerate(parts):
@@ -225,7 +333,7 @@ def grade(student, teacher, rollout, per_position, *, micro_batch_tokens, temper
         def learn():
             h_p = states(student.trunk, ids, mask, is_response)                             # (N, H)
             return in_chunks(per_position, h_p, h_q, student.head, teacher.head, ids[is_response],
-                             temperature=temperature, teacher_temperature=teacher_temperature)
+                             temperature=temperature, teacher_temperature=teacher_temperature, chunk=chunk)
         yield rows, is_response, *learning(student, learn, last=i == len(parts) - 1)
 
 
@@ -284,15 +392,18 @@ class Pair:
 
     @classmethod
     def load(cls, student, teacher, *, device="auto", dtype="float32", teacher_dtype="", teacher_device_map="",
-             gradient_checkpointing=False):
-        """Two directories or hub names -> Pair. Raises ValueError where they do not fit (check_pair)."""
-        device = pick_device(device)
+             gradient_checkpointing=False, trust_remote_code=False):
+        """Two directories or hub names -> Pair. Raises ValueError where they cannot be read (load) or do not fit
+        (check_pair); what costs least is looked at first.
+        """
+        device = pick_device(device, dtype, teacher_dtype)
+        mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
+        check_tokens(mine, theirs)
         plain, dtype = dtype == "float32", getattr(torch, dtype)
         autocast = contextlib.nullcontext if plain else lambda: torch.autocast(device.type, dtype)
-        mine, theirs = (AutoTokenizer.from_pretrained(path) for path in (student, teacher))
-        student = load(student, device=device)
+        student = load(student, device=device, trust_remote_code=trust_remote_code)
         teacher = freeze(load(teacher, device=device, dtype=getattr(torch, teacher_dtype) if teacher_dtype else dtype,
-                              device_map=teacher_device_map or None))
+                              device_map=teacher_device_map or None, trust_remote_code=trust_remote_code))
         if gradient_checkpointing:
             checkpoint_layers(student)
         vocab_size = check_pair(student, teacher, mine, theirs)
