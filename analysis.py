@@ -623,12 +623,11 @@ def portable(word):
 
 
 def finite_or_null(row):
-    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": 3} -> "loss is nan",
-    {"loss": None, "tokens": 3, "undefined": {"loss": "nan"}}; "" and the row itself where all numbers are finite.
+    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": 3}
+    -> {"loss": None, "tokens": 3, "undefined": {"loss": "nan"}}. A row of finite numbers stays as it is.
     """
     bad = {name: str(x) for name, x in row.items() if isinstance(x, float) and not math.isfinite(x)}
-    said = ", ".join(f"{name} is {x}" for name, x in bad.items())
-    return said, {**row, **dict.fromkeys(bad), "undefined": {**row.get("undefined", {}), **bad}} if bad else row
+    return {**row, **dict.fromkeys(bad), "undefined": {**row.get("undefined", {}), **bad}} if bad else row
 
 
 def read_json(path):

@@ -12,19 +12,25 @@
 
 Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs
 none. The batch of a step and its sampling seed depend on (seed, step) alone, so a run that was cut goes on bit for bit.
+A step whose loss or gradient is not finite is skipped and reported; the third in a row ends the run.
 """
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import functools
+import hashlib
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from dataclasses import dataclass, field
@@ -39,8 +45,8 @@ import analysis
 import loss
 from recipes import (apply_template, cold_start, in_template, is_degenerate, load_conversations, mix_prompts,
                      read_conversations, same_question, teacher_rollouts)
-from rollout import additions, batch, from_processes, load_prompts, processes
-from teacher import Pair, grade, pick_device
+from rollout import additions, batch, check_file, from_processes, load_prompts, processes
+from teacher import NoMemory, Pair, grade, in_memory, pick_device
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
 
@@ -104,6 +110,10 @@ class Config:
     teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
                               "", "float32", "bfloat16", "float16")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")
+    chunk: int = flag(0, "positions whose logits exist at a time; changes memory, not the result. 0: 32 MiB of logits on a "
+                         "CPU, 1 GiB on a GPU")
+    trust_remote_code: bool = flag(False, "run code that a checkpoint brings; read it first. Without it only safetensors "
+                                          "and transformers' own code are used")
     micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. 0: "
                                    "what keeps activations in a quarter GiB on a CPU, an eighth of a GPU's memory")
 
@@ -145,8 +155,8 @@ def check(cfg):
         if not getattr(cfg, name):
             raise ValueError(f"--{name} is missing: a directory or hub name of a causal language model")
     for name in ("prompts", "eval", "cold_start_file", "aligned_prompts"):
-        if getattr(cfg, name) and not Path(getattr(cfg, name)).is_file():
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: no such file")
+        if getattr(cfg, name):
+            check_file(getattr(cfg, name), "--" + name.replace("_", "-"))
     for name in ("k", "batch_size", "cold_start_batch_size", "n", "max_new_tokens", "max_prompt_tokens", "eval_n",
                  "save_every"):
         if getattr(cfg, name) < 1:
@@ -164,16 +174,30 @@ def check(cfg):
     for name in ("lr", "cold_start_lr", "temperature", "teacher_temperature"):
         if not 0 < getattr(cfg, name) < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "in_flight", "micro_batch_tokens",
+    for name in ("eval_temperature", "eval_every", "eval_max_new_tokens", "in_flight", "micro_batch_tokens", "chunk",
                  "cold_start", "cold_start_steps", "cold_start_max_new_tokens", "cold_start_temperature"):
-        if getattr(cfg, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
+        if not 0 <= getattr(cfg, name) < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative, nor infinite")
+    if not 0 <= cfg.seed < 2 ** 31:
+        raise ValueError(f"--seed {cfg.seed}: must lie in 0..{2 ** 31 - 1}")
     for name in ("eval_top_p", "cold_start_top_p"):
         if not 0 < getattr(cfg, name) <= 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must lie above 0 and be at most 1")
     apply_template("", cfg.template)
-    pick_device(cfg.device)
+    pick_device(cfg.device, cfg.dtype, cfg.teacher_dtype)
+    check_writable(cfg.out)
     return cfg
+
+
+def check_writable(out):
+    """ValueError where a run cannot leave its files; nothing is left by asking."""
+    try:
+        folder = Path(out)
+        while not folder.exists():
+            folder = folder.parent
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out {out}: {folder} cannot be written to ({error.strerror}); take another --out") from None
 
 
 def questions(cfg):
@@ -227,20 +251,24 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
 
     learn: also accumulate the gradient of the mean loss in the student. The tokens of the *whole* rollout are counted
     first and are the only denominator, so that neither the cut into micro-batches nor their padding changes the update.
-    Raises FloatingPointError where the loss is not finite.
+    "broken", a list, has the rows of the rollout at which loss or reverse KL are not finite.
     """
     descend = objective(cfg)
 
     def per_position(log_p, log_q, y):
         return {"loss": descend(log_p, log_q, y), **analysis.diagnose(log_p, log_q, y, cfg.k)}
     share, total, sums, mismatch = processes(), int(r.response_mask.sum()), {}, []
+    broken = torch.zeros(len(r.ids), dtype=torch.bool, device=r.ids.device)                  # (B,)
     width, buckets = -(-cfg.max_new_tokens // analysis.BUCKETS), {}
     with torch.set_grad_enabled(learn):
         for rows, is_response, out, losses in grade(
                 student, teacher, r, per_position, micro_batch_tokens=cfg.micro_batch_tokens, share=share,
-                temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds):
+                temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature, seconds=seconds,
+                chunk=cfg.chunk or None):
             if learn:
                 (losses * (share[1] / total)).backward()                 # of the processes' gradients the mean is taken
+            finite = (out["loss"] + out["reverse_kl"]).isfinite()                            # (N,)
+            broken[rows] = torch.zeros_like(is_response).masked_scatter(is_response, ~finite).any(1)
             recorded = r.log_p[rows][r.response_mask[rows]]                                  # (N,)
             mismatch.append((out.pop("log_p") - recorded).abs().max())
             position = (is_response.cumsum(1) - 1)[is_response]                        # (N,) 0, 1, 2, ... a response
@@ -250,17 +278,18 @@ def measure(cfg, student, teacher, r, *, learn, seconds=None):
             for name, x in out.items():
                 defined = ~x.isnan() if name == "overlap_token_advantage" else torch.ones_like(x, dtype=torch.bool)
                 sums[name] = sums.get(name, 0) + torch.stack([torch.where(defined, x, 0).sum(), defined.sum()])
-    parts = [part for part in from_processes(sums and (on_cpu(sums), on_cpu(buckets), max(mismatch).cpu())) if part]
+    parts = [part for part in from_processes(
+        sums and (on_cpu(sums), on_cpu(buckets), torch.stack(mismatch).max().cpu(), broken.cpu())) if part]
     sums, buckets = ({name: sum(part[i][name] for part in parts) for name in parts[0][i]} for i in (0, 1))
     means = {name: (x / count).item() for name, (x, count) in sums.items()}
-    if not all(math.isfinite(means[name]) for name in ("loss", "reverse_kl", "reward")):
-        raise FloatingPointError(f"loss {means['loss']}, reverse KL {means['reverse_kl']}: "
-                                 "a model's output is not finite; " + GO_ON)
     defined = int(sums["overlap_token_advantage"][1])
     if not defined:
         means["overlap_token_advantage"] = None
-    return {**means, "overlap_empty": total - defined, "sampling_mismatch": max(float(part[2]) for part in parts),
-            "tokens": total, "by_position": analysis.bucket_means(buckets, width)}
+        means["undefined"] = {"overlap_token_advantage": "at no position do the two share a likely token"}
+    return {**means, "overlap_empty": total - defined,
+            "sampling_mismatch": torch.stack([part[2] for part in parts]).max().item(), "tokens": total,
+            "by_position": analysis.bucket_means(buckets, width),
+            "broken": torch.stack([part[3] for part in parts]).any(0).nonzero().view(-1).tolist()}
 
 
 def on_cpu(sums):
@@ -277,28 +306,25 @@ class Run:
     def __init__(self, cfg):
         self.cfg, self.out, self.started = check(cfg), Path(cfg.out), time.perf_counter()
         self.first = processes()[0] == 0                            # of several processes this one writes and talks
-        result = self.out / "result.json"
-        if result.exists() and not (cfg.resume and cfg.steps > json.loads(result.read_text())["steps"]):
-            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
-                             "more --steps")
-        if cfg.resume != (self.out / "checkpoint" / "state.pt").exists():
-            raise ValueError(f"--out {cfg.out}: " + (
-                "no checkpoint there to resume; leave --resume out" if cfg.resume
-                else "holds another run; add --resume to go on with it, or take another --out"))
+        self.look_at_out()
         if min(cfg.batch_size * cfg.n, cfg.cold_start_batch_size) < processes()[1]:
             raise ValueError(f"--batch-size {cfg.batch_size}, --n {cfg.n}, --cold-start-batch-size "
                              f"{cfg.cold_start_batch_size}: each of the {processes()[1]} processes needs a response")
         train, cold, held_out = questions(cfg)
-        self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype,
-                              teacher_dtype=cfg.teacher_dtype, teacher_device_map=cfg.teacher_device_map,
-                              gradient_checkpointing=cfg.gradient_checkpointing)
+        with in_memory("loading the models: take smaller ones, --teacher-dtype bfloat16, or --teacher-device-map auto"):
+            self.pair = Pair.load(cfg.student, cfg.teacher, device=cfg.device, dtype=cfg.dtype,
+                                  teacher_dtype=cfg.teacher_dtype, teacher_device_map=cfg.teacher_device_map,
+                                  gradient_checkpointing=cfg.gradient_checkpointing,
+                                  trust_remote_code=cfg.trust_remote_code)
+        self.check_disk()
         if cfg.k > self.pair.ending["vocab_size"]:
             raise ValueError(f"--k {cfg.k}: the two models share {self.pair.ending['vocab_size']} tokens; "
                              "take a smaller k")
         self.pair.ending["in_flight"] = cfg.in_flight or None
         if not cfg.micro_batch_tokens:
             self.cfg = cfg = dataclasses.replace(cfg, micro_batch_tokens=self.pair.micro_batch_tokens())
-        self.prompts = [row["ids"] for row in self.encode(train)] if train else []
+        train = self.encode(train) if train else []
+        self.prompts, self.prompt_names = [row["ids"] for row in train], [row["id"] for row in train]
         self.cold = self.encode(cold) if cold else []
         held_out = self.encode(held_out)
         self.held_out, self.answers = [row["ids"] for row in held_out], [row["answer"] for row in held_out]
@@ -306,8 +332,44 @@ class Run:
         if 0 < unanswered < len(self.answers):
             warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer "
                           "and do not count in accuracy")
-        self.optimizer = self.new_optimizer()
+        self.digest = hashlib.sha256(repr((self.prompts, self.cold, self.held_out, self.answers)).encode()).hexdigest()
+        self.optimizer, self.signals = self.new_optimizer(), Signals()
         self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, False
+        self.skipped, self.in_a_row, self.saved = 0, 0, None     # steps; saved: the step of the checkpoint, if there is one
+
+    def look_at_out(self):
+        """ValueError where --out and --resume do not go together, before anything is loaded."""
+        cfg, out = self.cfg, self.out
+        config, result = (analysis.read_json(out / f"{name}.json") if (out / f"{name}.json").exists() else None
+                          for name in ("config", "result"))
+        if result and not (cfg.resume and cfg.steps > result.get("steps", math.inf)):
+            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
+                             "more --steps")
+        if config is not None and not {"student", "teacher"} <= config.keys():
+            raise ValueError(f"--out {cfg.out}: its config.json is not that of a run; take another --out")
+        if cfg.resume and config is None:
+            raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
+        if not cfg.resume and (out / "checkpoint" / "state.pt").exists():
+            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another --out")
+        if cfg.resume:
+            self.same_run(config)
+
+    def same_run(self, config):
+        """ValueError where a run was begun with flags that decide its result, and they were other ones."""
+        for name, value in dataclasses.asdict(self.cfg).items():
+            had = config.get(name, getattr(Config, name))                       # a flag that is new had its default
+            if name not in MAY_DIFFER and had != value:
+                raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} {had!r}; "
+                                 "give the same flags, or take another --out")
+
+    def check_disk(self):
+        """ValueError where the checkpoint, the one that replaces it, and the student would not fit on the disk."""
+        size = sum(p.numel() for p in self.pair.student.parameters())
+        folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
+        need, free = 28 * size, shutil.disk_usage(folder).free       # twice weights and two moments, once weights; float32
+        if free < need:
+            raise ValueError(f"--out {self.cfg.out}: {free / 1e9:.1f} GB are free there, and {need / 1e9:.1f} GB are "
+                             "needed for two checkpoints and the student; make room, or take another disk")
 
     def new_optimizer(self):
         return torch.optim.AdamW(self.pair.student.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=0.01,
@@ -319,15 +381,17 @@ class Run:
             cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens))
 
     def write(self, prompts, n, seed):
-        return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
-                               temperature=self.cfg.temperature, seed=seed)
+        with in_memory(f"writing responses: lower --in-flight (now {self.cfg.in_flight or len(prompts) * n}) or "
+                       f"--max-new-tokens (now {self.cfg.max_new_tokens})"):
+            return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
+                                   temperature=self.cfg.temperature, seed=seed)
 
     def accuracy(self, model, what):
         """avg@eval_n on the held-out prompts that have answers, None without any. The same draws for every model."""
         cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
         if not asked:
             return None
-        with self.pair.autocast():
+        with self.pair.autocast(), in_memory("evaluating: lower --in-flight, --eval-n or --eval-max-new-tokens"):
             return analysis.accuracy(
                 model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
                 what=what, n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
@@ -337,78 +401,179 @@ class Run:
     def distance(self):
         """Eq. 6-10 and the reverse KL on held-out prompts, at states that the student visits now: {name: float}."""
         r = self.write(self.held_out[:256], 1, self.cfg.seed + 2)
-        with self.pair.autocast():
-            return measure(self.cfg, *self.pair.splits, r, learn=False)
+        with self.pair.autocast(), in_memory("measuring: " + self.smaller()):
+            row = measure(self.cfg, *self.pair.splits, r, learn=False)
+        if row.pop("broken"):
+            raise FloatingPointError(f"held-out prompts, loss {row['loss']}: a model's output is not finite; " + GO_ON)
+        return analysis.finite_or_null(row)
+
+    def smaller(self):
+        cfg = self.cfg
+        return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}), --chunk (now {cfg.chunk or 'automatic'}) or "
+                f"--max-new-tokens (now {cfg.max_new_tokens}), or add --gradient-checkpointing")
 
     def update(self):
-        """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl."""
+        """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl.
+
+        Where loss or gradient are not finite nothing is updated; the row has "skipped", the reason and the prompts.
+        """
         cfg, clock, seconds = self.cfg, time.perf_counter(), {}
-        prompts = batch(self.prompts, self.step, cfg.batch_size, cfg.seed)
-        r = self.write(prompts, cfg.n, cfg.seed * 1_000_003 + self.step + 3)
+        chosen = batch(range(len(self.prompts)), self.step, cfg.batch_size, cfg.seed)
+        r = self.write([self.prompts[i] for i in chosen], cfg.n, cfg.seed * 1_000_003 + self.step + 3)
         written = time.perf_counter()
-        with self.pair.autocast():
-            row = measure(cfg, *self.pair.splits, r, learn=True, seconds=seconds)
-        norm = torch.nn.utils.clip_grad_norm_(self.pair.student.parameters(), 1.0).item()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"step {self.step + 1}: the gradient is {norm}; {GO_ON}")
-        self.optimizer.step()
+        with in_memory("updating: " + self.smaller()):
+            with self.pair.autocast():
+                row = measure(cfg, *self.pair.splits, r, learn=True, seconds=seconds)
+            norm = torch.nn.utils.clip_grad_norm_(self.pair.student.parameters(), 1.0).item()
+            loss, broken = row["loss"], row.pop("broken")
+            bad = not math.isfinite(loss) or not math.isfinite(norm)
+            self.signals.hold()                                       # until this step is logged, see begin_and_end
+            if not bad:
+                self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
+        self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
         done = time.perf_counter()
         responses = [r.response_ids(i) for i in range(len(r.ids))]
         samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
                     "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])}
                    for i in range(min(2, len(r.ids)))]
-        return samples, {
+        row = analysis.finite_or_null({
             "step": self.step, **row, "response_length": row["tokens"] / len(responses),
             "truncated_fraction": r.truncated.float().mean().item(),
             "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": self.skipped,
             "time_rollout": written - clock, "time_teacher": seconds["teacher"],
-            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.pair.device)}
+            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.pair.device)})
+        if bad:                                 # the prompts of these responses; all, where the gradient alone is broken
+            names = {self.prompt_names[chosen[i // cfg.n]]: None for i in broken or range(len(responses))}
+            row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "prompts": list(names)}
+        return samples, row
 
     def save(self):
-        """The checkpoint, written aside and renamed: a kill at any moment leaves the last one whole."""
-        if not self.first:
+        """The checkpoint, written aside and renamed: whatever happens meanwhile leaves the last one whole.
+
+        None is made of weights that are not finite, nor among skipped steps, which a run that goes on counts anew.
+        """
+        if not self.first or self.in_a_row:
             return
+        student = self.pair.student.state_dict()
+        if not torch.stack([x.isfinite().all() for x in student.values()]).all():
+            raise FloatingPointError(f"step {self.step}: the update has left weights that are not finite; " + GO_ON)
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
+        for name in LOGS:                                             # never behind the checkpoint, whatever is cut off
+            with contextlib.suppress(FileNotFoundError), open(self.out / name) as file:
+                os.fsync(file.fileno())
         state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step,
-                 "before": self.before, "warned": self.warned, "seconds": self.clock(),
-                 "student": self.pair.student.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state, folder / "state.tmp")
-        os.replace(folder / "state.tmp", folder / "state.pt")
+                 "before": self.before, "warned": self.warned, "seconds": self.clock(), "skipped": self.skipped,
+                 "digest": self.digest, "student": student, "optimizer": self.optimizer.state_dict()}
+        with self.signals.whole():
+            analysis.write_whole(folder / "state.pt", lambda file: torch.save(state, file))
+        self.saved = self.step
 
     def restore(self):
         """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
-        state = torch.load(self.out / "checkpoint" / "state.pt", map_location="cpu", weights_only=True)
-        may_differ = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight",
-                      "gradient_checkpointing"}
-        for name, value in dataclasses.asdict(self.cfg).items():
-            had = state["config"].get(name, getattr(Config, name))              # a flag that is new had its default
-            if name not in may_differ and had != value:
-                raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} {had!r}; "
-                                 "give the same flags, or take another --out")
-        if state["step"] > self.cfg.steps:
-            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.cfg.out} has come to step {state['step']}; "
+        path = self.out / "checkpoint" / "state.pt"
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.same_run(state["config"])
+            student, optimizer, step = state["student"], state["optimizer"], state["step"]
+        except ValueError:
+            raise
+        except Exception as error:                                              # whatever torch makes of a broken file
+            raise ValueError(f"--resume: {path} is not a whole checkpoint of opd.py ({type(error).__name__}); restore it "
+                             "from a copy, or begin anew with another --out") from None
+        if step > self.cfg.steps:
+            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.cfg.out} has come to step {step}; "
                              "ask for more, or take another --out")
-        self.pair.student.load_state_dict(state["student"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("digest", self.digest) != self.digest:
+            warnings.warn("--resume: the prompts are not those of the steps before; the rest of the run takes them as "
+                          "they are now")
+        try:
+            self.pair.student.load_state_dict(student)
+            self.optimizer.load_state_dict(optimizer)
+        except (RuntimeError, ValueError, KeyError):
+            raise ValueError(f"--resume: {path} does not fit the model in --student {self.cfg.student}; "
+                             "give the one that it was begun with") from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.step, self.cold_step, self.before, self.seconds, self.warned = (
-            state[x] for x in ("step", "cold_step", "before", "seconds", "warned"))
-        self.history = self.rewind("metrics.jsonl", self.step)
-        self.rewind("rollouts.jsonl", self.step)
-        if self.cold_start_wanted():
-            self.rewind("cold_start_metrics.jsonl", self.cold_step)
+        self.cold_step, self.before, self.seconds, self.warned = (
+            state[x] for x in ("cold_step", "before", "seconds", "warned"))
+        self.step = self.saved = step
+        self.skipped = state.get("skipped", 0)
+        if self.first:
+            self.history = self.rewind("metrics.jsonl", step, every=True)
+            self.rewind("rollouts.jsonl", step)
+            if self.cold_start_wanted():
+                self.rewind("cold_start_metrics.jsonl", self.cold_step, every=True)
 
-    def rewind(self, name, step):
-        """Cut a JSON-lines file of the run back to a step, a torn last line too: -> the rows that stay."""
-        lines = self.file(name).read_text().splitlines(keepends=True)
-        rows = [row for row in (json.loads(line) for line in lines if line.endswith("\n")) if row["step"] <= step]
-        self.file(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    def rewind(self, name, step, every=False):
+        """Cut a JSON-lines file of the run back to a step, a torn line and what follows it too: -> the rows that stay.
+
+        every: ValueError where these are not steps 1, 2, ... to `step`, each once.
+        """
+        path, rows = self.out / name, []
+        lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        torn = lines.pop()
+        for line in lines:
+            try:
+                row = json.loads(line)
+                rows += [row] * (row["step"] <= step)
+            except (ValueError, TypeError, KeyError):
+                torn = line
+                break
+        if every and [row["step"] for row in rows] != list(range(1, step + 1)):
+            raise ValueError(f"--resume: {path} should have steps 1 to {step}, each once, and has {len(rows)} lines of them; "
+                             "restore it from a copy, or begin anew with another --out")
+        if torn or len(rows) < len(lines):
+            tqdm.write(f"--resume: {name} is cut back to the checkpoint, step {step}, and goes on from there"
+                       + ("; its last line was torn" if torn else ""))
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            analysis.write_whole(path, lambda file: file.write(text.encode()))
         return rows
+
+    @contextlib.contextmanager
+    def kept(self):
+        """Whatever ends the run inside, what is there stays whole, what can be saved is, and one line says so."""
+        def left():
+            return "no checkpoint was made yet" if self.saved is None else f"the checkpoint of step {self.saved} is whole"
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with self.alone():
+                yield
+        except OSError as error:
+            if error.errno is None:                                           # not of the system's
+                raise
+            raise OSError(f"{error.filename or self.out}: {error.strerror}; {left()}; when that is mended, --resume goes "
+                          "on") from None
+        except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
+            if not self.signals.held and self.saved not in (None, self.step):            # held: in the midst of an update
+                with contextlib.suppress(OSError, RuntimeError, MemoryError, FloatingPointError):
+                    self.save()
+            if isinstance(error, NoMemory):
+                raise NoMemory(f"{error}; {left()}, --resume goes on") from error
+            if isinstance(error, KeyboardInterrupt) and self.first:
+                raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; {left()}, the same command with "
+                              "--resume goes on", self.signals.got) from None
+            raise
+
+    @contextlib.contextmanager
+    def alone(self):
+        """A lock on the directory of the run, which the system frees however a process ends; ValueError where it is taken.
+        """
+        folder = os.open(self.out, os.O_RDONLY)
+        try:
+            if self.first:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another --out") from None
+        except OSError:
+            pass                                                              # a file system without locks
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def file(self, name):
         """A file of the run, which of several processes the first alone has."""
@@ -418,21 +583,29 @@ class Run:
         return self.seconds + time.perf_counter() - self.started
 
     def go(self):
-        """Measure, train, measure: -> what result.json holds."""
+        """Measure, train, measure: -> what result.json holds. Ctrl-C and SIGTERM drop the step at hand, save, and raise."""
+        with self.signals, self.kept():
+            return self.begin_and_end()
+
+    def begin_and_end(self):
         cfg = self.cfg
-        if cfg.resume:
+        if (self.out / "checkpoint" / "state.pt").exists():
             self.restore()
             self.file("result.json").unlink(missing_ok=True)
-        else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            self.before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
-                           "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
-                           "held_out_before": self.distance()}
-            for name in ("metrics.jsonl", "rollouts.jsonl", *["cold_start_metrics.jsonl"] * self.cold_start_wanted()):
-                self.file(name).write_text("")
-            self.save()
         if self.first:
-            analysis.write_json(self.out / "config.json", {**dataclasses.asdict(cfg), **analysis.provenance()})
+            path = self.out / "config.json"
+            had = analysis.read_json(path) if path.exists() and self.saved is not None else {}
+            made = {name: had[name] for name in ("command", "commit", "dirty") if name in had}
+            analysis.write_json(path, {**dataclasses.asdict(cfg), **analysis.provenance(),
+                                       "earlier_starts": had.get("earlier_starts", []) + [made] * bool(made)})
+        if self.saved is None:
+            before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
+                      "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
+                      "held_out_before": self.distance()}
+            for name in LOGS[:3 if self.cold_start_wanted() else 2]:
+                self.file(name).write_text("")
+            self.before = before
+            self.save()
         if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
             self.fine_tune()
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
@@ -444,6 +617,7 @@ class Run:
                     measured = self.accuracy(self.pair.student, "student's accuracy")
                     row["accuracy"] = measured and measured["mean"]
                 self.log(row, samples, metrics, texts)
+                self.signals.release()
                 bar.update()
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:
                     self.save()
@@ -468,11 +642,13 @@ class Run:
         with open(self.file("cold_start_metrics.jsonl"), "a") as metrics:
             for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr,
                                        seed=cfg.seed, batch_size=cfg.cold_start_batch_size, start=self.cold_step,
-                                       micro_batch_tokens=cfg.micro_batch_tokens),
+                                       micro_batch_tokens=cfg.micro_batch_tokens, whole=self.signals.whole),
                             total=steps, initial=self.cold_step, desc="cold start", mininterval=1):
                 print(json.dumps(row), file=metrics, flush=True)
                 self.cold_step = row["step"]
-                if self.cold_step % cfg.save_every == 0 and self.cold_step < steps:
+                if "skipped" in row:
+                    tqdm.write("warning: cold start, step {step} skipped: {skipped}".format(**row))
+                elif self.cold_step % cfg.save_every == 0 and self.cold_step < steps:
                     self.save()
         self.before["accuracy_cold_start"] = self.accuracy(self.pair.student, "accuracy after the cold start")
         self.before["held_out_cold_start"] = self.distance()
@@ -484,10 +660,17 @@ class Run:
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
         if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
-            tqdm.write(" ".join(f"{math.nan if row[name] is None else row[name]:{form}}" for name, _, form in COLUMNS))
+            tqdm.write(" ".join(f"{'-':>{form.split('.')[0].rstrip('d')}}" if row[name] is None else f"{row[name]:{form}}"
+                                for name, _, form in COLUMNS))
             for sample in samples:
                 print(json.dumps(sample), file=texts, flush=True)
-        sign, off = analysis.collapse(self.history), row["sampling_mismatch"]
+        if "skipped" in row:
+            why, names = row["skipped"]["why"], row["skipped"]["prompts"]
+            said = f"{why}; prompts {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if names[8:] else "")
+            if self.in_a_row == SKIPS:
+                raise FloatingPointError(f"step {self.step}, the {SKIPS}rd without an update in a row: {said}; " + GO_ON)
+            tqdm.write(f"warning: step {self.step} skipped: {said}")
+        sign, off = analysis.collapse(self.history), row["sampling_mismatch"] or 0.0
         if off > MISMATCH[self.cfg.dtype]:
             sign = f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
         if sign and not self.warned:
@@ -499,7 +682,15 @@ class Run:
         before, after = self.before["accuracy_before"], self.accuracy(self.pair.student, "student's accuracy")
         recovery = after and analysis.gap_recovery(before, after, self.before["accuracy_teacher"])
         result = {**self.before, "accuracy_after": after, "held_out_after": self.distance(), "gap_recovery": recovery,
-                  "steps": self.step, "seconds": self.clock(), **analysis.provenance()}
+                  "steps": self.step, "skipped_steps": self.skipped, "seconds": self.clock(), **analysis.provenance()}
+        if after is None:
+            unanswered = [name for name in result if name.startswith("accuracy")]
+            why = dict.fromkeys([*unanswered, "gap_recovery"], "no held-out prompt has an answer")
+        else:
+            why = {} if recovery is not None else {"gap_recovery": WITHIN_NOISE}
+            if after["standard_error"] is None:
+                why["standard_error"] = "one held-out prompt has no spread"
+        result["undefined"] = why
         if not self.first:
             return result
         # a new one: an inherited one may not be savable
@@ -519,7 +710,65 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-GO_ON = "the last checkpoint is whole, --resume with a lower --lr"
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, after what could be saved was."""
+
+    def __init__(self, said, signum):
+        super().__init__(said)
+        self.code = 128 + (signum or signal.SIGINT)
+
+
+class Signals:
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt, at once or, while held, at the release. The second of them ends
+    the process there and then; not under torchrun, which passes on each and kills after half a minute.
+    """
+
+    def __init__(self):
+        self.held, self.got, self.before = False, None, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.before = {signum: signal.signal(signum, self.catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
+
+    def catch(self, signum, _):
+        if self.got and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            print("left at once; the last checkpoint is whole", file=sys.stderr, flush=True)
+            os._exit(128 + signum)
+        first, self.got = not self.got, self.got or signum
+        if self.held and first:
+            print("finishing what is being written; once more leaves at once", file=sys.stderr, flush=True)
+        elif first:
+            raise KeyboardInterrupt
+
+    def hold(self):
+        self.held = True
+
+    def release(self):
+        self.held = False
+        if self.got:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def whole(self):
+        """A block that is not cut in two."""
+        held = self.held
+        self.hold()
+        yield
+        self.held = held
+        if self.got and not held:
+            raise KeyboardInterrupt
+
+
+LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
+MAY_DIFFER = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight", "chunk",
+              "gradient_checkpointing", "trust_remote_code"}        # what a run may go on with another value of
+SKIPS = 3                                                           # steps without an update in a row that end a run
+GO_ON = ("the last checkpoint is whole: --resume with a lower --lr, or leave these prompts out")
+WITHIN_NOISE = "teacher and student are within noise of each other"
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
 COLUMNS = (                                        # of the readable line: metric, title, format
     ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
@@ -534,16 +783,19 @@ def summary(result):
     """What a person wants to know when a run ends, in three lines."""
     before, after, lines = result["held_out_before"], result["held_out_after"], []
     if result["accuracy_after"]:
-        said = [f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in
+        said = [f"{name} {analysis.plus_minus(result[key])}" for name, key in
                 (("student before", "accuracy_before"), ("after the cold start", "accuracy_cold_start"),
                  ("after", "accuracy_after"), ("teacher", "accuracy_teacher")) if key in result]
         recovered = result["gap_recovery"]
         lines = ["accuracy       " + ", ".join(said), "gap recovery   " + (
             f"{recovered:.2f} of the way from student to teacher" if recovered is not None
-            else "not given: teacher and student are within noise of each other")]
+            else "not given: " + WITHIN_NOISE)]
     lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio "
                  f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}, overlap mass "
                  f"{after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
+    if result["skipped_steps"]:
+        lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; metrics.jsonl "
+                     "names their prompts")
     return "\n".join(lines)
 
 
@@ -560,15 +812,11 @@ def one_of_several(cfg):
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
-    def stop(*_):
-        raise ValueError("stopped, as torchrun does when another process has died; "
-                         "the last checkpoint is whole: --resume")
-    signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except RuntimeError as error:
         if any(name in str(error) for name in ("gloo", "NCCL", "Connection")):              # the others are not there
-            stop()
+            raise ConnectionError("stopped, as another process has died; the last checkpoint is whole: --resume") from None
         raise
     finally:
         dist.destroy_process_group()

@@ -294,18 +294,20 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
         row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(total)}
-        bad, row = finite_or_null(row)
+        bad = not (math.isfinite(loss) and math.isfinite(norm))
+        row = finite_or_null(row)
         with whole():
             if bad:
-                row["skipped"] = {"why": bad, "examples": sorted(i + 1 for i in chosen)}
+                row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "examples": sorted(i + 1 for i in chosen)}
             else:
                 optimizer.step()
             in_a_row = in_a_row + 1 if bad else 0
             optimizer.zero_grad()
             yield row
         if in_a_row == 3:
-            raise FloatingPointError(f"cold start, steps {step - 1} to {step + 1}: {bad}; lower --cold-start-lr, or look "
-                                     f"at these conversations: {row['skipped']['examples'][:16]}")
+            raise FloatingPointError(
+                f"cold start, steps {step - 1} to {step + 1}: {row['skipped']['why']}; lower --cold-start-lr, or look at "
+                f"these conversations: {row['skipped']['examples'][:16]}")
 
 
 def as_rollout(examples, pad_id, device):

@@ -23,6 +23,7 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
           "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
           "time_update", "truncated_fraction", "accuracy")
 
+MADE_BY = ("commit", "dirty")     # the code, of the provenance
 EARLIER = []     # seconds of the runs, or parts of runs, that were found on the disk
 
 
@@ -41,10 +42,10 @@ def run(**settings):
     """
     out, cfg = Path(settings["out"]), opd.Config(**settings)
     had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
-    asked = {**dataclasses.asdict(cfg), "commit": analysis.provenance()["commit"]}
+    asked = {**dataclasses.asdict(cfg), **{name: x for name, x in analysis.provenance().items() if name in MADE_BY}}
     for name in ("steps", "resume", "micro_batch_tokens"):
         del asked[name]
-    if had and any(had[name] != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
+    if had and any(had.get(name) != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
         raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
     started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:

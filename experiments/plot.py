@@ -20,6 +20,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+from analysis import plus_minus
+
 # the same in every figure
 COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "weaker": "#0072b2", "other": "#7d5ba6", "reverse": "#8a8a8a",
            "reverse-bigger": "#b8a06a"}
@@ -124,7 +126,7 @@ def outcome(run):
         return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
     if result["accuracy_after"] is None:
         return "accuracy not measured: the held-out prompts have no answers"
-    said = [f"{name} {result[key]['mean']:.3f} +- {result[key]['standard_error'] or 0:.3f}" for name, key in (
+    said = [f"{name} {plus_minus(result[key])}" for name, key in (
         ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
     recovered = result["gap_recovery"]
     return f"accuracy {', '.join(said)}; gap recovery " + (

@@ -76,3 +76,7 @@ def word_tokenizer(words=WORDS, *, chat_template=None, eos="[EOS]"):
                                    pad_token="[PAD]")
     made.chat_template = chat_template
     return made
+
+
+class Killed(BaseException):
+    """Stands for kill -9 in tests of one process: nothing of opd.py catches it."""

@@ -470,7 +470,7 @@ def test_a_diagnosis_has_every_part_and_is_json(answers):
     got = analysis.diagnose_pair(pair, rows(answers), **SMALL)
     assert json.loads(json.dumps(got, allow_nan=False)) == got
     parts = {"prompts", "responses", "k", "response_length", "truncated_fraction", "metrics", "by_position", "verdict",
-             "reasons"}
+             "reasons", "undefined"}
     assert set(got) == (parts | {"auroc", "right", "continuation", "predicted_gain"} if answers else parts)
     assert set(got["metrics"]) == set(METRICS) and (got["prompts"], got["responses"], got["k"]) == (8, 16, 3)
     r = pair.write(PROMPTS, n=2, max_new_tokens=LENGTH, seed=0)
@@ -478,6 +478,7 @@ def test_a_diagnosis_has_every_part_and_is_json(answers):
     for name in METRICS:
         prompts = [grid[name][2 * i:2 * i + 2][r.response_mask[2 * i:2 * i + 2]].nanmean() for i in range(8)]
         assert got["metrics"][name] == pytest.approx(analysis.estimate(torch.stack(prompts)), rel=1e-5), name
+    assert got["undefined"] == {}
     assert got["response_length"] == r.response_mask.sum().item() / 16 and got["verdict"] in VERDICTS
     b = got["by_position"]
     assert set(b) == {*analysis.BY_POSITION, "width", "tokens", "reward_5_95"}

@@ -9,7 +9,7 @@ import torch
 
 import opd
 import toy
-from conftest import WORDS, tiny, word_tokenizer
+from conftest import Killed, WORDS, tiny, word_tokenizer
 from teacher import Pair
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,10 +42,10 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_
 
     def dies(run):
         if run.step == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return step(run)
     monkeypatch.setattr(opd.Run, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         lab.run(**settings, out=str(tmp_path / "cut"))
     logged = []
     monkeypatch.setattr(opd.Run, "update", step)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import opd
 import rollout
-from conftest import WORDS, tiny, word_tokenizer
+from conftest import Killed, WORDS, tiny, word_tokenizer
 
 PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in
            [(["add", "3"], "3"), (["add", "3", "7"], "0"), (["add"], "7"), (["the", "digits", "7"], "7"),
@@ -76,10 +76,10 @@ def test_k_steps_a_stop_and_the_rest_equal_all_steps_bit_for_bit(world, tmp_path
 
     def dies(run):
         if run.step == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return plain(run)
     monkeypatch.setattr(opd.Run, "update", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         opd.Run(config(world, cut, steps=5)).go()
     assert len(rows(cut)) == 3 and not (cut / "result.json").exists()
     monkeypatch.setattr(opd.Run, "update", plain)
@@ -250,27 +250,6 @@ def test_the_metrics_do_not_depend_on_what_the_padding_holds(world, tmp_path):
     r.ids = torch.where(r.attention_mask, r.ids, 5)
     assert opd.measure(run.cfg, *run.pair.splits, r, learn=False) == before
     assert before["tokens"] == int(r.response_mask.sum())
-
-
-def test_what_is_not_finite_stops_the_run_and_is_never_logged_as_a_number(world, tmp_path):
-    """A NaN in the teacher must not read as a loss of 0; the checkpoint from before stays,
-    and --resume may lower the learning rate.
-    """
-    run = opd.Run(config(world, tmp_path / "run"))
-    plain = run.update
-
-    def breaks():
-        if run.step == 2:
-            run.pair.teacher.get_output_embeddings().weight[3] = float("nan")
-        return plain()
-    run.update = breaks
-    with pytest.raises(FloatingPointError, match="lower --lr"):
-        run.go()
-    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
-    with pytest.raises(FloatingPointError, match="not finite"):          # without a gradient to give it away, too
-        run.distance()
-    opd.Run(config(world, tmp_path / "run", resume=True, lr=1e-4)).go()
-    assert [row["lr"] for row in rows(tmp_path / "run")] == [1e-3, 1e-3, 1e-4, 1e-4]
 
 
 def test_a_run_ends_well_where_the_base_model_has_an_unsavable_generation_config(world, tmp_path):

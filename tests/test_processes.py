@@ -80,7 +80,7 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
                cold_start_temperature=1.0)
     cfg = config(world, tmp_path / "two", **how)
     died = start(__file__, "dies", tmp_path, *flags(cfg))
-    assert died.returncode and "exitcode  : -9" in died.stderr and "opd.py: stopped, as torchrun does" in died.stderr
+    assert died.returncode and "exitcode  : -9" in died.stderr and "opd.py: stopped, as another process has died" in died.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
     assert not (tmp_path / "two" / "result.json").exists()
     done = start(opd.__file__, *flags(cfg), "--resume")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, tiny, word_tokenizer
+from conftest import TEMPLATE, Killed, tiny, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -317,10 +317,10 @@ def cut(pair, folder, at_once, whole, row, torn):
 
     def dies(ids, **options):
         if next(left, None) is None:
-            raise KeyboardInterrupt
+            raise Killed
         return decode(ids, **options)
     pair.tokenizer.decode = dies
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         asked(pair, folder, at_once)
     pair.tokenizer.decode = decode
     for name, text in zip(("c.jsonl", "c.jsonl.dropped.jsonl"), whole):
@@ -408,7 +408,7 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
     """File and line, whatever is wrong with it."""
     path = tmp_path / "c.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n")
-    with pytest.raises(ValueError, match='c.jsonl:3 needs "messages"'):
+    with pytest.raises(ValueError, match='c.jsonl:3 (needs "messages"|is not JSON)'):
         load_conversations(path, different())
     path.write_text("\n")
     with pytest.raises(ValueError, match="holds no conversations"):
@@ -541,14 +541,28 @@ def test_the_student_learns_what_it_is_shown():
     assert [r.response_ids(i) for i in range(len(EXAMPLES))] == [response for _, response in EXAMPLES]
 
 
-def test_a_fine_tuning_that_is_not_finite_stops_before_the_update():
-    """The step and the remedy are in the message, and the weights are those of the step before."""
+def test_a_fine_tuning_that_is_not_finite_updates_nothing_and_stops_at_the_third_step():
+    """Each such step is named with its examples; weights and optimizer stay as they were; no NaN in a row."""
     pair = different()
     pair.student.get_output_embeddings().weight.data[3] = math.nan
+    recorder, rows = Recorder(pair.student), []
+    with pytest.raises(FloatingPointError, match="steps 1 to 3: loss nan.*lower --cold-start-lr"):
+        for row in cold_start(pair, recorder, EXAMPLES, steps=5, batch_size=2):
+            rows.append(row)
+    assert not recorder.seen and [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["loss"] is None and row["undefined"]["loss"] == "nan" and len(row["skipped"]["examples"]) == 2
+               for row in rows)
+
+
+def test_a_step_of_a_fine_tuning_that_is_not_finite_is_passed_over(monkeypatch):
+    """The third in a row ends it, the third in all does not."""
+    norms = iter([1.0, math.nan, math.inf, 1.0, math.nan, 1.0])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    pair = different()
     recorder = Recorder(pair.student)
-    with pytest.raises(FloatingPointError, match="step 1.*lower --cold-start-lr"):
-        next(cold_start(pair, recorder, EXAMPLES, steps=2))
-    assert not recorder.seen
+    rows = list(cold_start(pair, recorder, EXAMPLES, steps=6, batch_size=2))
+    assert ["skipped" in row for row in rows] == [False, True, True, False, True, False]
+    assert [row["grad_norm"] for row in rows] == [1, None, None, 1, None, 1] and len(recorder.seen) == 3
 
 
 # --- in a run ------------------------------------------------------------------------------------------------------
@@ -647,7 +661,7 @@ def in_the_answers(monkeypatch):
 
     def dies(ids):
         if next(calls, None) is None:
-            raise KeyboardInterrupt
+            raise Killed
         return plain(ids)
     monkeypatch.setattr(recipes, "is_degenerate", dies)
 
@@ -656,7 +670,7 @@ def in_the_fine_tuning(monkeypatch):
     def dies(*args, **how):
         for row in cold_start(*args, **how):
             if row["step"] == 4:
-                raise KeyboardInterrupt
+                raise Killed
             yield row
     monkeypatch.setattr(opd, "cold_start", dies)
 
@@ -666,7 +680,7 @@ def after_the_fine_tuning(monkeypatch):
 
     def dies(run, model, what):
         if "cold" in what:
-            raise KeyboardInterrupt
+            raise Killed
         return plain(run, model, what)
     monkeypatch.setattr(opd.Run, "accuracy", dies)
 
@@ -676,7 +690,7 @@ def in_the_distillation(monkeypatch):
 
     def dies(run):
         if run.step == 3:
-            raise KeyboardInterrupt
+            raise Killed
         return plain(run)
     monkeypatch.setattr(opd.Run, "update", dies)
 
@@ -692,7 +706,7 @@ def uninterrupted(world, tmp_path_factory):
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(world, tmp_path, monkeypatch, uninterrupted, where):
     """verl#5725: in the teacher's responses, the fine-tuning, the evaluation after it or OPD: bit for bit one run."""
     out = tmp_path / "cut"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
         where(patch)
         opd.Run(config(world, out, **COLD)).go()
     assert not (out / "result.json").exists()
@@ -850,7 +864,8 @@ def test_the_command_select_splits_the_pool_in_two_files_of_prompts(world, tmp_p
     parts = [lines(out), lines(others)]
     scores = [[row["alignment"]["score"] for row in part] for part in parts]
     assert list(map(len, parts)) == [4, 12] and min(scores[0]) >= max(scores[1])
-    assert sorted(map(str, load_prompts(out) + load_prompts(others))) == sorted(map(str, PROMPTS))
+    read = [{"prompt": row["prompt"], "answer": row["answer"]} for row in load_prompts(out) + load_prompts(others)]
+    assert sorted(map(str, read)) == sorted(map(str, PROMPTS))
     printed = capsys.readouterr().out
     best = printed.split()[1]
     assert f"{out}: 4 prompts, scores {min(scores[0]):.4f} to {max(scores[0]):.4f}" in printed

@@ -336,11 +336,12 @@ def test_an_empty_prompt_is_refused(prompts):
 
 
 def test_load_prompts_reads_text_and_chat(tmp_path):
-    """Text or messages, an answer or none, blank lines skipped; answers become text."""
+    """Text or messages, an answer or none, blank lines skipped; the id is file and line."""
     chat = [{"role": "user", "content": "3 + 7 ="}]
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "add é", "answer": 0}\n\n' + json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
-    assert load_prompts(path) == [{"prompt": "add é", "answer": "0"}, {"prompt": chat, "answer": None}]
+    path.write_text('{"prompt": "add é", "answer": "0"}\n\n' + json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
+    assert load_prompts(path) == [{"prompt": "add é", "answer": "0", "id": "prompts.jsonl:1"},
+                                  {"prompt": chat, "answer": None, "id": "prompts.jsonl:3"}]
 
 
 @pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}',
