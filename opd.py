@@ -515,13 +515,13 @@ class Run:
         """
         path, rows = self.out / name, []
         lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-        torn = lines.pop()
+        torn = lines.pop() != b""
         for line in lines:
             try:
                 row = json.loads(line)
                 rows += [row] * (row["step"] <= step)
             except (ValueError, TypeError, KeyError):
-                torn = line
+                torn = True
                 break
         if every and [row["step"] for row in rows] != list(range(1, step + 1)):
             raise ValueError(f"--resume: {path} should have steps 1 to {step}, each once, and has {len(rows)} lines of them; "
@@ -616,6 +616,8 @@ class Run:
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     measured = self.accuracy(self.pair.student, "student's accuracy")
                     row["accuracy"] = measured and measured["mean"]
+                    if measured is None:
+                        row["undefined"] = {**row.get("undefined", {}), "accuracy": UNANSWERED}
                 self.log(row, samples, metrics, texts)
                 self.signals.release()
                 bar.update()
@@ -685,7 +687,7 @@ class Run:
                   "steps": self.step, "skipped_steps": self.skipped, "seconds": self.clock(), **analysis.provenance()}
         if after is None:
             unanswered = [name for name in result if name.startswith("accuracy")]
-            why = dict.fromkeys([*unanswered, "gap_recovery"], "no held-out prompt has an answer")
+            why = dict.fromkeys([*unanswered, "gap_recovery"], UNANSWERED)
         else:
             why = {} if recovery is not None else {"gap_recovery": WITHIN_NOISE}
             if after["standard_error"] is None:
@@ -724,7 +726,7 @@ class Signals:
     """
 
     def __init__(self):
-        self.held, self.got, self.before = False, None, {}
+        self.held, self.waits, self.got, self.before = False, False, None, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -738,29 +740,30 @@ class Signals:
         if self.got and int(os.environ.get("WORLD_SIZE", 1)) == 1:
             print("left at once; the last checkpoint is whole", file=sys.stderr, flush=True)
             os._exit(128 + signum)
-        first, self.got = not self.got, self.got or signum
-        if self.held and first:
-            print("finishing what is being written; once more leaves at once", file=sys.stderr, flush=True)
-        elif first:
+        if self.got:
+            return
+        self.got, self.waits = signum, self.held
+        if not self.held:
             raise KeyboardInterrupt
+        print("finishing what is being written; once more leaves at once", file=sys.stderr, flush=True)
 
     def hold(self):
         self.held = True
 
     def release(self):
         self.held = False
-        if self.got:
+        if self.waits:
+            self.waits = False
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def whole(self):
         """A block that is not cut in two."""
-        held = self.held
+        outer = self.held
         self.hold()
         yield
-        self.held = held
-        if self.got and not held:
-            raise KeyboardInterrupt
+        if not outer:
+            self.release()
 
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
@@ -768,6 +771,7 @@ MAY_DIFFER = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro
               "gradient_checkpointing", "trust_remote_code"}        # what a run may go on with another value of
 SKIPS = 3                                                           # steps without an update in a row that end a run
 GO_ON = ("the last checkpoint is whole: --resume with a lower --lr, or leave these prompts out")
+UNANSWERED = "no held-out prompt has an answer"
 WITHIN_NOISE = "teacher and student are within noise of each other"
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
 COLUMNS = (                                        # of the readable line: metric, title, format
