@@ -669,8 +669,9 @@ class Run:
         if "skipped" in row:
             why, names = row["skipped"]["why"], row["skipped"]["prompts"]
             said = f"{why}; prompts {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if names[8:] else "")
-            if self.in_a_row == SKIPS:
-                raise FloatingPointError(f"step {self.step}, the {SKIPS}rd without an update in a row: {said}; " + GO_ON)
+            if self.in_a_row == 3:
+                raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; {GO_ON}, or leave "
+                                         "these prompts out")
             tqdm.write(f"warning: step {self.step} skipped: {said}")
         sign, off = analysis.collapse(self.history), row["sampling_mismatch"] or 0.0
         if off > MISMATCH[self.cfg.dtype]:
@@ -769,8 +770,7 @@ class Signals:
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
 MAY_DIFFER = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight", "chunk",
               "gradient_checkpointing", "trust_remote_code"}        # what a run may go on with another value of
-SKIPS = 3                                                           # steps without an update in a row that end a run
-GO_ON = ("the last checkpoint is whole: --resume with a lower --lr, or leave these prompts out")
+GO_ON = "the last checkpoint is whole: --resume with a lower --lr"
 UNANSWERED = "no held-out prompt has an answer"
 WITHIN_NOISE = "teacher and student are within noise of each other"
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not

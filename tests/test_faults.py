@@ -28,11 +28,11 @@ from test_opd import PROMPTS, config, rows, weights, world                      
 
 COLD = dict(cold_start=4, cold_start_steps=3, cold_start_batch_size=2, cold_start_max_new_tokens=40,
             cold_start_temperature=1.0)
-CLOCK = ("seconds", "command", "peak_memory_bytes", "earlier_starts", "resume")             # and what begins with time_
+CLOCK = ("seconds", "peak_memory_bytes", "command", "commit", "dirty", "earlier_starts", "resume")   # and time_...
 
 
 def timeless(x):
-    """A value of a JSON file without what a clock, the memory or the words of the command decide."""
+    """A value of a JSON file without what a clock, the memory, or the command and state of the code decide."""
     if isinstance(x, dict):
         return {name: timeless(value) for name, value in x.items() if name not in CLOCK and not name.startswith("time_")}
     return [timeless(value) for value in x] if isinstance(x, list) else x
@@ -438,7 +438,7 @@ def test_three_in_a_row_end_the_run_before_anything_is_saved(world, tmp_path, ca
     with monkeypatch.context() as patch:
         breaks(patch, at=(0, 1, 3, 5, 6, 7))
         code, said = stop(world, tmp_path / "run", capfd, steps=9, save_every=1)
-    assert code == 1 and said.startswith("opd.py: step 8, the 3rd without an update in a row: loss nan, gradient norm nan; "
+    assert code == 1 and said.startswith("opd.py: step 8, the third without an update in a row: loss nan, gradient norm nan; "
                                          "prompts prompts.jsonl:") and "--resume with a lower --lr" in said
     state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
     assert state["step"] == 5 and all(x.isfinite().all() for x in state["student"].values())
