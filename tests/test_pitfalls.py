@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_loss import a_pair, each_objective, eagerly, exact, generalised_kl, heads_and_states, pairs, with_grad
 from test_opd import PROMPTS, config, rows, weights, world                                 # noqa: F401: a fixture
-from test_teacher import close, gradients
+from test_teacher import close, fitting, gradients
 
 import opd
 from loss import full_vocab, in_chunks, sampled_token, token_sets, top_k, top_k_released
 from rollout import batch, encode, rollout
-from teacher import Head, freeze, micro_batches
+from teacher import Head, check_pair, freeze, micro_batches
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -232,6 +232,13 @@ def test_n_responses_to_a_prompt_are_one_each_to_n_copies_of_it(architecture):
                     generator=torch.Generator().manual_seed(0))
         found.append((r.ids, r.response_mask, r.log_p, gradients(student, teacher, r)))
     close(*found)
+
+
+def test_vocabularies_of_one_size_with_two_ids_exchanged_are_refused():
+    """trl#4393, trl#5885: as many tokens, and the same ones, are not the same tokens."""
+    words = ["the" if word == "add" else "add" if word == "the" else word for word in WORDS]
+    with pytest.raises(ValueError, match="disagree on 2 token ids: 'add' "):
+        check_pair(**fitting(teacher_tokenizer=word_tokenizer(words)))
 
 
 def test_a_pair_without_any_end_of_text_runs(world, tmp_path):                              # noqa: F811
