@@ -1,6 +1,7 @@
 """Laws of loss.py: Eq. 3, 4, 5, the released surrogate, the supports, evaluation in chunks.
 
 Oracles enumerate a small vocabulary in float64; gradients are those of the logits unless a test says otherwise.
+Facts and issues in brackets: README.md beside this file.
 """
 import functools
 
@@ -70,7 +71,7 @@ def generalised_kl(log_p, log_q, S):
 
 @given(pairs())
 def test_sampled_token_is_the_kl_in_expectation_value_and_gradient(pair):
-    """E over y ~ p of the policy gradient of Eq. 3 is grad KL(p || q), exactly."""
+    """E over y ~ p of the policy gradient of Eq. 3 is grad KL(p || q), exactly (fact 1)."""
     z, log_q = pair
     expected = with_grad(lambda log_p: reverse_kl(log_p, log_q), z)
     for ours, theirs in zip(over_samples(lambda log_p, y: sampled_token(log_p, log_q, y), z), expected, strict=True):
@@ -80,7 +81,7 @@ def test_sampled_token_is_the_kl_in_expectation_value_and_gradient(pair):
 @given(pairs())
 def test_back_propagating_an_estimator_descends_another_divergence(pair):
     """Why Eq. 3 needs the detached advantage: k1 descends nothing, k2 reverse KL, k3 forward KL
-    (verl's default yaml)."""
+    (fact 3; verl's default yaml)."""
     z, log_q = pair
 
     def mean_gradient(f):
@@ -96,7 +97,7 @@ def test_back_propagating_an_estimator_descends_another_divergence(pair):
 @given(pairs(), st.integers(1, 5))
 def test_a_top_k_kl_as_the_advantage_of_the_sampled_token_has_no_signal(pair, k):
     """One number a position, whatever token was drawn, is a baseline: zero expected gradient
-    (miles#2362, ms-swift#10079)."""
+    (fact 2; miles#2362, #2352, #2410, ms-swift#10079)."""
     z, log_q = pair
     advantage = top_k(z.log_softmax(-1), log_q, k)
     gradient = over_samples(lambda log_p, y: advantage * log_p.gather(-1, y[:, None]).squeeze(-1), z)[1]
@@ -128,7 +129,8 @@ def test_weighted_log_ratios_over_the_vocabulary_have_the_gradient_of_the_kl(pai
 @pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "difference"])
 @given(pair=pairs())
 def test_all_variants_coincide_at_k_equal_to_the_vocabulary(objective, support, pair):
-    """At k = V every support is the vocabulary and every objective is Eq. 4, in value and gradient."""
+    """At k = V every support is the vocabulary and every objective is Eq. 4, in value and gradient (fact 6):
+    the teacher's support too, which makes no forward KL of it (Rethinking-OPD#21)."""
     z, log_q = pair
     for ours, theirs in zip(with_grad(lambda log_p: objective(log_p, log_q, z.size(-1), support), z),
                             with_grad(lambda log_p: full_vocab(log_p, log_q), z), strict=True):
@@ -138,7 +140,7 @@ def test_all_variants_coincide_at_k_equal_to_the_vocabulary(objective, support, 
 @given(pairs())
 def test_top_k_is_nothing_at_k_1_but_released_is_something(pair):
     """A renormalised set of one token is certain on both sides
-    (Rethinking-OPD#15); the released log-ratio is not renormalised."""
+    (fact 6, Rethinking-OPD#15); the released log-ratio is not renormalised."""
     z, log_q = pair
     for part in with_grad(lambda log_p: top_k(log_p, log_q, 1), z):
         exact(part, torch.zeros_like(part))
@@ -161,13 +163,14 @@ def test_student_equal_to_teacher_is_a_fixed_point(objective, pair):
 @each_support
 @given(pair=pairs(), k=st.integers(1, 5))
 def test_top_k_is_never_negative(support, pair, k):
-    """Eq. 5 is a KL between two distributions on the set (OPSD#2: clipped entries made it negative)."""
+    """Eq. 5 is a KL between two distributions on the set (OPSD#2: clipped entries made it negative;
+    a test of NeMo-RL pins one at -490.5)."""
     assert (top_k(pair[0].log_softmax(-1), pair[1], k, support) >= -1e-12).all()
 
 
 @given(pairs(), st.integers(1, 5))
 def test_released_gradient_is_that_of_the_generalised_kl_over_the_mass(pair, k):
-    """Weights renormalised, log-ratio not (Rethinking-OPD#19): grad sum_S
+    """Weights renormalised, log-ratio not (fact 5, Rethinking-OPD#19): grad sum_S
     (p log(p/q) - p + q), divided by sum_S p held constant."""
     z, log_q = pair
     S = z.topk(k).indices
@@ -190,7 +193,7 @@ def test_released_and_top_k_gradients_differ_along_the_mass(pair, k):
 @given(pairs(), st.integers(1, 4))
 def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
     """Why nothing here sums p log(p/q) over a set as it is:
-    its gradient has the mass as an extra term, p = q included (verl#5041)."""
+    its gradient has the mass as an extra term, p = q included (fact 4, verl#5041)."""
     z, log_q = pair
     S = z.topk(k).indices
 
@@ -269,8 +272,8 @@ def test_an_impossible_support_or_k_is_refused(objective):
 
 @each_objective
 def test_the_teacher_side_never_receives_a_gradient(objective):
-    """log q is held constant, whatever it was made from (torchforge#527; ms-swift copied student logits into the
-    teacher)."""
+    """log q is held constant, whatever it was made from (torchforge#527; ms-swift's _align_vocab copies
+    student logits, gradient and all, into columns that the teacher lacks)."""
     z, log_q = a_pair()
     z.requires_grad_(), log_q.requires_grad_()
     loss = objective(z.log_softmax(-1), log_q, torch.arange(len(z))).sum()
@@ -282,7 +285,7 @@ def test_the_teacher_side_never_receives_a_gradient(objective):
 @each_objective
 def test_the_teacher_matters(objective):
     """Another teacher gives another gradient (ms-swift#6857: SFT on own samples;
-    the teacher's term had dropped out)."""
+    torchforge#527: without a detach the teacher's term had dropped out)."""
     z, log_q = a_pair()
     y = torch.arange(len(z))
     one, other = (with_grad(lambda log_p: objective(log_p, q, y), z)[1] for q in (log_q, log_q.flip(-1)))
@@ -370,7 +373,7 @@ def test_a_student_that_is_sure_of_a_mistake_is_hardly_corrected(objective):
     (lambda log_p, log_q: reverse_kl(log_q, log_p), True)], ids=["full", "top-k", "released", "forward KL"])
 def test_reverse_kl_picks_a_mode_and_forward_kl_covers_both(divergence, covers):
     """One bell fitted to a teacher of two: ours settle on one, forward KL spreads over both
-    (OPSD#14: which KL is it?)."""
+    (OPSD#14, GLM-5#34, slime#2254: which KL is it?)."""
     v = torch.arange(41.)
     log_q = torch.logaddexp(-(v - 10) ** 2 / 8, -(v - 30) ** 2 / 8).log_softmax(-1)[None]
     bell = torch.tensor([15.0, 3.0], requires_grad=True)                # mean and width, left of the middle
@@ -408,7 +411,7 @@ def eagerly(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teach
 @each_objective
 def test_in_chunks_equals_eager(objective, temperatures):
     """Loss, diagnostics and the gradients of states and head, at any chunk size, whatever is upstream of the sum
-    (trl#6526: the chunked loss forgot the temperature)."""
+    (trl#5731: a fast path with another loss and temperature; trl#6526: the chunked loss forgot the temperature)."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
     options = dict(temperature=temperatures[0], teacher_temperature=temperatures[1])
 
@@ -533,7 +536,8 @@ def default_loss(log_p, log_q, y):
 
 
 def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
-    """N = 2048 positions, V = 50,000: eager autograd holds N x V several times over, chunks do not hold it once."""
+    """N = 2048 positions, V = 50,000: eager autograd holds N x V several times over, chunks do not hold it once
+    (DistillKit#4, ms-swift#7295, verl#6593: out of memory at the logits)."""
     h_p, h_q, head_p, head_q, y = heads_and_states(N=2048, V=50_000, H=64, H_teacher=64)
     h_p.requires_grad_()
     gradients, peaks = [], []
@@ -548,7 +552,7 @@ def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
 
 def test_memory_does_not_grow_with_the_number_of_positions():
     """Beyond the states and their gradients (H numbers a position) four times the positions cost nothing more
-    (NeMo#3272, #3314: a loop over chunks without checkpointing bounds nothing)."""
+    (NeMo#3272, #3314, #3495, #4222, Soup#722: a loop over chunks without checkpointing bounds nothing)."""
     H, peaks = 4, []
     for N in (1024, 4096):
         h_p, h_q, head_p, head_q, y = heads_and_states(N=N, V=4000, H=H, H_teacher=H)

@@ -104,8 +104,8 @@ def test_resume_refuses_another_configuration(world, tmp_path):
     ("gpt2", "teacher"), ("gemma3", "gpt2"), ("qwen3", "gemma3"), ("student", "qwen3"),
 ])
 def test_any_architecture_learns_from_any_other(world, tmp_path, student, teacher):
-    """Other families, hidden sizes, depths and padded vocabularies: what is scored is what was sampled,
-    and the KL falls.
+    """Other families, hidden sizes, depths and padded vocabularies: what is scored is what was sampled, at every step
+    (Qwen3#1799), and the KL falls.
     """
     out = tmp_path / "run"
     result = opd.Run(config(world, out, student=f"{world}/{student}", teacher=f"{world}/{teacher}",

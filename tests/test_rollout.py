@@ -236,7 +236,7 @@ def test_no_token_beyond_the_shared_vocabulary_is_drawn():
 
 def test_the_same_seed_gives_the_same_rollouts(model):
     """Twice the same call: the same bits, and other bits for another seed
-    (transformers#45943: a second call lost requests)."""
+    (transformers#45943, #48294: a second call lost requests)."""
     eos_ids = common(sample(model))
     assert same(sample(model, eos_ids=eos_ids), sample(model, eos_ids=eos_ids))
     assert responses(sample(model)) != responses(sample(model, seed=1))

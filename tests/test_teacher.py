@@ -162,8 +162,8 @@ def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
 
 
 def test_trunk_and_head_are_the_models_own_logits(model):
-    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800: GPT-2's learned
-    positions)."""
+    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800, transformers#18388:
+    GPT-2's learned positions)."""
     trunk, head, own_logits, _ = split(model, VOCAB - 8)
     assert not own_logits
     ids, mask = left_pad(PROMPTS, 0)
@@ -208,7 +208,8 @@ def padded_with_junk(architecture, model, **size):
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_padded_vocabulary_columns_change_nothing(architecture, padded):
     """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients
-    (Qwen2.5, fact 7)."""
+    (fact 7; Qwen2.5's 151,936 and 152,064 rows: trl#2215, #3028, #6252, #6457, LMOps#286, #331, torchtune#2119, #2416,
+    #2598, Qwen3#292)."""
     models = dict(zip(("student", "teacher"), pair(architecture), strict=True))
     wide = padded_with_junk(architecture, models[padded], **{"student": {}, "teacher": TEACHER}[padded])
     one, other, r = models.values(), {**models, padded: wide}.values(), written()
@@ -326,7 +327,7 @@ def test_only_states_that_predict_response_tokens_get_a_gradient():
 
 
 def test_rollouts_without_a_response_token_leave_zero_gradients():
-    """No position counts, nothing is divided by nothing (LMOps#38)."""
+    """No position counts, nothing is divided by nothing (LMOps#38; distillm and trl: 0/0, then NaN)."""
     student, teacher = pair("llama")
     r = written()
     r.response_mask = torch.zeros_like(r.response_mask)
@@ -352,7 +353,7 @@ def test_the_teacher_gets_no_gradient_even_unfrozen(architecture):
     lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
     lambda log_p, log_q, y: {"loss": sampled_token(log_p, log_q, y)}], ids=["full", "top-k", "sampled"])
 def test_the_teacher_decides_the_gradient(architecture, objective):
-    """Another teacher, another gradient (ms-swift#6857, atropos#456);
+    """Another teacher, another gradient (ms-swift#6857, atropos#456, #464);
     the student itself as teacher: loss 0, no gradient."""
     student = tiny(architecture)
     one, other = (gradients(student, tiny(architecture, seed=seed), written(), objective) for seed in (1, 2))
@@ -418,7 +419,7 @@ def kept_for_backward(student, teacher, r):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
     """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval
-    mode, writes the same tokens, has the same gradients, and keeps less.
+    mode, writes the same tokens, has the same gradients, and keeps less after a rollout too (trl#6827).
     """
     student, teacher = pair(architecture)
     how = dict(n=2, max_new_tokens=6)
