@@ -144,9 +144,25 @@ def parse(argv):
             parser.add_argument(name, type=f.type, choices=choices, help=why, metavar=metavar)
     given = vars(parser.parse_args(argv))
     try:
-        return check(Config(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
+        cfg = check(Config(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
+        for name, needs in unread(cfg).items():
+            if name in given:
+                raise ValueError(f"--{name.replace('_', '-')} does nothing without {needs}; leave it out, or add that")
+        return cfg
     except ValueError as error:
         parser.error(str(error))
+
+
+def unread(cfg):
+    """The flags that nothing reads beside the others, which a preset may hold and a user did not mean: {name: what it needs}.
+    """
+    of_the_teacher = "cold_start_max_new_tokens cold_start_temperature cold_start_top_p".split()
+    of_the_tuning = "cold_start_steps cold_start_batch_size cold_start_lr".split()
+    return {**(dict.fromkeys(of_the_teacher, "--cold-start N") if not cfg.cold_start else {}),
+            **(dict.fromkeys(of_the_tuning, "--cold-start N or --cold-start-file")
+               if not cfg.cold_start and not cfg.cold_start_file else {}),
+            **({"aligned_fraction": "--aligned-prompts"} if not cfg.aligned_prompts else {}),
+            **({"support": "a top-k --objective"} if not cfg.objective.startswith("top-k") else {})}
 
 
 def check(cfg):
@@ -334,7 +350,7 @@ class Run:
                           "and do not count in accuracy")
         self.digest = hashlib.sha256(repr((self.prompts, self.cold, self.held_out, self.answers)).encode()).hexdigest()
         self.optimizer, self.signals = self.new_optimizer(), Signals()
-        self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, False
+        self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, []
         self.skipped, self.in_a_row, self.saved = 0, 0, None     # steps; saved: the step of the checkpoint, if there is one
 
     def look_at_out(self):
@@ -466,7 +482,7 @@ class Run:
             with contextlib.suppress(FileNotFoundError), open(self.out / name) as file:
                 os.fsync(file.fileno())
         state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step,
-                 "before": self.before, "warned": self.warned, "seconds": self.clock(), "skipped": self.skipped,
+                 "before": self.before, "warned_of": self.warned, "seconds": self.clock(), "skipped": self.skipped,
                  "digest": self.digest, "student": student, "optimizer": self.optimizer.state_dict()}
         with self.signals.whole():
             analysis.write_whole(folder / "state.pt", lambda file: torch.save(state, file))
@@ -498,10 +514,9 @@ class Run:
                              "give the one that it was begun with") from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.cold_step, self.before, self.seconds, self.warned = (
-            state[x] for x in ("cold_step", "before", "seconds", "warned"))
+        self.cold_step, self.before, self.seconds = (state[x] for x in ("cold_step", "before", "seconds"))
         self.step = self.saved = step
-        self.skipped = state.get("skipped", 0)
+        self.skipped, self.warned = state.get("skipped", 0), state.get("warned_of", [])      # of an older one: none
         if self.first:
             self.history = self.rewind("metrics.jsonl", step, every=True)
             self.rewind("rollouts.jsonl", step)
@@ -604,7 +619,10 @@ class Run:
                       "held_out_before": self.distance()}
             for name in LOGS[:3 if self.cold_start_wanted() else 2]:
                 self.file(name).write_text("")
-            self.before = before
+            self.before, apart = before, before["held_out_before"]["reverse_kl"]
+            if apart > IMPLAUSIBLE:
+                tqdm.write(f"warning: student and teacher begin {apart:.1f} nats a token apart: was the teacher trained "
+                           "with another template? If not, begin with a cold start (paper 5.1)")
             self.save()
         if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
             self.fine_tune()
@@ -658,7 +676,7 @@ class Run:
         self.save()
 
     def log(self, row, samples, metrics, texts):
-        """One JSON line, a readable line now and then, and a warning, once, when the run goes under."""
+        """One JSON line, a readable line now and then, and a warning, once of a kind, when the run goes under."""
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
         if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
@@ -673,12 +691,15 @@ class Run:
                 raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; {GO_ON}, or leave "
                                          "these prompts out")
             tqdm.write(f"warning: step {self.step} skipped: {said}")
-        sign, off = analysis.collapse(self.history), row["sampling_mismatch"] or 0.0
-        if off > MISMATCH[self.cfg.dtype]:
-            sign = f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
-        if sign and not self.warned:
-            self.warned = True
-            tqdm.write(f"warning: step {self.step}: {sign}")
+        off, repeats = row["sampling_mismatch"] or 0.0, row["repetition_fraction"]
+        for kind, sign in {
+                "collapse": analysis.collapse(self.history),
+                "repetition": repeats > 0.5 and f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl",
+                "mismatch": off > MISMATCH[self.cfg.dtype] and f"log-probabilities as sampled and as scored differ by up to "
+                                                               f"{off:.2g} nats: this is not on-policy"}.items():
+            if sign and kind not in self.warned:
+                self.warned.append(kind)
+                tqdm.write(f"warning: step {self.step}: {sign}")
 
     def finish(self):
         """Measure the student that came out, save it, and write result.json last: it stands for a complete run."""
@@ -773,6 +794,7 @@ MAY_DIFFER = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro
 GO_ON = "the last checkpoint is whole: --resume with a lower --lr"
 UNANSWERED = "no held-out prompt has an answer"
 WITHIN_NOISE = "teacher and student are within noise of each other"
+IMPLAUSIBLE = 5.0                                  # nats: the other family of the toy begins below 4
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
 COLUMNS = (                                        # of the readable line: metric, title, format
     ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),

@@ -208,7 +208,7 @@ def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p
                             generator=torch.Generator(pair.device).manual_seed(seed * 1_000_003 + start))
             for i in range(max(0, ready - start), len(part)):
                 ids, prompt = r.response_ids(i), part[i]["prompt"]
-                text = pair.tokenizer.decode(ids, skip_special_tokens=True)
+                text = pair.tokenizer.decode(ids if r.truncated[i] else ids[:-1])            # marks of thinking stay
                 chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
                 line = {"messages": [*chat, {"role": "assistant", "content": text}]}
                 why = ("unfinished" if r.truncated[i] else

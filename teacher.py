@@ -206,6 +206,9 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
         warnings.warn(f"special tokens of only one of the two: {sorted(specials[0] ^ specials[1])}")
     if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         warnings.warn("chat templates differ: both models read the student's text")
+    text = next(iter(tokens))
+    if not student_tokenizer.chat_template and student_tokenizer(text).input_ids != teacher_tokenizer(text).input_ids:
+        warnings.warn(f"the tokenizers encode {text!r} differently, by a BOS perhaps: both models read the student's ids")
     return size
 
 

@@ -13,6 +13,7 @@ import torch
 from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 from test_loss import a_pair, each_objective, eagerly, exact, generalised_kl, heads_and_states, pairs, with_grad
 from test_opd import PROMPTS, config, rows, weights, world                                 # noqa: F401: a fixture
 from test_teacher import close, fitting, gradients
@@ -241,17 +242,17 @@ def test_vocabularies_of_one_size_with_two_ids_exchanged_are_refused():
         check_pair(**fitting(teacher_tokenizer=word_tokenizer(words)))
 
 
-def test_a_pair_without_any_end_of_text_runs(world, tmp_path):                              # noqa: F811
-    """trl#5725: no eos in tokenizer, config or generation config: every response is full and counts as cut off."""
+def test_an_end_of_one_model_ends_responses_of_both_and_no_end_is_refused(world, tmp_path):  # noqa: F811
+    """trl#5725: no eos in the student's tokenizer, config or generation config is no crash; with none in the teacher's
+    either nothing would ever end, and a line says what to set.
+    """
     for name in ("student", "teacher"):
         tiny("llama", seed=len(name), vocab_size=len(WORDS)).save_pretrained(tmp_path / name)
         word_tokenizer(eos=None).save_pretrained(tmp_path / name)
-    run = opd.Run(config(world, tmp_path / "run", student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher",
-                         steps=1))
-    run.go()
-    row, = rows(tmp_path / "run")
-    assert run.pair.ending["eos_ids"] == set() and run.pair.end_id is None
-    assert row["truncated_fraction"] == 1 and row["response_length"] == run.cfg.max_new_tokens
+    opd.Run(config(world, tmp_path / "one", student=f"{tmp_path}/student", steps=1)).go()
+    assert rows(tmp_path / "one")[0]["response_length"] > 0
+    with pytest.raises(ValueError, match="has a token that ends a response.*set eos_token_id"):
+        opd.Run(config(world, tmp_path / "run", student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher"))
 
 
 @pytest.mark.parametrize("thinking", ["on", "off", "default"])
@@ -331,6 +332,51 @@ def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(
     assert all(torch.equal(x, whole[name]) for name, x in weights(tmp_path / "cut").items())
     for name, x in start.pair.student.state_dict().items():
         assert torch.equal(x, teacher.state_dict()[name]) and not torch.equal(x, whole[name])
+
+
+# --- what is said of a pair or a run that may surprise ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread, warned", [(1, False), (60, True)])
+def test_an_implausible_distance_at_the_start_is_a_warning(world, tmp_path, capsys, spread, warned):   # noqa: F811
+    """ms-swift#9414: 20 nats a token are no other way of thinking, but another template or shifted tokens."""
+    run = opd.Run(config(world, tmp_path, steps=1))
+    run.pair.teacher.lm_head.weight.mul_(spread)
+    result = run.go()
+    assert (result["held_out_before"]["reverse_kl"] > opd.IMPLAUSIBLE) == warned
+    assert ("nats a token apart" in capsys.readouterr().out) == warned
+
+
+def test_a_run_that_only_repeats_from_its_first_step_on_is_a_warning(world, tmp_path, capsys):         # noqa: F811
+    """ms-swift#6791: rollouts of nothing but "!" fall from no better state, so that collapse has nothing to see."""
+    run = opd.Run(config(world, tmp_path, max_new_tokens=20, steps=2))
+    run.pair.student.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(len(WORDS))[13])
+    run.go()
+    assert capsys.readouterr().out.count("of the responses only repeat themselves, see rollouts.jsonl") == 1
+
+
+@pytest.mark.parametrize("flags, needs", [
+    (["--objective", "full", "--support", "union"], "--support does nothing without a top-k --objective"),
+    (["--cold-start-lr", "1"], "--cold-start-lr does nothing without --cold-start N or --cold-start-file"),
+    (["--cold-start-file", "F", "--cold-start-top-p", "1"], "--cold-start-top-p does nothing without --cold-start N"),
+    (["--aligned-fraction", "0.2"], "--aligned-fraction does nothing without --aligned-prompts")])
+def test_a_flag_that_would_do_nothing_is_an_error(flags, needs, tmp_path, capsys):
+    """prime-rl#1458: what was asked for and is not read is a run that somebody did not mean; a preset may hold it."""
+    (tmp_path / "F").write_text("")
+    words = ["--student", "s", "--teacher", "t", "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        opd.parse([*words, *(str(tmp_path / x) if x == "F" else x for x in flags)])
+    assert needs in capsys.readouterr().err
+    opd.parse([*words, "--preset", "paper"])
+
+
+def test_a_teacher_whose_tokenizer_writes_no_bos_is_warned_of():
+    """trl#5885: one map of tokens to ids, and another first token: the teacher reads what it never saw."""
+    bare = word_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    with pytest.warns(UserWarning, match="encode .* differently, by a BOS") as caught:
+        assert check_pair(**fitting(teacher_tokenizer=bare)) == len(WORDS)
+    assert len(caught) == 1
 
 
 # --- what is written down ------------------------------------------------------------------------------------------

@@ -279,8 +279,17 @@ def test_it_is_the_teacher_who_writes(tmp_path):
     found = {question["content"]: answer["content"] for question, answer in said}
     for model, agree in ((pair.teacher, True), (pair.student, False)):
         r = rollout(model, [row["ids"] for row in encoded(pair)], max_new_tokens=LENGTH, temperature=0.0, **pair.ending)
-        texts = [pair.tokenizer.decode(r.response_ids(i), skip_special_tokens=True) for i in range(16)]
+        texts = [pair.tokenizer.decode([x for x in r.response_ids(i) if r.truncated[i] or x != EOS]) for i in range(16)]
         assert ([found[row["prompt"]] for row in PROMPTS] == texts) == agree
+
+
+def test_special_tokens_within_an_answer_come_back(tmp_path, monkeypatch):
+    """OPSD#3: marks of thinking may be special tokens; what the teacher wrote is what is learned."""
+    pair, path, so, add = different(), tmp_path / "c.jsonl", WORDS.index("so"), WORDS.index("add")
+    pair.tokenizer.add_special_tokens({"additional_special_tokens": ["so"]})
+    monkeypatch.setattr(recipes, "rollout", canned([[so, add, so, add, EOS]]))
+    assert teacher_rollouts(pair, encoded(pair)[:1], path, max_new_tokens=9)["kept"] == 1
+    assert load_conversations(path, pair)[0][1] == [so, add, so, add, EOS]
 
 
 def test_the_teachers_sampling_is_what_was_asked_for(tmp_path, monkeypatch):
