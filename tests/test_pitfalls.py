@@ -242,6 +242,7 @@ def test_vocabularies_of_one_size_with_two_ids_exchanged_are_refused():
         check_pair(**fitting(teacher_tokenizer=word_tokenizer(words)))
 
 
+@pytest.mark.filterwarnings("ignore:student ends", "ignore:special tokens")
 def test_an_end_of_one_model_ends_responses_of_both_and_no_end_is_refused(world, tmp_path):  # noqa: F811
     """trl#5725: no eos in the student's tokenizer, config or generation config is no crash; with none in the teacher's
     either nothing would ever end, and a line says what to set.
