@@ -422,7 +422,8 @@ def verdict(report):
         return (UNDECIDED if compatible else INCOMPATIBLE), reasons
     first, gain = report["continuation"][0], report["predicted_gain"]
     reasons += [f"on its own, teacher - student is {plus_minus(first['gain'], '+.3f')} in accuracy",
-                f"from the student's own beginnings, mean over depths, teacher - student is {plus_minus(gain, '+.3f')} (6.1)"]
+                f"from the student's own beginnings, mean over depths, teacher - student is "
+                f"{plus_minus(gain, '+.3f')} (6.1)"]
     if first["student"]["mean"] == first["teacher"]["mean"] == 0:
         reasons.append("neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens")
     if sure(first["gain"]) < 0:

@@ -110,10 +110,10 @@ class Config:
     teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
                               "", "float32", "bfloat16", "float16")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all")
-    chunk: int = flag(0, "positions whose logits exist at a time; changes memory, not the result. 0: 32 MiB of logits on a "
-                         "CPU, 1 GiB on a GPU")
-    trust_remote_code: bool = flag(False, "run code that a checkpoint brings; read it first. Without it only safetensors "
-                                          "and transformers' own code are used")
+    chunk: int = flag(0, "positions whose logits exist at a time; changes memory, not the result. 0: 32 MiB of "
+                         "logits on a CPU, 1 GiB on a GPU")
+    trust_remote_code: bool = flag(False, "run code that a checkpoint brings; read it first. Without it only "
+                                          "safetensors and transformers' own code are used")
     micro_batch_tokens: int = flag(0, "padded tokens in one forward and backward; changes memory, not the result. 0: "
                                    "what keeps activations in a quarter GiB on a CPU, an eighth of a GPU's memory")
 
@@ -154,8 +154,7 @@ def parse(argv):
 
 
 def unread(cfg):
-    """The flags that nothing reads beside the others, which a preset may hold and a user did not mean: {name: what it needs}.
-    """
+    """The flags that nothing reads beside the others; a preset may hold them: {name: what it needs}."""
     of_the_teacher = "cold_start_max_new_tokens cold_start_temperature cold_start_top_p".split()
     of_the_tuning = "cold_start_steps cold_start_batch_size cold_start_lr".split()
     return {**(dict.fromkeys(of_the_teacher, "--cold-start N") if not cfg.cold_start else {}),
@@ -351,7 +350,7 @@ class Run:
         self.digest = hashlib.sha256(repr((self.prompts, self.cold, self.held_out, self.answers)).encode()).hexdigest()
         self.optimizer, self.signals = self.new_optimizer(), Signals()
         self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, []
-        self.skipped, self.in_a_row, self.saved = 0, 0, None     # steps; saved: the step of the checkpoint, if there is one
+        self.skipped, self.in_a_row, self.saved = 0, 0, None         # in steps; saved: that of the last checkpoint
 
     def look_at_out(self):
         """ValueError where --out and --resume do not go together, before anything is loaded."""
@@ -366,7 +365,8 @@ class Run:
         if cfg.resume and config is None:
             raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
         if not cfg.resume and (out / "checkpoint" / "state.pt").exists():
-            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another --out")
+            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another "
+                             "--out")
         if cfg.resume:
             self.same_run(config)
 
@@ -382,7 +382,7 @@ class Run:
         """ValueError where the checkpoint, the one that replaces it, and the student would not fit on the disk."""
         size = sum(p.numel() for p in self.pair.student.parameters())
         folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
-        need, free = 28 * size, shutil.disk_usage(folder).free       # twice weights and two moments, once weights; float32
+        need, free = 28 * size, shutil.disk_usage(folder).free        # float32: twice 1 + 2 moments, once the student
         if free < need:
             raise ValueError(f"--out {self.cfg.out}: {free / 1e9:.1f} GB are free there, and {need / 1e9:.1f} GB are "
                              "needed for two checkpoints and the student; make room, or take another disk")
@@ -425,8 +425,8 @@ class Run:
 
     def smaller(self):
         cfg = self.cfg
-        return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}), --chunk (now {cfg.chunk or 'automatic'}) or "
-                f"--max-new-tokens (now {cfg.max_new_tokens}), or add --gradient-checkpointing")
+        return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}), --chunk (now {cfg.chunk or 'automatic'}) "
+                f"or --max-new-tokens (now {cfg.max_new_tokens}), or add --gradient-checkpointing")
 
     def update(self):
         """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl.
@@ -443,7 +443,7 @@ class Run:
             norm = torch.nn.utils.clip_grad_norm_(self.pair.student.parameters(), 1.0).item()
             loss, broken = row["loss"], row.pop("broken")
             bad = not math.isfinite(loss) or not math.isfinite(norm)
-            self.signals.hold()                                       # until this step is logged, see begin_and_end
+            self.signals.hold()                                       # until this step is logged, see distil
             if not bad:
                 self.optimizer.step()
         self.optimizer.zero_grad()
@@ -461,7 +461,7 @@ class Run:
             "lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": self.skipped,
             "time_rollout": written - clock, "time_teacher": seconds["teacher"],
             "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.pair.device)})
-        if bad:                                 # the prompts of these responses; all, where the gradient alone is broken
+        if bad:                                          # all of the prompts, where the gradient alone is broken
             names = {self.prompt_names[chosen[i // cfg.n]]: None for i in broken or range(len(responses))}
             row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "prompts": list(names)}
         return samples, row
@@ -488,9 +488,8 @@ class Run:
             analysis.write_whole(folder / "state.pt", lambda file: torch.save(state, file))
         self.saved = self.step
 
-    def restore(self):
-        """Go on from the checkpoint; lines that were logged after it are dropped, since those steps come again."""
-        path = self.out / "checkpoint" / "state.pt"
+    def restore(self, path):
+        """Go on from a checkpoint; lines that were logged after it are dropped, since those steps come again."""
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.same_run(state["config"])
@@ -498,8 +497,8 @@ class Run:
         except ValueError:
             raise
         except Exception as error:                                              # whatever torch makes of a broken file
-            raise ValueError(f"--resume: {path} is not a whole checkpoint of opd.py ({type(error).__name__}); restore it "
-                             "from a copy, or begin anew with another --out") from None
+            raise ValueError(f"--resume: {path} is not a whole checkpoint of opd.py ({type(error).__name__}); "
+                             "restore it from a copy, or begin anew with another --out") from None
         if step > self.cfg.steps:
             raise ValueError(f"--steps {self.cfg.steps}: the run in {self.cfg.out} has come to step {step}; "
                              "ask for more, or take another --out")
@@ -539,8 +538,8 @@ class Run:
                 torn = True
                 break
         if every and [row["step"] for row in rows] != list(range(1, step + 1)):
-            raise ValueError(f"--resume: {path} should have steps 1 to {step}, each once, and has {len(rows)} lines of them; "
-                             "restore it from a copy, or begin anew with another --out")
+            raise ValueError(f"--resume: {path} should have steps 1 to {step}, each once, and has {len(rows)} lines of "
+                             "them; restore it from a copy, or begin anew with another --out")
         if torn or len(rows) < len(lines):
             tqdm.write(f"--resume: {name} is cut back to the checkpoint, step {step}, and goes on from there"
                        + ("; its last line was torn" if torn else ""))
@@ -552,7 +551,8 @@ class Run:
     def kept(self):
         """Whatever ends the run inside, what is there stays whole, what can be saved is, and one line says so."""
         def left():
-            return "no checkpoint was made yet" if self.saved is None else f"the checkpoint of step {self.saved} is whole"
+            return ("no checkpoint was made yet" if self.saved is None
+                    else f"the checkpoint of step {self.saved} is whole")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with self.alone():
@@ -560,10 +560,10 @@ class Run:
         except OSError as error:
             if error.errno is None:                                           # not of the system's
                 raise
-            raise OSError(f"{error.filename or self.out}: {error.strerror}; {left()}; when that is mended, --resume goes "
-                          "on") from None
+            raise OSError(f"{error.filename or self.out}: {error.strerror}; {left()}; when that is mended, --resume "
+                          "goes on") from None
         except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-            if not self.signals.held and self.saved not in (None, self.step):            # held: in the midst of an update
+            if not self.signals.held and self.saved not in (None, self.step):           # held: in the midst of a step
                 with contextlib.suppress(OSError, RuntimeError, MemoryError, FloatingPointError):
                     self.save()
             if isinstance(error, NoMemory):
@@ -575,14 +575,16 @@ class Run:
 
     @contextlib.contextmanager
     def alone(self):
-        """A lock on the directory of the run, which the system frees however a process ends; ValueError where it is taken.
+        """A lock on the directory of the run, which the system frees however a process ends; ValueError where another
+        has it.
         """
         folder = os.open(self.out, os.O_RDONLY)
         try:
             if self.first:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another --out") from None
+            raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another "
+                             "--out") from None
         except OSError:
             pass                                                              # a file system without locks
         try:
@@ -598,37 +600,48 @@ class Run:
         return self.seconds + time.perf_counter() - self.started
 
     def go(self):
-        """Measure, train, measure: -> what result.json holds. Ctrl-C and SIGTERM drop the step at hand, save, and raise."""
-        with self.signals, self.kept():
-            return self.begin_and_end()
+        """Measure, train, measure: -> what result.json holds.
 
-    def begin_and_end(self):
-        cfg = self.cfg
-        if (self.out / "checkpoint" / "state.pt").exists():
-            self.restore()
+        Ctrl-C and SIGTERM drop the step at hand or finish it, save, and raise KeyboardInterrupt.
+        """
+        with self.signals, self.kept():
+            self.begin()
+            if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
+                self.fine_tune()
+            self.distil()
+            return self.finish()
+
+    def begin(self):
+        """Go on from the checkpoint where there is one; else measure both models and make the first."""
+        path = self.out / "checkpoint" / "state.pt"
+        if path.exists():
+            self.restore(path)
             self.file("result.json").unlink(missing_ok=True)
         if self.first:
             path = self.out / "config.json"
-            had = analysis.read_json(path) if path.exists() and self.saved is not None else {}
-            made = {name: had[name] for name in ("command", "commit", "dirty") if name in had}
-            analysis.write_json(path, {**dataclasses.asdict(cfg), **analysis.provenance(),
-                                       "earlier_starts": had.get("earlier_starts", []) + [made] * bool(made)})
-        if self.saved is None:
-            before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
-                      "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
-                      "held_out_before": self.distance()}
-            for name in LOGS[:3 if self.cold_start_wanted() else 2]:
-                self.file(name).write_text("")
-            self.before, apart = before, before["held_out_before"]["reverse_kl"]
-            if apart > IMPLAUSIBLE:
-                tqdm.write(f"warning: student and teacher begin {apart:.1f} nats a token apart: was the teacher trained "
-                           "with another template? If not, begin with a cold start (paper 5.1)")
-            self.save()
-        if self.cold_start_wanted() and "held_out_cold_start" not in self.before:
-            self.fine_tune()
+            had = analysis.read_json(path) if self.saved is not None and path.exists() else {}
+            start = {name: had[name] for name in ("command", "commit", "dirty") if name in had}
+            analysis.write_json(path, {**dataclasses.asdict(self.cfg), **analysis.provenance(),
+                                       "earlier_starts": had.get("earlier_starts", []) + [start] * bool(start)})
+        if self.saved is not None:
+            return
+        before = {"accuracy_teacher": self.accuracy(self.pair.teacher, "teacher's accuracy"),
+                  "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
+                  "held_out_before": self.distance()}
+        for name in LOGS[:3 if self.cold_start_wanted() else 2]:
+            self.file(name).write_text("")
+        self.before, apart = before, before["held_out_before"]["reverse_kl"]
+        if apart > IMPLAUSIBLE:
+            tqdm.write(f"warning: student and teacher begin {apart:.1f} nats a token apart: was the teacher trained "
+                       "with another template? If not, begin with a cold start (paper 5.1)")
+        self.save()
+
+    def distil(self):
+        """The steps that are left; a line of metrics each."""
+        cfg = self.cfg
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
-        with open(self.file("metrics.jsonl"), "a") as metrics, open(self.file("rollouts.jsonl"), "a") as texts:
-            bar = tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1)
+        with (open(self.file("metrics.jsonl"), "a") as metrics, open(self.file("rollouts.jsonl"), "a") as texts,
+              tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1) as bar):
             while self.step < cfg.steps:
                 samples, row = self.update()
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
@@ -641,8 +654,6 @@ class Run:
                 bar.update()
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:
                     self.save()
-            bar.close()
-        return self.finish()
 
     def cold_start_wanted(self):
         return bool(self.cfg.cold_start or self.cfg.cold_start_file)
@@ -680,7 +691,7 @@ class Run:
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
         if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
-            tqdm.write(" ".join(f"{'-':>{form.split('.')[0].rstrip('d')}}" if row[name] is None else f"{row[name]:{form}}"
+            tqdm.write(" ".join("-".rjust(len(f"{0:{form}}")) if row[name] is None else f"{row[name]:{form}}"
                                 for name, _, form in COLUMNS))
             for sample in samples:
                 print(json.dumps(sample), file=texts, flush=True)
@@ -688,15 +699,17 @@ class Run:
             why, names = row["skipped"]["why"], row["skipped"]["prompts"]
             said = f"{why}; prompts {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if names[8:] else "")
             if self.in_a_row == 3:
-                raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; {GO_ON}, or leave "
-                                         "these prompts out")
+                raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; {GO_ON}, or "
+                                         "leave these prompts out")
             tqdm.write(f"warning: step {self.step} skipped: {said}")
         off, repeats = row["sampling_mismatch"] or 0.0, row["repetition_fraction"]
-        for kind, sign in {
-                "collapse": analysis.collapse(self.history),
-                "repetition": repeats > 0.5 and f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl",
-                "mismatch": off > MISMATCH[self.cfg.dtype] and f"log-probabilities as sampled and as scored differ by up to "
-                                                               f"{off:.2g} nats: this is not on-policy"}.items():
+        signs = {"collapse": analysis.collapse(self.history)}
+        if repeats > 0.5:
+            signs["repetition"] = f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl"
+        if off > MISMATCH[self.cfg.dtype]:
+            signs["mismatch"] = (f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: "
+                                 "this is not on-policy")
+        for kind, sign in signs.items():
             if sign and kind not in self.warned:
                 self.warned.append(kind)
                 tqdm.write(f"warning: step {self.step}: {sign}")
@@ -743,8 +756,8 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt, at once or, while held, at the release. The second of them ends
-    the process there and then; not under torchrun, which passes on each and kills after half a minute.
+    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt: at once or, while held, at the release. The second of them
+    ends the process there and then; not under torchrun, which passes on each and kills after half a minute.
     """
 
     def __init__(self):
@@ -820,8 +833,8 @@ def summary(result):
                  f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}, overlap mass "
                  f"{after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
     if result["skipped_steps"]:
-        lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; metrics.jsonl "
-                     "names their prompts")
+        lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; "
+                     "metrics.jsonl names their prompts")
     return "\n".join(lines)
 
 
@@ -842,7 +855,8 @@ def one_of_several(cfg):
         yield
     except RuntimeError as error:
         if any(name in str(error) for name in ("gloo", "NCCL", "Connection")):              # the others are not there
-            raise ConnectionError("stopped, as another process has died; the last checkpoint is whole: --resume") from None
+            raise ConnectionError("stopped, as another process has died; the last checkpoint is whole: "
+                                  "--resume") from None
         raise
     finally:
         dist.destroy_process_group()

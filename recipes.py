@@ -298,7 +298,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         row = finite_or_null(row)
         with whole():
             if bad:
-                row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "examples": sorted(i + 1 for i in chosen)}
+                row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}",
+                                  "examples": sorted(i + 1 for i in chosen)}
             else:
                 optimizer.step()
             in_a_row = in_a_row + 1 if bad else 0
@@ -306,8 +307,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
             yield row
         if in_a_row == 3:
             raise FloatingPointError(
-                f"cold start, steps {step - 1} to {step + 1}: {row['skipped']['why']}; lower --cold-start-lr, or look at "
-                f"these conversations: {row['skipped']['examples'][:16]}")
+                f"cold start, steps {step - 1} to {step + 1}: {row['skipped']['why']}; lower --cold-start-lr, or look "
+                f"at these conversations: {row['skipped']['examples'][:16]}")
 
 
 def as_rollout(examples, pad_id, device):

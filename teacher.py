@@ -41,8 +41,8 @@ def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remo
             ignore_mismatched_sizes=True, output_loading_info=True)
     lacks = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
     if lacks:
-        raise ValueError(f"{path}: {lacks[0]} ({len(lacks)} such in all) is missing, or has another shape than config.json "
-                         "says; take a whole checkpoint")
+        raise ValueError(f"{path}: {lacks[0]} ({len(lacks)} such in all) is missing, or has another shape than "
+                         "config.json says; take a whole checkpoint")
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(f"{path}: the devices here do not hold it; take a smaller model, or --teacher-dtype bfloat16")
     model = (model if device_map else model.to(device)).eval()
@@ -118,7 +118,7 @@ def check_causal(model, path):
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.get_input_embeddings().weight.device)      # (2, 4)
     z = model(input_ids=ids).logits[:, :3]                                                                   # (2, 3, V)
     if not z.isfinite().all():
-        raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or its numbers outgrow --dtype")
+        raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype")
     if (z[0] - z[1]).abs().max() > 16 * torch.finfo(z.dtype).eps * z.abs().max():
         raise ValueError(f"{path}: {type(model).__name__} is no causal language model, a later token changes what it "
                          "says of an earlier one; take a decoder")
@@ -130,8 +130,10 @@ def pick_device(name, *dtypes):
     """
     if name.startswith("mps"):
         raise ValueError("--device mps: it has no float64, with which tokens are drawn; take --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu").device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
     if device.type == "meta":
@@ -181,8 +183,9 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
     real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
     Raises ValueError when the token -> id maps differ, with the first tokens that do, when a model has no row for a
-    token that ends a response, or when no token ends one. Warns where the pair works but may surprise: other tokens without a row (they are cut;
-    Gemma 3's <image_soft_token> is one), other eos or special tokens, another chat template.
+    token that ends a response, or when no token ends one. Warns where the pair works but may surprise: other tokens
+    without a row (they are cut; Gemma 3's <image_soft_token> is one), other eos or special tokens, another chat
+    template, a BOS that only one of the tokenizers writes.
     """
     check_tokens(student_tokenizer, teacher_tokenizer)
     tokens = student_tokenizer.get_vocab()                                                  # token -> id
@@ -192,7 +195,7 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     cut = [token for token, i in tokens.items() if i >= size]
     if any(i >= size for i in ends[0] | ends[1]) or len(cut) > size // 100:
         raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows "
-                         f"for {max(tokens.values()) + 1} tokens; a checkpoint and its tokenizer do not belong together")
+                         f"for {max(tokens.values()) + 1} tokens; take checkpoints with their own tokenizers")
     if cut:
         warnings.warn(f"no output row for {len(cut)} tokens, which can be neither sampled nor scored: {cut[:3]}")
     if not ends[0] | ends[1]:
@@ -208,7 +211,8 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
         warnings.warn("chat templates differ: both models read the student's text")
     text = next(iter(tokens))
     if not student_tokenizer.chat_template and student_tokenizer(text).input_ids != teacher_tokenizer(text).input_ids:
-        warnings.warn(f"the tokenizers encode {text!r} differently, by a BOS perhaps: both models read the student's ids")
+        warnings.warn(f"the tokenizers encode {text!r} differently, by a BOS perhaps: both models read the student's "
+                      "ids")
     return size
 
 

@@ -19,7 +19,8 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
                     max_leaves=6)
 MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant"]), "content": st.text()})
-NEARLY = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant"]) | JSON, "content": st.text() | JSON})
+NEARLY = st.fixed_dictionaries({}, optional={"role": st.sampled_from(["user", "assistant"]) | JSON,
+                                             "content": st.text() | JSON})
 GOOD = st.fixed_dictionaries({"prompt": st.text(min_size=1) | st.lists(MESSAGE, min_size=1, max_size=3)},
                              optional={"answer": st.none() | st.text(min_size=1)})
 CHAT = st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=2, max_size=3)})
@@ -40,8 +41,9 @@ def lines(draw):
 
 
 PIECES = st.sampled_from([
-    "\\boxed{", "\\boxed {", "\\boxed", "{", "}", "Answer:", "answer: ", "**", "$", "\\frac", "\\dfrac{", "\\text{", "\\left",
-    "\\right", "\\(", "\\!", "^\\circ", "%", "/", ".", ",", "-", "+", "\u2212", "1", "23", "1,000", "0", "\u0663", "\u00b2", "\n", " ", "x"])
+    "\\boxed{", "\\boxed {", "\\boxed", "{", "}", "Answer:", "answer: ", "**", "$", "\\frac", "\\dfrac{", "\\text{",
+    "\\left", "\\right", "\\(", "\\!", "^\\circ", "%", "/", ".", ",", "-", "+", "\u2212", "1", "23", "1,000", "0",
+    "\u0663", "\u00b2", "\n", " ", "x"])
 ANSWER = st.lists(PIECES | st.text(max_size=4), max_size=12).map("".join)
 
 
@@ -51,7 +53,7 @@ def fuzzed(count, *strategies):
 
 @few_and_many
 def test_any_bytes_are_prompts_or_one_line_of_ours(count, tmp_path):
-    """What is read is text and usable; what is not is a ValueError that names the file, and the line where there is one."""
+    """What is read is usable text; what is not is a ValueError that names the file, and the line if there is one."""
     path, read = tmp_path / "prompts.jsonl", []
 
     @fuzzed(count, st.lists(lines(), min_size=1, max_size=2))
@@ -89,9 +91,12 @@ def test_any_text_has_an_answer_or_none(count):
     run()
 
 
-@pytest.mark.parametrize("text", ["\\boxed{" * 20_000, "\\boxed{" * 10_000 + "}" * 9_999, "}" * 100_000, "Answer:" * 20_000,
-                                  "\\boxed" + " " * 100_000, "\\boxed{\\frac" + "1" * 100_000 + "x}", "\\boxed{" + "9," * 50_000 + "}",
-                                  "\\boxed{" + "\\text{" * 20_000 + "}", "\\boxed{" + "1" * 50_000 + "/" + "1" * 50_000 + "}"],
+@pytest.mark.parametrize("text", ["\\boxed{" * 20_000, "\\boxed{" * 10_000 + "}" * 9_999, "}" * 100_000,
+                                  "Answer:" * 20_000,
+                                  "\\boxed" + " " * 100_000, "\\boxed{\\frac" + "1" * 100_000 + "x}",
+                                  "\\boxed{" + "9," * 50_000 + "}",
+                                  "\\boxed{" + "\\text{" * 20_000 + "}",
+                                  "\\boxed{" + "1" * 50_000 + "/" + "1" * 50_000 + "}"],
                          ids=range(9))
 def test_a_long_answer_takes_no_time(text):
     """A model that has gone wild writes a hundred thousand characters of one kind: a quadratic reader would hang."""
