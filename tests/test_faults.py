@@ -599,6 +599,92 @@ def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, tmp_pa
     assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
+def test_a_number_that_is_not_finite_becomes_null_and_keeps_its_name():
+    """Every other value stays, reasons that are there too; a row of finite numbers is the row itself."""
+    good = {"loss": 0.5, "tokens": 3, "by_position": [None], "why": "nan"}
+    assert analysis.finite_or_null(good) is good
+    assert analysis.finite_or_null({**good, "loss": math.nan, "reward": -math.inf, "undefined": {"x": "none"}}) == {
+        **good, "loss": None, "reward": None, "undefined": {"x": "none", "loss": "nan", "reward": "-inf"}}
+
+
+def test_a_mean_without_an_error_does_not_look_like_a_sure_one():
+    """What one prompt says has no standard error, and 0 would be the surest of all."""
+    assert analysis.plus_minus({"mean": 0.5, "standard_error": 0.25}) == "0.500 +- 0.250"
+    assert analysis.plus_minus({"mean": 0.5, "standard_error": None}) == "0.500 +- ?"
+    assert analysis.plus_minus({"mean": 0.5, "standard_error": 0.25}, "+9.2f") == "    +0.50 +- 0.25"
+    known, unknown = {"mean": 0.9, "standard_error": 0.0}, {"mean": 0.1, "standard_error": None}
+    assert analysis.gap_recovery(unknown, known, known) is analysis.gap_recovery(known, known, unknown) is None
+    assert analysis.gap_recovery({**unknown, "standard_error": 0.0}, known, known) == 1
+
+
+def test_a_diagnosis_says_why_a_value_is_null(world):                                       # noqa: F811
+    """One prompt has no spread, responses that are all wrong no AUROC, models that share nothing no advantage."""
+    pair = opd.Pair.load(f"{world}/student", f"{world}/teacher", device="cpu")
+    rows = pair.encode([{"prompt": "add 3", "answer": "none says this"}], max_prompt_tokens=9, new_tokens=5)
+    with torch.no_grad():
+        pair.teacher.get_output_embeddings().weight.neg_()
+    report = analysis.diagnose_pair(pair, rows, k=1, n=2, max_new_tokens=5, finishes=1)
+    assert report["auroc"] is report["predicted_gain"]["standard_error"] is None
+    assert report["undefined"]["auroc"] == "the responses are all right, or all wrong"
+    assert report["undefined"]["standard_error"] == "one prompt has no spread"
+    shared = report["metrics"]["overlap_token_advantage"]["mean"] is not None
+    assert ("overlap_token_advantage" in report["undefined"]) != shared
+
+
+def test_the_commit_and_whether_it_was_changed_are_told(tmp_path, monkeypatch):
+    """Null where the code is in no repository; what git does not track changes nothing."""
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e", *words], check=True,
+                       capture_output=True)
+    monkeypatch.setattr(analysis, "__file__", str(tmp_path / "analysis.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert analysis.provenance()["commit"] is analysis.provenance()["dirty"] is None
+    (tmp_path / "analysis.py").write_text("one")
+    git("init"), git("add", "."), git("commit", "-m", "one")
+    (tmp_path / "notes").write_text("mine")
+    made = analysis.provenance()
+    assert len(made["commit"]) == 12 and made["dirty"] is False and made["torch"] == torch.__version__
+    (tmp_path / "analysis.py").write_text("two")
+    assert analysis.provenance()["commit"] == made["commit"] and analysis.provenance()["dirty"] is True
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert analysis.provenance()["commit"] is analysis.provenance()["dirty"] is None
+
+
+@pytest.mark.parametrize("error, code, said", [
+    (ValueError("no\n  such"), 2, "x.py: no such\n"),
+    (OSError(28, "No space", "a"), 1, "x.py: [Errno 28] No space: 'a'\n"),
+    (FloatingPointError("nan"), 1, "x.py: nan\n"), (KeyboardInterrupt(), 130, "x.py: stopped\n"),
+    (opd.Stopped("saved", signal.SIGTERM), 143, "x.py: saved\n"), (opd.Stopped("saved", None), 130, "x.py: saved\n"),
+    (opd.NoMemory("lower it"), 1, "x.py: lower it\n"),
+    (torch.OutOfMemoryError("CUDA"), 1, "x.py: out of memory; take smaller models, or --dtype bfloat16 (CUDA)\n"),
+    (MemoryError(), 1, "x.py: out of memory; take smaller models, or --dtype bfloat16\n")])
+def test_each_end_has_its_exit_code_and_line(error, code, said, capsys):
+    """2: cannot work; 1: came to an end on its way; 128 + the signal."""
+    with pytest.raises(SystemExit) as stop, analysis.one_line("x.py"):
+        raise error
+    assert stop.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    """Whatever stops the writing, what was there is there, and nothing beside it."""
+    path = tmp_path / "a.json"
+    analysis.write_json(path, {"a": 1})
+
+    def breaks(file):
+        file.write(b"half")
+        raise Killed
+    with pytest.raises(Killed):
+        analysis.write_whole(path, breaks)
+    assert analysis.read_json(path) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="No such file") as error:
+        analysis.write_whole(tmp_path / "none" / "a", breaks)
+    assert error.value.filename == str(tmp_path / "none" / "a")
+    for text in ("{", "[]", "\xff", "[" * 10 ** 5):
+        path.write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match="a.json is not .*restore or remove it"):
+            analysis.read_json(path)
+
+
 # --- a run that is killed many times ------------------------------------------------------------------------------
 
 
