@@ -829,7 +829,8 @@ def test_the_table_by_hand():
     assert rows[11][-5:] == "0.7500 2 right, 4 not".split()
     assert rows[13][-3:] == ["student", "teacher", "gain"]
     assert rows[14] == "from 25% ( 1.5 tokens in) 0.100 0.400 +0.300 +- 0.250".split()
-    assert rows[15][:-1] == "from 12 tokens ( 9.0 tokens in) 0.200 0.100 -0.100 +-".split() and not made_up(rows[15][-1])
+    assert rows[15][:-1] == "from 12 tokens ( 9.0 tokens in) 0.200 0.100 -0.100 +-".split()
+    assert not made_up(rows[15][-1])
     assert rows[16][:-1] == "mean over these depths +0.125 +-".split() and not made_up(rows[16][-1]) and not rows[17]
     assert rows[18][:4] == ["position", "tokens", "reward", "5"] and rows[18][-4:] == "H student H teacher".split()
     assert rows[19] == "0-7 5 -0.500 -2.00 .. 0.50 0.500 1.250 1.000".split()
