@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
 from analysis import (diagnose, entropy, entropy_gap, largest_gap, overlap_mass, overlap_ratio,
-                      overlap_token_advantage, reverse_kl, write_json)
+                      overlap_token_advantage, portable, reverse_kl, write_json)
 from loss import masked_mean
+from test_loss import peak_bytes
 
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
 
@@ -153,6 +154,13 @@ def test_diagnose_is_the_single_functions(pair, k):
     exact(diagnose(log_p, log_q, y, k), {**metrics(log_p, log_q, k), "reward": log_q_y - log_p_y, "log_p": log_p_y})
 
 
+def test_diagnose_holds_three_tensors_of_the_size_of_its_inputs():
+    """p and the two logarithms without their infinities, from as few (N, V) as will do: a fourth is a third more."""
+    log_p, log_q = torch.randn(2, 16, 20_000).log_softmax(-1)
+    held = peak_bytes(lambda: diagnose(log_p, log_q, torch.arange(16), 16))
+    assert held < 3.5 * 4 * log_p.numel()
+
+
 def test_diagnose_takes_no_gradient():
     """Diagnostics are measurements: nothing of them reaches the student."""
     log_p = P.log().requires_grad_()
@@ -181,6 +189,56 @@ def test_tokens_of_probability_zero_are_harmless(k):
     assert (ours["overlap_token_advantage"].nan_to_num() <= 0).all()
 
 
+@given(pairs(), st.integers(1, 5))
+def test_the_largest_gap_is_where_most_is_asked(pair, k):
+    """4.1 by a loop: of the student's k likeliest tokens the one with the largest p |log q/p|, and |p - q| there."""
+    gaps = []
+    for p, q in zip(*(x.exp().tolist() for x in pair)):
+        likeliest = sorted(range(len(p)), key=lambda v: -p[v])[:k]
+        v = max(likeliest, key=lambda v: p[v] * abs(math.log(q[v] / p[v])))
+        gaps.append(abs(p[v] - q[v]))
+    exact(largest_gap(*pair, k), torch.tensor(gaps, dtype=torch.float64))
+
+
+@given(pairs(), st.integers(1, 5))
+def test_a_rectangle_is_measured_as_its_positions_are(pair, k):
+    """(B, T, V) and packed (N, V) are the same positions, whatever axes stand before the vocabulary."""
+    rectangle = metrics(*(x.view(2, 2, -1) for x in pair), k)
+    exact({name: x.flatten() for name, x in rectangle.items()}, metrics(*pair, k))
+
+
+def test_the_metrics_have_the_dtype_of_their_side():
+    """Each is of the student's dtype but the teacher's own; a ratio of counts is no exception."""
+    ours = metrics(P.log().float(), Q.log(), 3)
+    assert ours["overlap_ratio"].dtype == ours["overlap_mass_student"].dtype == torch.float32
+    assert ours["overlap_mass_teacher"].dtype == ours["entropy_teacher"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("k", [0, 6])
+@pytest.mark.parametrize("metric", [overlap_ratio, overlap_token_advantage, overlap_mass,
+                                    lambda *pair_k: diagnose(*pair_k[:2], torch.tensor([0]), pair_k[2])])
+def test_a_k_outside_of_the_vocabulary_is_refused(metric, k):
+    """The message repeats it; 1 and V themselves are in order."""
+    with pytest.raises(ValueError, match=f"k={k} "):
+        metric(P.log(), Q.log(), k)
+    metric(P.log(), Q.log(), 1), metric(P.log(), Q.log(), 5)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_a_diagnosis_is_finite_where_a_side_rules_tokens_out(k):
+    """0 log 0 = 0 as in the single functions, and what the teacher alone rules out is dearer than float32 can say."""
+    ninf = -math.inf
+    log_p = torch.tensor([[1., 2, ninf, ninf, ninf], [3, 2, 1, ninf, ninf]]).double().log_softmax(-1)
+    log_q = torch.tensor([[2., 1, 0, ninf, ninf], [0, ninf, 1, 2, ninf]]).double().log_softmax(-1)
+    ours = diagnose(log_p, log_q, torch.tensor([0, 1]), k)
+    for name, x in metrics(log_p, log_q, k).items():
+        if name != "reverse_kl":
+            exact(ours[name], x)
+    exact(ours["reverse_kl"][0], reverse_kl(log_p, log_q)[0])
+    assert 104 * log_p[1, 1].exp() < ours["reverse_kl"][1] < math.inf        # the smallest float32 has the log -103.3
+    assert ours["reward"][1] == ninf                                         # as measured: the loss clamps, not we
+
+
 def test_metrics_over_padded_positions_are_those_of_the_rest():
     """masked_mean of a metric ignores padded positions (nano-opd averaged over them)."""
     log_p, log_q = P.log().repeat(3, 1), torch.cat([Q.log(), P.log(), Q.log()])
@@ -198,6 +256,20 @@ def test_diagnose_is_float32_under_autocast():
         under = diagnose(log_p, log_q, y, 16)
     assert all(x.dtype == torch.float32 for x in under.values())
     torch.testing.assert_close(under, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def test_json_is_laid_out_by_a_blank_a_level_and_leaves_nothing_beside_it(tmp_path):
+    """A file to read: one key a line, a list of numbers on one; what was there before is replaced."""
+    for value in ({"old": 1}, {"a": [1, 2], "b": {"c": None}}):
+        write_json(tmp_path / "x.json", value)
+    assert (tmp_path / "x.json").read_text() == '{\n "a": [1, 2],\n "b": {\n  "c": null\n }\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_command_is_recorded_without_the_folders_of_one_machine():
+    """An absolute path is its last part, anything else stands as it was typed."""
+    assert [portable(word) for word in ("/home/me/bin/python", "opd.py", "runs/toy/student", "--k")] == \
+        ["python", "opd.py", "runs/toy/student", "--k"]
 
 
 def test_json_keeps_every_value_and_puts_numbers_on_one_line(tmp_path):

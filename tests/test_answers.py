@@ -60,6 +60,7 @@ def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
     assert analysis.gap_recovery(at(0.5), at(0.8), at(0.9)) == pytest.approx(0.75)
     assert analysis.gap_recovery(at(0.9), at(0.6), at(0.5)) == pytest.approx(0.75)
     assert analysis.gap_recovery(at(0.5), at(0.8), at(0.55)) is None
+    assert analysis.gap_recovery(at(0.5), at(0.6), at(0.57)) == pytest.approx(10 / 7)       # 2 sqrt(2) .02 = .0566
 
 
 def history(**ends):
@@ -81,6 +82,54 @@ def test_collapse_is_something_falling_while_something_else_climbs(ends, alarm):
     """Either alone may be learning; both together are the paper's signature of a run going under (5.1, 6.1)."""
     assert bool(analysis.collapse(history(**ends))) == alarm
     assert analysis.collapse(history(**ends)[:9]) is None               # too early to tell
+
+
+REST = dict(overlap_mass_student=1.0, overlap_mass_teacher=1.0, reward=0.0, entropy_student=0.5, response_length=32.0,
+            repetition_fraction=0.125)
+FALLEN = dict(reward=-4.0)
+RISEN = dict(response_length=64.0)
+
+
+@pytest.mark.parametrize("change, alarm", [
+    ({**RISEN, "overlap_mass_student": 0.90625}, False), ({**RISEN, "overlap_mass_student": 0.875}, True),   # by .1
+    ({**RISEN, "overlap_mass_teacher": 0.90625}, False), ({**RISEN, "overlap_mass_teacher": 0.875}, True),
+    ({**RISEN, "reward": -0.1875}, False), ({**RISEN, "reward": -0.21875}, True),                            # .2 nats
+    ({**FALLEN, "response_length": 48.0}, False), ({**FALLEN, "response_length": 48.5}, True),               # by half
+    ({**FALLEN, "entropy_student": 0.78125}, False), ({**FALLEN, "entropy_student": 0.8125}, True),          # .3 nats
+    ({**FALLEN, "repetition_fraction": 0.3125}, False), ({**FALLEN, "repetition_fraction": 0.34375}, True),  # by .2
+])
+def test_collapse_at_each_border(change, alarm):
+    """Two windows are enough; a fall and a rise count from just beyond their borders, in means over whole windows."""
+    rows = [REST] * 5 + [{**REST, **change}] * 5
+    said = analysis.collapse(rows)
+    assert bool(said) == alarm and analysis.collapse(rows[1:]) is None
+    assert not alarm or all(f"{name} {REST[name]:.2f} -> {change[name]:.2f}" in said for name in change)
+    assert analysis.collapse(rows[:-1] + [REST]) is None                # four steps of five: not yet
+    assert bool(analysis.collapse(rows, window=4)) == alarm
+    assert bool(analysis.collapse([{**REST, **RISEN, **FALLEN}] * 5 + rows)) == alarm       # the best, not the first
+
+
+@pytest.mark.parametrize("before, after, alarm", [
+    ({"overlap_mass_student": 0.1}, {"overlap_mass_student": 0.0}, False), ({"reward": 0.2}, {"reward": 0.0}, False),
+    ({"response_length": 33.0, "reward": 0.0}, {"response_length": 49.25, "reward": -4.0}, False),
+    ({"response_length": 33.0, "reward": 0.0}, {"response_length": 49.75, "reward": -4.0}, True)])
+def test_what_is_exactly_on_the_border_has_not_crossed_it(before, after, alarm):
+    """A fall of .1, or of .2 nats, is not more than that; half of an odd length is no whole number."""
+    rows = [{**REST, **before}] * 5 + [{**REST, **RISEN, **after}] * 5
+    assert bool(analysis.collapse(rows)) == alarm
+
+
+def test_less_than_two_windows_are_too_early_to_tell():
+    """However drastic: nine steps hold no two windows of five."""
+    drastic = [REST] * 4 + [{**REST, "reward": -99.0, "response_length": 999.0}] * 5
+    assert analysis.collapse(drastic) is None and analysis.collapse([REST] + drastic)
+
+
+@pytest.mark.parametrize("last, alarm", [(1.5, False), (1.53125, True)])
+def test_a_high_entropy_has_to_rise_by_half_of_itself(last, alarm):
+    """From 1 nat on half of it is more than .3."""
+    rows = [{**REST, "entropy_student": 1.0}] * 5 + [{**REST, **FALLEN, "entropy_student": last}] * 5
+    assert bool(analysis.collapse(rows)) == alarm
 
 
 @pytest.mark.parametrize("text", ["the same words again " * 12, "well " * 20, "x = 1 so " * 3 + "ha ha ha ha " * 8,

@@ -1,5 +1,7 @@
 """A pair before training (analysis.py, second half; paper 4, 6): who is right, where they part, and the verdict."""
 import contextlib
+import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 import analysis
 import opd
 from analysis import HARMFUL, INCOMPATIBLE, NOTHING_NEW, SHARED_MASS, SHOULD_WORK, UNDECIDED, VERDICTS
+from experiments import plot, tokens
 from loss import full_vocab, top_k
 from recipes import as_rollout
 from rollout import draw
@@ -167,6 +170,60 @@ def test_results_stand_in_the_order_of_the_prompts(monkeypatch, rows):
     assert sorted(p for prompts, *_ in calls for p in prompts) == sorted(p + s for p, s in zip(PROMPTS, starts))
 
 
+def test_what_is_asked_of_a_model_reaches_the_rollout(monkeypatch):
+    """Every option of the sampling, in each part; parts are of like length, and as long as the one with most room."""
+    parts, write, pair = [], copying([]), equal()
+    monkeypatch.setattr(analysis, "rollout", lambda model, prompts, **asked: parts.append((prompts, asked)) or write(
+        model, prompts, **asked))
+    options = dict(temperature=0.3, top_p=0.9, eos_ids={EOS}, pad_id=5, vocab_size=7, in_flight=3,
+                   generator=torch.Generator())
+    starts = [[6] * (i % 3) for i in range(len(PROMPTS))]
+    analysis.answered(pair.student, pair.tokenizer, PROMPTS, ANSWERS, starts=starts, n=2, max_new_tokens=9, rows=4,
+                      **options)
+    room = {tuple(p + start): 9 - len(start) for p, start in zip(PROMPTS, starts)}
+    for prompts, asked in parts:
+        assert asked == {**options, "n": 2, "max_new_tokens": max(room[tuple(p)] for p in prompts)}
+    lengths = [len(p) for prompts, _ in parts for p in prompts]
+    assert lengths == sorted(lengths) and len(parts) == 4
+
+
+# The same ids as WORDS, where an answer is what follows "Answer:": whatever is said after it is part of it.
+SPOKEN = "[PAD]|[BOS]|[EOS]|[UNK]|add|the|so|+|Answer: 3|Answer: 7|Answer: 0".split("|")
+
+
+def test_the_end_of_a_response_is_no_part_of_its_answer():
+    """"Answer: 7 [EOS]" says 7, both where a model has answered and where a diagnosis counts who is right."""
+    pair = dataclasses.replace(different(), tokenizer=word_tokenizer(SPOKEN))
+    right, truncated = analysis.answered(pair.student, pair.tokenizer, PROMPTS[:2], ["7", "7"],
+                                         starts=[[6, BOX["7"], EOS], [6, BOX["7"], 6, EOS]], **how(pair))
+    assert right.tolist() == [[True] * 2, [False] * 2] and right.dtype == truncated.dtype == torch.bool
+    r = pair.write(PROMPTS, n=8, max_new_tokens=LENGTH, seed=0)
+    said = [" ".join(SPOKEN[i] for i in r.response_ids(row) if i > 3) for row in range(64)]        # but special ones
+    right = [analysis.same_answer(analysis.read_answer(text), ANSWERS[row // 8]) for row, text in enumerate(said)]
+    assert analysis.diagnose_pair(pair, rows(), **{**SMALL, "n": 8})["right"] == sum(right)
+    assert any(yes and r.response_ids(row)[-1] == EOS for row, yes in enumerate(right))
+
+
+def test_all_rows_of_a_part_are_in_flight_where_nothing_is_said(monkeypatch):
+    """in_flight bounds memory only where it is given."""
+    asked, write, pair = [], copying([]), equal()
+    monkeypatch.setattr(analysis, "rollout", lambda *args, in_flight, **options: asked.append(in_flight) or write(
+        *args, **options))
+    analysis.answered(pair.student, pair.tokenizer, PROMPTS, ANSWERS, **how(pair))
+    assert asked == [None]
+
+
+def test_a_bar_says_what_it_counts_and_is_not_in_a_log(monkeypatch, capsys):
+    """Where stderr is no terminal nothing is printed; where it is one the bar has a name, and goes away."""
+    pair, seen, bar = equal(), [], analysis.tqdm
+    monkeypatch.setattr(analysis, "tqdm", lambda x, **options: seen.append(options) or bar(x, **options))
+    for options in ({}, dict(what="student from 0.5")):
+        analysis.answered(pair.student, pair.tokenizer, PROMPTS, ANSWERS, **how(pair), **options)
+    assert [options["desc"] for options in seen] == ["evaluate", "student from 0.5"]
+    assert not any(options["leave"] for options in seen)
+    assert capsys.readouterr().err == ""
+
+
 # --- 6.1 continuation ----------------------------------------------------------------------------------------------
 
 
@@ -218,6 +275,31 @@ def test_a_depth_is_a_share_or_a_count_of_tokens(monkeypatch):
     assert {depth: x[3] for depth, x in out.items()} == {0.5: 10 / 8, 2: 14 / 8, 1.0: 3.0, 9: 3.0}
 
 
+def test_both_models_are_asked_the_same_way(monkeypatch):
+    """Same prompts, answers, draws and options; only the model, and what the bar says, differ."""
+    pair, calls = different(), []
+
+    def answered(model, tokenizer, prompts, answers, *, generator, what, **options):
+        calls.append((model, (prompts, answers, generator.initial_seed(), options), what))
+        return torch.zeros(len(prompts), options["n"]), None
+    monkeypatch.setattr(analysis, "answered", answered)
+    responses = [[6] * 4] * len(PROMPTS)
+    analysis.continuation(pair, PROMPTS, ANSWERS, responses, [0.5], n=3, max_new_tokens=5, temperature=0.3, top_p=0.6,
+                          seed=7)
+    (one, asked, student), (other, again, teacher) = calls
+    assert one is pair.student and other is pair.teacher and asked == again
+    assert asked == (PROMPTS, ANSWERS, 7, dict(starts=[[6] * 2] * 8, n=3, max_new_tokens=5, temperature=0.3, top_p=0.6,
+                                              **pair.ending))
+    assert "student" in student and "teacher" in teacher and "0.5" in student and "0.5" in teacher
+
+
+def test_the_depths_share_a_response_out_evenly():
+    """6.1: from plain accuracy on, in equal steps, and short of the end, where nothing is left to gain."""
+    assert analysis.DEPTHS == tuple(i / len(analysis.DEPTHS) for i in range(len(analysis.DEPTHS)))
+    assert all(inspect.signature(f).parameters["depths"].default is analysis.DEPTHS
+               for f in (analysis.continuation, analysis.diagnose_pair))
+
+
 def test_a_teacher_that_is_the_student_gains_nothing_anywhere():
     """Both draw with the same seed: the difference is not small but 0, at every depth."""
     out = continued(equal(), analysis.DEPTHS + (2,), n=4)
@@ -246,6 +328,18 @@ def test_positions_are_the_diagnosis_of_the_plain_logits(temperature, teacher_te
                                    rtol=1e-3, atol=1e-4, equal_nan=True)
 
 
+def test_positions_are_measured_at_temperature_1_and_without_a_graph():
+    """The defaults are the models as they are, and nothing is kept for a backward pass."""
+    pair, grads = different(), []
+    r = pair.write(PROMPTS, max_new_tokens=LENGTH, seed=0)
+    said = analysis.positions(pair, r, 3, temperature=1.0, teacher_temperature=1.0)
+    for model in (pair.student, pair.teacher):
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.register_forward_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    torch.testing.assert_close(analysis.positions(pair, r, 3), said, rtol=0, atol=0, equal_nan=True)
+    assert grads and not any(grads)
+
+
 def test_positions_do_not_see_the_cut_into_micro_batches():
     """trl#6006: memory changes, the numbers do not."""
     pair = different()
@@ -266,6 +360,14 @@ def test_buckets_share_out_every_token_and_add_up_to_the_whole(tokens, width):
     assert means["reward"] == [pytest.approx(sum(xs) / len(xs), abs=1e-5) if xs else None for xs in inside]
     total = sum(n * mean for n, mean in zip(means["tokens"], means["reward"]) if n)
     assert total / len(tokens) == pytest.approx(sum(x for _, x in tokens) / len(tokens), abs=1e-4)
+
+
+def test_no_token_fills_no_bucket():
+    """Lists end with the last bucket that holds a token: here they are empty. Means have five decimals."""
+    nothing = analysis.by_position(torch.zeros(0, dtype=torch.long), {"reward": torch.zeros(0)}, 4)
+    assert analysis.bucket_means(nothing, 4) == {"width": 4, "tokens": [], "reward": []}
+    third = analysis.by_position(torch.tensor([9, 9, 8]), {"reward": torch.tensor([1.0, 0, 0])}, 4)
+    assert analysis.bucket_means(third, 4) == {"width": 4, "tokens": [0, 0, 3], "reward": [None, None, 0.33333]}
 
 
 def test_the_buckets_of_a_training_step_add_up_to_its_means(files, tmp_path):
@@ -378,6 +480,30 @@ def test_the_gradients_of_positions_sum_to_that_of_the_output_head(objective, te
     assert all(p.grad is None for p in pair.student.parameters())             # a measurement leaves nothing behind
 
 
+def test_the_gradients_of_positions_are_at_temperature_1_where_nothing_is_said():
+    """Both temperatures default to the models as they are."""
+    pair = different()
+    r = pair.write(PROMPTS, max_new_tokens=LENGTH, seed=0)
+    plain, said = (list(analysis.logit_gradients(pair, r, lambda log_p, log_q, y: full_vocab(log_p, log_q), **options))
+                   for options in ({}, dict(temperature=1.0, teacher_temperature=1.0)))
+    torch.testing.assert_close(plain, said, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_gradients_of_any_size_cohere_alike(scale):
+    """Small ones are gradients too: only what is exactly 0 has no direction."""
+    g, h = directions(6)
+    whole = chunked(g, h, 6)
+    assert chunked(scale * g, h, 6) == pytest.approx({**whole, "size": scale * whole["size"]})
+
+
+def test_two_gradients_are_enough():
+    """Their cosine is the mean over the one pair that there is."""
+    g, h = directions(2)
+    G = (g.unsqueeze(-1) * h.unsqueeze(1)).flatten(1)
+    assert chunked(g, h, 1)["cosine"] == pytest.approx(torch.cosine_similarity(*G, dim=0).item())
+
+
 @pytest.mark.filterwarnings("ignore:Gemma2ForCausalLM does more")
 def test_where_the_head_is_not_linear_only_logits_are_compared():
     """Gemma 2 caps its logits: h is 1 and g the gradient on the logits themselves, which sums to 0 over a softmax."""
@@ -435,6 +561,21 @@ def test_a_pair_that_solves_nothing_is_told_so():
     assert any(hint in x for x in analysis.verdict(report(student=0.0, alone=(0.0, 0.0), gain=(0.0, 0.0)))[1])
     for change in (dict(student=0.1, alone=(0.0, 0.01)), dict(student=0.0, alone=(0.1, 0.01))):
         assert not any(hint in x for x in analysis.verdict(report(**change))[1])
+
+
+def made_up(error):
+    """Does a standard error that there is not, of one prompt, stand there as a number after all?"""
+    return any(digit in error for digit in "123456789")
+
+
+def test_the_reasons_say_on_which_side_the_mass_lies_and_what_has_no_error():
+    """At least SHARED_MASS or below it; one prompt has no standard error, and none is made up for it."""
+    assert "at least" in analysis.verdict(report(mass=SHARED_MASS))[1][0]
+    assert "below" in analysis.verdict(report(mass=SHARED_MASS / 2))[1][0]
+    after = analysis.verdict(report(alone=(0.2, None)))[1][1].split("+0.200 +- ")[1]
+    assert not made_up(after.split()[0])
+    assert analysis.verdict(report(kl=1e-6))[0] == SHOULD_WORK                # agreeing is to lie below, not on it
+    assert not any("neither solved" in x for x in analysis.verdict(report(student=0.5, alone=(-0.5, 0.1)))[1])
 
 
 def test_every_verdict_is_one_of_the_five_and_names_its_numbers():
@@ -495,6 +636,83 @@ def test_a_diagnosis_has_every_part_and_is_json(answers):
         assert got["predicted_gain"]["mean"] == pytest.approx(sum(gains) / len(gains))
 
 
+def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
+    """temperature is that of the student's own responses and of the measurement, the eval_ pair that of the endings."""
+    asked = {}
+
+    def note(owner, name):
+        plain = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: asked.setdefault(name, []).append(
+            (args[2:], options)) or plain(*args, **options))
+    note(Pair, "write"), note(analysis, "positions"), note(analysis, "continuation")
+    analysis.diagnose_pair(different(), rows(), k=4, n=3, max_new_tokens=5, temperature=0.8, eval_temperature=0.3,
+                           eval_top_p=0.6, finishes=2, depths=(0.0, 3), seed=7, micro_batch_tokens=99)
+    assert asked["write"] == [((), dict(n=3, max_new_tokens=5, temperature=0.8, seed=7))]
+    assert asked["positions"] == [((4,), dict(temperature=0.8, micro_batch_tokens=99))]
+    assert [options for _, options in asked["continuation"]] == 2 * [
+        dict(n=2, max_new_tokens=5, temperature=0.3, top_p=0.6, seed=7)]
+    assert [args[0] for args, _ in asked["continuation"]] == 2 * [ANSWERS]
+    r = different().write(PROMPTS, n=3, max_new_tokens=5, temperature=0.8, seed=7)
+    assert [args[1] for args, _ in asked["continuation"]] == 2 * [[r.response_ids(3 * i) for i in range(8)]]
+    assert [args[2] for args, _ in asked["continuation"]] == [[0.0], [3]]
+
+
+def test_the_flags_have_the_defaults_of_the_functions():
+    """What the command does where nothing is said is what the function does."""
+    flags = vars(analysis.parse(["--student", "s", "--teacher", "t"]))
+    for function in (analysis.diagnose_pair, analysis.positions, analysis.logit_gradients, Pair.encode, Pair.load):
+        said = {name: x.default for name, x in inspect.signature(function).parameters.items() if name in flags}
+        said = {name: default for name, default in said.items() if default is not inspect.Parameter.empty}
+        assert said and said == {name: flags[name] for name in said}, function.__name__
+    assert flags["out"] == "diagnose.json"
+
+
+def test_without_arguments_the_command_line_is_read(monkeypatch):
+    """As any program does, from parse and from main."""
+    monkeypatch.setattr("sys.argv", ["analysis.py", *BOTH, "--k", "7"])
+    assert analysis.parse().k == 7
+    monkeypatch.setattr("sys.argv", ["analysis.py", "--k", "0"])
+    with pytest.raises(SystemExit):
+        analysis.main()
+
+
+def test_the_flags_of_loading_and_of_the_pages_go_where_they_belong(files, monkeypatch, tmp_path, capsys):
+    """Device, dtype and thinking to the pair; a few of the prompts to the page of tokens; runs to the pictures."""
+    asked, load, encode = {}, Pair.load, Pair.encode
+    monkeypatch.setattr(Pair, "load", lambda *names, **options: asked.update(options) or load(*names, **options))
+    monkeypatch.setattr(Pair, "encode", lambda *args, **options: asked.update(options) or encode(*args, **options))
+    monkeypatch.setattr(tokens, "write_page", lambda pair, rows, _, **options: asked.update(page=(len(rows), options)))
+    monkeypatch.setattr(analysis, "diagnose_pair", lambda pair, rows, **_: asked.update(rows=len(rows)) or {})
+    monkeypatch.setattr(analysis, "show", lambda _: "the table")
+    analysis.main(["--student", f"{files}/student", "--teacher", f"{files}/teacher", "--count", "30", "--device", "cpu",
+                   "--dtype", "bfloat16", "--thinking", "off", "--k", "3", "--max-new-tokens", "5", "--seed", "7",
+                   "--max-prompt-tokens", "50", "--temperature", "0.5", "--tokens", str(tmp_path / "x.html"),
+                   "--out", str(tmp_path / "x.json")])
+    assert {name: asked[name] for name in ("device", "dtype", "thinking", "max_prompt_tokens", "new_tokens")} == dict(
+        device="cpu", dtype="bfloat16", thinking="off", max_prompt_tokens=50, new_tokens=5)
+    few, options = asked["page"]
+    assert 1 < few < asked["rows"] == 30 and options == dict(k=3, max_new_tokens=5, temperature=0.5, seed=7)
+    assert str(tmp_path / "x.html") in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").touch()
+    monkeypatch.setattr(plot, "runs", lambda *args: asked.update(runs=args) or "drawn")
+    assert analysis.main(["--run", str(tmp_path), "--plot", "x.svg", "--positions", "y.svg"]) == "drawn"
+    assert asked["runs"] == ([str(tmp_path)], "x.svg", "y.svg")
+
+
+def test_the_spread_of_the_reward_is_that_of_each_bucket():
+    """From the 5th to the 95th of a hundred tokens, bucket by bucket, and as many are cut off as have no eos."""
+    pair = different()
+    got = analysis.diagnose_pair(pair, rows(False), k=3, n=6, max_new_tokens=31)
+    r = pair.write(PROMPTS, n=6, max_new_tokens=31, seed=0)
+    reward, b = analysis.positions(pair, r, 3)["reward"], got["by_position"]
+    assert b["width"] == 2 and len(b["tokens"]) == len(b["reward_5_95"]) == analysis.BUCKETS
+    for i, spread in enumerate(b["reward_5_95"]):
+        inside = reward[:, 2 * i:2 * i + 2]
+        inside = inside[~inside.isnan()]
+        assert spread == pytest.approx([inside.quantile(0.05).item(), inside.quantile(0.95).item()], rel=1e-5)
+    assert got["truncated_fraction"] == r.truncated.double().mean().item() and 0 < got["truncated_fraction"] < 1
+
+
 def test_some_answers_are_enough():
     """Prompts without an answer count in the metrics and not in what is right."""
     pair, found = different(), []
@@ -533,6 +751,36 @@ def test_where_nobody_solves_anything_deeper_cuts_are_not_tried(monkeypatch, own
     assert any("neither solved a single one" in reason for reason in got["reasons"])
 
 
+def test_the_report_tells_student_from_teacher_and_errors_are_over_prompts(monkeypatch):
+    """A student that solves what no teacher does is worth deeper cuts; the predicted gain is each prompt's mean over
+    the depths, its error that of the mean over prompts."""
+    pair, generator, gains = different(), torch.Generator().manual_seed(0), []
+
+    def answered(model, tokenizer, prompts, answers, *, n, **_):
+        made = torch.zeros(len(prompts), n) if model is pair.teacher else torch.randint(
+            2, (len(prompts), n), generator=generator).float()
+        if model is pair.student:
+            gains.append(-made.double().mean(1))
+        return made, None
+    monkeypatch.setattr(analysis, "answered", answered)
+    monkeypatch.setattr(analysis, "same_answer", lambda *_: False)
+    got = analysis.diagnose_pair(pair, rows(), **SMALL, depths=(0.0, 0.25, 0.5))
+    assert [(c["student"], c["teacher"]["mean"], c["gain"]) for c in got["continuation"]] == [
+        (analysis.estimate(-gain), 0, analysis.estimate(gain)) for gain in gains] and len(gains) == 3
+    assert got["predicted_gain"] == pytest.approx(analysis.estimate(torch.stack(gains).mean(0)))
+
+
+def test_a_diagnosis_is_made_on_the_device_of_the_pair():
+    """Where the default device is another one, which holds no numbers, the report is the same."""
+    here = analysis.diagnose_pair(different(), rows(False), **SMALL)
+    pair = different()
+    r = pair.write(PROMPTS, n=2, max_new_tokens=LENGTH, seed=0)
+    pair.write = lambda *_, **__: r
+    with torch.device("meta"):
+        there = analysis.diagnose_pair(pair, rows(False), **SMALL)
+    assert there == here
+
+
 def test_the_same_seed_gives_the_same_report():
     """A diagnosis can be repeated; another seed samples other responses."""
     one, again, other = (analysis.diagnose_pair(different(), rows(), **SMALL, seed=seed) for seed in (0, 0, 1))
@@ -557,6 +805,41 @@ def test_the_table_shows_every_metric_and_the_verdict(answers):
     assert "none shared" in analysis.show(got)
 
 
+def test_the_table_by_hand():
+    """Every number stands in the row of its name and in the column of its heading."""
+    at = lambda mean, error=0.25: {"mean": mean, "standard_error": error}                           # noqa: E731
+    names = "overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage entropy_student " \
+            "entropy_teacher entropy_gap largest_gap reverse_kl reward".split()
+    made = {"prompts": 3, "responses": 6, "response_length": 7.5, "truncated_fraction": 0.5, "k": 4, "verdict": "so",
+            "reasons": ["one", "two"], "metrics": {name: at(i + 0.5) for i, name in enumerate(names)}, "right": 2,
+            "auroc": 0.75, "predicted_gain": at(0.125, None),
+            "continuation": [{"depth": 0.25, "tokens": 1.5, "student": at(0.1), "teacher": at(0.4), "gain": at(0.3)},
+                             {"depth": 12, "tokens": 9.0, "student": at(0.2), "teacher": at(0.1),
+                              "gain": at(-0.1, None)}],
+            "by_position": {"width": 8, "tokens": [5, 0, 3], "reward": [-0.5, None, -1.5],
+                            "reward_5_95": [[-2.0, 0.5], None, [-3.0, 0.25]], "overlap_ratio": [0.5, None, 0.75],
+                            "entropy_student": [1.25, None, 1.5], "entropy_teacher": [1.0, None, 2.0]}}
+    made["metrics"]["reward"]["standard_error"] = None                        # one prompt
+    lines = analysis.show(made).split("\n")
+    rows = [line.split() for line in lines]
+    assert rows[0][:6] == "3 prompts, 6 responses of 7.5".split() and "50% cut off" in lines[0]
+    assert [row[-3:] for row in rows[1:10]] == [[f"{i}.5000", "+-", "0.2500"] for i in range(9)]
+    assert rows[10][-3:-1] == ["9.5000", "+-"] and not made_up(rows[10][-1])
+    assert "k = 4" in lines[1] and all(("student" in lines[i], "teacher" in lines[i]) == sides for i, sides in (
+        (2, (True, False)), (3, (False, True)), (5, (True, False)), (6, (False, True))))
+    assert rows[11][-5:] == "0.7500 2 right, 4 not".split()
+    assert rows[13][-3:] == ["student", "teacher", "gain"]
+    assert rows[14] == "from 25% ( 1.5 tokens in) 0.100 0.400 +0.300 +- 0.250".split()
+    assert rows[15][:-1] == "from 12 tokens ( 9.0 tokens in) 0.200 0.100 -0.100 +-".split()
+    assert not made_up(rows[15][-1])
+    assert rows[16][:-1] == "mean over these depths +0.125 +-".split() and not made_up(rows[16][-1]) and not rows[17]
+    assert rows[18][:4] == ["position", "tokens", "reward", "5"] and rows[18][-4:] == "H student H teacher".split()
+    assert rows[19] == "0-7 5 -0.500 -2.00 .. 0.50 0.500 1.250 1.000".split()
+    assert rows[20] == "16-23 3 -1.500 -3.00 .. 0.25 0.750 1.500 2.000".split() and not rows[21]     # 8-15 holds none
+    assert lines[22:] == ["verdict: so", "  - one", "  - two"]
+    assert "not defined" in analysis.show({**made, "auroc": None})
+
+
 # --- the command line ----------------------------------------------------------------------------------------------
 
 
@@ -573,6 +856,23 @@ def test_the_command_writes_the_report_with_its_origin_and_prints_the_table(file
     assert analysis.show(written) in capsys.readouterr().out and list(tmp_path.iterdir()) == [out]
     assert {"command", "commit", "python", "torch", "transformers", "threads", "verdict", "metrics"} <= written.keys()
     assert (written["prompts"], written["student"], written["torch"]) == (5, f"{files}/student", torch.__version__)
+
+
+def test_the_command_is_the_function_on_the_first_prompts_of_a_shuffled_file(files, tmp_path):
+    """--seed shuffles the file and fixes all sampling, --count cuts it, and every other number goes to the function."""
+    numbers = dict(k=3, n=3, max_new_tokens=5, temperature=0.9, eval_temperature=0.5, eval_top_p=0.8, finishes=3,
+                   seed=4, micro_batch_tokens=64)
+    out = tmp_path / "diagnose.json"
+    analysis.main(command(files, "--count", "5", "--out", str(out), *itertools.chain.from_iterable(
+        (f"--{name.replace('_', '-')}", str(x)) for name, x in numbers.items())))
+    lines = (files / "prompts.jsonl").read_text().splitlines()
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(4)).tolist()
+    pair = Pair.load(f"{files}/student", f"{files}/teacher")
+    encoded = pair.encode([json.loads(lines[i]) for i in order[:5]], max_prompt_tokens=1024, new_tokens=5)
+    expected = analysis.diagnose_pair(pair, encoded, **numbers)
+    written = json.loads(out.read_text())
+    assert {name: written[name] for name in expected} == expected
+    assert (written["teacher"], written["processes"]) == (f"{files}/teacher", 1)
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -600,6 +900,38 @@ def test_a_diagnosis_that_cannot_work_is_one_line_and_no_model_is_loaded(flags, 
 def test_half_a_command_is_one_line_too(flags, says, capsys, tmp_path, monkeypatch):
     """A pair without its other half, and a run that is none."""
     refused(flags, says, capsys, tmp_path, monkeypatch)
+
+
+BOTH = ["--student", "s", "--teacher", "t"]
+
+
+@pytest.mark.parametrize("flags, right", [
+    *((BOTH + [f"--{name}", str(least - wrong)], not wrong) for wrong in (0, 1) for name, least in (
+        ("count", 1), ("n", 1), ("max-new-tokens", 1), ("max-prompt-tokens", 1), ("finishes", 1), ("k", 1),
+        ("micro-batch-tokens", 1))),
+    (BOTH + ["--temperature", "1e-3"], True), (BOTH + ["--temperature", "0"], False),
+    (BOTH + ["--temperature", "-1"], False), (BOTH + ["--eval-temperature", "0"], True),
+    (BOTH + ["--eval-temperature", "-0.001"], False), (BOTH + ["--eval-top-p", "0"], False),
+    (BOTH + ["--eval-top-p", "1e-3"], True), (BOTH + ["--eval-top-p", "1"], True),
+    (BOTH + ["--eval-top-p", "1.001"], False),
+    (BOTH, True), (BOTH[:2], False), (BOTH[2:], False), (BOTH + ["--run", "run"], False), (["--run", "run"], True),
+    (BOTH[:2] + ["--run", "run"], False), (BOTH[2:] + ["--run", "run"], False), ([], False),
+    (["--run", "run", "--run", "run"], True), (["--run", "run", "--run", "other"], False),
+    (["--run", "run", "--tokens", "x.html"], False), (BOTH + ["--tokens", "x.html"], True),
+    (["--run", "run", "--plot", "x.svg"], True), (["--run", "run", "--positions", "x.svg"], True),
+    (BOTH + ["--plot", "x.svg"], False), (BOTH + ["--positions", "x.svg"], False),
+    (["--run", "run", "--plot", "no/x.svg"], False), (["--run", "run", "--positions", "no/x.svg"], False),
+    (BOTH + ["--prompts", "run/metrics.jsonl"], True), (BOTH + ["--prompts", "run"], False),
+    (BOTH + ["--thinking", "off"], True), (BOTH + ["--thinking", "maybe"], False),
+    (BOTH + ["--dtype", "bfloat16"], True), (BOTH + ["--dtype", "float8"], False), (BOTH + ["--stu", "s"], False),
+], ids=lambda x: " ".join(x).removeprefix(" ".join(BOTH)) if isinstance(x, list) else str(x))
+def test_flags_at_each_border(flags, right, capsys, tmp_path, monkeypatch):
+    """What cannot work is refused before anything is loaded, and what can work is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir(), (tmp_path / "run" / "metrics.jsonl").touch()
+    with contextlib.nullcontext() if right else pytest.raises(SystemExit) as stop:
+        analysis.parse(flags)
+    assert right or stop.value.code == 2 and len(capsys.readouterr().err.splitlines()) == 1
 
 
 def refused(flags, says, capsys, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.profiler import ProfilerActivity, profile
 
+import loss as module
 from analysis import diagnose
 from loss import SUPPORTS, full_vocab, in_chunks, masked_mean, sampled_token, token_sets, top_k, top_k_released
 
@@ -302,6 +303,26 @@ def test_inputs_are_not_written_to(objective):
     assert all(torch.equal(x, b) for x, b in zip((log_p, log_q, y), before, strict=True))
 
 
+@each_objective
+@given(pair=pairs())
+def test_a_rectangle_gives_what_its_positions_give_packed(objective, pair):
+    """(B, T, V) and (N, V) are the same positions: whatever axes stand before the vocabulary, each is on its own."""
+    z, log_q = pair
+    y = torch.arange(len(z))
+    packed, rectangle = (with_grad(lambda log_p: objective(log_p, q, at), x) for x, q, at in
+                         ((z, log_q, y), (z.view(2, 2, -1), log_q.view(2, 2, -1), y.view(2, 2))))
+    exact(rectangle[0], packed[0].view(2, 2))
+    exact(rectangle[1], packed[1].view_as(rectangle[1]))
+
+
+@pytest.mark.parametrize("objective", [top_k, top_k_released])
+def test_where_nothing_is_said_it_is_the_students_sixteen_likeliest(objective):
+    """The defaults: the student's support, k = 16."""
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = torch.randn(2, 5, 40, dtype=torch.float64, generator=generator).log_softmax(-1)
+    assert torch.equal(objective(log_p, log_q), objective(log_p, log_q, 16, "student"))
+
+
 @pytest.mark.parametrize("objective", [top_k, top_k_released])
 @pytest.mark.parametrize("support", ["intersection", "difference"])
 def test_an_empty_support_gives_zero_with_zero_gradient(objective, support):
@@ -348,6 +369,13 @@ def test_masked_mean_sees_nothing_under_the_mask(hidden):
     padded.backward()
     assert padded == wider == torch.tensor([1., 2, 4]).mean()
     torch.testing.assert_close(x.grad, mask / 3)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_masked_mean_divides_by_how_many_there_are(count):
+    """A single one is its own mean."""
+    x, mask = torch.tensor([3.0, 5.0, 10.0]), torch.arange(3) < count
+    assert masked_mean(x, mask) == x[:count].mean()
 
 
 # --- direction -----------------------------------------------------------------------------------------------------
@@ -519,6 +547,61 @@ def test_bf16_states_are_scored_in_float32(objective):
     assert loss.dtype == torch.float32 and (loss >= -1e-6).all() and loss.sum() > 0
 
 
+@pytest.mark.parametrize("device, MiB, V, N", [("cpu", 32, 1000, 9000), ("meta", 1024, 150_000, 5000)])
+def test_a_chunk_is_as_large_as_is_good_for_memory_or_a_row_more(device, MiB, V, N):
+    """32 MiB of float32 logits on a CPU, from where on glibc maps a block of its own and gives it back (the largest
+    that M_MMAP_THRESHOLD becomes by itself), 1 GiB on anything else."""
+    rows, read = [], []
+    h, head = torch.zeros(N, 1, device=device), torch.nn.Linear(1, V, device=device)
+    head.register_forward_hook(lambda _, args, z: read.append(len(z)))
+
+    def per_position(log_p, log_q, y):
+        rows.append(len(y))
+        return {"loss": log_p[:, 0]}
+
+    with torch.no_grad():
+        out, _ = in_chunks(per_position, h, None, head, None, torch.zeros(N, dtype=torch.long, device=device))
+    assert len(out["loss"]) == sum(rows) == N and len(rows) > 1
+    assert (rows[0] - 1) * 4 * V < MiB * 2 ** 20 <= rows[0] * 4 * V and set(rows[:-1]) == {rows[0]} == {max(read)}
+
+
+def test_a_chunk_has_its_fewest_rows_however_large_the_vocabulary():
+    """Each chunk reads the head, and writes its gradient, once: a chunk of a row would do little else."""
+    rows, N, V = [], module.FEWEST_ROWS + 3, 2 ** 25
+    with torch.no_grad(), torch.device("meta"):
+        in_chunks(lambda log_p, log_q, y: rows.append(len(y)) or {"loss": log_p[:, 0]}, torch.zeros(N, 1), None,
+                  torch.nn.Linear(1, V), None, torch.zeros(N, dtype=torch.long))
+    assert rows == [module.FEWEST_ROWS, 3]
+
+
+@pytest.mark.parametrize("objective", [full_vocab, functools.partial(top_k, k=3)], ids=["full", "top-k"])
+def test_a_float32_head_learns_from_states_of_16_bits(objective):
+    """Under autocast states and logits are bfloat16, weights and losses float32: the gradients are the eager ones but
+    for a few roundings to 8 bits, and keep the dtype of what they belong to."""
+    h_p, h_q, head_p, head_q, y = heads_and_states(N=64, H=16)
+    h_p, h_q = h_p.bfloat16(), h_q.bfloat16()
+    per_position = lambda log_p, log_q, y: {"loss": objective(log_p, log_q)}                        # noqa: E731
+    found = []
+    for evaluate, chunk in ((eagerly, {}), (in_chunks, {"chunk": 5})):
+        states = h_p.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            _, total = evaluate(per_position, states, h_q, head_p, head_q, y, **chunk)
+        found.append(torch.autograd.grad(total, (states, head_p.weight, head_p.bias)))
+    for expected, got in zip(*found, strict=True):
+        assert got.dtype == expected.dtype
+        assert (got - expected).float().norm() < 2 ** -5 * expected.float().norm()
+
+
+def test_the_states_of_a_chunk_are_those_of_its_own_device():
+    """Nothing is made on the default device, here one that holds no numbers."""
+    inputs, found = heads_and_states(), []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            _, total = in_chunks(lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 3, "union")}, *inputs, chunk=4)
+            found.append((total, *torch.autograd.grad(total, tuple(inputs[2].parameters()))))
+    torch.testing.assert_close(*found)
+
+
 def peak_bytes(f):
     """The most that f held at once beyond what was there before it, from every allocation and release that it made.
 
@@ -548,6 +631,14 @@ def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
         peaks.append(peak_bytes(step))
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5 * gradients[0][0].abs().max().item())
     assert peaks[1] <= peaks[0] / 6, f"{peaks[1] / 2 ** 20:.0f} MiB against {peaks[0] / 2 ** 20:.0f} MiB"
+
+
+def test_the_gradient_of_the_head_is_held_once():
+    """Chunk after chunk is added to it in place: beside the one (V, H) that is asked for there is no second."""
+    V, H = 4000, 64
+    h_p, h_q, head_p, head_q, y = heads_and_states(N=3, V=V, H=H)
+    held = peak_bytes(lambda: in_chunks(default_loss, h_p, h_q, head_p, head_q, y, chunk=1)[1].backward())
+    assert 4 * V * H <= held < 1.5 * 4 * V * H
 
 
 def test_memory_does_not_grow_with_the_number_of_positions():

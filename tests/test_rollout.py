@@ -1,14 +1,19 @@
 """Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
 import copy
+import itertools
 import json
+import math
+import random
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TEMPLATE, VOCAB, WINDOW, tiny, word_tokenizer
+from transformers.cache_utils import DynamicLayer
 
 import rollout as module
-from rollout import draw, encode, left_pad, load_prompts, rollout
+from rollout import additions, batch, draw, encode, left_pad, load_prompts, position_ids, rollout
 from teacher import split, states
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14]]                                # of uneven length
@@ -136,6 +141,14 @@ def test_a_response_does_not_depend_on_what_is_written_beside_it(model, places):
     assert len(few.response_mask.sum(1).unique()) > 2
 
 
+def test_one_prompt_at_least_is_in_flight():
+    """Whole prompts: fewer rows than one prompt's n responses are not possible, and more are not written for that."""
+    model = tiny("llama").double()
+    whole, seen = sample(model, MANY, n=3), batches(model)
+    few = sample(model, MANY, n=3, in_flight=1)
+    assert torch.equal(few.ids, whole.ids) and max(rows for rows, _ in seen) == 3
+
+
 def test_waiting_prompts_take_the_places_of_finished_rows():
     """A queue, not waves: prompts are read while others are still being written, and each is read once."""
     model = tiny("llama")
@@ -147,6 +160,19 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
     seen.clear()
     sample(model, [prompt + [2] for prompt in many], n=1, eos_ids=eos_ids, in_flight=5)
     assert sum(rows for rows, tokens in seen if tokens > 1) == len(many)            # each is read once
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_columns_of_rows_that_have_left_are_dropped(monkeypatch, in_place):
+    """However many prompts pass through few places, the cache is no wider than two responses one after the other."""
+    if not in_place:
+        monkeypatch.setattr(module, "DynamicLayer", object)                         # no layer is of that very type
+    model, widths = tiny("llama"), []
+    eos_ids = common(sample(model, MANY), 4)
+    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["attention_mask"].size(1)),
+                                    with_kwargs=True)
+    sample(model, [[token, 2] for token in range(3, 40)], n=1, eos_ids=eos_ids, in_flight=4)
+    assert max(widths) <= 2 + 2 * LENGTH < len(widths)
 
 
 @pytest.mark.parametrize("in_flight", [None, 6])
@@ -162,6 +188,124 @@ def test_in_place_is_the_plain_cache(monkeypatch, in_flight):
             plain = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
         assert torch.equal(fast.ids, plain.ids) and torch.equal(fast.response_mask, plain.response_mask)
         torch.testing.assert_close(fast.log_p, plain.log_p)
+
+
+@pytest.mark.parametrize("places, gone, reads", [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0),
+                                                 (9, 3, 3), (4, 4, 4)])
+@torch.no_grad()
+def test_the_next_prompts_are_read_where_a_quarter_of_the_places_is_free(places, gone, reads):
+    """Fewer would not pay for a forward of their own; what is read takes the free places, in order, and no more."""
+    flight, prompts = module.Flight(tiny("llama"), 1, places, 0), [[token] for token in range(3, 20)]
+    waiting = flight.board(prompts)
+    assert waiting == prompts[places:] and flight.board(waiting) == waiting
+    flight.advance(torch.full((places,), 5), going=torch.arange(places) >= gone)
+    assert sorted(flight.rows.tolist()) == list(range(gone, places))
+    assert flight.board(waiting) == waiting[reads:]
+    assert sorted(flight.rows.tolist()) == list(range(gone, places + reads))
+
+
+def grown(layer, widest, steps, seed=0):
+    """An InPlace layer through random updates, departures and arrivals; yields it with what each row should hold."""
+    chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(*shape, generator=generator)                                   # noqa: E731
+    h, d = layer.keys.size(1), layer.keys.size(3)
+    rows = [[x[i] for x in (layer.keys, layer.values)] for i in range(len(layer.keys))]             # (h, columns, d)
+    places, fast = len(rows), module.InPlace(layer, widest)
+    yield fast, rows
+    for _ in range(steps):
+        free, what = places - len(rows), chance.random()
+        if what < 0.15 and len(rows) > 1:
+            order = chance.sample(range(len(rows)), chance.randint(1, len(rows)))
+            fast.reorder_cache(torch.tensor(order))
+            rows = [rows[i] for i in order]
+        elif what < 0.4 and free:
+            m, P = chance.randint(1, free), chance.randint(1, widest)
+            copies, other = torch.randint(2, (m,), generator=generator), DynamicLayer()
+            other.update(new(2, h, P, d), new(2, h, P, d))
+            fast.join(other, copies, max(P, max(x.size(1) for x, _ in rows)))
+            rows += [[other.keys[i], other.values[i]] for i in copies.tolist()]
+        else:
+            keys, values = new(len(rows), h, 1, d), new(len(rows), h, 1, d)
+            shown = fast.update(keys, values)
+            assert shown[0] is fast.keys and shown[1] is fast.values
+            rows = [[torch.cat(pair, 1) for pair in zip(row, (keys[i], values[i]))] for i, row in enumerate(rows)]
+        yield fast, rows
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_an_in_place_layer_holds_what_was_written_to_each_row(seed):
+    """Whatever comes and goes: row i ends with all of its own keys and values, and nothing before them is not a number
+    (a masked NaN is one all the same)."""
+    layer = DynamicLayer()
+    layer.update(*torch.randn(2, 5, 3, 4, 2, generator=seeded(seed)))
+    for fast, rows in grown(layer, widest=9, steps=150, seed=seed):
+        assert len(fast.keys) == len(rows) and fast.keys.shape == fast.values.shape
+        for i, row in enumerate(rows):
+            for x, own in zip((fast.keys, fast.values), row):
+                assert torch.equal(x[i, :, x.size(2) - own.size(1):], own) and x.isfinite().all()
+
+
+def test_a_growing_layer_is_seldom_laid_out_again(monkeypatch):
+    """New buffers have half as many columns again, and a few: n tokens cost log(n) copies, and half of the memory."""
+    layer, spare, lay_out = DynamicLayer(), [], module.InPlace.lay_out
+
+    def noted(self, *args):
+        lay_out(self, *args)
+        spare.append((self.end, *(x.size(2) - self.end for x in self.buffers)))
+    monkeypatch.setattr(module.InPlace, "lay_out", noted)
+    layer.update(*torch.randn(2, 1, 1, 7, 2))
+    fast = module.InPlace(layer, 10)
+    for _ in range(1000):
+        fast.update(*torch.randn(2, 1, 1, 1, 2))
+    assert fast.keys.size(2) == 1007 and spare[0][0] == 10                        # room for the widest to come
+    assert all(end // 2 <= columns <= end // 2 + 64 for end, *both in spare for columns in both)
+    assert len(spare) <= 1 + math.log(1010 / 10, 1.5)
+
+
+@pytest.mark.parametrize("n, places", [(1, None), (3, 4), (2, 1)])
+def test_everything_is_made_on_the_device_of_the_model(n, places):
+    """Where the default device is another one ("meta" holds no numbers), the very same responses are written."""
+    model = tiny("llama")
+    eos_ids = common(sample(model, MANY, n=n), 6)
+    here = sample(model, MANY, n=n, eos_ids=eos_ids, in_flight=places)
+    with torch.device("meta"):
+        there = rollout(model, MANY, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, in_flight=places,
+                        generator=torch.Generator("cpu").manual_seed(0))
+    assert same(here, there)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_shares_of_the_processes_are_the_whole(monkeypatch, world):
+    """Of several processes each writes the responses to its own prompts, and their sum is what one alone writes."""
+    model, parts = tiny("llama").double(), []
+    eos_ids = common(sample(model, MANY), 6)
+    whole = sample(model, MANY, eos_ids=eos_ids)
+    for rank in range(world):
+        mine = []
+        monkeypatch.setattr(module, "processes", lambda: (rank, world))
+        monkeypatch.setattr(module, "sum_over_processes", lambda x: mine.append(x.clone()) or x)
+        sample(model, MANY, eos_ids=eos_ids)
+        parts.append(mine)
+        assert (mine[2].view(-1, 3) > 0).all(1).nonzero().flatten().tolist() == list(range(len(MANY)))[rank::world]
+    tokens, log_p, length, ended = (sum(x) for x in zip(*parts))
+    T = whole.response_mask.size(1)
+    assert torch.equal(tokens[:, :T] * whole.response_mask, whole.ids[:, -T:] * whole.response_mask)
+    assert torch.equal(length, whole.response_mask.sum(1)) and torch.equal(ended == 0, whole.truncated)
+    torch.testing.assert_close(log_p[:, :T], whole.log_p)
+
+
+def test_from_processes_is_what_each_has_by_rank(monkeypatch):
+    """One alone gives its own; three give three, each in its place."""
+    assert module.from_processes("mine") == ["mine"] and module.processes() == (0, 1)
+    assert module.sum_over_processes(torch.tensor(3)) == 3
+
+    def all_gather_object(everyone, x):
+        everyone[:] = [f"{x} of {rank}" for rank, _ in enumerate(everyone)]
+    monkeypatch.setattr(module, "dist", SimpleNamespace(
+        is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 3, all_reduce=lambda x: x.mul_(3),
+        all_gather_object=all_gather_object))
+    assert module.from_processes("that") == ["that of 0", "that of 1", "that of 2"] and module.processes() == (1, 3)
+    assert module.sum_over_processes(torch.tensor(3)) == 9
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
@@ -203,6 +347,28 @@ def test_draw_takes_the_smallest_set_that_holds_top_p():
         share = torch.bincount(draw(log_p, u, top_p), minlength=4) / len(log_p)
         torch.testing.assert_close(share, torch.tensor(expected), rtol=0, atol=0.02)
         assert not share[torch.tensor(expected) == 0].any()
+
+
+def test_the_smallest_set_is_no_larger_where_it_holds_top_p_exactly():
+    """Where half of the mass is in the likeliest token, nothing beside it is drawn at top_p .5, and at .51 one more."""
+    log_p = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log().repeat(64, 1)
+    u = torch.arange(64).double() / 64
+    assert [len(draw(log_p, u, top_p).unique()) for top_p in (0.49, 0.5, 0.51)] == [1, 1, 2]
+
+
+def test_no_more_is_sorted_than_the_set_needs(monkeypatch):
+    """The 256 likeliest are enough for a sharp softmax, however large the vocabulary."""
+    asked, topk = [], torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda x, k, *more: asked.append(k) or topk(x, k, *more))
+    sharp = torch.zeros(3, 300_000).index_fill(1, torch.tensor(7), 20.0).log_softmax(-1)
+    assert draw(sharp, torch.tensor([0.1, 0.5, 0.9]).double(), 0.99).tolist() == [7, 7, 7] and asked == [256]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_what_is_not_a_number_draws_a_token_all_the_same(top_p):
+    """An id of the vocabulary, so that the loss is what reports it."""
+    y = draw(torch.full((2, 5), math.nan), torch.tensor([0.0, 0.9]).double(), top_p)
+    assert (y >= 0).all() and (y < 5).all()
 
 
 def test_top_p_limits_the_draw_but_not_the_record(model):
@@ -253,6 +419,21 @@ def test_the_n_rollouts_of_a_prompt_stand_together(model):
     assert len(set(map(tuple, responses(r)))) > len(PROMPTS)
     greedy = responses(sample(model, temperature=0))
     assert greedy == [greedy[row // 3 * 3] for row in range(len(greedy))]
+
+
+def test_where_nothing_is_said_one_response_is_drawn_from_the_plain_softmax():
+    """The defaults: one response a prompt, temperature 1, no top-p, no eos, pad id 0, all of the vocabulary and of the
+    rows at once, and torch's own generator."""
+    model = tiny("llama")
+    seen = batches(model)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = rollout(model, MANY, max_new_tokens=LENGTH)
+        assert [rows for rows, _ in seen] == [len(MANY)] * LENGTH
+        torch.manual_seed(0)
+        said = rollout(model, MANY, n=1, max_new_tokens=LENGTH, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0,
+                       vocab_size=VOCAB, in_flight=len(MANY), generator=torch.default_generator)
+    assert same(plain, said) and plain.truncated.all()
 
 
 # --- where a response ends -----------------------------------------------------------------------------------------
@@ -319,6 +500,17 @@ def test_the_checkpoints_generation_defaults_are_not_read(model):
     assert same(sample(model), plain)
 
 
+def test_a_cache_is_used_whatever_the_checkpoint_says(model):
+    """use_cache: false in config.json (training with checkpointing leaves it there) costs neither time nor memory: a
+    token a row is fed, and the logits of one position are computed."""
+    plain = sample(model)
+    model.config.use_cache = False
+    seen, scored = batches(model), []
+    model.get_output_embeddings().register_forward_hook(lambda _, args, z: scored.append(z.size(1)))
+    assert same(sample(model), plain)
+    assert seen[0] == (3, 7) and set(seen[1:]) == {(9, 1)} and set(scored) == {1}
+
+
 def test_training_mode_is_refused():
     """Dropout would sample from another softmax than the one scored."""
     with pytest.raises(ValueError, match="eval"):
@@ -330,6 +522,13 @@ def test_an_empty_prompt_is_refused(prompts):
     """There is no state to draw the first token from."""
     with pytest.raises(ValueError, match="at least one token"):
         sample(tiny("llama"), prompts)
+
+
+def test_no_tokens_to_write_is_refused():
+    """One token is the least that a response can have."""
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        rollout(tiny("llama"), PROMPTS, max_new_tokens=0)
+    assert rollout(tiny("llama"), PROMPTS, max_new_tokens=1).response_mask.shape == (3, 1)
 
 
 # --- what the student is asked -------------------------------------------------------------------------------------
@@ -381,3 +580,29 @@ def test_encode_without_a_template_is_plain_text():
     ids = tokenizer("add 3 7").input_ids
     assert encode(tokenizer, "add 3 7") == ids and ids[0] == tokenizer.bos_token_id
     assert encode(tokenizer, [{"role": "system", "content": "add"}, {"role": "user", "content": "3 7"}]) == ids
+
+
+def test_left_pad_and_position_ids_by_hand():
+    """Positions count from the first real token of each row, and padding before it stands at 0."""
+    ids, mask = left_pad([[5, 6, 7], [8]], 9)
+    assert ids.tolist() == [[5, 6, 7], [9, 9, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]
+    assert position_ids(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert position_ids(torch.tensor([[0, 1, 1, 1]]).bool()).tolist() == [[0, 0, 1, 2]]
+
+
+def test_additions_are_all_pairs_of_two_digits():
+    """8,100 questions and no more, each once, with their sums; a seed fixes the order."""
+    asked = additions(90 * 90)
+    pairs = {tuple(int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit()) for row in asked}
+    assert pairs == set(itertools.product(range(10, 100), repeat=2)) and len(asked) == 8100
+    for row in asked[:50]:
+        a, b = (int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit())
+        assert row["answer"] == str(a + b)
+    assert additions(5) == additions(5, 0) == asked[:5] != additions(5, 1)
+
+
+def test_every_epoch_of_every_seed_is_another_shuffle():
+    """Neither the next epoch nor the next seed repeats an order, nor does the next epoch of one that of the other."""
+    prompts = list(range(40))
+    orders = [tuple(batch(prompts, epoch, 40, seed)) for seed in range(5) for epoch in range(5)]
+    assert len(set(orders)) == 25 and all(sorted(order) == prompts for order in orders)
