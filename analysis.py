@@ -535,15 +535,16 @@ def collapse(history, window=5):
     something that should not has risen from its lowest (student entropy or response length by half, the entropy by .3
     nats at least; repetition by .2). Each is a mean over `window` steps.
     """
-    history = [row for row in history if "skipped" not in row]
+    falling, rising = ("overlap_mass_student", "overlap_mass_teacher", "reward"), (
+        "entropy_student", "response_length", "repetition_fraction")
+    history = [row for row in history if all(row[name] is not None for name in falling + rising)]
     if len(history) < 2 * window:
         return None
 
     def now_and(best, name):
         means = [sum(row[name] for row in history[i:i + window]) / window for i in range(len(history) - window + 1)]
         return best(means), means[-1]
-    high = {name: now_and(max, name) for name in ("overlap_mass_student", "overlap_mass_teacher", "reward")}
-    low = {name: now_and(min, name) for name in ("entropy_student", "response_length", "repetition_fraction")}
+    high, low = {name: now_and(max, name) for name in falling}, {name: now_and(min, name) for name in rising}
     falls = [name for name, (best, now) in high.items() if best - now > (0.2 if name == "reward" else 0.1)]
     least = {"entropy_student": lambda best: max(0.3, best / 2), "response_length": lambda best: best / 2,
              "repetition_fraction": lambda best: 0.2}
@@ -608,8 +609,8 @@ def provenance():
     def git(*arguments):
         if not shutil.which("git"):
             return None
-        done = subprocess.run(["git", "-C", str(Path(__file__).resolve().parent), *arguments], capture_output=True,
-                              text=True)
+        done = subprocess.run(["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments],
+                              capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else None
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {"command": " ".join(portable(word) for word in sys.argv), "commit": git("rev-parse", "--short=12", "HEAD"),
@@ -663,11 +664,10 @@ def write_whole(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        while error is not None and not isinstance(error, OSError):     # torch.save hides it behind one of its own
-            error = error.__context__
-        if error is None:
+        cause = error.__context__ if isinstance(error, RuntimeError) else error         # torch.save hides it so
+        if not isinstance(cause, OSError):
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
 def parse(argv=None):

@@ -347,24 +347,31 @@ class Run:
         if 0 < unanswered < len(self.answers):
             warnings.warn(f"{unanswered} of {len(self.answers)} held-out prompts have no answer "
                           "and do not count in accuracy")
-        self.digest = hashlib.sha256(repr((self.prompts, self.cold, self.held_out, self.answers)).encode()).hexdigest()
+        self.digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in (
+            self.prompts, ([row["ids"] for row in self.cold], self.held_out, self.answers))]
         self.optimizer, self.signals = self.new_optimizer(), Signals()
         self.before, self.step, self.cold_step, self.history, self.seconds, self.warned = {}, 0, 0, [], 0.0, []
-        self.skipped, self.in_a_row, self.saved = 0, 0, None         # in steps; saved: that of the last checkpoint
+        self.skipped, self.in_a_row = 0, 0                            # steps
+        self.unlogged, self.saved = None, None                        # samples and row of the last step; see place
 
     def look_at_out(self):
         """ValueError where --out and --resume do not go together, before anything is loaded."""
         cfg, out = self.cfg, self.out
         config, result = (analysis.read_json(out / f"{name}.json") if (out / f"{name}.json").exists() else None
                           for name in ("config", "result"))
-        if result and not (cfg.resume and cfg.steps > result.get("steps", math.inf)):
+        if result is not None and not (cfg.resume and cfg.steps > result.get("steps", math.inf)):
             raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
                              "more --steps")
         if config is not None and not {"student", "teacher"} <= config.keys():
             raise ValueError(f"--out {cfg.out}: its config.json is not that of a run; take another --out")
         if cfg.resume and config is None:
             raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
-        if not cfg.resume and (out / "checkpoint" / "state.pt").exists():
+        whole, metrics = (out / "checkpoint" / "state.pt").exists(), out / "metrics.jsonl"
+        if not whole and (result is not None or (out / "student").exists() or
+                          metrics.exists() and metrics.stat().st_size):
+            raise ValueError(f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take another "
+                             "--out")
+        if not cfg.resume and whole:
             raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another "
                              "--out")
         if cfg.resume:
@@ -372,20 +379,24 @@ class Run:
 
     def same_run(self, config):
         """ValueError where a run was begun with flags that decide its result, and they were other ones."""
+        def same(a, b):                                                         # a path may be put another way
+            return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
         for name, value in dataclasses.asdict(self.cfg).items():
             had = config.get(name, getattr(Config, name))                       # a flag that is new had its default
-            if name not in MAY_DIFFER and had != value:
+            if name not in MAY_DIFFER and not same(value, had):
                 raise ValueError(f"--resume: the run in {self.cfg.out} had --{name.replace('_', '-')} {had!r}; "
                                  "give the same flags, or take another --out")
 
     def check_disk(self):
-        """ValueError where the checkpoint, the one that replaces it, and the student would not fit on the disk."""
+        """ValueError where a checkpoint, the one that replaces it, and the student would not fit on the disk."""
         size = sum(p.numel() for p in self.pair.student.parameters())
         folder = next(folder for folder in (self.out, *self.out.absolute().parents) if folder.exists())
-        need, free = 28 * size, shutil.disk_usage(folder).free        # float32: twice 1 + 2 moments, once the student
+        one = (self.out / "checkpoint" / "state.pt").exists()                   # of the two is there already
+        need = (28 - 12 * one) * size                                 # float32: weights and two moments; the student
+        free = shutil.disk_usage(folder).free
         if free < need:
             raise ValueError(f"--out {self.cfg.out}: {free / 1e9:.1f} GB are free there, and {need / 1e9:.1f} GB are "
-                             "needed for two checkpoints and the student; make room, or take another disk")
+                             "needed for two checkpoints and the student; make room, or take an --out elsewhere")
 
     def new_optimizer(self):
         return torch.optim.AdamW(self.pair.student.parameters(), lr=self.cfg.lr, betas=(0.9, 0.999), weight_decay=0.01,
@@ -397,8 +408,8 @@ class Run:
             cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens))
 
     def write(self, prompts, n, seed):
-        with in_memory(f"writing responses: lower --in-flight (now {self.cfg.in_flight or len(prompts) * n}) or "
-                       f"--max-new-tokens (now {self.cfg.max_new_tokens})"):
+        with in_memory(f"writing responses: lower --in-flight (now {self.cfg.in_flight or len(prompts) * n}), or begin "
+                       f"anew with a lower --max-new-tokens (now {self.cfg.max_new_tokens})"):
             return self.pair.write(prompts, n=n, max_new_tokens=self.cfg.max_new_tokens,
                                    temperature=self.cfg.temperature, seed=seed)
 
@@ -407,7 +418,8 @@ class Run:
         cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
         if not asked:
             return None
-        with self.pair.autocast(), in_memory("evaluating: lower --in-flight, --eval-n or --eval-max-new-tokens"):
+        with self.pair.autocast(), in_memory("evaluating: lower --in-flight, or begin anew with a lower "
+                                                   "--eval-max-new-tokens"):
             return analysis.accuracy(
                 model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
                 what=what, n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
@@ -420,13 +432,27 @@ class Run:
         with self.pair.autocast(), in_memory("measuring: " + self.smaller()):
             row = measure(self.cfg, *self.pair.splits, r, learn=False)
         if row.pop("broken"):
-            raise FloatingPointError(f"held-out prompts, loss {row['loss']}: a model's output is not finite; " + GO_ON)
+            raise FloatingPointError(f"held-out prompts, loss {row['loss']}: a model's output is not finite; " + (
+                self.left() + ", --resume with a lower --lr" if self.step else "look at the two checkpoints"))
         return analysis.finite_or_null(row)
 
     def smaller(self):
         cfg = self.cfg
-        return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}), --chunk (now {cfg.chunk or 'automatic'}) "
-                f"or --max-new-tokens (now {cfg.max_new_tokens}), or add --gradient-checkpointing")
+        return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}) or --chunk (now "
+                f"{cfg.chunk or 'automatic'}), add --gradient-checkpointing, or begin anew with a lower "
+                f"--max-new-tokens (now {cfg.max_new_tokens})")
+
+    def place(self):
+        """How far the run has come."""
+        return self.cold_step, self.step, self.unlogged is not None
+
+    def left(self):
+        """What is there to go on from, in words."""
+        if self.saved is None:
+            return "no checkpoint was made yet"
+        cold, step, _ = self.saved
+        return f"the checkpoint of step {step} is whole" if step or not cold else (
+            f"the checkpoint of step {cold} of the cold start is whole")
 
     def update(self):
         """One step: rollout, grading, update. -> two responses to read, and the row of metrics.jsonl.
@@ -443,27 +469,29 @@ class Run:
             norm = torch.nn.utils.clip_grad_norm_(self.pair.student.parameters(), 1.0).item()
             loss, broken = row["loss"], row.pop("broken")
             bad = not math.isfinite(loss) or not math.isfinite(norm)
-            self.signals.hold()                                       # until this step is logged, see distil
-            if not bad:
-                self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
-        done = time.perf_counter()
-        responses = [r.response_ids(i) for i in range(len(r.ids))]
-        samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
-                    "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])}
-                   for i in range(min(2, len(r.ids)))]
-        row = analysis.finite_or_null({
-            "step": self.step, **row, "response_length": row["tokens"] / len(responses),
-            "truncated_fraction": r.truncated.float().mean().item(),
-            "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm,
-            "lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": self.skipped,
-            "time_rollout": written - clock, "time_teacher": seconds["teacher"],
-            "time_update": done - written - seconds["teacher"], "peak_memory_bytes": peak_memory(self.pair.device)})
-        if bad:                                          # all of the prompts, where the gradient alone is broken
-            names = {self.prompt_names[chosen[i // cfg.n]]: None for i in broken or range(len(responses))}
-            row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "prompts": list(names)}
+            with self.signals.whole():                                # weights, count and row belong together
+                if not bad:
+                    self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.step += 1
+                self.skipped, self.in_a_row = self.skipped + bad, self.in_a_row + 1 if bad else 0
+                done = time.perf_counter()
+                responses = [r.response_ids(i) for i in range(len(r.ids))]
+                samples = [{"step": self.step, "truncated": bool(r.truncated[i]),
+                            "text": self.pair.tokenizer.decode(r.ids[i][r.attention_mask[i]])}
+                           for i in range(min(2, len(r.ids)))]
+                row = analysis.finite_or_null({
+                    "step": self.step, **row, "response_length": row["tokens"] / len(responses),
+                    "truncated_fraction": r.truncated.float().mean().item(),
+                    "repetition_fraction": sum(map(is_degenerate, responses)) / len(responses), "grad_norm": norm,
+                    "lr": self.optimizer.param_groups[0]["lr"], "skipped_steps": self.skipped,
+                    "time_rollout": written - clock, "time_teacher": seconds["teacher"],
+                    "time_update": done - written - seconds["teacher"],
+                    "peak_memory_bytes": peak_memory(self.pair.device)})
+                if bad:                                  # all of the prompts, where the gradient alone is broken
+                    names = {self.prompt_names[chosen[i // cfg.n]]: None for i in broken or range(len(responses))}
+                    row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "prompts": list(names)}
+                self.unlogged = samples, row
         return samples, row
 
     def save(self):
@@ -475,7 +503,8 @@ class Run:
             return
         student = self.pair.student.state_dict()
         if not torch.stack([x.isfinite().all() for x in student.values()]).all():
-            raise FloatingPointError(f"step {self.step}: the update has left weights that are not finite; " + GO_ON)
+            raise FloatingPointError(f"step {self.step}: the update has left weights that are not finite; "
+                                     f"{self.left()}, --resume with a lower --lr")
         folder = self.out / "checkpoint"
         folder.mkdir(exist_ok=True)
         for name in LOGS:                                             # never behind the checkpoint, whatever is cut off
@@ -483,10 +512,11 @@ class Run:
                 os.fsync(file.fileno())
         state = {"config": dataclasses.asdict(self.cfg), "step": self.step, "cold_step": self.cold_step,
                  "before": self.before, "warned_of": self.warned, "seconds": self.clock(), "skipped": self.skipped,
-                 "digest": self.digest, "student": student, "optimizer": self.optimizer.state_dict()}
+                 "digests": self.digests, "unlogged": self.unlogged, "student": student,
+                 "optimizer": self.optimizer.state_dict()}
         with self.signals.whole():
             analysis.write_whole(folder / "state.pt", lambda file: torch.save(state, file))
-        self.saved = self.step
+            self.saved = self.place()
 
     def restore(self, path):
         """Go on from a checkpoint; lines that were logged after it are dropped, since those steps come again."""
@@ -502,7 +532,12 @@ class Run:
         if step > self.cfg.steps:
             raise ValueError(f"--steps {self.cfg.steps}: the run in {self.cfg.out} has come to step {step}; "
                              "ask for more, or take another --out")
-        if state.get("digest", self.digest) != self.digest:
+        prompts, measured = state.get("digests", self.digests)
+        if measured != self.digests[1]:
+            raise ValueError("--resume: the held-out prompts, or those of the cold start, are not those of the steps "
+                             "before; give the files as they were (with an --eval, and no cold start, some can be left "
+                             "out)")
+        if prompts != self.digests[0]:
             warnings.warn("--resume: the prompts are not those of the steps before; the rest of the run takes them as "
                           "they are now")
         try:
@@ -514,11 +549,13 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
         self.cold_step, self.before, self.seconds = (state[x] for x in ("cold_step", "before", "seconds"))
-        self.step = self.saved = step
+        self.step, self.unlogged = step, state.get("unlogged")
         self.skipped, self.warned = state.get("skipped", 0), state.get("warned_of", [])      # of an older one: none
+        self.saved = self.place()
         if self.first:
-            self.history = self.rewind("metrics.jsonl", step, every=True)
-            self.rewind("rollouts.jsonl", step)
+            logged = step - (self.unlogged is not None)
+            self.history = self.rewind("metrics.jsonl", logged, every=True)
+            self.rewind("rollouts.jsonl", logged)
             if self.cold_start_wanted():
                 self.rewind("cold_start_metrics.jsonl", self.cold_step, every=True)
 
@@ -550,27 +587,27 @@ class Run:
     @contextlib.contextmanager
     def kept(self):
         """Whatever ends the run inside, what is there stays whole, what can be saved is, and one line says so."""
-        def left():
-            return ("no checkpoint was made yet" if self.saved is None
-                    else f"the checkpoint of step {self.saved} is whole")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             with self.alone():
                 yield
-        except OSError as error:
-            if error.errno is None:                                           # not of the system's
-                raise
-            raise OSError(f"{error.filename or self.out}: {error.strerror}; {left()}; when that is mended, --resume "
-                          "goes on") from None
-        except (KeyboardInterrupt, MemoryError, RuntimeError) as error:
-            if not self.signals.held and self.saved not in (None, self.step):           # held: in the midst of a step
-                with contextlib.suppress(OSError, RuntimeError, MemoryError, FloatingPointError):
+        except FloatingPointError:
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if not self.signals.held and self.saved not in (None, self.place()):        # held: in the midst of a step
+                with contextlib.suppress(Exception):
                     self.save()
+            if isinstance(error, KeyboardInterrupt):
+                if not self.first:
+                    sys.exit(128 + (self.signals.got or signal.SIGINT))
+                raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; {self.left()}, the same command "
+                              "with --resume goes on", self.signals.got) from None
             if isinstance(error, NoMemory):
-                raise NoMemory(f"{error}; {left()}, --resume goes on") from error
-            if isinstance(error, KeyboardInterrupt) and self.first:
-                raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; {left()}, the same command with "
-                              "--resume goes on", self.signals.got) from None
+                raise NoMemory(f"{error}; {self.left()}, --resume goes on") from error
+            if isinstance(error, OSError) and error.errno is not None:                  # of the system, no line of ours
+                where = error.filename or ("stdout" if isinstance(error, BrokenPipeError) else self.out)
+                raise OSError(f"{where}: {error.strerror}; {self.left()}; when that is mended, --resume goes "
+                              "on") from None
             raise
 
     @contextlib.contextmanager
@@ -592,9 +629,9 @@ class Run:
         finally:
             os.close(folder)
 
-    def file(self, name):
-        """A file of the run, which of several processes the first alone has."""
-        return self.out / name if self.first else Path(os.devnull)
+    def log_file(self, name):
+        """A log of the run, open to be added to; of several processes the first alone has one."""
+        return open(self.out / name if self.first else os.devnull, "a")
 
     def clock(self):
         return self.seconds + time.perf_counter() - self.started
@@ -616,8 +653,8 @@ class Run:
         path = self.out / "checkpoint" / "state.pt"
         if path.exists():
             self.restore(path)
-            self.file("result.json").unlink(missing_ok=True)
         if self.first:
+            (self.out / "result.json").unlink(missing_ok=True)
             path = self.out / "config.json"
             had = analysis.read_json(path) if self.saved is not None and path.exists() else {}
             start = {name: had[name] for name in ("command", "commit", "dirty") if name in had}
@@ -629,7 +666,7 @@ class Run:
                   "accuracy_before": self.accuracy(self.pair.student, "student's accuracy"),
                   "held_out_before": self.distance()}
         for name in LOGS[:3 if self.cold_start_wanted() else 2]:
-            self.file(name).write_text("")
+            self.log_file(name).close()
         self.before, apart = before, before["held_out_before"]["reverse_kl"]
         if apart > IMPLAUSIBLE:
             tqdm.write(f"warning: student and teacher begin {apart:.1f} nats a token apart: was the teacher trained "
@@ -640,17 +677,19 @@ class Run:
         """The steps that are left; a line of metrics each."""
         cfg = self.cfg
         tqdm.write(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
-        with (open(self.file("metrics.jsonl"), "a") as metrics, open(self.file("rollouts.jsonl"), "a") as texts,
-              tqdm(total=cfg.steps, initial=self.step, desc="distil", mininterval=1) as bar):
-            while self.step < cfg.steps:
-                samples, row = self.update()
+        with (self.log_file("metrics.jsonl") as metrics, self.log_file("rollouts.jsonl") as texts,
+              tqdm(total=cfg.steps, initial=self.step - bool(self.unlogged), desc="distil", mininterval=1) as bar):
+            while self.step < cfg.steps or self.unlogged:
+                samples, row = self.unlogged or self.update()
                 if cfg.eval_every and self.step % cfg.eval_every == 0 and self.step < cfg.steps:
                     measured = self.accuracy(self.pair.student, "student's accuracy")
                     row["accuracy"] = measured and measured["mean"]
                     if measured is None:
                         row["undefined"] = {**row.get("undefined", {}), "accuracy": UNANSWERED}
-                self.log(row, samples, metrics, texts)
-                self.signals.release()
+                with self.signals.whole():
+                    self.log(row, samples, metrics, texts)
+                    self.unlogged = None
+                self.tell(row)
                 bar.update()
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:
                     self.save()
@@ -662,24 +701,31 @@ class Run:
         """5.1: fine-tune on the teacher's responses, in cold_start.jsonl, then begin OPD with a new optimizer."""
         cfg, path = self.cfg, Path(self.cfg.cold_start_file or self.out / "cold_start.jsonl")
         if not cfg.cold_start_file:
-            counts = teacher_rollouts(self.pair, self.cold, path, seed=cfg.seed,
-                                      max_new_tokens=cfg.cold_start_max_new_tokens or cfg.max_new_tokens,
-                                      temperature=cfg.cold_start_temperature, top_p=cfg.cold_start_top_p)
+            length = cfg.cold_start_max_new_tokens or cfg.max_new_tokens
+            with in_memory("writing the teacher's responses: lower --in-flight"):
+                counts = teacher_rollouts(self.pair, self.cold, path, seed=cfg.seed, max_new_tokens=length,
+                                          temperature=cfg.cold_start_temperature, top_p=cfg.cold_start_top_p)
             tqdm.write("cold start: {kept} responses of the teacher; "
                        "dropped: {unfinished} unfinished, {degenerate} degenerate".format(**counts))
             self.before["cold_start"] = counts
+            if not counts["kept"]:
+                raise ValueError(f"--cold-start {cfg.cold_start}: the teacher finished no response within {length} "
+                                 "tokens without repeating itself; begin anew with a higher "
+                                 "--cold-start-max-new-tokens")
         examples = load_conversations(path, self.pair, cfg.thinking)
         steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
-        with open(self.file("cold_start_metrics.jsonl"), "a") as metrics:
+        with in_memory("fine-tuning: " + self.smaller()), self.log_file("cold_start_metrics.jsonl") as metrics:
             for row in tqdm(cold_start(self.pair, self.optimizer, examples, steps=steps, lr=cfg.cold_start_lr,
                                        seed=cfg.seed, batch_size=cfg.cold_start_batch_size, start=self.cold_step,
-                                       micro_batch_tokens=cfg.micro_batch_tokens, whole=self.signals.whole),
+                                       micro_batch_tokens=cfg.micro_batch_tokens, chunk=cfg.chunk or None,
+                                       whole=self.signals.whole),
                             total=steps, initial=self.cold_step, desc="cold start", mininterval=1):
                 print(json.dumps(row), file=metrics, flush=True)
                 self.cold_step = row["step"]
+                self.skipped += "skipped" in row
                 if "skipped" in row:
                     tqdm.write("warning: cold start, step {step} skipped: {skipped}".format(**row))
-                elif self.cold_step % cfg.save_every == 0 and self.cold_step < steps:
+                elif self.cold_step % cfg.save_every == 0 or self.cold_step == steps:
                     self.save()
         self.before["accuracy_cold_start"] = self.accuracy(self.pair.student, "accuracy after the cold start")
         self.before["held_out_cold_start"] = self.distance()
@@ -687,20 +733,27 @@ class Run:
         self.save()
 
     def log(self, row, samples, metrics, texts):
-        """One JSON line, a readable line now and then, and a warning, once of a kind, when the run goes under."""
+        """One JSON line and, now and then, some texts to read."""
         self.history.append(row)
         print(json.dumps(row), file=metrics, flush=True)
-        if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
+        for sample in samples if self.now_and_then() else ():
+            print(json.dumps(sample), file=texts, flush=True)
+
+    def now_and_then(self):
+        """At the first step and at some twenty others."""
+        return self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1
+
+    def tell(self, row):
+        """A readable line now and then, and a warning, once of a kind, when the run goes under."""
+        if self.now_and_then():
             tqdm.write(" ".join("-".rjust(len(f"{0:{form}}")) if row[name] is None else f"{row[name]:{form}}"
                                 for name, _, form in COLUMNS))
-            for sample in samples:
-                print(json.dumps(sample), file=texts, flush=True)
         if "skipped" in row:
             why, names = row["skipped"]["why"], row["skipped"]["prompts"]
             said = f"{why}; prompts {', '.join(names[:8])}" + (f" and {len(names) - 8} more" if names[8:] else "")
             if self.in_a_row == 3:
-                raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; {GO_ON}, or "
-                                         "leave these prompts out")
+                raise FloatingPointError(f"step {self.step}, the third without an update in a row: {said}; look at "
+                                         f"these; {self.left()}, --resume with a lower --lr")
             tqdm.write(f"warning: step {self.step} skipped: {said}")
         off, repeats = row["sampling_mismatch"] or 0.0, row["repetition_fraction"]
         signs = {"collapse": analysis.collapse(self.history)}
@@ -734,8 +787,11 @@ class Run:
         self.pair.student.generation_config = transformers.GenerationConfig(
             eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=self.pair.tokenizer.bos_token_id,
             pad_token_id=self.pair.tokenizer.pad_token_id)
-        self.pair.student.save_pretrained(self.out / "student")
-        self.pair.tokenizer.save_pretrained(self.out / "student")
+        try:
+            self.pair.student.save_pretrained(self.out / "student")
+            self.pair.tokenizer.save_pretrained(self.out / "student")
+        except Exception as error:                                              # safetensors has one of its own
+            raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") from error
         analysis.write_json(self.out / "result.json", result)
         return result
 
@@ -756,23 +812,26 @@ class Stopped(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside, Ctrl-C and SIGTERM raise KeyboardInterrupt: at once or, while held, at the release. The second of them
-    ends the process there and then; not under torchrun, which passes on each and kills after half a minute.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt: at once or, while held, at the release. The second of
+    them ends the process there and then; not under torchrun, which passes on each and kills after half a minute.
     """
+    ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self):
         self.held, self.waits, self.got, self.before = False, False, None, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self.before = {signum: signal.signal(signum, self.catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {signum: signal.signal(signum, self.catch) for signum in self.ALL
+                           if signal.getsignal(signum) != signal.SIG_IGN}                # as under nohup
 
     def __exit__(self, *_):
         for signum, handler in self.before.items():
             signal.signal(signum, handler)
 
     def catch(self, signum, _):
-        if self.got and int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        if self.got and alone:
             print("left at once; the last checkpoint is whole", file=sys.stderr, flush=True)
             os._exit(128 + signum)
         if self.got:
@@ -780,31 +839,23 @@ class Signals:
         self.got, self.waits = signum, self.held
         if not self.held:
             raise KeyboardInterrupt
-        print("finishing what is being written; once more leaves at once", file=sys.stderr, flush=True)
-
-    def hold(self):
-        self.held = True
-
-    def release(self):
-        self.held = False
-        if self.waits:
-            self.waits = False
-            raise KeyboardInterrupt
+        if alone:
+            print("finishing what is being written; once more leaves at once", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def whole(self):
-        """A block that is not cut in two."""
-        outer = self.held
-        self.hold()
+        """A block that no signal cuts in two. One that an error does stays held: there is nothing whole to save."""
+        outer, self.held = self.held, True
         yield
-        if not outer:
-            self.release()
+        self.held = outer
+        if self.waits and not outer:
+            self.waits = False
+            raise KeyboardInterrupt
 
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
-MAY_DIFFER = {"resume", "steps", "out", "lr", "eval_every", "save_every", "micro_batch_tokens", "in_flight", "chunk",
-              "gradient_checkpointing", "trust_remote_code"}        # what a run may go on with another value of
-GO_ON = "the last checkpoint is whole: --resume with a lower --lr"
+MAY_DIFFER = {"resume", "steps", "out", "lr", "cold_start_lr", "eval_every", "save_every", "micro_batch_tokens",
+              "chunk", "in_flight", "gradient_checkpointing", "trust_remote_code", "device"}     # of a run that goes on
 UNANSWERED = "no held-out prompt has an answer"
 WITHIN_NOISE = "teacher and student are within noise of each other"
 IMPLAUSIBLE = 5.0                                  # nats: the other family of the toy begins below 4
@@ -863,9 +914,10 @@ def one_of_several(cfg):
 
 
 def main(argv=None):
-    cfg = parse(argv)
-    with analysis.one_line("opd.py"), one_of_several(cfg):
-        result = Run(cfg).go()
+    with analysis.one_line("opd.py"):
+        cfg = parse(argv)
+        with one_of_several(cfg):
+            result = Run(cfg).go()
     print(summary(result))
     print(f"{result['seconds']:.0f} s; {cfg.out}/result.json, {cfg.out}/student")
 

@@ -224,8 +224,9 @@ def whole_lines(path):
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")                        # bytes: a kill may fall within a character
-    if lines.pop():
-        path.write_bytes(b"".join(line + b"\n" for line in lines))
+    torn = lines.pop()
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
     return [line.decode() for line in lines]
 
 
@@ -236,8 +237,7 @@ def read_conversations(path):
     chats = []
     for number, row in json_lines(path):
         chat = row.get("messages") if isinstance(row, dict) else None
-        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant"
-                and all(message["content"] for message in chat)):
+        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant" and chat[-1]["content"]):
             raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
         chats.append(chat)
     if not chats:
@@ -257,7 +257,7 @@ def load_conversations(path, pair, thinking="default"):
 
 
 def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0,
-               micro_batch_tokens=16384, whole=contextlib.nullcontext):
+               micro_batch_tokens=16384, chunk=None, whole=contextlib.nullcontext):
     """Fine-tune the student on [(prompt ids, response ids)], response tokens only;
     yields a row of metrics after each update.
 
@@ -285,7 +285,7 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         for i, (_, ids, mask, is_response) in enumerate(parts):
             def learn():
                 h = states(student.trunk, ids, mask, is_response)                            # (N, H)
-                return in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response])[1]
+                return in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response], chunk=chunk)[1]
             with pair.autocast():
                 part = learning(student, learn, last=i == len(parts) - 1)
             (part * (share[1] / total)).backward()

@@ -62,7 +62,7 @@ def check_directory(path):
 
     A hub's name is NAME or OWNER/NAME; where OWNER is a folder here, a folder is meant.
     """
-    folder = Path(path).expanduser()
+    folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
@@ -71,8 +71,11 @@ def check_directory(path):
                              "convert it where you trust it: from_pretrained, then save_pretrained")
     elif folder.exists():
         raise ValueError(f"{path}: a file; give the directory of a checkpoint")
-    elif not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path) or "/" in path and folder.parent.is_dir():
+    elif not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path):
         raise ValueError(f"{path}: no such directory; give that of a checkpoint, or a hub name")
+    elif "/" in path and folder.parent.is_dir():
+        raise ValueError(f"{path}: no such directory, and no hub name, as there is a folder {folder.parent} here; give "
+                         "the directory of a checkpoint")
 
 
 @contextlib.contextmanager
@@ -106,8 +109,9 @@ def in_memory(what):
 
 
 def is_out_of_memory(error):
-    """PyTorch has a class for a GPU's memory and none for a CPU's: bool."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    """PyTorch has a class for a GPU's memory, and only words for a CPU's and for that of CUDA's libraries: bool."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in (
+        "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 @torch.no_grad()
@@ -115,11 +119,12 @@ def check_causal(model, path):
     """ValueError where a later token changes an earlier logit (BERT, which transformers loads as causal too), or where
     logits are not finite.
     """
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.get_input_embeddings().weight.device)      # (2, 4)
+    embedding = model.get_input_embeddings().weight                                                          # (V, H)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=embedding.device) % len(embedding)               # (2, 4)
     z = model(input_ids=ids).logits[:, :3]                                                                   # (2, 3, V)
     if not z.isfinite().all():
         raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype")
-    if (z[0] - z[1]).abs().max() > 16 * torch.finfo(z.dtype).eps * z.abs().max():
+    if (z[0] - z[1]).abs().max() > torch.finfo(z.dtype).eps ** 0.5 * z.abs().max():      # far above rounding
         raise ValueError(f"{path}: {type(model).__name__} is no causal language model, a later token changes what it "
                          "says of an earlier one; take a decoder")
 
@@ -193,7 +198,11 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     rows = [model.get_output_embeddings().weight.size(0) for model in (student, teacher)]
     size = min(*rows, max(tokens.values()) + 1)
     cut = [token for token, i in tokens.items() if i >= size]
-    if any(i >= size for i in ends[0] | ends[1]) or len(cut) > size // 100:
+    beyond = sorted(i for i in ends[0] | ends[1] if i >= size)
+    if beyond:
+        raise ValueError(f"token {beyond[0]} ends a response, and student and teacher have output rows for {size} "
+                         "tokens; mend eos_token_id in generation_config.json or config.json")
+    if len(cut) > size // 100:
         raise ValueError(f"student and teacher have {rows[0]} and {rows[1]} output rows "
                          f"for {max(tokens.values()) + 1} tokens; take checkpoints with their own tokenizers")
     if cut:
@@ -262,7 +271,7 @@ class Head:
 @torch.no_grad()
 def _agrees(model, head):
     """Does head(last hidden state) equal the model's logits on a few tokens?"""
-    ids = torch.arange(8, device=head.weight.device).unsqueeze(0)                           # (1, 8)
+    ids = (torch.arange(8, device=head.weight.device) % len(head.weight)).unsqueeze(0)      # (1, 8)
     own, made = model(input_ids=ids).logits, head(model.base_model(input_ids=ids).last_hidden_state)
     return (own - made.to(own.device)).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max()
 
@@ -364,7 +373,8 @@ def together(model, student):
     """
     if not dist.is_initialized():
         return student
-    ids = torch.arange(8, device=model.get_input_embeddings().weight.device).unsqueeze(0)                    # (1, 8)
+    embedding = model.get_input_embeddings().weight
+    ids = (torch.arange(8, device=embedding.device) % len(embedding)).unsqueeze(0)                           # (1, 8)
     total = student.head(student.trunk(ids, torch.ones_like(ids))).sum()
     idle = [g is None for g in torch.autograd.grad(total, list(model.parameters()), allow_unused=True)]  # experts, say
     return student._replace(ddp=DistributedDataParallel(
@@ -444,7 +454,7 @@ class Pair:
         for model in (self.student, self.teacher):
             room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
             if room and len(ids) + new_tokens > room:
-                raise ValueError(f"prompt and response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
+                raise ValueError(f"{what} and its response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
                                  f"holds {room}; lower --max-new-tokens")
         if max(ids) >= self.ending["vocab_size"]:
             raise ValueError(f"a token of {what} has no output row; leave it out")

@@ -75,6 +75,8 @@ def world(tmp_path_factory):
     save(folder / "no-tokenizer", good, tokenizer=False)
     save(folder / "headless", good.model)
     save(folder / "other-tokens", good, word_tokenizer(WORDS[:4] + WORDS[:3:-1]))
+    save(folder / "end-beyond", good)
+    change(folder / "end-beyond", eos_token_id=99)
     save(folder / "no-end", good, word_tokenizer(eos=None))
     small = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
     save(folder / "bert", BertForMaskedLM(BertConfig(**small)))
@@ -86,6 +88,8 @@ def world(tmp_path_factory):
     shutil.copytree(folder / "cut", folder / "damaged")
     state = folder / "damaged" / "checkpoint" / "state.pt"
     state.write_bytes(state.read_bytes()[:5000])
+    shutil.copytree(folder / "cut", folder / "lost")
+    shutil.rmtree(folder / "lost" / "checkpoint")
     shutil.copytree(folder / "cut", folder / "another's")
     torch.save({"hello": 1}, folder / "another's" / "checkpoint" / "state.pt")
     shutil.copytree(folder / "cut", folder / "missing-step")
@@ -150,6 +154,8 @@ FLAGS = {                                    # each: the flags that are changed,
     "resumed and complete": Case(dict(out="{world}/done", resume=True), "complete; take another --out, or --resume"),
     "out is another's": Case(dict(out="{world}/cut"), "holds another run; add --resume to go on with it, or take "
                                                       "another"),
+    "checkpoint lost": Case(dict(out="{world}/lost", resume=True), "the run there has lost its checkpoint; restore it"),
+    "logs of another": Case(dict(out="{world}/lost", seed=1), "the run there has lost its checkpoint; restore it, or"),
     "another k": Case(dict(out="{world}/cut", resume=True, k=5), "had --k 4; give the same flags, or take another "
                                                                  "--out"),
 }
@@ -223,6 +229,8 @@ MODELS = {
     "not causal": Case(dict(teacher="{world}/bert"), "bert: BertLMHeadModel is no causal language model, a later "
                                                      "token"),
     "encoder and decoder": Case(dict(teacher="{world}/t5"), "t5 cannot be read: Unrecognized configuration class"),
+    "an end beyond the rows": Case(dict(teacher="{world}/end-beyond"), "token 99 ends a response, and student and "
+                                   "teacher have output rows for 16 tokens; mend eos_token_id"),
     "no end": Case(dict(student="{world}/no-end", teacher="{world}/no-end"), "neither student nor teacher has a "
                                                                              "token that "
                    "ends a response, so that none would end; set eos_token_id in"),

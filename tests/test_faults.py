@@ -18,11 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors import SafetensorError
 
 import analysis
 import opd
 import recipes
 import rollout
+import teacher
 from conftest import WORDS, Killed, tiny
 from test_opd import PROMPTS, config, rows, weights, world                                 # noqa: F401: a fixture
 
@@ -166,7 +169,7 @@ def test_control_c_drops_or_finishes_the_step_saves_and_says_how_to_go_on(
     assert code == 130 and said == (f"opd.py: stopped after step {saved} of 5; the checkpoint of step {saved} is "
                                     f"whole, the "
                                     "same command with --resume goes on\n")
-    assert saved == len(rows(tmp_path / "run")) and steps in (None, saved)
+    assert saved - len(rows(tmp_path / "run")) in (0, 1) and steps in (None, saved)        # 1: not yet logged
     assert not (tmp_path / "run" / "result.json").exists()
     assert resumed(world, tmp_path / "run", save_every=2)[1:] == whole[1:]
 
@@ -194,6 +197,63 @@ def test_control_c_in_a_cold_start_keeps_its_updates(world, tmp_path, capfd, mon
         assert code == 130 and state["cold_step"] == 2 == state["optimizer"]["state"][0]["step"]
         opd.Run(config(world, out, steps=2, resume=True, **COLD)).go()
         assert outcome(out) == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("update", [2, 3])
+def test_a_cold_start_is_saved_between_its_checkpoints(world, tmp_path, capfd, monkeypatch, update):   # noqa: F811
+    """Stopped in the midst of it, or in the evaluation that follows, with --save-every far away: nothing is lost."""
+    opd.Run(config(world, tmp_path / "whole", steps=2, save_every=50, **COLD)).go()
+    with monkeypatch.context() as patch:
+        if update == 3:
+            signals_at(patch, opd.Run, "accuracy", 3)
+        else:
+            signals_at(patch, torch.optim.AdamW, "step", 2)
+        code, said = stop(world, tmp_path / "run", capfd, save_every=50, steps=2, **COLD)
+    state = torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)
+    assert code == 130 and state["cold_step"] == update == state["optimizer"]["state"][0]["step"]
+    assert f"the checkpoint of step {update} of the cold start is whole" in said
+    opd.Run(config(world, tmp_path / "run", steps=2, save_every=50, resume=True, **COLD)).go()
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["signal", "memory"])
+def test_an_evaluation_within_the_run_can_be_stopped(world, tmp_path, capfd, monkeypatch, how):        # noqa: F811
+    """It may take minutes: Ctrl-C does not wait for it, the update before it is saved, its line is written later."""
+    change = dict(eval_every=2, save_every=50)
+    opd.Run(config(world, tmp_path / "whole", steps=5, **change)).go()
+    plain, calls = opd.Run.accuracy, []
+
+    def accuracy(run, *args):
+        calls.append(0)
+        if len(calls) == 4 and how == "memory":                                             # before: 2, at step 2: 1
+            patch.setattr(analysis, "accuracy", too_much)
+        elif len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return plain(run, *args)
+    with monkeypatch.context() as patch:
+        patch.setattr(opd.Run, "accuracy", accuracy)
+        code, said = stop(world, tmp_path / "run", capfd, **change)
+    assert code == (1 if how == "memory" else 130) and "the checkpoint of step 4 is whole" in said
+    assert len(rows(tmp_path / "run")) == 3 and len(calls) == 4
+    opd.Run(config(world, tmp_path / "run", steps=5, resume=True, **change)).go()
+    ours, theirs = outcome(tmp_path / "run"), outcome(tmp_path / "whole")
+    assert ours[0] == theirs[0] and ours[3] == theirs[3] and "accuracy" in ours[0]["metrics.jsonl"][3]
+
+
+def test_a_terminal_that_is_gone_costs_nothing(world, whole, tmp_path, capfd, monkeypatch):  # noqa: F811
+    """A pipe that is closed, an ssh session that ends: SIGHUP and a broken stdout are reasons to save."""
+    def gone(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    with monkeypatch.context() as patch:
+        plain = opd.Run.tell
+        patch.setattr(opd.Run, "tell", lambda run, row: gone() if run.step == 3 else plain(run, row))
+        code, said = stop(world, tmp_path / "pipe", capfd, save_every=2)
+    assert code == 1 and said.startswith("opd.py: stdout: Broken pipe; the checkpoint of step 3 is whole")
+    assert resumed(world, tmp_path / "pipe", save_every=2)[1:] == whole[1:]
+    with monkeypatch.context() as patch:
+        signals_at(patch, opd, "measure", 5, signal.SIGHUP)
+        assert stop(world, tmp_path / "ssh", capfd)[0] == 129
+    assert resumed(world, tmp_path / "ssh")[1:] == whole[1:]
 
 
 def test_sigterm_does_as_control_c_does(world, whole, tmp_path, capfd, monkeypatch):        # noqa: F811
@@ -235,12 +295,19 @@ def test_control_c_twice_leaves_at_once(world, tmp_path):                       
 
 def test_handlers_are_given_back(world, tmp_path, monkeypatch):                             # noqa: F811
     """A script that makes several runs has its own Ctrl-C between them."""
-    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(s) for s in opd.Signals.ALL]
     opd.Run(config(world, tmp_path / "run", steps=1)).go()
     monkeypatch.setattr(opd.Run, "update", lambda run: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         opd.Run(config(world, tmp_path / "cut", steps=1)).go()
-    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(s) for s in opd.Signals.ALL] == before
+    with opd.Signals():
+        assert all(signal.getsignal(s) not in before for s in opd.Signals.ALL)
+    monkeypatch.setattr(signal, "getsignal", lambda s: signal.SIG_IGN)                      # as under nohup
+    with opd.Signals() as nothing:
+        assert nothing is None
+    monkeypatch.undo()
+    assert [signal.getsignal(s) for s in opd.Signals.ALL] == before
 
 
 def test_two_processes_do_not_write_one_run(world, tmp_path, monkeypatch):                  # noqa: F811
@@ -294,18 +361,23 @@ def test_a_half_written_checkpoint_beside_the_whole_one_is_passed_over(world, wh
     assert resumed(world, cut) == whole and not (cut / "checkpoint" / "state.pt.tmp").exists()
 
 
-def test_a_checkpoint_of_other_prompts_goes_on_with_a_warning(world, cut):                  # noqa: F811
-    """The one change that must be possible: to leave out a prompt that breaks the run. It is said."""
-    fewer = world / "fewer.jsonl"
-    fewer.write_text("\n".join(map(json.dumps, PROMPTS[:8])))
-    given, change = world / "prompts.jsonl", (world / "prompts.jsonl").read_text()
-    try:
-        given.write_text(fewer.read_text())
-        with pytest.warns(UserWarning, match="the prompts are not those of the steps before"):
-            opd.Run(config(world, cut, steps=5, resume=True)).go()
-    finally:
-        given.write_text(change)
-    assert [row["step"] for row in rows(cut)] == [1, 2, 3, 4, 5]
+def test_a_checkpoint_of_other_prompts_goes_on_with_a_warning(world, tmp_path):             # noqa: F811
+    """The one change that must be possible: to leave out a prompt that breaks the run. It is said. What was measured
+    before on one set of held-out prompts is not held against what comes out on another.
+    """
+    given, held_out, other = tmp_path / "p.jsonl", tmp_path / "e.jsonl", tmp_path / "other"
+    given.write_text("\n".join(map(json.dumps, PROMPTS[:8])))
+    held_out.write_text("\n".join(map(json.dumps, PROMPTS[8:])))
+    for out, change in ((tmp_path / "with", dict(eval=str(held_out))), (tmp_path / "without", {})):
+        given.write_text("\n".join(map(json.dumps, PROMPTS[:8])))
+        opd.Run(config(world, out, prompts=str(given), steps=2, **change)).go()
+        given.write_text("\n".join(map(json.dumps, PROMPTS[:4])))
+        later = opd.Run(config(world, out, prompts=str(given), steps=4, resume=True, **change))
+        with (pytest.warns(UserWarning, match="the prompts are not those of the steps before") if change
+              else pytest.raises(ValueError, match="the held-out prompts, .* are not those of the steps before")):
+            later.go()
+    assert [row["step"] for row in rows(tmp_path / "with")] == [1, 2, 3, 4]
+    assert (tmp_path / "without" / "result.json").exists()                                  # that of the two steps
 
 
 def test_a_checkpoint_of_another_student_is_refused(world, cut, tmp_path):                  # noqa: F811
@@ -358,12 +430,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last(world, whole, cut, 
 
 def test_a_log_that_cannot_be_written_leaves_the_last_checkpoint(world, whole, cut, capfd, monkeypatch):  # noqa: F811
     """The disk is full when a step is logged: the step is dropped with the rest of its line."""
-    plain = opd.Run.file
+    plain = opd.Run.log_file
     with monkeypatch.context() as patch:
-        patch.setattr(opd.Run, "file", lambda run, name: (
-            Path("/dev/full") if name == "metrics.jsonl" else plain(run, name)))
+        patch.setattr(opd.Run, "log_file", lambda run, name: (
+            open("/dev/full", "a") if name == "metrics.jsonl" else plain(run, name)))
         code, said = stop(world, cut, capfd, resume=True)
-    assert code == 1 and "No space left on device; the checkpoint of step 2 is whole" in said and said.count("\n") == 1
+    assert code == 1 and f"{cut}: No space left on device; the checkpoint of step 2 is whole" in said
+    assert said.count("\n") == 1
     assert resumed(world, cut) == whole
 
 
@@ -372,6 +445,18 @@ def test_a_result_that_cannot_be_written_is_not_there(world, whole, cut, capfd, 
     (cut / "result.json.tmp").symlink_to("/dev/full")
     code, said = stop(world, cut, capfd, resume=True)
     assert code == 1 and "result.json: No space left on device; the checkpoint of step 5 is whole" in said
+    assert not (cut / "result.json").exists() and resumed(world, cut) == whole
+
+
+def test_a_student_that_cannot_be_written_is_one_line(world, whole, cut, capfd, monkeypatch):  # noqa: F811
+    """safetensors has an exception of its own for a full disk."""
+    def full(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+        code, said = stop(world, cut, capfd, resume=True)
+    assert code == 1 and said == (f"opd.py: {cut}/student cannot be written: I/O error: No space left on device (os "
+                                  "error 28); the checkpoint of step 5 is whole, --resume goes on\n")
     assert not (cut / "result.json").exists() and resumed(world, cut) == whole
 
 
@@ -500,11 +585,11 @@ def gpu_is_full(*_, **__):
 
 @pytest.mark.parametrize("fails", [too_much, gpu_is_full])
 @pytest.mark.parametrize("owner, name, says", [
-    (opd, "grade", "out of memory while updating: lower --micro-batch-tokens (now 30), --chunk (now automatic) or "
-                   "--max-new-tokens (now 6), or add --gradient-checkpointing; the checkpoint of step 3 is whole"),
-    (rollout, "draw", "out of memory while writing responses: lower --in-flight (now 6) or --max-new-tokens (now 6); "
-                      "the "
-                      "checkpoint of step 3 is whole")])
+    (opd, "grade", "out of memory while updating: lower --micro-batch-tokens (now 30) or --chunk (now automatic), add "
+                   "--gradient-checkpointing, or begin anew with a lower --max-new-tokens (now 6); the checkpoint of "
+                   "step 3 is whole"),
+    (rollout, "draw", "out of memory while writing responses: lower --in-flight (now 6), or begin anew with a lower "
+                      "--max-new-tokens (now 6); the checkpoint of step 3 is whole")])
 def test_out_of_memory_says_which_flag_to_turn(world, whole, tmp_path, capfd, monkeypatch, owner, name, says,
                                                fails):                                      # noqa: F811
     """One line in place of a traceback, exit code 1; the steps so far are saved, and go on with less."""
@@ -544,6 +629,20 @@ def test_another_error_stays_what_it_is(world, tmp_path, monkeypatch):          
                   f"{world}/prompts.jsonl", "--out", str(tmp_path / "run"), "--k", "4", "--max-new-tokens", "6",
                   "--batch-size", "3"])
     assert torch.load(tmp_path / "run" / "checkpoint" / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_a_teacher_that_finishes_nothing_is_told_of_with_the_flag(world, tmp_path, monkeypatch):  # noqa: F811
+    """An empty cold start is no cold start; the answers that were cut off can be read beside it."""
+    monkeypatch.setattr(opd, "teacher_rollouts", lambda *_, **__: {"kept": 0, "unfinished": 3, "degenerate": 1})
+    with pytest.raises(ValueError, match="--cold-start 4: the teacher finished no response within 40 tokens .*higher "
+                                         "--cold-start-max-new-tokens"):
+        opd.Run(config(world, tmp_path / "run", **COLD)).go()
+
+
+def test_a_model_of_four_tokens_is_a_model(tmp_path):
+    """The checks at load take ids that it has."""
+    tiny("llama", vocab_size=4).save_pretrained(tmp_path)
+    assert teacher.load(tmp_path).config.vocab_size == 4
 
 
 # --- the same twice, and nothing made up ---------------------------------------------------------------------------
@@ -587,16 +686,17 @@ def test_what_cannot_be_computed_is_null_with_its_reason(world, tmp_path):      
 
 def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, tmp_path):        # noqa: F811
     """trl#5594: a teacher that rules the sampled token out: losses stay finite, the reward is -inf and said to be."""
-    run = opd.Run(config(world, tmp_path / "run", objective="full"))
+    run = opd.Run(config(world, tmp_path / "run", objective="full", steps=12))              # 10: signs of collapse
     head = run.pair.splits[1].head
 
     class Rules(type(head)):
         def __call__(self, h):
             return super().__call__(h).index_fill(-1, torch.arange(4, 12), -math.inf)
     run.pair.splits = (run.pair.splits[0], run.pair.splits[1]._replace(head=Rules(head.linear, head.rows)))
-    _, row = run.update()
-    assert row["reward"] is None and row["undefined"]["reward"] == "-inf" and "skipped" not in row
-    assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+    run.go()
+    for row in rows(tmp_path / "run"):
+        assert row["reward"] is None and row["undefined"]["reward"] == "-inf" and "skipped" not in row
+        assert math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
 
 
 def test_a_number_that_is_not_finite_becomes_null_and_keeps_its_name():

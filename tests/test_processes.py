@@ -5,6 +5,7 @@ This file is also what torchrun starts: `main` at its end runs one part of the t
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -80,12 +81,14 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
                cold_start_temperature=1.0)
     cfg = config(world, tmp_path / "two", **how)
     died = start(__file__, "dies", tmp_path, *flags(cfg))
-    assert died.returncode and "exitcode  : -9" in died.stderr and "opd.py: stopped, as another process has died" in died.stderr
+    assert died.returncode and "exitcode  : -9" in died.stderr
+    assert "opd.py: stopped, as another process has died" in died.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
     assert not (tmp_path / "two" / "result.json").exists()
     done = start(opd.__file__, *flags(cfg), "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gap recovery") == 1                                           # one of them talks
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)             # where the other's logs went, and which is there
     opd.Run(config(world, tmp_path / "one", **how)).go()
     two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert [row["step"] for row in two] == [1, 2, 3, 4, 5]

@@ -267,7 +267,8 @@ def test_finished_responses_are_kept_and_the_others_named(tmp_path, monkeypatch)
     assert lines(path) == [{"messages": [*SPOKEN[0]["prompt"], said("add \\boxed{3}")]},
                            {"messages": [{"role": "user", "content": "+ +"}, said("the é")]}]
     assert lines(f"{path}.dropped.jsonl") == [
-        {"messages": [{"role": "user", "content": "add\u2028é"}, said(" ".join(["so"] * LENGTH))], "why": "unfinished"},
+        {"messages": [{"role": "user", "content": "add\u2028é"}, said(" ".join(["so"] * LENGTH))],
+         "why": "unfinished"},
         {"messages": [{"role": "user", "content": "so"}, said(" ".join(["add the"] * 10))], "why": "degenerate"}]
 
 
@@ -502,8 +503,8 @@ def test_the_fine_tuning_sees_neither_pads_nor_micro_batches(architecture, monke
     padded, of_padded = one_update(pair)
     assert padded == row and all(map(torch.equal, of_padded, gradients))
     chunks, in_chunks = [], recipes.in_chunks
-    monkeypatch.setattr(recipes, "in_chunks", lambda f, *args: in_chunks(
-        lambda log_p, log_q, y: chunks.append(len(y)) or f(log_p, log_q, y), *args))
+    monkeypatch.setattr(recipes, "in_chunks", lambda f, *args, **how: in_chunks(
+        lambda log_p, log_q, y: chunks.append(len(y)) or f(log_p, log_q, y), *args, **how))
     for budget, elements, largest in (
             (1, 2 ** 23, 8), (25, 2 ** 23, None), (10_000, 3 * len(WORDS) - 1, 3), (10_000, 1, 1)):
         chunks.clear()

@@ -122,7 +122,8 @@ def test_what_models_and_prompts_write_stays_text(tmp_path):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert [text for *_, text in page.texts[0]] == [" " + word for word in EVIL]
     assert page.words.count(" ".join(EVIL)) >= 2 and page.words.count("".join(EVIL)) >= 3
-    assert [page.data["names"][str(i)].replace("⟨U+2028⟩", "\u2028").replace("⟨U+2029⟩", "\u2029") for i in ids] == EVIL
+    names = [page.data["names"][str(i)] for i in ids]
+    assert [name.replace("⟨U+2028⟩", "\u2028").replace("⟨U+2029⟩", "\u2029") for name in names] == EVIL
     assert page.scripts[0].isascii() and not set("<>&") & set(page.scripts[0])
 
 
