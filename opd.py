@@ -686,9 +686,8 @@ class Run:
                     row["accuracy"] = measured and measured["mean"]
                     if measured is None:
                         row["undefined"] = {**row.get("undefined", {}), "accuracy": UNANSWERED}
-                with self.signals.whole():
-                    self.log(row, samples, metrics, texts)
-                    self.unlogged = None
+                self.log(row, samples, metrics, texts)        # cut off here it is logged anew, see restore
+                self.unlogged = None
                 self.tell(row)
                 bar.update()
                 if self.step % cfg.save_every == 0 or self.step == cfg.steps:

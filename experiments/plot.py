@@ -20,8 +20,6 @@ import sys
 import textwrap
 from pathlib import Path
 
-from analysis import plus_minus
-
 # the same in every figure
 COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "weaker": "#0072b2", "other": "#7d5ba6", "reverse": "#8a8a8a",
            "reverse-bigger": "#b8a06a"}
@@ -126,6 +124,7 @@ def outcome(run):
         return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
     if result["accuracy_after"] is None:
         return "accuracy not measured: the held-out prompts have no answers"
+    from analysis import plus_minus                            # here, since lab finds the way to it after this file
     said = [f"{name} {plus_minus(result[key])}" for name, key in (
         ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
     recovered = result["gap_recovery"]

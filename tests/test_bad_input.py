@@ -343,6 +343,15 @@ def test_a_disk_without_room_for_checkpoint_and_student_is_told_of_before_the_ru
     opd.Run(opd.parse(words(world, tmp_path / "run", {})))
 
 
+def test_a_hub_is_asked_for_safetensors_and_no_code(world, monkeypatch):
+    """A directory is looked at before; of a name on the hub only transformers knows what there is."""
+    asked, plain = [], teacher.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(teacher.AutoModelForCausalLM, "from_pretrained",
+                        lambda path, **how: asked.append(how) or plain(path, **how))
+    teacher.load(world / "student")
+    assert asked[0]["use_safetensors"] is True and asked[0]["trust_remote_code"] is False
+
+
 def test_code_of_a_checkpoint_runs_where_the_user_says_so(world, tmp_path, capfd):
     """--trust-remote-code, and only that, runs what stands beside the weights."""
     with pytest.raises(SystemExit):
