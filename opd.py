@@ -418,8 +418,8 @@ class Run:
         cfg, asked = self.cfg, [i for i, answer in enumerate(self.answers) if answer is not None]
         if not asked:
             return None
-        with self.pair.autocast(), in_memory("evaluating: lower --in-flight, or begin anew with a lower "
-                                                   "--eval-max-new-tokens"):
+        with self.pair.autocast(), in_memory(
+                "evaluating: lower --in-flight, or begin anew with a lower --eval-max-new-tokens"):
             return analysis.accuracy(
                 model, self.pair.tokenizer, [self.held_out[i] for i in asked], [self.answers[i] for i in asked],
                 what=what, n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
@@ -437,6 +437,7 @@ class Run:
         return analysis.finite_or_null(row)
 
     def smaller(self):
+        """What to do where an update does not fit into the memory, in words."""
         cfg = self.cfg
         return (f"lower --micro-batch-tokens (now {cfg.micro_batch_tokens}) or --chunk (now "
                 f"{cfg.chunk or 'automatic'}), add --gradient-checkpointing, or begin anew with a lower "
