@@ -823,7 +823,7 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             self.before = {signum: signal.signal(signum, self.catch) for signum in self.ALL
-                           if signal.getsignal(signum) != signal.SIG_IGN}                # as under nohup
+                           if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN}      # nohup
 
     def __exit__(self, *_):
         for signum, handler in self.before.items():

@@ -315,9 +315,10 @@ def test_handlers_are_given_back(world, tmp_path, monkeypatch):                 
     assert [signal.getsignal(s) for s in opd.Signals.ALL] == before
     with opd.Signals():
         assert all(signal.getsignal(s) not in before for s in opd.Signals.ALL)
-    monkeypatch.setattr(signal, "getsignal", lambda s: signal.SIG_IGN)                      # as under nohup
-    with opd.Signals() as nothing:
-        assert nothing is None
+    monkeypatch.setattr(signal, "getsignal", lambda s: signal.SIG_IGN)
+    signals = opd.Signals()
+    with signals:                                              # nohup is heeded; a job of a script can be told to stop
+        assert set(signals.before) == {signal.SIGINT, signal.SIGTERM}
     monkeypatch.undo()
     assert [signal.getsignal(s) for s in opd.Signals.ALL] == before
 
