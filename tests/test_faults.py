@@ -378,7 +378,7 @@ def test_a_checkpoint_of_other_prompts_goes_on_with_a_warning(world, tmp_path): 
     """The one change that must be possible: to leave out a prompt that breaks the run. It is said. What was measured
     before on one set of held-out prompts is not held against what comes out on another.
     """
-    given, held_out, other = tmp_path / "p.jsonl", tmp_path / "e.jsonl", tmp_path / "other"
+    given, held_out = tmp_path / "p.jsonl", tmp_path / "e.jsonl"
     given.write_text("\n".join(map(json.dumps, PROMPTS[:8])))
     held_out.write_text("\n".join(map(json.dumps, PROMPTS[8:])))
     for out, change in ((tmp_path / "with", dict(eval=str(held_out))), (tmp_path / "without", {})):
