@@ -7,21 +7,20 @@ At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q
     Eq. 5  top-k             KL(p' || q'),  both renormalised on S_t = the student's k likeliest tokens
     code   top-k, released   sum_v w(v) (log p(v) - log q(v)),  w = p renormalised on S_t and held constant
 
-All of them take log-probabilities (N, V) at N packed positions and return one number a position, (N,), in nats.
+Each takes log-probabilities (N, V) at N packed positions and returns one number a position, (N,), in nats.
 The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4
 (but for the support "difference", which is then empty).
-`in_chunks` at the end evaluates any of them from hidden states without ever holding N x V logits.
+`in_chunks` evaluates any of them from hidden states without ever holding N x V logits.
 
-Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without renormalisation, whose gradient
-pays the student for moving its mass out of the set (tests/test_loss.py shows it).
+To copy: this file alone. Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without
+renormalisation, whose gradient pays the student for moving its mass out of the set (tests/test_loss.py shows it).
 """
 import torch
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK_ELEMENTS = 2 ** 23      # logits held at a time by in_chunks, or a row more:
-                              # from 32 MiB a tensor on, glibc gives freed memory back
-FEWEST_ROWS = 128             # of them: each chunk reads the head and writes the head's gradient once
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB, 1 GiB; at least 128 rows of them, as
+                                               # each chunk reads the head and adds to the head's gradient once
 
 
 def sampled_token(log_p, log_q, y):
@@ -92,85 +91,39 @@ def token_sets(log_p, log_q, k, support):
     return torch.cat([P, Q], -1), torch.cat([from_P, only_Q], -1)                         # (N, 2k)
 
 
-def masked_mean(x, mask):
-    """Mean of x where mask is true, 0 where it nowhere is: (...), (...) bool -> scalar.
-
-    NaN or inf under the mask is ignored.
-    """
-    return torch.where(mask, x, 0).sum() / mask.sum().clamp_min(1)
-
-
-def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, temperature=1.0, teacher_temperature=1.0, chunk=None):
+def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, scale=None, temperature=1.0, teacher_temperature=1.0,
+              chunk=None):
     """Evaluate per_position over N packed positions, a chunk at a time; logits exist for one chunk only, in float32.
 
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; "loss" among them is what may be learned from.
-    h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: their output heads, (c, H) -> (c, V),
-    a torch.nn.Linear or the like (weight, bias), or the identity where h are logits; y (N,): the sampled tokens.
-    Without h_q log_q is None.
-    Returns {name: (N,)}, constants, and where grad is enabled the sum of the losses, differentiable in h_p and in the
-    parameters of head_p, once; else None. Nothing is computed twice for that: the gradient is taken while the logits of
-    a chunk are there, and what waits for backward has the size of h_p and of the head.
+    h_p (N, H), h_q (N, H'): hidden states of student and teacher; head_p, head_q: any modules or functions
+    (c, H) -> (c, V); y (N,): the sampled tokens. Without h_q log_q is None.
+    -> {name: (N,)}, constants. With `scale` the gradient of scale * (sum of the losses) is left in whatever h_p and
+    head_p depend on, as `backward` leaves it: a chunk's gradient is taken while its logits are there, and only its part
+    in h_p is kept for the one backward pass through the trunk.
     """
     if chunk is None:
-        elements = CHUNK_ELEMENTS if h_p.device.type == "cpu" else 32 * CHUNK_ELEMENTS    # 1 GiB of logits on a GPU
-        chunk = max(FEWEST_ROWS, -(-elements // head_p(h_p[:1].detach()).size(-1)))       # rounded up
-    parts, total = [], None
+        V = head_p(h_p[:1].detach()).size(-1)
+        chunk = max(128, CHUNK.get(h_p.device.type, 2 ** 28) // V)
 
     def log_softmax(head, h, T):                                                          # (c, H) -> (c, V)
         z = head(h).float()
         return (z if T == 1 else z / T).log_softmax(-1)
-
-    def evaluate(log_p, c):                                                               # (c, V), slice -> (c,)
+    parts, gradients = [], []
+    for start in range(0, max(1, len(h_p)), chunk):
+        c = slice(start, start + chunk)
+        h = h_p[c].detach().requires_grad_(scale is not None)                             # (c, H), a leaf of its own
         with torch.no_grad():
-            log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature).to(log_p.device)
-        out = per_position(log_p, log_q, y[c])
-        parts.append({name: x.detach() for name, x in out.items()})
-        return out["loss"] if torch.is_grad_enabled() else None
-
-    slices = [slice(start, start + chunk) for start in range(0, max(1, len(h_p)), chunk)]
-    if torch.is_grad_enabled():
-        total = _Learn.apply(evaluate, slices, lambda h: log_softmax(head_p, h, temperature), temperature, h_p,
-                             getattr(head_p, "weight", None), getattr(head_p, "bias", None))
-    else:
-        for c in slices:
-            evaluate(log_softmax(head_p, h_p[c], temperature), c)
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}, total
-
-
-class _Learn(torch.autograd.Function):
-    """The sum of the losses, (), as a function of h (N, H) and of the head's weight (V, H) and bias (V,), where it has
-    them.
-    """
-
-    @staticmethod
-    def forward(ctx, evaluate, slices, log_softmax, temperature, h, weight, bias):
-        total = torch.zeros((), device=h.device)
-        of_h, of_weight, of_bias = grads = [torch.zeros_like(x) if x is not None and x.requires_grad else None
-                                            for x in (h, weight, bias)]
-        for c in slices:
-            log_p = log_softmax(h[c]).requires_grad_()                                    # (c, V)
-            with torch.enable_grad():
-                loss = evaluate(log_p, c).sum()
-            g, = torch.autograd.grad(loss, log_p)                                         # (c, V)
-            total += loss.detach()
-            # with z the logits, d/dz = (d/dlog p - p sum_v d/dlog p(v)) / T
-            g.sub_(log_p.detach().exp().mul_(g.sum(-1, keepdim=True))).div_(temperature)
-            g = g.to(h.dtype if weight is None else weight.dtype)
-            if of_h is not None:
-                of_h[c] = g if weight is None else g @ weight
-            if of_weight is not None:
-                if g.dtype == h.dtype and not torch.is_autocast_enabled(h.device.type):
-                    of_weight.addmm_(g.t(), h[c])                                         # no second (V, H)
-                else:
-                    of_weight += g.t() @ h[c]
-            if of_bias is not None:
-                of_bias += g.sum(0)
-        ctx.save_for_backward(*grads)
-        return total
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, None, None, None, *(x if x is None else x.mul_(g) for x in ctx.saved_tensors)
+            log_q = None if h_q is None else log_softmax(head_q, h_q[c], teacher_temperature).to(h.device)
+        with torch.set_grad_enabled(scale is not None):
+            values = per_position(log_softmax(head_p, h, temperature), log_q, y[c])
+        if scale is not None:
+            (scale * values["loss"].sum()).backward()                                     # as far as h, and the head
+            gradients.append(h.grad)
+        parts.append({name: x.detach() for name, x in values.items()})
+    if scale is not None and h_p.requires_grad:
+        h_p.backward(torch.cat(gradients))                                                # through the trunk, once
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _renormalise(log_x, S, member):

@@ -12,25 +12,20 @@
     python recipes.py rollouts --student S --teacher T --prompts F --out conversations.jsonl
     python recipes.py select --student S --teacher T --prompts POOL --templates none,answer,boxed --out aligned.jsonl
 
-Not here: a filter by correctness (the paper has none), embedding similarity (it removes prompts above cosine .6; we
-compare normalised text).
+To copy: with analysis.py and plumbing/processes.py; what is called `pair` is a teacher.Pair, or has its `write`,
+`given` and `grade`. Not here: a filter by correctness (the paper has none), embedding similarity (the paper removes
+prompts above cosine .6; we compare normalised text).
 """
-import argparse
-import contextlib
 import json
 import math
-import os
 import unicodedata
-from pathlib import Path
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from analysis import Parser, finite_or_null, one_line, positions
-from loss import in_chunks
-from rollout import (Rollout, batch, check_file, encode, from_processes, is_chat, json_lines, left_pad, load_prompts,
-                     processes, rollout, sum_over_processes)
-from teacher import Pair, learning, micro_batches, pick_device, states
+from analysis import diagnose
+from plumbing.processes import batch, over_processes, processes, share, summed_gradients
 
 # --- 5.2 the template ----------------------------------------------------------------------------------------------
 
@@ -113,8 +108,7 @@ def same_question(prompt, template="none"):
     return text
 
 
-def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, seed=0, micro_batch_tokens=16384,
-              at_once=64):
+def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, seed=0, at_once=64):
     """How well student and teacher meet on each prompt, at states that the student visits:
     -> list of {"mass", "confidence", "score"}.
 
@@ -125,7 +119,7 @@ def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, see
     for start in tqdm(range(0, len(rows), at_once), desc="alignment", mininterval=1, leave=False, disable=None):
         r = pair.write([row["ids"] for row in rows[start:start + at_once]], n=n, max_new_tokens=max_new_tokens,
                        temperature=temperature, seed=seed + start)
-        grid = positions(pair, r, k, temperature=temperature, micro_batch_tokens=micro_batch_tokens)     # (B, T) each
+        grid = pair.grade(r, lambda *x: diagnose(*x, k), temperature=temperature)           # {name: (B, T)}
         mass, mass_q, confidence = (x.view(-1, n * x.size(1)).nanmean(1) for x in (                      # (B/n,) each
             grid["overlap_mass_student"], grid["overlap_mass_teacher"], grid["entropy_teacher"].neg().exp()))
         mass = torch.minimum(mass, mass_q)
@@ -178,232 +172,84 @@ def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=
     return len(items) >= gram * 8 and len(set(grams)) < (1 - repeated) * len(grams)
 
 
-def teacher_rollouts(pair, rows, path, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, at_once=64):
-    """One response of the teacher to each row (from Pair.encode), written to `path` as they come:
-    -> {"kept", "unfinished", "degenerate"}.
+def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, start=0, at_once=64):
+    """One response of the teacher to each row (from Pair.encode), from row `start` on: yields, some rows at a time,
+    lists of {"messages": [..., {"role": "assistant", "content": text}], "why": ...}.
 
-    A line is {"messages": [..., {"role": "assistant", "content": text}]}, what other SFT tools read. What is dropped,
-    unfinished within max_new_tokens, degenerate or empty, goes to <path>.dropped.jsonl with the reason, so that it can
-    be read too. No filter by correctness, as in the paper. Both files are continued where they stop: an interrupted
-    call asks for nothing twice. Several processes share the work, and the first one writes.
+    why: "kept", or what it is to be dropped for: "unfinished" within max_new_tokens, "degenerate" or empty. No filter
+    by correctness, as in the paper. What is drawn for a row depends on `seed` and its place alone.
     """
-    path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
-    first = processes()[0] == 0
-    done = from_processes([whole_lines(file) for file in (path, dropped)] if first else None)[0]
-    counts = {"kept": len(done[0]), "unfinished": 0, "degenerate": 0}
-    for line in done[1]:
-        try:
-            counts[json.loads(line)["why"]] += 1
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{dropped}: not what was written there; remove it and {path} to begin anew") from None
-    ready = sum(counts.values())
-    starts = range(ready - ready % at_once, len(rows), at_once) if ready < len(rows) else ()
-    files = (path, dropped) if first else [os.devnull] * 2
-    with open(files[0], "a", encoding="utf-8") as kept, open(files[1], "a", encoding="utf-8") as rest:
-        for start in tqdm(starts, desc="teacher's responses", mininterval=1, disable=None):
-            part = rows[start:start + at_once]
-            with pair.autocast():
-                r = rollout(pair.teacher, [row["ids"] for row in part], max_new_tokens=max_new_tokens,
-                            temperature=temperature, top_p=top_p, **pair.ending,
-                            generator=torch.Generator(pair.device).manual_seed(seed * 1_000_003 + start))
-            for i in range(max(0, ready - start), len(part)):
-                ids, prompt = r.response_ids(i), part[i]["prompt"]
-                text = pair.tokenizer.decode(ids if r.truncated[i] else ids[:-1])            # marks of thinking stay
-                chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-                line = {"messages": [*chat, {"role": "assistant", "content": text}]}
-                why = ("unfinished" if r.truncated[i] else
-                       "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept")
-                counts[why] += 1
-                print(json.dumps(line if why == "kept" else {**line, "why": why}, ensure_ascii=False),
-                      file=kept if why == "kept" else rest, flush=True)
-    return from_processes(counts)[0]                            # when all is written
+    for first in tqdm(range(start - start % at_once, len(rows), at_once), desc="teacher's responses", mininterval=1):
+        part = rows[first:first + at_once]
+        r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,
+                       temperature=temperature, top_p=top_p, seed=seed * 1_000_003 + first)
+        said = []
+        for i, row in enumerate(part):
+            ids, prompt = r.response_ids(i), row["prompt"]
+            text = pair.tokenizer.decode(ids if r.truncated[i] else ids[:-1])               # marks of thinking stay
+            chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            said.append({"messages": [*chat, {"role": "assistant", "content": text}],
+                         "why": ("unfinished" if r.truncated[i] else
+                                 "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept")})
+        yield said[max(0, start - first):]
 
 
-def whole_lines(path):
-    """The lines of a file that may not exist; a last line without its end, torn by a kill, is cut off the file."""
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")                        # bytes: a kill may fall within a character
-    torn = lines.pop()
-    if torn:
-        os.truncate(path, path.stat().st_size - len(torn))
-    return [line.decode() for line in lines]
-
-
-def read_conversations(path):
-    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
-    ValueError with the line.
-    """
-    chats = []
-    for number, row in json_lines(path):
-        chat = row.get("messages") if isinstance(row, dict) else None
-        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant" and chat[-1]["content"]):
-            raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
-        chats.append(chat)
-    if not chats:
-        raise ValueError(f"{path} holds no conversations")
-    return chats
-
-
-def load_conversations(path, pair, thinking="default"):
-    """A file of conversations -> [(prompt ids, response ids)], each response ending as the teacher ends one."""
-    options, examples = {} if thinking == "default" else {"enable_thinking": thinking == "on"}, []
-    for *asked, answer in read_conversations(path):
-        response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
-        examples.append((encode(pair.tokenizer, asked, **options),
-                         response + [pair.end_id] * (pair.end_id is not None)))
-        pair.check_fits(sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
-    return examples
-
-
-def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0,
-               micro_batch_tokens=16384, chunk=None, whole=contextlib.nullcontext):
-    """Fine-tune the student on [(prompt ids, response ids)], response tokens only;
-    yields a row of metrics after each update.
+def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0):
+    """Fine-tune the student on [(prompt ids, response ids)], response tokens only: yields a row of metrics an update.
 
     lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean
-    negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches. The batch and the
-    lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that was cut.
-    A step whose loss or gradient is not finite is no update: its row has "skipped", the reason and the examples by
-    number. Raises FloatingPointError at the third in a row. whole: a context manager around an update and what is done
-    with its row, which a signal must not part.
+    negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches and processes. The
+    batch and the lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that
+    was cut. A step whose loss or gradient is not finite is no update: its row has "skipped", the reason and the
+    examples by number.
     """
-    in_a_row = 0
-    student, warm, share = pair.splits[0], max(1, math.ceil(warmup * steps)), processes()
-    parameters = list(pair.student.parameters())
-
     def negative_log_likelihood(log_p, _, y):                                               # (c, V), (c,) -> (c,)
         return {"loss": -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)}
+    warm = max(1, math.ceil(warmup * steps))
     for step in range(start, steps):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / warm) * cosine
-        chosen = batch(range(len(examples)), step, batch_size, seed)
-        r = as_rollout([examples[i] for i in chosen], pair.ending["pad_id"], pair.device)
-        total, loss = r.response_mask.sum(), torch.zeros((), device=pair.device)
-        parts = list(micro_batches(r, micro_batch_tokens, share))
-        for i, (_, ids, mask, is_response) in enumerate(parts):
-            def learn():
-                h = states(student.trunk, ids, mask, is_response)                            # (N, H)
-                return in_chunks(negative_log_likelihood, h, None, student.head, None, ids[is_response], chunk=chunk)[1]
-            with pair.autocast():
-                part = learning(student, learn, last=i == len(parts) - 1)
-            (part * (share[1] / total)).backward()
-            loss += part.detach() / total
-        loss = sum_over_processes(loss).item()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0).item()
+        chosen = batch(len(examples), step, batch_size, seed)
+        r = pair.given([examples[i] for i in share(chosen)])
+        total = over_processes(r.response_mask.sum())                           # one denominator, whatever the cut
+        losses = pair.grade(r, negative_log_likelihood, scale=1 / total, with_teacher=False)["loss"]        # (b, T)
+        loss = (over_processes(losses[r.response_mask].sum()) / total).item()
+        norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()
         row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
                "tokens": int(total)}
-        bad = not (math.isfinite(loss) and math.isfinite(norm))
-        row = finite_or_null(row)
-        with whole():
-            if bad:
-                row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}",
-                                  "examples": sorted(i + 1 for i in chosen)}
-            else:
-                optimizer.step()
-            in_a_row = in_a_row + 1 if bad else 0
-            optimizer.zero_grad()
-            yield row
-        if in_a_row == 3:
-            raise FloatingPointError(
-                f"cold start, steps {step - 1} to {step + 1}: {row['skipped']['why']}; lower --cold-start-lr, or look "
-                f"at these conversations: {row['skipped']['examples'][:16]}")
-
-
-def as_rollout(examples, pad_id, device):
-    """[(prompt ids, response ids)] as if they had been sampled, without their probabilities: -> Rollout."""
-    prompts, responses = zip(*examples)
-    ids, mask = left_pad(prompts, pad_id, device)                                           # (B, P), (B, P)
-    backwards, written = left_pad([response[::-1] for response in responses], pad_id, device)
-    tokens, written = backwards.flip(1), written.flip(1)                                # (B, T), padded on the right
-    return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1), written, None, None)
+        if math.isfinite(loss) and math.isfinite(norm):
+            optimizer.step()
+        else:
+            row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "examples": sorted(i + 1 for i in chosen)}
+        optimizer.zero_grad()
+        yield row
 
 
 # --- from the command line -----------------------------------------------------------------------------------------
 
 
-def parse(argv=None):
-    """Flags -> namespace; what cannot work is one line on stderr and exit code 2, before a model is loaded."""
-    parser = Parser(prog="recipes.py",
-                    description="Teacher's responses for a cold start, or the prompts of a pool that suit a pair.")
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
-    for name, why in (("rollouts", "the teacher answers every prompt (5.1)"),
-                      ("select", "rank a pool by measured alignment (ours)")):
-        command = commands.add_parser(name, help=why, description=why, allow_abbrev=False,
-                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-        for flag in ("student", "teacher"):
-            command.add_argument(f"--{flag}", required=True, help="directory or hub name")
-        command.add_argument("--prompts", required=True, help='JSON lines {"prompt": ...}')
-        command.add_argument("--out", required=True, help="file to write; rollouts goes on with one that is there")
-        command.add_argument("--max-new-tokens", type=int, default=128, help="of a response")
-        command.add_argument("--max-prompt-tokens", type=int, default=1024,
-                             help="longer prompts are dropped and counted")
-        command.add_argument("--thinking", default="default", choices=("default", "on", "off"),
-                             help="of chat templates that have it")
-        command.add_argument("--seed", type=int, default=0, help="of all sampling")
-        command.add_argument("--device", default="auto", help="auto: cuda where there is one, else cpu")
-        command.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-        command.add_argument("--trust-remote-code", action="store_true",
-                             help="run code that a checkpoint brings; read it first")
-        if name == "rollouts":
-            command.add_argument("--count", type=int, help="the first so many prompts (default: all)")
-            command.add_argument("--template", default="none",
-                                 help="none, answer, boxed, or your own text with {question} in it")
-            command.add_argument("--temperature", type=float, default=0.7, help="of the teacher; the paper's")
-            command.add_argument("--top-p", type=float, default=0.95, help="of the teacher; the paper's")
-        else:
-            command.add_argument("--templates", default="none", help="to compare, by name, separated by commas")
-            command.add_argument("--keep", type=float, default=0.5, help="share of the pool that counts as aligned")
-            command.add_argument("--n", type=int, default=1, help="responses a prompt")
-            command.add_argument("--k", type=int, default=16, help="of the overlap masses")
-    flags = parser.parse_args(argv)
-    if not Path(flags.out).absolute().parent.is_dir():
-        parser.error(f"--out {flags.out}: its folder does not exist; make it first")
-    for name in ("max_new_tokens", "max_prompt_tokens", "count", "n", "k"):
-        value = getattr(flags, name, None)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least 1")
-    if not 0 < getattr(flags, "keep", 0.5) < 1:
-        parser.error(f"--keep {flags.keep}: must lie between 0 and 1")
-    if getattr(flags, "temperature", 0) < 0 or not 0 < getattr(flags, "top_p", 1) <= 1:
-        parser.error("--temperature must not be negative, --top-p above 0 and at most 1")
-    try:
-        check_file(flags.prompts, "--prompts")
-        pick_device(flags.device, flags.dtype)
-        for template in flags.templates.split(",") if flags.command == "select" else [flags.template]:
-            apply_template("", template)
-    except ValueError as error:
-        parser.error(str(error))
-    return flags
-
-
 def main(argv=None):
-    flags = parse(argv)
+    from plumbing import files, flags, prompts
+    from plumbing.exits import one_line
+    from teacher import Pair
     with one_line("recipes.py"):
-        rows = load_prompts(flags.prompts)
-        pair = Pair.load(flags.student, flags.teacher, device=flags.device, dtype=flags.dtype,
-                         trust_remote_code=flags.trust_remote_code)
-        encoding = dict(max_prompt_tokens=flags.max_prompt_tokens, new_tokens=flags.max_new_tokens,
-                        thinking=flags.thinking)
-        if flags.command == "rollouts":
-            counts = teacher_rollouts(
-                pair, pair.encode(in_template(rows[:flags.count], flags.template), **encoding), flags.out,
-                seed=flags.seed, max_new_tokens=flags.max_new_tokens, temperature=flags.temperature, top_p=flags.top_p)
-            print(f"{counts['kept']} responses in {flags.out}; {counts['unfinished']} unfinished and "
-                  f"{counts['degenerate']} degenerate ones in {flags.out}.dropped.jsonl")
-            return
-        chosen = select(pair, rows, templates=flags.templates.split(","), keep=flags.keep, encoding=encoding,
-                        k=flags.k, n=flags.n, max_new_tokens=flags.max_new_tokens, seed=flags.seed)
-    for template, score in sorted(chosen["templates"].items(), key=lambda item: -item[1]):
-        print(f"template {template:8} score {score:.4f}   (mass * confidence)")
-    out = Path(flags.out)
-    others = out.with_name(f"{out.stem}.others{out.suffix}")
-    for path, part in ((out, chosen["aligned"]), (others, chosen["others"])):
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part), encoding="utf-8")
-        scores = [row["alignment"]["score"] for row in part]
-        print(f"{path}: {len(part)} prompts, scores {min(scores):.4f} to {max(scores):.4f}")
-    print(f"go on with: opd.py ... --template {chosen['template']} --aligned-prompts {out} --prompts {others}")
+        asked = flags.parse_recipes(argv)
+        rows = prompts.load_prompts(asked.prompts)
+        pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
+                         trust_remote_code=asked.trust_remote_code)
+        encoding = dict(max_prompt_tokens=asked.max_prompt_tokens, new_tokens=asked.max_new_tokens,
+                        thinking=asked.thinking)
+        if asked.command == "rollouts":
+            rows = pair.encode(in_template(rows[:asked.count], asked.template), **encoding)
+            counts = files.write_conversations(asked.out, lambda start: teacher_rollouts(
+                pair, rows, seed=asked.seed, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature,
+                top_p=asked.top_p, start=start))
+            return print(f"{counts['kept']} responses in {asked.out}; {counts['unfinished']} unfinished and "
+                         f"{counts['degenerate']} degenerate ones in {asked.out}.dropped.jsonl")
+        chosen = select(pair, rows, templates=asked.templates.split(","), keep=asked.keep, encoding=encoding,
+                        k=asked.k, n=asked.n, max_new_tokens=asked.max_new_tokens, seed=asked.seed)
+        prompts.write_selection(asked.out, chosen)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that the loss scores.
 
-    prompts ──▶ token ids ──▶ prefill once a prompt ──▶ n copies of its cache
-            ──▶ a token a step; who has finished leaves, the next prompts take the places
+    prompts -> read once each -> n rows of one cache -> a token a row and step -> who has finished leaves,
+                                                                                  the next prompt takes its place
 
 No top-k, no top-p, no repetition penalty stands between the softmax and the draw: `generate` of transformers has such
 defaults (and reads more from a checkpoint's generation_config.json), and then the student is trained on text that it
 did not write. top_p exists here for evaluation alone.
+
+To copy: this file alone. Models and token ids: no tokenizers, no files.
 """
-import json
-import os
-import random
-import re
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch.nn.functional import pad
 from transformers.cache_utils import DynamicLayer
 
@@ -28,32 +25,31 @@ class Rollout:
     ids: torch.Tensor              # (B, P+T) prompts padded on the left, responses on the right
     attention_mask: torch.Tensor   # (B, P+T) bool, true at prompt and response tokens
     response_mask: torch.Tensor    # (B, T)   bool, true up to and including the first eos
-    log_p: torch.Tensor            # (B, T)   log-probability of each response token under the full softmax;
-                                   #          0 in the padding
+    log_p: torch.Tensor            # (B, T)   log-probability of each response token under the full softmax, 0 elsewhere
     truncated: torch.Tensor        # (B,)     bool, no eos within max_new_tokens
+
+    @property
+    def is_response(self):
+        """(B, P+T) bool, true at response tokens."""
+        return pad(self.response_mask, (self.ids.size(1) - self.response_mask.size(1), 0))
 
     def response_ids(self, row):
         """The tokens of one response, its eos included: list of int."""
-        mask = self.response_mask[row]
-        return self.ids[row, -mask.numel():][mask].tolist()
+        return self.ids[row, self.is_response[row]].tolist()
 
 
 @torch.no_grad()
 def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0, vocab_size=None,
-            in_flight=None, generator=None):
-    """Sample n responses to each prompt (lists of token ids, any lengths)
-    from softmax(logits[:vocab_size] / temperature).
+            in_flight=None, seeds=None):
+    """Sample n responses to each prompt (lists of token ids) from softmax(logits[:vocab_size] / temperature).
 
     Temperature 0 takes the likeliest token. top_p < 1 draws from the smallest set of tokens that holds that mass: for
     evaluation only, as the loss scores the full softmax; log_p is always that of the full softmax.
     Any of eos_ids ends a response and belongs to it; without eos_ids every response has max_new_tokens tokens.
     pad_id only fills the rectangle: it may equal an eos, since masks decide what counts.
-    in_flight: how many responses are written at a time, all of them by default; whole prompts, at least one. It bounds
-    the cache's memory.
-    Each token has a uniform number of its own, so that generator's state, n and max_new_tokens fix the responses
-    whatever is written beside them, but for rounding: kernels round otherwise for another batch or number of threads.
-    Of several processes (torch.distributed) each writes the responses to its share of the prompts, and all get all of
-    them: all must call with the same arguments and the same state of the generator.
+    in_flight: how many responses are written at a time, all of them by default; it bounds the cache's memory.
+    seeds: an int a prompt. Each token has a uniform number of its own, drawn from its prompt's seed, so that a response
+    is the same whatever is written beside it, but for rounding. None: seeds of torch's global generator.
     Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode (dropout would
     sample another softmax).
     """
@@ -63,141 +59,116 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
     device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
+    seeds = torch.randint(2 ** 62, (len(prompts),)).tolist() if seeds is None else seeds
+    u = torch.cat([torch.rand(n, T, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+                   for seed in seeds]).to(device)                                           # (B, T)
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
-    u = torch.rand(B, T, dtype=torch.float64, device=device, generator=generator)
-    tokens, log_ps = torch.zeros((B, T), dtype=torch.long, device=device), torch.zeros((B, T), device=device)
-    length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
-    rank, world = processes()
-    flight, waiting = Flight(model, n, max(1, min(B, in_flight or B) // n), pad_id), prompts[rank::world]
-    mine = torch.arange(B, device=device).view(-1, n)[rank::world].flatten()                # rows of these prompts
-    while waiting or len(flight.rows):
-        waiting = flight.board(waiting)
-        rows = mine[flight.rows]                                                            # (b,)
-        t = length[rows]                                                                    # (b,)
-        log_p = (flight.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)          # (b, V)
-        y = draw(log_p, u[rows, t], top_p) if temperature else log_p.argmax(-1)             # (b,)
-        tokens[rows, t], log_ps[rows, t] = y, log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        length[rows], ended[rows] = t + 1, torch.isin(y, eos)
-        flight.advance(y, going=~ended[rows] & (t + 1 < T))
-    tokens, log_ps, length, ended = map(sum_over_processes, (tokens, log_ps, length, ended.int()))
+    tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
+    length, truncated = torch.zeros(B, dtype=torch.long, device=device), torch.ones(B, dtype=torch.bool, device=device)
+    places, waiting = max(1, min(B, in_flight or B) // n), list(range(len(prompts)))        # of prompts
+    slots = Slots(model, rows=places * n, columns=max(map(len, prompts)) + T)
+    while waiting or len(slots.rows):
+        free = places - -(-len(slots.rows) // n)
+        if waiting and (free == places or slots.can_join and 4 * free >= places):           # few, larger prefills
+            some, waiting = waiting[:free], waiting[free:]
+            slots.read(*left_pad([prompts[i] for i in some], pad_id, device),
+                       rows=torch.tensor([range(i * n, i * n + n) for i in some], device=device))
+        rows, t = slots.rows, length[slots.rows]                                # (b,) being written, (b,) at which token
+        logits = slots.logits[:, :vocab_size].float()                                       # (b, V)
+        log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
+        y = draw(log_probs, u[rows, t], top_p) if temperature else log_probs.argmax(-1)     # (b,)
+        tokens[rows, t], log_p[rows, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        truncated[rows], length[rows] = ~torch.isin(y, eos), t + 1
+        slots.feed(y, going=truncated[rows] & (t + 1 < T))
     T = int(length.max())
-    written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
     ids, mask = (x.repeat_interleave(n, 0) for x in left_pad(prompts, pad_id, device))      # (B, P), (B, P)
-    ids = torch.cat([ids, tokens[:, :T].masked_fill(~written, pad_id)], 1)                  # (B, P+T)
-    return Rollout(ids, torch.cat([mask, written], 1), written, log_ps[:, :T], ended == 0)
+    written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
+    return Rollout(torch.cat([ids, tokens[:, :T]], 1), torch.cat([mask, written], 1), written, log_p[:, :T], truncated)
 
 
-class Flight:
-    """The responses that are being written: b rows, each at a token of its own, over the L columns of one cache. They
-    end together on the right, and what a row has not written itself is masked.
+class Slots:
+    """The responses being written: b rows of one cache of B rows x C columns, each with a column of its own to write to.
+
+    A prompt stands in columns 0 to P-1, its response from P on, and `seen` masks the rest. Nothing is shifted: where a
+    row leaves, the last one takes its place. Where a model's cache is more than keys and values (sliding windows,
+    recurrent states) it stays as transformers made it, and the next prompts wait until all rows have left.
     """
 
-    def __init__(self, model, n, places, pad_id):
-        self.model, self.n, self.places, self.pad_id = model, n, places, pad_id             # places: prompts at a time
-        self.rows = torch.empty(0, dtype=torch.long, device=model.get_input_embeddings().weight.device)     # (b,)
-        self.boarded, self.cache, self.seen, self.logits = 0, None, None, None              # seen (b, L), logits (b, V)
-        self.in_place = False                                                               # known with the first cache
+    def __init__(self, model, rows, columns):
+        self.model, self.cache, self.logits, self.can_join = model, None, None, True        # logits (b, V)
+        device = model.get_input_embeddings().weight.device
+        self.seen = torch.zeros(rows, columns, dtype=torch.bool, device=device)             # (B, C)
+        self.rows = self.column = torch.empty(0, dtype=torch.long, device=device)           # (b,), (b,)
 
-    def board(self, waiting):
-        """Read the next prompts once and start n responses to each, if a quarter of the places is free (all of them,
-        where not every layer of the cache is a plain DynamicLayer): -> the prompts that go on waiting.
-        """
-        free = self.places - -(-len(self.rows) // self.n)
-        if not waiting or len(self.rows) and not (self.in_place and 4 * free >= self.places):
-            return waiting
-        ids, mask = left_pad(waiting[:free], self.pad_id, self.rows.device)                 # (m, P), (m, P)
+    def read(self, ids, mask, rows):
+        """Read prompts (m, P) once and begin a response to each of them in each of its rows (m, n)."""
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True,
                          logits_to_keep=1)
-        copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)        # (m * n,)
-        rows = torch.arange(self.boarded, self.boarded + len(copies), device=ids.device)    # (m * n,)
-        mask, logits = mask[copies], out.logits[copies, -1]                                 # (m * n, P), (m * n, V)
-        if len(self.rows):
-            unused = int(self.seen.any(0).long().argmax())                      # columns of rows that have left
-            L = max(self.seen.size(1) - unused, mask.size(1))
-            for layer, new in zip(self.cache.layers, out.cache.layers):
-                layer.join(new, copies, L)
-            self.rows, self.logits = torch.cat([self.rows, rows]), torch.cat([self.logits, logits])
-            self.seen = torch.cat([pad(x[:, -L:], (max(0, L - x.size(1)), 0)) for x in (self.seen, mask)])
-        else:
-            self.rows, self.seen, self.logits, self.cache = rows, mask, logits, out.cache
-            self.cache.reorder_cache(copies)
-            self.in_place = all(type(layer) is DynamicLayer for layer in self.cache.layers)
-            if self.in_place:
-                for i, layer in enumerate(self.cache.layers):                   # one after the other: memory
-                    self.cache.layers[i] = InPlace(layer, max(map(len, waiting)))
-        self.boarded += len(copies)
-        return waiting[free:]
+        (m, n), P, b = rows.shape, ids.size(1), len(self.rows)
+        copies, here = torch.arange(m, device=ids.device).repeat_interleave(n), slice(b, b + m * n)     # (m * n,)
+        self.rows = torch.cat([self.rows, rows.flatten()])
+        self.column = torch.cat([self.column, torch.full_like(copies, P)])
+        self.seen[here] = False
+        self.seen[here, :P] = mask[copies]
+        logits = out.logits[copies, -1]                                                     # (m * n, V)
+        self.logits = torch.cat([self.logits, logits]) if b else logits
+        layers, self.can_join = out.cache.layers, all(type(layer) is DynamicLayer for layer in out.cache.layers)
+        if not self.can_join:
+            self.cache = out.cache
+            return self.cache.reorder_cache(copies)
+        if self.cache is None:
+            self.cache, out.cache.layers = out.cache, [SlotLayer(self, layer) for layer in layers]
+        for mine, new in zip(self.cache.layers, layers):
+            mine.join(new, copies, here)
 
-    def advance(self, y, going):
-        """Feed each row's new token y (b,) and get the next logits; rows that are not going (b,) leave."""
+    def feed(self, y, going):
+        """Rows that are not going (b,) leave; each of the others reads its token y (b,), which gives its next logits."""
         b = int(going.sum())
         if b < len(going):
-            order = torch.arange(b, device=y.device)                               # the last rows fill the holes
+            order = torch.arange(b, device=y.device)                            # row i becomes what row order[i] is
             order[~going[:b]] = b + going[b:].nonzero().squeeze(-1)
-            self.rows, self.seen, y = self.rows[order], self.seen[order], y[order]
+            self.rows, self.column, self.seen[:b], y = (x[order] for x in (self.rows, self.column, self.seen, y))
             self.cache.reorder_cache(order)
         if b:
-            self.seen = torch.cat([self.seen, self.seen.new_ones(b, 1)], 1)                 # (b, L+1)
-            self.logits = self.model(
-                input_ids=y.unsqueeze(1), attention_mask=self.seen, position_ids=self.seen.sum(1, keepdim=True) - 1,
-                cache=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]           # (b, V)
-        else:
-            self.cache = self.logits = None                                                 # before the next is made
+            self.seen[torch.arange(b, device=y.device), self.column] = True
+            self.width = int(self.column.max()) + 1
+            seen = self.seen[:b, :self.width]                                               # (b, L)
+            self.logits = self.model(input_ids=y.unsqueeze(1), attention_mask=seen, cache=self.cache, use_cache=True,
+                                     position_ids=seen.sum(1, keepdim=True) - 1, logits_to_keep=1).logits[:, -1]
+            self.column += 1
 
 
-class InPlace(DynamicLayer):
-    """Keys and values (b, h, L, d) of one layer as views of larger buffers: a new token is written where it belongs,
-    and the last row over one that has left, where DynamicLayer copies everything.
+class SlotLayer(DynamicLayer):
+    """Keys and values of one layer in buffers (B, h, C, d) that stay where they are; finite: what is masked is read, too.
+
+    Keys get the dtype of the values: autocast leaves float32 keys, which attention then rounds.
     """
 
-    def __init__(self, layer, widest):
+    def __init__(self, slots, layer):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
-        self.widest = widest                                                    # of the prompts still to come
-        self.lay_out(layer.keys, layer.values, len(layer.keys))
+        (B, C), h = slots.seen.shape, layer.keys.size(1)
+        self.slots = slots
+        self.buffers = [layer.values.new_zeros(B, h, C, x.size(-1)) for x in (layer.keys, layer.values)]
 
-    def lay_out(self, keys, values, rows):
-        """New buffers (rows, h, C, d) with half as many columns again, finite everywhere: masked is not unread.
-
-        The columns in use end where the widest prompt would, so that it can join. Keys get the dtype of the values:
-        autocast leaves float32 keys, which attention then rounds.
-        """
-        b, h, L, _ = keys.shape
-        self.b, self.end = b, max(L, self.widest)
-        self.buffers = [values.new_zeros(rows, h, self.end + self.end // 2 + 32, x.size(-1)) for x in (keys, values)]
-        for buffer, x in zip(self.buffers, (keys, values)):
-            buffer[:b, :, self.end - L:self.end] = x
-        self.show(L)
-
-    def show(self, L):
-        self.keys, self.values = (x[:self.b, :, self.end - L:self.end] for x in self.buffers)
+    def join(self, layer, copies, here):
+        for buffer, x in zip(self.buffers, (layer.keys, layer.values)):
+            buffer[here, :, :x.size(2)] = x[copies.to(x.device)]
 
     def update(self, keys, values, *args, **kwargs):
-        L = self.keys.size(-2)
-        if self.end == self.buffers[0].size(-2):
-            self.lay_out(self.keys, self.values, len(self.buffers[0]))
+        b, column = len(keys), self.slots.column.to(keys.device)                            # (b,)
         for buffer, x in zip(self.buffers, (keys, values)):
-            buffer[:self.b, :, self.end] = x.squeeze(-2)
-        self.end += 1
-        self.show(L + 1)
-        return self.keys, self.values
+            buffer[torch.arange(b, device=keys.device), :, column] = x.squeeze(2).to(buffer.dtype)
+        return [buffer[:b, :, :self.slots.width] for buffer in self.buffers]                # (b, h, L, d)
+
+    def get_seq_length(self):
+        return self.slots.width - 1
 
     def reorder_cache(self, order):
-        """Row i becomes what row order[i] is; only rows that move are copied."""
-        order = order.to(self.keys.device)                               # a layer may stand on another device
+        order = order.to(self.buffers[0].device)                                # a layer may stand on another device
         moved = (order != torch.arange(len(order), device=order.device)).nonzero().squeeze(-1)
-        for x in (self.keys, self.values):
-            x[moved] = x[order[moved]]
-        self.b = len(order)
-        self.show(self.keys.size(-2))
-
-    def join(self, layer, copies, L):
-        """Rows `copies` of another layer come in; L columns are in use then."""
-        m, P = len(copies), layer.keys.size(-2)
-        for buffer, x in zip(self.buffers, (layer.keys, layer.values)):
-            buffer[self.b:self.b + m, :, self.end - P:self.end] = x[copies.to(x.device)]
-        self.b += m
-        self.show(L)
+        for buffer in self.buffers:
+            buffer[moved] = buffer[order[moved]]
 
 
 def draw(log_p, u, top_p=1.0):
@@ -231,131 +202,3 @@ def left_pad(prompts, pad_id, device=None):
 def position_ids(attention_mask):
     """0, 1, 2, ... from the first real token of each row, 0 in the padding before it: (B, L) -> (B, L)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
-
-
-# --- several processes ---------------------------------------------------------------------------------------------
-
-
-def processes():
-    """The rank of this process and how many there are: (0, 1) without torch.distributed."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_processes(x):
-    """The sum of a tensor that each process has, on all of them; in place."""
-    if dist.is_initialized():
-        dist.all_reduce(x)
-    return x
-
-
-def from_processes(x):
-    """What each process has, by rank, on all of them: object -> list."""
-    everyone = [x]
-    if dist.is_initialized():
-        everyone *= dist.get_world_size()
-        dist.all_gather_object(everyone, x)
-    return everyone
-
-
-# --- what the student is asked -------------------------------------------------------------------------------------
-
-
-def check_file(path, flag=""):
-    """ValueError where a file of JSON lines cannot be read, before anything expensive starts."""
-    what = f"{flag} {path}".strip()
-    if not os.path.exists(path):
-        raise ValueError(f"{what}: no such file; give a file of JSON lines")
-    if not os.path.isfile(path):
-        raise ValueError(f"{what}: not a file, where one of JSON lines is needed")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{what}: may not be read; change its permissions")
-
-
-def json_lines(path):
-    """The JSON values of a file, a line each, blank ones left out: yields (number of the line, value).
-
-    Files come from elsewhere: whatever stands in them, the only exception is a ValueError that names file and line.
-    """
-    check_file(path)
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):                           # bytes: \n alone ends a line, not U+2028
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                value = json.loads(text) if text.strip() else None
-            except UnicodeDecodeError:
-                raise ValueError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from None
-            except (ValueError, RecursionError) as error:                  # a number of 5,000 digits, 1,000 brackets
-                why = getattr(error, "msg", None) or str(error)
-                raise ValueError(f"{path}:{number} is not JSON ({why}); write one JSON object a line") from None
-            if text.strip():
-                yield number, value
-
-
-def is_text(x):
-    """A string that can be written down: half of a surrogate pair, which JSON may hold, is no character."""
-    return isinstance(x, str) and not re.search(r"[\ud800-\udfff]", x)
-
-
-def is_chat(x):
-    """Messages as chat templates take them: a list of {"role": text, "content": text}, not empty."""
-    return isinstance(x, list) and len(x) > 0 and all(
-        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
-
-
-def load_prompts(path):
-    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}
-    -> list of {"prompt", "answer", "id"}; answer: text or None, id: "name of the file:line".
-
-    Raises ValueError naming file and line for what is not that.
-    """
-    problems = []
-    for number, row in json_lines(path):
-        prompt, answer = (row.get(name) if isinstance(row, dict) else None for name in ("prompt", "answer"))
-        if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
-            raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
-        if answer is not None and not (is_text(answer) and answer.strip()):
-            raise ValueError(f'{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; '
-                             'write "answer": "42", or leave it out')
-        problems.append({"prompt": prompt, "answer": answer, "id": f"{os.path.basename(path)}:{number}"})
-    if not problems:
-        raise ValueError(f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line')
-    return problems
-
-
-def encode(tokenizer, prompt, **chat_options):
-    """A prompt as the student reads it: text or chat messages -> token ids,
-    through the chat template where there is one.
-
-    chat_options go to the template (enable_thinking=False for Qwen3, say). Both models get these very ids.
-    Raises ValueError with the prompt where the template refuses it.
-    """
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        try:
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **chat_options)
-        except Exception as error:                # whatever a template may raise: it is a program of the checkpoint's
-            raise ValueError(f"the student's chat template refuses {str(prompt)[:80]!r}: {error}") from error
-        return tokenizer(text, add_special_tokens=False).input_ids          # the template has written them already
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt)
-    return tokenizer(prompt).input_ids
-
-
-def additions(count, seed=0):
-    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer", "id"}."""
-    draw = random.Random(seed)
-    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
-    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b),
-             "id": f"{a} + {b}"} for a, b in pairs]
-
-
-def batch(prompts, step, size, seed):
-    """The prompts of a step: slice `step` of one endless list, a new shuffle of all prompts each epoch."""
-    taken = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, i = divmod(place, len(prompts))
-        if i == 0 or not taken:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            order = torch.randperm(len(prompts), generator=generator).tolist()
-        taken.append(prompts[order[i]])
-    return taken

@@ -1,4 +1,4 @@
-"""toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes,
+"""experiments/toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes,
 as ordinary checkpoint directories.
 
 The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the two families:
@@ -17,15 +17,16 @@ The task is to add digits modulo 10. Thinking is written down, and there are two
                but 5 of the 15 favourites replaced. So the better teacher starts from a lower overlap, and there is
                something to align to.
 
-    python toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family,
+    python experiments/toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family,
                              that one post-trained
-    python toy.py --all      and {student-rl,other}: the student post-trained,
+    python experiments/toy.py --all      and {student-rl,other}: the student post-trained,
                              a big post-trained one of the other family
 """
 import argparse
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -35,7 +36,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rollout import position_ids, rollout
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from rollout import position_ids, rollout  # noqa: E402
 
 CONNECTORS = "so then next now thus hence well ok right let's".split()
 HESITATIONS = (
@@ -183,7 +185,8 @@ def fit(model, batches, steps, lr, what):
 def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
     """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n * samples,)."""
     prompts, answers = question(*problems(n, generator, digits), template)
-    r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, generator=generator)
+    seeds = torch.randint(2 ** 62, (n,), generator=generator).tolist()
+    r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, seeds=seeds)
     ends = [[ID["Answer:"], ID["0"] + answer, ID["<eos>"]] for answer in answers.repeat_interleave(samples).tolist()]
     return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 
@@ -198,8 +201,7 @@ def expert_iteration(model, rounds, generator, what, n=512, samples=2, rehearsal
         if not kept.any():
             continue                                                              # nothing right, nothing to learn from
         score = f"{what}, RL round {k + 1}/{rounds}, {kept.float().mean():.2f} correct"
-        is_response = torch.cat([torch.zeros_like(r.attention_mask[:, :-r.response_mask.size(1)]), r.response_mask], 1)
-        ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], is_response[kept])
+        ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], r.is_response[kept])
         parts = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(2)]).split(64)     # two epochs
         batches = [b for i in parts for b in ((ids[i], mask[i], is_response[i]), next(rehearsal, None)) if b]
         fit(model, batches, len(batches), 2e-3, score)
@@ -260,7 +262,7 @@ def write_questions(folder, train=4096, held_out=256, seed=0, digits=(0, 9)):
 
 
 def make_all(out, seed=0, everything=False):
-    """The questions and models that `python toy.py [--all]` makes: -> {name: model}."""
+    """The questions and models that `python experiments/toy.py [--all]` makes: -> {name: model}."""
     out, seed = Path(out), 10 * seed
     out.mkdir(parents=True, exist_ok=True)
     write_questions(out, seed=seed)

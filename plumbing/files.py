@@ -1,0 +1,146 @@
+"""plumbing/files.py: JSON and JSON lines, read with care and written whole. Imports of the project only processes.py."""
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from plumbing.processes import gathered, processes
+
+
+def check_file(path, flag=""):
+    """ValueError where a file of JSON lines cannot be read, before anything expensive starts."""
+    what = f"{flag} {path}".strip()
+    if not os.path.exists(path):
+        raise ValueError(f"{what}: no such file; give a file of JSON lines")
+    if not os.path.isfile(path):
+        raise ValueError(f"{what}: not a file, where one of JSON lines is needed")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{what}: may not be read; change its permissions")
+
+
+def json_lines(path):
+    """The JSON values of a file, a line each, blank ones left out: yields (number of the line, value).
+
+    Files come from elsewhere: whatever stands in them, the only exception is a ValueError that names file and line.
+    """
+    check_file(path)
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):                           # bytes: \n alone ends a line, not U+2028
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                value = json.loads(text) if text.strip() else None
+            except UnicodeDecodeError:
+                raise ValueError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from None
+            except (ValueError, RecursionError) as error:                  # a number of 5,000 digits, 1,000 brackets
+                why = getattr(error, "msg", None) or str(error)
+                raise ValueError(f"{path}:{number} is not JSON ({why}); write one JSON object a line") from None
+            if text.strip():
+                yield number, value
+
+
+def read_json(path):
+    """What write_json wrote; ValueError with the path for anything else."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); restore or remove it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not what was written there; restore or remove it")
+    return value
+
+
+def write_json(path, value):
+    """Whole or not at all; a list of numbers on one line."""
+    text = json.dumps(value, indent=1)
+    text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda found: f"[{' '.join(found[1].split())}]", text)
+    write_whole(path, lambda file: file.write((text + "\n").encode()))
+
+
+def write_lines(path, rows):
+    """JSON lines, whole or not at all."""
+    write_whole(path, lambda file: file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n"
+                                                   for row in rows))
+
+
+def write_whole(path, write):
+    """Call write with a binary file that then stands at path: written aside, to the disk, renamed. A kill, a full disk
+    or a loss of permission at any moment leaves what was there before.
+    """
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error, RuntimeError) else error         # torch.save hides it so
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+
+
+def finite_or_null(row):
+    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": 3} -> {"loss": None, "tokens": 3}."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+
+
+def provenance():
+    """What made the numbers: command line, commit and whether the code was changed since (dirty), versions.
+
+    commit and dirty are null where the code is not in a git repository.
+    """
+    def git(*arguments):
+        if not shutil.which("git"):
+            return None
+        done = subprocess.run(["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments],
+                              capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return {"command": " ".join(sys.argv), "commit": git("rev-parse", "--short=12", "HEAD"),
+            "dirty": None if changed is None else bool(changed), "python": sys.version.split()[0],
+            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
+            "processes": processes()[1]}
+
+
+def append_answers(path, batches):
+    """Write what recipes.teacher_rollouts yields: the kept conversations to path, the others, with the reason, to
+    <path>.dropped.jsonl: -> {"kept", "unfinished", "degenerate"}.
+
+    batches: start -> iterator. Both files are continued where they stop: an interrupted call asks for nothing twice.
+    Of several processes the first one writes.
+    """
+    path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
+    kept, rest = (whole_lines(file) for file in (path, dropped))
+    counts = {"kept": len(kept), "unfinished": 0, "degenerate": 0}
+    for line in rest:
+        counts[json.loads(line)["why"]] += 1
+    counts, first = gathered([counts])[0], processes()[0] == 0              # what the first process has found there
+    with open(path if first else os.devnull, "a") as kept, open(dropped if first else os.devnull, "a") as rest:
+        for answers in batches(sum(counts.values())):
+            for answer in answers:
+                counts[answer["why"]] += 1
+                good = answer["why"] == "kept"
+                print(json.dumps({"messages": answer["messages"]} if good else answer, ensure_ascii=False),
+                      file=kept if good else rest, flush=True)
+    return counts
+
+
+def whole_lines(path):
+    """The lines of a file that may not exist; a last line without its end, torn by a kill, is cut off the file."""
+    if not path.exists():
+        return []
+    *lines, torn = path.read_bytes().split(b"\n")                   # bytes: a kill may fall within a character
+    if torn:
+        os.truncate(path, path.stat().st_size - len(torn))
+    return [line.decode() for line in lines]

@@ -1,0 +1,167 @@
+"""plumbing/models.py: checkpoints from a directory or the hub, and whether they are what they should be."""
+import contextlib
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from plumbing.exits import is_out_of_memory
+from teacher import Pair, check_tokens
+
+
+def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype="", teacher_device_map="",
+              gradient_checkpointing=False, trust_remote_code=False, micro_batch_tokens=0, chunk=0, in_flight=0):
+    """Two directories or hub names -> teacher.Pair. Raises ValueError where they cannot be read (load) or do not fit
+    (teacher.check_pair); what costs least is looked at first.
+
+    The student's weights are float32 whatever the dtype of the computation. micro_batch_tokens 0: see activations.
+    """
+    device = pick_device(device, dtype, teacher_dtype)
+    mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
+    check_tokens(mine, theirs)
+    dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
+    student = load(student, device=device, trust_remote_code=trust_remote_code)
+    teacher = load(teacher, device=device, dtype=dtypes[1], device_map=teacher_device_map or None,
+                   trust_remote_code=trust_remote_code)
+    if gradient_checkpointing:
+        checkpoint_layers(student)
+    pair = Pair.of(student, teacher, mine, theirs, chunk=chunk or None, autocast=(
+        contextlib.nullcontext if dtype == "float32" else lambda: torch.autocast(device.type, dtypes[0])))
+    pair.micro_batch_tokens = micro_batch_tokens or activations(student, device, dtypes[0].itemsize)
+    pair.ending["in_flight"] = in_flight or None
+    return pair
+
+
+def activations(model, device, width):
+    """How many tokens' activations, of `width` bytes a value, fit into a quarter of a GiB on a CPU, an eighth of a GPU's
+    memory: int.
+
+    17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits, attention scores
+    aside, which no longer are kept), with checkpointed layers one, and 17 in the layer at hand. Rough: norms and
+    residuals stay float32 under autocast.
+    """
+    config, layers = model.config.get_text_config(), model.config.get_text_config().num_hidden_layers
+    room = torch.cuda.get_device_properties(device).total_memory // 8 if device.type == "cuda" else 2 ** 28
+    kept = layers + 17 if model.is_activation_checkpointing else 17 * layers                # values a hidden unit
+    return max(1, room // (kept * width * config.hidden_size))
+
+
+def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remote_code=False):
+    """A causal language model from a directory or the hub, in eval mode:
+    dropout would make sampled and scored softmax differ. device_map: of transformers, in place of device.
+
+    Read from safetensors alone, as a pickle may run code; code of the checkpoint's own runs with trust_remote_code.
+    Raises ValueError with the path for what is no whole checkpoint of a causal language model: a weight that is missing
+    or of another shape, which transformers would replace by random numbers, is one; so is a model that reads ahead.
+    """
+    with of_checkpoint(path):
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    lacks = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if lacks:
+        raise ValueError(f"{path}: {lacks[0]} ({len(lacks)} such in all) is missing, or has another shape than "
+                         "config.json says; take a whole checkpoint")
+    if any(weight.is_meta for weight in model.parameters()):
+        raise ValueError(f"{path}: the devices here do not hold it; take a smaller model, or --teacher-dtype bfloat16")
+    model = (model if device_map else model.to(device)).eval()
+    check_causal(model, path)
+    return model
+
+
+def load_tokenizer(path, trust_remote_code=False):
+    """The tokenizer of a directory or of the hub; ValueError with the path where there is none."""
+    check_directory(path)
+    with of_checkpoint(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+
+
+def check_directory(path):
+    """ValueError where a path is no hub's name and no directory of safetensors: said at once, not by a search online.
+
+    A hub's name is NAME or OWNER/NAME; where OWNER is a folder here, a folder is meant.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
+        if not next(folder.glob("*.safetensors"), None):
+            raise ValueError(f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
+                             "convert it where you trust it: from_pretrained, then save_pretrained")
+    elif folder.exists():
+        raise ValueError(f"{path}: a file; give the directory of a checkpoint")
+    elif not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path):
+        raise ValueError(f"{path}: no such directory; give that of a checkpoint, or a hub name")
+    elif "/" in path and folder.parent.is_dir():
+        raise ValueError(f"{path}: no such directory, and no hub name, as there is a folder {folder.parent} here; give "
+                         "the directory of a checkpoint")
+
+
+@contextlib.contextmanager
+def of_checkpoint(path):
+    """Whatever broken files make transformers raise is a ValueError with their path, in one line."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if "trust_remote_code" in str(error):
+            error = "it brings code of its own; if you have read and trust it, add --trust-remote-code"
+        said = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} cannot be read: {said or type(error).__name__}; give a directory or hub name of a "
+                         "causal language model with its tokenizer") from None
+
+
+@torch.no_grad()
+def check_causal(model, path):
+    """ValueError where a later token changes an earlier logit (BERT, which transformers loads as causal too), or where
+    logits are not finite.
+    """
+    embedding = model.get_input_embeddings().weight                                                          # (V, H)
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=embedding.device) % len(embedding)               # (2, 4)
+    z = model(input_ids=ids).logits[:, :3]                                                                   # (2, 3, V)
+    if not z.isfinite().all():
+        raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype")
+    if (z[0] - z[1]).abs().max() > torch.finfo(z.dtype).eps ** 0.5 * z.abs().max():      # far above rounding
+        raise ValueError(f"{path}: {type(model).__name__} is no causal language model, a later token changes what it "
+                         "says of an earlier one; take a decoder")
+
+
+def pick_device(name, *dtypes):
+    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there, or that cannot
+    compute in one of the dtypes (names).
+    """
+    if name.startswith("mps"):
+        raise ValueError("--device mps: it has no float64, with which tokens are drawn; take --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
+    if device.type == "meta":
+        raise ValueError("--device meta: it holds no numbers; take --device cpu")
+    if device.type == "cuda" and "bfloat16" in dtypes and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError("--dtype bfloat16: this GPU does not compute in it; take --dtype float32")
+    return device
+
+
+def checkpoint_layers(model):
+    """Keep the inputs of the layers for the backward pass and compute the rest again: memory for one more forward.
+
+    transformers does so in layers that are in training mode, and only where grad is enabled; what is inside them stays
+    in eval mode, and a layer that drops out by itself no longer does.
+    Raises ValueError for an architecture that has no such layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers to checkpoint; leave --gradient-checkpointing out")
+    model.activation_checkpointing_enable()
+    for layer in layers:
+        layer.training = True                                                   # of the layer alone, not of its parts
+        for name, x in vars(layer).items():
+            if "dropout" in name and isinstance(x, float):
+                setattr(layer, name, 0.0)

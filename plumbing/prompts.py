@@ -1,0 +1,185 @@
+"""plumbing/prompts.py: what the student is asked, as text and as token ids; the conversations of a cold start."""
+import json
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+
+import torch
+
+from plumbing.files import json_lines, write_lines
+from recipes import in_template, mix_prompts, same_question
+
+
+def is_text(x):
+    """A string that can be written down: half of a surrogate pair, which JSON may hold, is no character."""
+    return isinstance(x, str) and not re.search(r"[\ud800-\udfff]", x)
+
+
+def is_chat(x):
+    """Messages as chat templates take them: a list of {"role": text, "content": text}, not empty."""
+    return isinstance(x, list) and len(x) > 0 and all(
+        isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x)
+
+
+def load_prompts(path):
+    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}
+    -> list of {"prompt", "answer", "id"}; answer: text or None, id: "name of the file:line".
+
+    Raises ValueError naming file and line for what is not that.
+    """
+    problems = []
+    for number, row in json_lines(path):
+        prompt, answer = (row.get(name) if isinstance(row, dict) else None for name in ("prompt", "answer"))
+        if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
+            raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
+        if answer is not None and not (is_text(answer) and answer.strip()):
+            raise ValueError(f'{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; '
+                             'write "answer": "42", or leave it out')
+        problems.append({"prompt": prompt, "answer": answer, "id": f"{os.path.basename(path)}:{number}"})
+    if not problems:
+        raise ValueError(f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line')
+    return problems
+
+
+def additions(count, seed=0):
+    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer", "id"}."""
+    draw = random.Random(seed)
+    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
+    return [{"prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.', "answer": str(a + b),
+             "id": f"{a} + {b}"} for a, b in pairs]
+
+
+def questions(cfg):
+    """-> (training, cold start, held-out) lists of {"prompt", "answer"}, in the template; no two share a question."""
+    train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
+    train = {json.dumps(row["prompt"]): row for row in train}                   # a prompt that stands twice counts once
+    draw, chats = random.Random(cfg.seed), read_conversations(cfg.cold_start_file) if cfg.cold_start_file else []
+    seen = {same_question(chat[:-1], cfg.template) for chat in chats}
+
+    def unseen(rows):
+        return [row for row in rows if same_question(row["prompt"], cfg.template) not in seen]
+    train = unseen(train.values())
+    if cfg.eval:
+        held_out = list({json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}.values())
+        if len(unseen(held_out)) < len(held_out):
+            known = len(held_out) - len(unseen(held_out))
+            warnings.warn(f"--eval: {known} of its questions are answered in --cold-start-file")
+    else:
+        pool = sorted(train, key=lambda row: json.dumps(row["prompt"]))
+        held_out = draw.sample(pool, min(64, max(1, len(pool) // 5), len(pool)))
+    seen |= {same_question(row["prompt"], cfg.template) for row in held_out}
+    train, cold = unseen(train), []
+    if cfg.cold_start:
+        if cfg.cold_start + (cfg.steps > 0) > len(train):
+            raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, "
+                             "and OPD needs others than these")
+        cold = draw.sample(train, cfg.cold_start)
+        seen |= {same_question(row["prompt"], cfg.template) for row in cold}
+        train = unseen(train)
+    if cfg.aligned_prompts:
+        train = mix_prompts(unseen(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
+                            torch.Generator().manual_seed(cfg.seed))
+    if not train and cfg.steps:
+        raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
+    return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
+
+
+def questions_of(path, template, seed):
+    """The rows of a file, or additions without one, in a template."""
+    return in_template(load_prompts(path) if path else additions(512, seed), template)
+
+
+def encode(tokenizer, prompt, thinking="default"):
+    """A prompt as the student reads it: text or chat messages -> token ids, by the chat template where there is one.
+
+    Both models get these very ids. Raises ValueError with the prompt where the template refuses it.
+    """
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
+        try:
+            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **options)
+        except Exception as error:                # whatever a template may raise: it is a program of the checkpoint's
+            raise ValueError(f"the student's chat template refuses {str(prompt)[:80]!r}: {error}") from error
+        return tokenizer(text, add_special_tokens=False).input_ids          # the template has written them already
+    if not isinstance(prompt, str):
+        prompt = "\n".join(message["content"] for message in prompt)
+    return tokenizer(prompt).input_ids
+
+
+def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
+    """Questions {"prompt", ...} -> those that fit, each with its token ids: list of {"prompt", ..., "ids"}.
+
+    Longer prompts are dropped and counted, never cut. thinking: "on", "off" or "default", for chat templates that
+    have the switch. Raises ValueError when none is left, when a prompt and new_tokens outgrow a model, or when a
+    token has no output row.
+    """
+    rows = [{**row, "ids": encode(pair.tokenizer, row["prompt"], thinking)} for row in rows]
+    fit = [row for row in rows if 0 < len(row["ids"]) <= max_prompt_tokens]
+    if not fit:
+        raise ValueError(f"no prompt has 1 to {max_prompt_tokens} tokens; raise --max-prompt-tokens")
+    if len(fit) < len(rows):
+        warnings.warn(f"{len(rows) - len(fit)} of {len(rows)} prompts dropped: empty, or longer than "
+                      f"{max_prompt_tokens} tokens")
+    for row in fit:
+        check_fits(pair, row["ids"], new_tokens, f"prompt {str(row['prompt'])[:80]!r}")
+    return fit
+
+
+def encode_for(cfg, pair, rows):
+    """Rows with their token ids, as a run's flags say; none where there are none."""
+    new_tokens = max(cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens)
+    return pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, new_tokens=new_tokens,
+                       thinking=cfg.thinking) if rows else []
+
+
+def check_fits(pair, ids, new_tokens, what):
+    """ValueError where token ids and what is still to be written outgrow a model, or have no output row."""
+    for model in (pair.student, pair.teacher):
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if room and len(ids) + new_tokens > room:
+            raise ValueError(f"{what} and its response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
+                             f"holds {room}; lower --max-new-tokens")
+    if max(ids) >= pair.ending["vocab_size"]:
+        raise ValueError(f"a token of {what} has no output row; leave it out")
+
+
+def read_conversations(path):
+    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
+    ValueError with the line.
+    """
+    chats = []
+    for number, row in json_lines(path):
+        chat = row.get("messages") if isinstance(row, dict) else None
+        if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant" and chat[-1]["content"]):
+            raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
+        chats.append(chat)
+    if not chats:
+        raise ValueError(f"{path} holds no conversations")
+    return chats
+
+
+def load_conversations(path, pair, thinking="default"):
+    """A file of conversations -> [(prompt ids, response ids)], each response ending as the teacher ends one."""
+    examples = []
+    for *asked, answer in read_conversations(path):
+        response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
+        examples.append((encode(pair.tokenizer, asked, thinking),
+                         response + [pair.end_id] * (pair.end_id is not None)))
+        check_fits(pair, sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
+    return examples
+
+
+def write_selection(path, chosen):
+    """Write what recipes.select chose, the aligned prompts to path and the others beside it, and say how to go on."""
+    for template, score in sorted(chosen["templates"].items(), key=lambda item: -item[1]):
+        print(f"template {template:8} score {score:.4f}   (mass * confidence)")
+    path = Path(path)
+    others = path.with_name(f"{path.stem}.others{path.suffix}")
+    for file, part in ((path, chosen["aligned"]), (others, chosen["others"])):
+        write_lines(file, part)
+        scores = [row["alignment"]["score"] for row in part]
+        print(f"{file}: {len(part)} prompts, scores {min(scores):.4f} to {max(scores):.4f}")
+    print(f"go on with: opd.py ... --template {chosen['template']} --aligned-prompts {path} --prompts {others}")

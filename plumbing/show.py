@@ -1,0 +1,123 @@
+"""plumbing/show.py: what a person reads: a line a step, warnings, the end of a run, the table of a diagnosis."""
+from analysis import plus_minus
+
+WITHIN_NOISE = "teacher and student are within noise of each other"
+IMPLAUSIBLE = 5.0                                  # nats: the other family of the toy begins below 4
+MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
+COLUMNS = (                                        # of the readable line: metric, title, format
+    ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
+    ("overlap_ratio", "overlap", "8.3f"),
+    ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"),
+    ("overlap_token_advantage", "adv.", "8.4f"), ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"),
+    ("reward", "reward", "8.4f"), ("response_length", "length", "7.1f"), ("truncated_fraction", "cut", "5.2f"),
+    ("grad_norm", "|grad|", "7.3f"))
+
+
+
+
+def columns():
+    """The titles of the readable lines of a run."""
+    return " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS)
+
+
+def line(row):
+    """A row of metrics.jsonl as one readable line."""
+    return " ".join("-".rjust(len(f"{0:{form}}")) if row[name] is None else f"{row[name]:{form}}"
+                    for name, _, form in COLUMNS)
+
+
+def summary(result):
+    """What a person wants to know when a run ends, in three lines."""
+    before, after, lines = result["held_out_before"], result["held_out_after"], []
+    if result["accuracy_after"]:
+        said = [f"{name} {plus_minus(result[key])}" for name, key in
+                (("student before", "accuracy_before"), ("after the cold start", "accuracy_cold_start"),
+                 ("after", "accuracy_after"), ("teacher", "accuracy_teacher")) if key in result]
+        recovered = result["gap_recovery"]
+        lines = ["accuracy       " + ", ".join(said), "gap recovery   " + (
+            f"{recovered:.2f} of the way from student to teacher" if recovered is not None
+            else "not given: " + WITHIN_NOISE)]
+    lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio "
+                 f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}, overlap mass "
+                 f"{after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
+    if result["skipped_steps"]:
+        lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; "
+                     "metrics.jsonl names their prompts")
+    return "\n".join(lines)
+
+
+def diagnosis(report):
+    """The report as a table: str."""
+    r, lines = report, []
+    lines.append(f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
+                 f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts")
+    titles = {
+        "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
+        "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
+        "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
+        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
+        "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
+    for name, title in titles.items():
+        x = r["metrics"][name]
+        lines.append(f"{title:32} " + (
+            "none shared" if x["mean"] is None else plus_minus(x, "9.4f")))
+    if "continuation" in r:
+        score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
+        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
+                     f"{r['responses'] - r['right']} not")
+        lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
+        for c in r["continuation"]:
+            place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
+            lines.append(
+                f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
+                f"{c['teacher']['mean']:9.3f} {plus_minus(c['gain'], '+9.3f')}")
+        lines.append(f"  {'mean over these depths':54} {plus_minus(r['predicted_gain'], '+8.3f')}")
+    b = r["by_position"]
+    lines += ["", "position      tokens    reward  5 % .. 95 %         overlap   H student   H teacher"]
+    for i, tokens in enumerate(b["tokens"]):
+        if tokens:
+            low, high = b["reward_5_95"][i]
+            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
+                         f"{low:7.2f} .. {high:5.2f} {b['overlap_ratio'][i]:12.3f} "
+                         f"{b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
+    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
+
+
+def collapse(history, window=5):
+    """A sentence when a run shows signs of collapse, else None. history: the rows of metrics.jsonl so far.
+
+    Something that should hold has fallen from its best (either overlap mass by .1, or the reward by .2 nats) while
+    something that should not has risen from its lowest (student entropy or response length by half, the entropy by .3
+    nats at least; repetition by .2). Each is a mean over `window` steps.
+    """
+    falling, rising = ("overlap_mass_student", "overlap_mass_teacher", "reward"), (
+        "entropy_student", "response_length", "repetition_fraction")
+    history = [row for row in history if all(row[name] is not None for name in falling + rising)]
+    if len(history) < 2 * window:
+        return None
+
+    def now_and(best, name):
+        means = [sum(row[name] for row in history[i:i + window]) / window for i in range(len(history) - window + 1)]
+        return best(means), means[-1]
+    high, low = {name: now_and(max, name) for name in falling}, {name: now_and(min, name) for name in rising}
+    falls = [name for name, (best, now) in high.items() if best - now > (0.2 if name == "reward" else 0.1)]
+    least = {"entropy_student": lambda best: max(0.3, best / 2), "response_length": lambda best: best / 2,
+             "repetition_fraction": lambda best: 0.2}
+    rises = [name for name, (best, now) in low.items() if now - best > least[name](best)]
+    if not (falls and rises):
+        return None
+    said = ", ".join("{} {:.2f} -> {:.2f}".format(name, *{**high, **low}[name]) for name in falls + rises)
+    return f"signs of collapse: {said}; lower --lr or --max-new-tokens, or begin with a cold start (paper 5.1, 6.1)"
+
+
+def signs(history, dtype):
+    """What is wrong with a run, by its last row and those before: {kind: a sentence, or None}."""
+    row = history[-1]
+    off, repeats, apart = row["sampling_mismatch"] or 0.0, row["repetition_fraction"], history[0]["reverse_kl"] or 0.0
+    return {
+        "collapse": collapse(history),
+        "repetition": f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl" * (repeats > 0.5),
+        "mismatch": f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
+                    * (off > MISMATCH[dtype]),
+        "apart": f"student and teacher begin {apart:.1f} nats a token apart: was the teacher trained with another "
+                 "template? If not, begin with a cold start (paper 5.1)" * (apart > IMPLAUSIBLE)}
