@@ -299,13 +299,13 @@ def coherence(chunks):
 
 
 def main(argv=None):
-    from plumbing import flags, files, prompts, show
+    from experiments import plot, tokens
+    from plumbing import files, flags, prompts
     from plumbing.answers import answered
     from plumbing.exits import one_line
     with one_line("analysis.py"):
         asked = flags.parse_analysis(argv)
         if asked.run:
-            from experiments import plot
             return plot.runs(asked.run, asked.plot, asked.positions)
         from teacher import Pair
         rows = prompts.questions_of(asked.prompts, asked.template, asked.seed)
@@ -316,12 +316,11 @@ def main(argv=None):
                            new_tokens=asked.max_new_tokens, thinking=asked.thinking)
         how = {name: getattr(asked, name) for name in ("k", "max_new_tokens", "temperature", "seed")}
         if asked.tokens:
-            from experiments import tokens
             tokens.write_page(pair, rows[:8], asked.tokens, **how)
             print(asked.tokens)
         report = diagnose_pair(pair, rows, answered=answered, n=asked.n, eval_temperature=asked.eval_temperature,
                                eval_top_p=asked.eval_top_p, finishes=asked.finishes, **how)
-        print(show.diagnosis(report))
+        print(plot.diagnosis(report))
         files.write_json(asked.out, {"student": asked.student, "teacher": asked.teacher, **report,
                                      **files.provenance()})
 

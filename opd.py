@@ -17,6 +17,7 @@ bit. A step whose loss or gradient is not finite is skipped and reported; the th
 Its flags, each with the reason for its default: plumbing/flags.py. Its folder, checkpoint and Ctrl-C: plumbing/run.py.
 """
 import math
+import time
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -51,20 +52,23 @@ def update(cfg, pair, optimizer, rows, step):
 
     Of several processes each takes its share of the prompts; sums and gradients are those of all.
     """
+    started = time.perf_counter()
     r = pair.write([row["ids"] for row in rows], n=cfg.n, max_new_tokens=cfg.max_new_tokens,            # 2  y ~ p(.|x)
                    temperature=cfg.temperature, seed=cfg.seed * 1_000_003 + step + 3, share=processes())
-    total = over_processes(r.response_mask.sum())                       # one denominator, whatever the cut
+    written = time.perf_counter()
+    total = over_processes(r.is_response.sum())                         # one denominator, whatever the cut
     grid = pair.grade(r, per_position(cfg), scale=1 / total, temperature=cfg.temperature,               # 3, 4, 5
                       teacher_temperature=cfg.teacher_temperature)      # {name: (B, T)}, and the gradient in the student
-    metrics = measure.means(grid, r, cfg.max_new_tokens)
     norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()                                  # 6
-    if math.isfinite(metrics["loss"]) and math.isfinite(norm):
+    if math.isfinite(norm):                                             # not where any loss is not
         optimizer.step()
-    else:
-        metrics["skipped"] = {"why": f"loss {metrics['loss']}, gradient norm {norm}",
-                              "prompts": measure.broken(grid["loss"], r, share(rows), cfg.n)}
     optimizer.zero_grad()
-    return r, {**metrics, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]}
+    row = measure.means(grid, r, cfg.max_new_tokens)
+    if not math.isfinite(norm):
+        row["skipped"] = {"why": f"loss {row['loss']}, gradient norm {norm}",
+                          "prompts": measure.broken(grid["loss"], r, share(rows), cfg.n)}
+    return r, {**row, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "time_rollout": written - started,
+               "time_update": time.perf_counter() - written}
 
 
 def fine_tune(cfg, run, pair, optimizer, asked):

@@ -118,11 +118,15 @@ def split(model, vocab_size):
     """
     output = model.get_output_embeddings()
 
-    def inputs(ids, mask):
-        return dict(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False)
-    parts = Split(lambda ids, mask: model.base_model(**inputs(ids, mask)).last_hidden_state,
-                  lambda h: output(h.to(output.weight.device))[..., :vocab_size], False)
-    whole = Split(lambda ids, mask: model(**inputs(ids, mask)).logits[..., :vocab_size], lambda z: z, True)
+    def trunk(ids, mask):
+        return model.base_model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                                use_cache=False).last_hidden_state
+
+    def logits(ids, mask):
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                     use_cache=False).logits[..., :vocab_size]
+    parts = Split(trunk, lambda h: output(h.to(output.weight.device))[..., :vocab_size], False)
+    whole = Split(logits, lambda z: z, True)
     ids = torch.arange(8, device=output.weight.device).unsqueeze(0) % vocab_size                    # (1, 8)
     with torch.no_grad():
         own, made = (part.head(part.trunk(ids, torch.ones_like(ids))) for part in (whole, parts))
@@ -215,7 +219,8 @@ class Pair:
         ids, mask = left_pad(prompts, self.ending["pad_id"], self.device)                   # (B, P), (B, P)
         tokens, written = (x.flip(1) for x in left_pad(                                     # (B, T), padded on the right
             [response[::-1] for response in responses], self.ending["pad_id"], self.device))
-        return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1), written, None, None)
+        return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1),
+                       torch.cat([torch.zeros_like(mask), written], 1), torch.zeros(written.shape), ~written[:, -1])
 
     def grade(self, r, per_position, *, scale=None, with_teacher=True, temperature=1.0, teacher_temperature=1.0):
         """per_position (see loss.in_chunks) at every response token of a rollout: -> {name: (B, T)}, NaN elsewhere.

@@ -1,5 +1,6 @@
 """experiments/plot.py: runs as tables and pictures.
 
+    diagnosis      the report of analysis.py before training, as a table
     runs           directories of opd.py beside each other (python analysis.py --run): a table each, the paper's
                    Figure 6, heat maps as its Figure 13
     phenomenology  results/phenomenology.json: accuracy and overlap ratio of its pairs
@@ -19,6 +20,9 @@ import re
 import sys
 import textwrap
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analysis import plus_minus  # noqa: E402
 
 # the same in every figure
 COLOURS = {"success": "#1a7f5a", "bigger": "#c8553d", "weaker": "#0072b2", "other": "#7d5ba6", "reverse": "#8a8a8a",
@@ -116,6 +120,41 @@ def table(run):
     return "\n".join(lines + [outcome(run)])
 
 
+def diagnosis(report):
+    """The report as a table: str."""
+    r, lines = report, []
+    lines.append(f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
+                 f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts")
+    titles = {
+        "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
+        "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
+        "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
+        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
+        "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
+    for name, title in titles.items():
+        x = r["metrics"][name]
+        lines.append(f"{title:32} " + (
+            "none shared" if x["mean"] is None else plus_minus(x, "9.4f")))
+    if "continuation" in r:
+        score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
+        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
+                     f"{r['responses'] - r['right']} not")
+        lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
+        for c in r["continuation"]:
+            place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
+            lines.append(
+                f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
+                f"{c['teacher']['mean']:9.3f} {plus_minus(c['gain'], '+9.3f')}")
+        lines.append(f"  {'mean over these depths':54} {plus_minus(r['predicted_gain'], '+8.3f')}")
+    b = r["by_position"]
+    lines += ["", "position      tokens    reward   overlap   H student   H teacher"]
+    for i, tokens in enumerate(b["tokens"]):
+        if tokens:
+            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
+                         f"{b['overlap_ratio'][i]:9.3f} {b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
+    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
+
+
 def outcome(run):
     """The accuracies and the gap recovery of a finished run, or how far it has come: one line."""
     result = run["result"]
@@ -124,7 +163,6 @@ def outcome(run):
         return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
     if result["accuracy_after"] is None:
         return "accuracy not measured: the held-out prompts have no answers"
-    from analysis import plus_minus                            # here, since lab finds the way to it after this file
     said = [f"{name} {plus_minus(result[key])}" for name, key in (
         ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
     recovered = result["gap_recovery"]

@@ -1,7 +1,6 @@
 """plumbing/measure.py: a step's metrics from the grid of its positions; accuracy and distance on held-out prompts."""
 import resource
 import sys
-import time
 
 import torch
 import torch.distributed as dist
@@ -74,30 +73,6 @@ def distance(cfg, pair, rows, per_position):
         raise FloatingPointError(f"held-out prompts, loss {found['loss']}: a model's output is not finite; look at the "
                                  "two checkpoints, or --resume with a lower --lr")
     return found
-
-
-class Stopwatch:
-    """Seconds since the last look, in what a pair's student writes and in what its teacher reads."""
-
-    def __init__(self, pair):
-        self.last, self.seconds = time.perf_counter(), dict.fromkeys(("time_rollout", "time_teacher"), 0.0)
-        pair.write = self.timed("time_rollout", pair.write)
-        student, teacher = pair.splits
-        pair.splits = student, teacher._replace(trunk=self.timed("time_teacher", teacher.trunk))
-
-    def timed(self, name, function):
-        def run(*args, **how):
-            started = time.perf_counter()
-            out = function(*args, **how)
-            self.seconds[name] += time.perf_counter() - started
-            return out
-        return run
-
-    def times(self):
-        now, found = time.perf_counter(), self.seconds
-        found["time_update"] = now - self.last - sum(found.values())
-        self.last, self.seconds = now, dict.fromkeys(("time_rollout", "time_teacher"), 0.0)
-        return found
 
 
 def peak_memory(device):

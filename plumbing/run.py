@@ -24,7 +24,7 @@ from plumbing import show
 from plumbing.exits import Stopped
 from plumbing.files import finite_or_null, provenance, read_json, write_json, write_lines, write_whole
 from plumbing.flags import Config, named
-from plumbing.measure import Stopwatch, peak_memory
+from plumbing.measure import peak_memory
 from plumbing.processes import over_processes, processes
 from teacher import Pair
 
@@ -152,7 +152,7 @@ class Run:
 
     def restore(self, pair, optimizer, train, cold):
         """Go on from the checkpoint, or begin. train, cold (and held_out): rows of Pair.encode."""
-        self.pair, self.optimizer, self.watch = pair, optimizer, Stopwatch(pair)
+        self.pair, self.optimizer = pair, optimizer
         asked = [[row["ids"] for row in train], [[row["ids"] for row in cold], [
             (row["ids"], row["answer"]) for row in self.held_out]]]
         self.digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in asked]
@@ -242,8 +242,7 @@ class Run:
         """After a step: its line in metrics.jsonl, now and then some texts and a readable line; the checkpoint."""
         self.step = row["step"]
         self.count(row, "--lr")
-        row = finite_or_null({**row, "skipped_steps": self.skipped, **self.watch.times(),
-                              "peak_memory_bytes": peak_memory(self.pair.device)})
+        row = finite_or_null({**row, "skipped_steps": self.skipped, "peak_memory_bytes": peak_memory(self.pair.device)})
         self.append("metrics.jsonl", row)
         if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
             for ids, mask, cut in list(zip(r.ids, r.attention_mask, r.truncated))[:2]:

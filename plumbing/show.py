@@ -1,4 +1,4 @@
-"""plumbing/show.py: what a person reads: a line a step, warnings, the end of a run, the table of a diagnosis."""
+"""plumbing/show.py: what a person reads: a line a step, warnings, the end of a run."""
 from analysis import plus_minus
 
 WITHIN_NOISE = "teacher and student are within noise of each other"
@@ -44,43 +44,6 @@ def summary(result):
         lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; "
                      "metrics.jsonl names their prompts")
     return "\n".join(lines)
-
-
-def diagnosis(report):
-    """The report as a table: str."""
-    r, lines = report, []
-    lines.append(f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
-                 f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts")
-    titles = {
-        "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
-        "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
-        "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
-        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
-        "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
-    for name, title in titles.items():
-        x = r["metrics"][name]
-        lines.append(f"{title:32} " + (
-            "none shared" if x["mean"] is None else plus_minus(x, "9.4f")))
-    if "continuation" in r:
-        score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
-        lines.append(f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
-                     f"{r['responses'] - r['right']} not")
-        lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
-        for c in r["continuation"]:
-            place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
-            lines.append(
-                f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
-                f"{c['teacher']['mean']:9.3f} {plus_minus(c['gain'], '+9.3f')}")
-        lines.append(f"  {'mean over these depths':54} {plus_minus(r['predicted_gain'], '+8.3f')}")
-    b = r["by_position"]
-    lines += ["", "position      tokens    reward  5 % .. 95 %         overlap   H student   H teacher"]
-    for i, tokens in enumerate(b["tokens"]):
-        if tokens:
-            low, high = b["reward_5_95"][i]
-            lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
-                         f"{low:7.2f} .. {high:5.2f} {b['overlap_ratio'][i]:12.3f} "
-                         f"{b['entropy_student'][i]:11.3f} {b['entropy_teacher'][i]:11.3f}")
-    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
 
 
 def collapse(history, window=5):
