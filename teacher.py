@@ -241,6 +241,9 @@ class Pair:
                                    temperature=temperature, teacher_temperature=teacher_temperature, chunk=self.chunk)
             written = r.response_mask[rows]                                                 # (b, T)
             for name, x in values.items():
-                grid = out.setdefault(name, x.new_full(r.response_mask.shape, math.nan))    # (B, T)
-                grid[rows] = grid[rows].masked_scatter(written, x)
+                grid = out.setdefault(name, x.new_full(
+                    (*r.response_mask.shape, *x.shape[1:]), math.nan if x.is_floating_point() else 0))      # (B, T)
+                part = grid[rows]                                                           # a copy
+                part[written] = x                                                           # packed row by row
+                grid[rows] = part
         return out
