@@ -19,6 +19,7 @@ training, and measures how coherent the gradients of single positions are.
 To copy: this file alone. `main` needs plumbing/ and experiments/.
 """
 import math
+import sys
 
 import torch
 
@@ -304,7 +305,7 @@ def main(argv=None):
     from plumbing.answers import answered
     from plumbing.exits import one_line
     with one_line("analysis.py"):
-        asked = flags.parse_analysis(argv)
+        asked = flags.parse_analysis(sys.argv[1:] if argv is None else argv)
         if asked.run:
             return plot.runs(asked.run, asked.plot, asked.positions)
         from teacher import Pair

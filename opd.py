@@ -17,6 +17,7 @@ bit. A step whose loss or gradient is not finite is skipped and reported; the th
 Its flags, each with the reason for its default: plumbing/flags.py. Its folder, checkpoint and Ctrl-C: plumbing/run.py.
 """
 import math
+import sys
 import time
 
 import torch
@@ -71,7 +72,7 @@ def update(cfg, pair, optimizer, rows, step):
                "time_update": time.perf_counter() - written}
 
 
-def fine_tune(cfg, run, pair, optimizer, asked):
+def fine_tune(cfg, run, pair, optimizer, asked, held_out):
     """5.1: fine-tune on what the teacher answers, in cold_start.jsonl, before OPD begins with a new optimizer."""
     path, length = cfg.cold_start_file, cfg.cold_start_max_new_tokens or cfg.max_new_tokens
     if not path:
@@ -89,38 +90,38 @@ def fine_tune(cfg, run, pair, optimizer, asked):
     for row in tqdm(cold_start(pair, optimizer, examples, steps=steps, lr=cfg.cold_start_lr, seed=cfg.seed,
                                batch_size=cfg.cold_start_batch_size, start=run.cold_step),
                     total=steps, initial=run.cold_step, desc="cold start", mininterval=1):
-        run.log_cold_start(row, last=steps)
-    run.before["accuracy_cold_start"] = measure.accuracy(cfg, pair, run.held_out, pair.student)
-    run.before["held_out_cold_start"] = measure.distance(cfg, pair, run.held_out, per_position(cfg))
+        run.log_cold_start(row, steps)
+    run.before["accuracy_cold_start"] = measure.accuracy(cfg, pair, held_out, pair.student)
+    run.before["held_out_cold_start"] = measure.distance(cfg, pair, held_out, per_position(cfg))
 
 
 def distil(cfg):
     """The whole run, in the folder --out: -> what its result.json holds."""
-    with Run(flags.check(cfg)) as run:
+    with Run(flags.check_run(cfg)) as run:
         asked = prompts.questions(cfg)
         pair = run.load_pair()
-        train, cold, run.held_out = (prompts.encode_for(cfg, pair, rows) for rows in asked)
+        train, cold, held_out = (prompts.encode_for(cfg, pair, rows) for rows in asked)
         optimizer = adamw(cfg, pair.student)
-        run.restore(pair, optimizer, train, cold)
+        run.restore(pair, optimizer, train, cold, held_out)
         if not run.before:
-            run.before = {"accuracy_teacher": measure.accuracy(cfg, pair, run.held_out, pair.teacher),
-                          "accuracy_before": measure.accuracy(cfg, pair, run.held_out, pair.student),
-                          "held_out_before": measure.distance(cfg, pair, run.held_out, per_position(cfg))}
-            run.save()
+            run.before = {"accuracy_teacher": measure.accuracy(cfg, pair, held_out, pair.teacher),
+                          "accuracy_before": measure.accuracy(cfg, pair, held_out, pair.student),
+                          "held_out_before": measure.distance(cfg, pair, held_out, per_position(cfg))}
+            run.save_when_due(0, cfg.steps)
         if (cfg.cold_start or cfg.cold_start_file) and "held_out_cold_start" not in run.before:         # 0
-            fine_tune(cfg, run, pair, optimizer, cold)
+            fine_tune(cfg, run, pair, optimizer, cold, held_out)
             optimizer = run.optimizer = adamw(cfg, pair.student)
-            run.save()
+            run.save_when_due(0, cfg.steps)
         for step in tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc="distil", mininterval=1):
             chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]              # 1
             r, row = update(cfg, pair, optimizer, chosen, step)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-                measured = measure.accuracy(cfg, pair, run.held_out, pair.student)
+                measured = measure.accuracy(cfg, pair, held_out, pair.student)
                 row["accuracy"] = measured and measured["mean"]
             run.log({"step": step + 1, **row}, r)
-        after = measure.accuracy(cfg, pair, run.held_out, pair.student)
+        after = measure.accuracy(cfg, pair, held_out, pair.student)
         return run.finish({
-            "accuracy_after": after, "held_out_after": measure.distance(cfg, pair, run.held_out, per_position(cfg)),
+            "accuracy_after": after, "held_out_after": measure.distance(cfg, pair, held_out, per_position(cfg)),
             "gap_recovery": after and gap_recovery(run.before["accuracy_before"], after,
                                                    run.before["accuracy_teacher"])})
 
@@ -131,7 +132,7 @@ def adamw(cfg, student):
 
 def main(argv=None):
     with one_line("opd.py"):
-        cfg = flags.parse_opd(argv)
+        cfg = flags.parse_opd(sys.argv[1:] if argv is None else argv)
         with one_of_several(cfg.device):
             result = distil(cfg)
         print(show.summary(result))

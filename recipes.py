@@ -16,8 +16,8 @@ To copy: with analysis.py and plumbing/processes.py; what is called `pair` is a 
 `given` and `grade`. Not here: a filter by correctness (the paper has none), embedding similarity (the paper removes
 prompts above cosine .6; we compare normalised text).
 """
-import json
 import math
+import sys
 import unicodedata
 
 import torch
@@ -234,15 +234,15 @@ def main(argv=None):
     from plumbing.exits import one_line
     from teacher import Pair
     with one_line("recipes.py"):
-        asked = flags.parse_recipes(argv)
+        name, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
         rows = prompts.load_prompts(asked.prompts)
         pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
                          trust_remote_code=asked.trust_remote_code)
         encoding = dict(max_prompt_tokens=asked.max_prompt_tokens, new_tokens=asked.max_new_tokens,
                         thinking=asked.thinking)
-        if asked.command == "rollouts":
+        if name == "rollouts":
             rows = pair.encode(in_template(rows[:asked.count], asked.template), **encoding)
-            counts = files.write_conversations(asked.out, lambda start: teacher_rollouts(
+            counts = files.append_answers(asked.out, lambda start: teacher_rollouts(
                 pair, rows, seed=asked.seed, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature,
                 top_p=asked.top_p, start=start))
             return print(f"{counts['kept']} responses in {asked.out}; {counts['unfinished']} unfinished and "

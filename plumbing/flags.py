@@ -1,14 +1,12 @@
 """plumbing/flags.py: every flag of the three commands, with the reason for its default and the range that it allows.
 
-A command's flags are the fields of a dataclass: Config (opd.py), Diagnosis (analysis.py), Answers and Selection
-(recipes.py). `parse` makes one from a command line; whatever cannot work is a ValueError with flag and remedy, before a
-model is loaded. A preset fills in what was not given.
+A command's flags are the fields of a dataclass: Config (opd.py), DIAGNOSIS (analysis.py), ROLLOUTS and SELECTION
+(recipes.py). Whatever cannot work is a ValueError with flag and remedy, before a model is loaded.
 """
 import argparse
 import dataclasses
 import difflib
 import math
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,59 +109,39 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class _Common:
-    """What the flags of analysis.py and recipes.py share; fields of the same name are Config's."""
-    student: str = flag("", "directory or hub name", group="the pair and the prompts")
-    teacher: str = flag("", "directory or hub name")
-    prompts: str = flag("", FILE + ' {"prompt", "answer"}')
-    max_new_tokens: int = flag(128, "of a response", **COUNT)
-    max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted", **COUNT)
-    thinking: str = flag("default", "enable_thinking of chat templates that have it", "default", "on", "off")
-    seed: int = flag(0, "of the choice of prompts and of all sampling", low=0, high=2 ** 31 - 1)
-    device: str = flag("auto", "auto: cuda where there is one, else cpu")
-    dtype: str = flag("float32", "of the computation", "float32", "bfloat16")
-    trust_remote_code: bool = flag(False, "run code that a checkpoint brings; read it first")
+def command(doc, shared, **own):
+    """A dataclass of flags: those of Config whose names are in `shared`, and its own."""
+    of_config = {f.name: (f.name, f.type, field(default=f.default, metadata=f.metadata))
+                 for f in dataclasses.fields(Config)}
+    made = [of_config[name] for name in shared.split()] + [(name, type(f.default), f) for name, f in own.items()]
+    return dataclasses.make_dataclass("Flags", made, frozen=True, namespace={"__doc__": doc})
 
 
-@dataclass(frozen=True)
-class Diagnosis(_Common):
-    """Diagnose a pair before training, or look at runs after it."""
-    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it",
-                         group="before: will this pair work?")
-    count: int = flag(24, "prompts to sample, the first ones of the file shuffled by --seed", **COUNT)
-    n: int = flag(2, "responses a prompt", **COUNT)
-    finishes: int = flag(2, "endings that each model writes at each depth (6.1)", **COUNT)
-    k: int = flag(16, "of the overlap metrics", **COUNT)
-    temperature: float = flag(1.0, "of the student when it writes, as in training", **POSITIVE)
-    eval_temperature: float = flag(0.7, "of both when they finish a response", **FROM_0)
-    eval_top_p: float = flag(0.95, "of both when they finish a response", above=0, high=1)
-    micro_batch_tokens: int = flag(16384, "padded tokens in one forward; changes memory, not the result", **COUNT)
-    out: str = flag("diagnose.json", "where the report goes")
-    tokens: str = flag("", "an .html file: a few responses, every token tinted by its reward")
-    run: list = flag((), "directory of a run; may be given several times, side by side", group="after: what happened?")
-    plot: str = flag("", "an .svg file: the paper's Figure 6, every metric against the step")
-    positions: str = flag("", "an .svg file: entropies, reward and overlap by output position and step (Fig. 13)")
-
-
-@dataclass(frozen=True)
-class Answers(_Common):
-    """rollouts: the teacher answers every prompt, for a cold start (5.1)."""
-    out: str = flag("", "file to write; goes on with one that is there", group="what is written")
-    count: int = flag(2 ** 31, "the first so many prompts", **COUNT)
-    template: str = flag("none", "none, answer, boxed, or your own text with {question} in it")
-    temperature: float = flag(0.7, "of the teacher; the paper's", **FROM_0)
-    top_p: float = flag(0.95, "of the teacher; the paper's", above=0, high=1)
-
-
-@dataclass(frozen=True)
-class Selection(_Common):
-    """select: rank a pool of prompts by measured alignment (ours)."""
-    out: str = flag("", "file to write", group="what is written")
-    templates: str = flag("none", "to compare, by name, separated by commas")
-    keep: float = flag(0.5, "share of the pool that counts as aligned", above=0, high=1)
-    n: int = flag(1, "responses a prompt", **COUNT)
-    k: int = flag(16, "of the overlap masses", **COUNT)
+BOTH = "student teacher prompts max_new_tokens max_prompt_tokens thinking seed device dtype trust_remote_code "
+DIAGNOSIS = command(
+    "Diagnose a pair before training, or look at runs after it.",
+    BOTH + "template temperature k eval_temperature eval_top_p",
+    count=flag(24, "prompts to sample, the first ones of the file shuffled by --seed",
+               group="before: will this pair work?", **COUNT),
+    n=flag(2, "responses a prompt", **COUNT),
+    finishes=flag(2, "endings that each model writes at each depth (6.1)", **COUNT),
+    micro_batch_tokens=flag(16384, "padded tokens in one forward; changes memory, not the result", **COUNT),
+    out=flag("diagnose.json", "where the report goes"),
+    tokens=flag("", "an .html file: a few responses, every token tinted by its reward"),
+    run=flag((), "directory of a run; may be given several times, side by side", group="after: what happened?"),
+    plot=flag("", "an .svg file: the paper's Figure 6, every metric against the step"),
+    positions=flag("", "an .svg file: entropies, reward and overlap by output position and step (Fig. 13)"))
+ROLLOUTS = command(
+    "rollouts: the teacher answers every prompt, for a cold start (5.1)", BOTH + "template",
+    out=flag("", "file to write; goes on with one that is there", group="what is written"),
+    count=flag(2 ** 31, "the first so many prompts", **COUNT),
+    temperature=flag(0.7, "of the teacher; the paper's", **FROM_0),
+    top_p=flag(0.95, "of the teacher; the paper's", above=0, high=1))
+SELECTION = command(
+    "select: rank a pool of prompts by measured alignment (ours)", BOTH + "n k",
+    out=flag("", "file to write", group="what is written"),
+    templates=flag("none", "to compare, by name, separated by commas"),
+    keep=flag(0.5, "share of the pool that counts as aligned", above=0, high=1))
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,61 +162,52 @@ def named(name):
     return "--" + name.replace("_", "-")
 
 
-def parse(cls, argv, prog, presets={}):
-    """A command line -> an instance of a dataclass of flags, checked. None: the words of this process."""
+def parse(cls, words, prog):
+    """Words of a command line -> an instance of a dataclass of flags, checked; a preset fills in what was not given."""
     parser = group = Parser(prog=prog, description=cls.__doc__.splitlines()[0], allow_abbrev=False,
                             argument_default=argparse.SUPPRESS)
     for f in dataclasses.fields(cls):
-        meta, how = f.metadata, {}
-        group = parser.add_argument_group(meta["group"]) if meta["group"] else group
-        if f.type is bool:
-            how = dict(action="store_true")
-        elif f.type is list:
-            how = dict(action="append")
-        else:
-            how = dict(type=f.type, choices=meta["choices"],
-                       metavar=None if meta["choices"] else f.type.__name__.upper())
-        group.add_argument(named(f.name), help=f"{meta['why']} (default: {f.default!r})".replace("%", "%%"), **how)
-    given = vars(parser.parse_args(sys.argv[1:] if argv is None else argv))
-    return check_ranges(cls(**{**presets.get(given.get("preset", ""), {}), **given}))
+        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
+        kinds = {bool: dict(action="store_true"), tuple: dict(action="append")}
+        how = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"],
+                                     metavar=None if f.metadata["choices"] else f.type.__name__.upper()))
+        why = f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%")
+        group.add_argument(named(f.name), help=why, **how)
+    given = vars(parser.parse_args(words))
+    return check(cls(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
 
 
-def check_ranges(flags):
-    """The flags themselves, or ValueError with the first whose value is out of range, no file, no device, no folder."""
+def check(flags):
+    """The flags themselves, or ValueError with the first whose value is out of range, or no file, device or template."""
     for f in dataclasses.fields(flags):
-        x, allowed = getattr(flags, f.name), f.metadata["range"]
-        least, above, most = (allowed.get(name) for name in ("low", "above", "high"))
-        if f.type in (int, float) and not (math.isfinite(x) and (least is None or x >= least)
-                                           and (above is None or x > above) and (most is None or x <= most)):
-            words = [f"{word} {bound}" for word, bound in (("at least", least), ("above", above), ("at most", most))
-                     if bound is not None]
-            raise ValueError(f"{named(f.name)} {x}: must be {' and '.join(words)}, and finite")
+        x, range_ = getattr(flags, f.name), f.metadata["range"]
+        low, above, high = (range_.get(name) for name in ("low", "above", "high"))
+        if f.type in (int, float) and not (math.isfinite(x) and (low is None or x >= low) and (
+                above is None or x > above) and (high is None or x <= high)):
+            words = {"at least": low, "above": above, "at most": high, "finite": "" if f.type is float else None}
+            must = " and ".join(f"{word} {bound}".strip() for word, bound in words.items() if bound is not None)
+            raise ValueError(f"{named(f.name)} {x}: must be {must}")
         if f.metadata["choices"] and x not in f.metadata["choices"]:
             raise ValueError(f"{named(f.name)} {x!r}: none of {', '.join(map(repr, f.metadata['choices']))}")
         if x and f.metadata["why"].startswith(FILE):
             check_file(x, named(f.name))
-    for template in (getattr(flags, "template", "none"), *getattr(flags, "templates", "none").split(",")):
+    for template in getattr(flags, "templates", getattr(flags, "template", "none")).split(","):
         apply_template("", template)
-    pick_device(flags.device, flags.dtype, getattr(flags, "teacher_dtype", ""))
+    pick_device(flags.device)
     return flags
 
 
 def need(flags, *names):
-    """ValueError with the first of these flags that was not given."""
-    for name in names:
-        if not getattr(flags, name):
-            raise ValueError(f"{named(name)} is missing: " + next(
-                f.metadata["why"] for f in dataclasses.fields(flags) if f.name == name))
+    """The flags themselves, or ValueError with the first of these names that was not given."""
+    for f in dataclasses.fields(flags):
+        if f.name in names and not getattr(flags, f.name):
+            raise ValueError(f"{named(f.name)} is missing: {f.metadata['why']}")
+    return flags
 
 
-def parse_opd(argv=None):
-    return check(parse(Config, argv, "opd.py", PRESETS))
-
-
-def check(cfg):
-    """A Config itself, or ValueError with the flag and the remedy."""
-    check_ranges(cfg)
-    need(cfg, "student", "teacher")
+def check_run(cfg):
+    """A Config itself, or ValueError with the flag and the remedy; what two flags say together, too."""
+    need(check(cfg), "student", "teacher", "out")
     cold = cfg.cold_start or cfg.cold_start_file
     if cfg.steps == 0 and not cold:
         raise ValueError("--steps 0: must be at least 1; 0 only after a cold start")
@@ -261,37 +230,35 @@ def check_writable(out):
         raise ValueError(f"--out {out}: {folder} cannot be written to ({error.strerror}); take another --out") from None
 
 
-def parse_analysis(argv=None):
-    flags = parse(Diagnosis, argv, "analysis.py")
+def check_folders(*files):
+    for file in filter(None, files):
+        if not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"{file}: its folder does not exist; make it first")
+
+
+def parse_opd(words):
+    return check_run(parse(Config, words, "opd.py"))
+
+
+def parse_analysis(words):
+    flags = parse(DIAGNOSIS, words, "analysis.py")
     if bool(flags.run) == bool(flags.student or flags.teacher):
         raise ValueError("give either --student and --teacher, or --run")
     if flags.run and flags.tokens or not flags.run and (flags.plot or flags.positions):
         raise ValueError("--plot and --positions go with --run, --tokens with --student and --teacher")
-    if not flags.run:
-        need(flags, "student", "teacher")
     for run in flags.run:
         if not (Path(run) / "metrics.jsonl").is_file():
             raise ValueError(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
     check_folders(flags.out, flags.tokens, flags.plot, flags.positions)
-    return flags
+    return flags if flags.run else need(flags, "student", "teacher")
 
 
-def parse_recipes(argv=None):
+def parse_recipes(words):
     """-> the name of the command, and its flags."""
-    words = sys.argv[1:] if argv is None else argv
-    commands = {"rollouts": Answers, "select": Selection}
+    commands = {"rollouts": ROLLOUTS, "select": SELECTION}
     if not words or words[0] not in commands:
-        if {"-h", "--help"} & set(words):
-            print("recipes.py rollouts | select, each with --help\n" + "\n".join(c.__doc__ for c in commands.values()))
-            sys.exit(0)
-        raise ValueError("say which: recipes.py rollouts ..., or recipes.py select ...; each has --help")
+        raise ValueError("say which: rollouts (the teacher answers prompts, 5.1) or select (prompts that suit a pair); "
+                         "each has --help")
     flags = parse(commands[words[0]], words[1:], "recipes.py " + words[0])
-    need(flags, "student", "teacher", "prompts", "out")
     check_folders(flags.out)
-    return words[0], flags
-
-
-def check_folders(*paths):
-    for path in filter(None, paths):
-        if not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: its folder does not exist; make it first")
+    return words[0], need(flags, "student", "teacher", "prompts", "out")

@@ -1,7 +1,7 @@
 """plumbing/run.py: the folder of a run: its lock, its checkpoint, its logs; Ctrl-C. Nothing of training.
 
-The checkpoint holds all that a run has logged, and on --resume the logs are written anew from it: whatever happened
-after it comes again, bit for bit. A signal is heeded between two steps; a second one leaves at once.
+The checkpoint holds all that a run has logged, and on --resume the logs are written anew from it: what happened after
+it comes again, bit for bit. A signal is heeded between two steps; a second one leaves at once.
 """
 import contextlib
 import dataclasses
@@ -28,104 +28,98 @@ from plumbing.measure import peak_memory
 from plumbing.processes import over_processes, processes
 from teacher import Pair
 
-LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
+METRICS, TEXTS, COLD = LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
+STATE = "step cold_step skipped before logs warned seconds digests".split()                 # of a checkpoint
 MAY_DIFFER = {"resume", "steps", "out", "lr", "cold_start_lr", "eval_every", "save_every", "micro_batch_tokens",
               "chunk", "in_flight", "gradient_checkpointing", "trust_remote_code", "device"}     # of a run that goes on
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Run:
-    """with Run(cfg) as run: ... Inside, `run.step`, `run.cold_step` and `run.before` tell how far it has come."""
+    """with Run(cfg) as run: ... `run.step`, `run.cold_step` and `run.before` tell how far it has come."""
 
     def __init__(self, cfg):
         self.cfg, self.out, self.first = cfg, Path(cfg.out), processes()[0] == 0         # the first process writes
-        self.path, self.started, self.got, self.saved = self.out / "checkpoint" / "state.pt", time.time(), None, None
+        self.path, self.started, self.signal, self.saved = self.out / "checkpoint" / "state.pt", time.time(), None, None
         self.step, self.cold_step, self.skipped, self.in_a_row, self.seconds = 0, 0, 0, 0, 0.0
         self.before, self.logs, self.warned = {}, {name: [] for name in LOGS}, []
         self.look_at_out()
 
     def look_at_out(self):
         """ValueError where --out and --resume do not go together, before anything is loaded."""
-        cfg, out = self.cfg, self.cfg.out
-        had, done = (read_json(self.out / f"{name}.json") if (self.out / f"{name}.json").exists() else None
-                     for name in ("config", "result"))
-        if cfg.batch_size < processes()[1] or cfg.cold_start_batch_size < processes()[1]:
+        cfg, begun, result = self.cfg, self.path.exists(), self.out / "result.json"
+        if min(cfg.batch_size, cfg.cold_start_batch_size) < processes()[1]:
             raise ValueError(f"--batch-size {cfg.batch_size}, --cold-start-batch-size {cfg.cold_start_batch_size}: "
                              f"each of the {processes()[1]} processes needs a prompt")
-        if done is not None and not (cfg.resume and cfg.steps > done.get("steps", 0)):
-            raise ValueError(f"--out {out}: the run there is complete; take another --out, or --resume it with more "
-                             "--steps")
-        if had is not None and not {"student", "teacher"} <= had.keys():
-            raise ValueError(f"--out {out}: its config.json is not that of a run; take another --out")
-        if cfg.resume and had is None:
-            raise ValueError(f"--out {out}: no run there to resume, no checkpoint; leave --resume out")
-        if not self.path.exists() and (done is not None or (self.out / LOGS[0]).exists()):
-            raise ValueError(f"--out {out}: the run there has lost its checkpoint; restore it, or take another --out")
-        if self.path.exists() and not cfg.resume:
-            raise ValueError(f"--out {out}: holds another run; add --resume to go on with it, or take another --out")
+        if result.exists() and not (begun and cfg.resume and cfg.steps > read_json(result)["steps"]):
+            raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
+                             "more --steps")
+        if begun and not cfg.resume:
+            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another --out")
+        if cfg.resume and not (self.out / "config.json").exists():
+            raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
+        if not begun and (self.out / METRICS).exists():
+            raise ValueError(f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take another "
+                             "--out")
         if cfg.resume:
-            self.same_run(had)
+            self.same_run(read_json(self.out / "config.json"))
 
-    def same_run(self, had):
+    def same_run(self, config):
         """ValueError where a run was begun with flags that decide its result, and they were other ones."""
         def same(a, b):                                                         # a path may be put another way
             return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
         for name, value in dataclasses.asdict(self.cfg).items():
-            before = had.get(name, getattr(Config, name))                       # a flag that is new had its default
-            if name not in MAY_DIFFER and not same(value, before):
-                raise ValueError(f"--resume: the run in {self.out} had {named(name)} {before!r}; "
+            had = config.get(name, getattr(Config, name))                       # a flag that is new had its default
+            if name not in MAY_DIFFER and not same(value, had):
+                raise ValueError(f"--resume: the run in {self.out} had {named(name)} {had!r}; "
                                  "give the same flags, or take another --out")
 
-    # --- its life --------------------------------------------------------------------------------------------------
+    # --- one at a time, and Ctrl-C ---------------------------------------------------------------------------------
 
     def __enter__(self):
-        self.stack = contextlib.ExitStack()
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.first:
-            folder = os.open(self.out, os.O_RDONLY)                             # the lock goes with its holder
-            self.stack.callback(os.close, folder)
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.stack.close()
-                raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another "
-                                 "--out") from None
-            except OSError:
-                pass                                                            # a file system without locks
-        if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+        with contextlib.ExitStack() as stack:
+            if self.first:
+                folder = os.open(self.out, os.O_RDONLY)                         # the lock goes with its holder
+                stack.callback(os.close, folder)
+                try:
+                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another "
+                                     "--out") from None
+                except OSError:
+                    pass                                                        # a file system without locks
+            for signum in SIGNALS if threading.current_thread() is threading.main_thread() else ():
                 before = signal.getsignal(signum)
                 if signum != signal.SIGHUP or before != signal.SIG_IGN:         # nohup
-                    self.stack.callback(signal.signal, signum, before)
+                    stack.callback(signal.signal, signum, before)
                     signal.signal(signum, self.catch)
+            self.stack = stack.pop_all()
         return self
-
-    def catch(self, signum, _):
-        if self.got is not None and processes()[1] == 1:
-            print(f"left at once; {self.left()}", file=sys.stderr, flush=True)
-            os._exit(128 + signum)
-        self.got = signum
-        if self.first:
-            print(f"stopping after this step; once more leaves at once ({self.left()})", file=sys.stderr, flush=True)
-
-    def stop_if_asked(self):
-        """Between two steps: save and leave where a signal came, to any of the processes."""
-        got = torch.tensor(self.got or 0)
-        if dist.is_initialized():
-            got = over_processes(got.to("cuda" if dist.get_backend() == "nccl" else "cpu"), dist.ReduceOp.MAX)
-        if got:
-            if self.saved is not None and self.saved != (self.cold_step, self.step):
-                self.save()
-            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; {self.left()}, the same command with "
-                          "--resume goes on", int(got))
 
     def __exit__(self, kind, error, trace):
         self.stack.close()
         if isinstance(error, OSError) and error.errno is not None:              # of the system, no line of ours
             raise OSError(f"{error.filename or self.out}: {error.strerror}; {self.left()}; when that is mended, "
                           "--resume goes on") from None
-        if isinstance(error, Exception):
+        if error is not None:
             error.add_note(f"{self.left()}, --resume goes on")
+
+    def catch(self, signum, _):
+        if self.signal and processes()[1] == 1:                                 # torchrun passes each of them on
+            print(f"left at once; {self.left()}", file=sys.stderr, flush=True)
+            os._exit(128 + signum)
+        self.signal = signum
+        if self.first:
+            print(f"stopping after this step; once more leaves at once ({self.left()})", file=sys.stderr, flush=True)
+
+    def stop_if_asked(self):
+        """Between two steps: save and leave where a signal came, to any of the processes."""
+        got = torch.tensor(self.signal or 0, device=self.pair.device)
+        if int(over_processes(got, dist.ReduceOp.MAX)):
+            self.save()
+            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}; {self.left()}, the same command with "
+                          "--resume goes on", int(got))
 
     def left(self):
         """What is there to go on from, in words."""
@@ -134,9 +128,6 @@ class Run:
         cold, step = self.saved
         return f"the checkpoint of step {step} is whole" if step or not cold else (
             f"the checkpoint of step {cold} of the cold start is whole")
-
-    def clock(self):
-        return self.seconds + time.time() - self.started
 
     # --- the checkpoint --------------------------------------------------------------------------------------------
 
@@ -150,59 +141,55 @@ class Run:
                              "smaller k")
         return pair
 
-    def restore(self, pair, optimizer, train, cold):
-        """Go on from the checkpoint, or begin. train, cold (and held_out): rows of Pair.encode."""
+    def restore(self, pair, optimizer, train, cold, held_out):
+        """Go on from the checkpoint, or begin. train, cold, held_out: rows of Pair.encode."""
         self.pair, self.optimizer = pair, optimizer
-        asked = [[row["ids"] for row in train], [[row["ids"] for row in cold], [
-            (row["ids"], row["answer"]) for row in self.held_out]]]
+        asked = [(row["ids"], row["answer"]) for row in train], [(row["ids"], row["answer"]) for row in cold + held_out]
         self.digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in asked]
         if self.path.exists():
-            self.load()
+            self.go_on()
         if self.first:
             (self.out / "result.json").unlink(missing_ok=True)
-            for name in LOGS[:3 if self.cfg.cold_start or self.cfg.cold_start_file else 2]:
-                if self.saved is not None:
+            for name in (METRICS, TEXTS, COLD) if self.saved else ():
+                if self.logs[name]:
                     write_lines(self.out / name, self.logs[name])
             write_json(self.out / "config.json", {**dataclasses.asdict(self.cfg), **provenance()})
 
-    def load(self):
+    def go_on(self):
+        digests = self.digests
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-            self.same_run(state["config"])
-            weights, moments, step = state["student"], state["optimizer"], state["step"]
-        except ValueError:
-            raise
+            vars(self).update({name: state[name] for name in STATE})
         except Exception as error:                                              # whatever torch makes of a broken file
             raise ValueError(f"--resume: {self.path} is not a whole checkpoint of opd.py ({type(error).__name__}); "
                              "restore it from a copy, or begin anew with another --out") from None
-        if step > self.cfg.steps:
-            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.out} has come to step {step}; "
+        self.same_run(state["config"])
+        if self.step > self.cfg.steps:
+            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.out} has come to step {self.step}; "
                              "ask for more, or take another --out")
-        if state["digests"][1] != self.digests[1]:
+        if self.digests[1] != digests[1]:
             raise ValueError("--resume: the held-out prompts, or those of the cold start, are not those of the steps "
                              "before; give the files as they were (with an --eval, and no cold start, some can be left "
                              "out)")
-        if state["digests"][0] != self.digests[0]:
+        if self.digests[0] != digests[0]:
             tqdm.write("warning: --resume: the prompts are not those of the steps before; the rest of the run takes "
                        "them as they are now")
         try:
-            self.pair.student.load_state_dict(weights)
-            self.optimizer.load_state_dict(moments)
+            self.pair.student.load_state_dict(state["student"])
+            self.optimizer.load_state_dict(state["optimizer"])
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"--resume: {self.path} does not fit the model in --student {self.cfg.student}; "
                              "give the one that it was begun with") from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        for name in ("step", "cold_step", "skipped", "before", "logs", "warned", "seconds"):
-            setattr(self, name, state[name])
-        self.saved = self.cold_step, self.step
+        self.digests, self.saved = digests, (self.cold_step, self.step)
 
     def save(self):
         """The checkpoint, written aside and renamed: whatever happens meanwhile leaves the last one whole.
 
         None is made of weights that are not finite, nor among skipped steps, which a run that goes on counts anew.
         """
-        if self.in_a_row:
+        if self.in_a_row or not self.before:
             return
         student = self.pair.student.state_dict()
         if not torch.stack([x.isfinite().all() for x in student.values()]).all():
@@ -210,12 +197,13 @@ class Run:
                                      f"{self.left()}, --resume with a lower --lr")
         if self.first:
             self.path.parent.mkdir(exist_ok=True)
-            state = {"config": dataclasses.asdict(self.cfg), "digests": self.digests, "student": student,
-                     "optimizer": self.optimizer.state_dict(), "step": self.step, "cold_step": self.cold_step,
-                     "skipped": self.skipped, "before": self.before, "logs": self.logs, "warned": self.warned,
-                     "seconds": self.clock()}
+            state = {**{name: getattr(self, name) for name in STATE}, "config": dataclasses.asdict(self.cfg),
+                     "seconds": self.clock(), "student": student, "optimizer": self.optimizer.state_dict()}
             write_whole(self.path, lambda file: torch.save(state, file))
         self.saved = self.cold_step, self.step
+
+    def clock(self):
+        return self.seconds + time.time() - self.started
 
     # --- the logs --------------------------------------------------------------------------------------------------
 
@@ -225,60 +213,62 @@ class Run:
             with open(self.out / name, "a") as file:
                 print(json.dumps(row), file=file)
 
-    def count(self, row, remedy):
-        """Count a step without an update; the third in a row ends the run."""
+    def count(self, row):
+        """Tell of a step without an update; the third in a row ends the run."""
         self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
-        self.skipped += "skipped" in row
-        if "skipped" in row:
-            said = f"step {row['step']} skipped: {row['skipped']['why']}"
-            named = row["skipped"].get("prompts") or [f"conversation {i}" for i in row["skipped"]["examples"]]
-            said += f"; {', '.join(named[:8])}" + (f" and {len(named) - 8} more" if named[8:] else "")
+        if self.in_a_row:
+            self.skipped += 1
+            why, *others = row["skipped"].values()                              # prompts by name, examples by number
+            said = f"step {row['step']} skipped: {why}; of {', '.join(map(str, others[0][:8]))}"
+            said += f" and {len(others[0]) - 8} more" * (len(others[0]) > 8)
             if self.in_a_row == 3:
                 raise FloatingPointError(f"{said}, the third in a row; look at these; {self.left()}, --resume with a "
-                                         f"lower {remedy}")
+                                         "lower --lr, or --cold-start-lr")
             tqdm.write(f"warning: {said}")
 
     def log(self, row, r):
-        """After a step: its line in metrics.jsonl, now and then some texts and a readable line; the checkpoint."""
+        """After a step: its line in metrics.jsonl, now and then two texts and a readable line; the checkpoint."""
         self.step = row["step"]
-        self.count(row, "--lr")
+        self.count(row)
         row = finite_or_null({**row, "skipped_steps": self.skipped, "peak_memory_bytes": peak_memory(self.pair.device)})
-        self.append("metrics.jsonl", row)
+        self.append(METRICS, row)
         if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
             for ids, mask, cut in list(zip(r.ids, r.attention_mask, r.truncated))[:2]:
-                self.append("rollouts.jsonl", {"step": self.step, "truncated": bool(cut),
-                                               "text": self.pair.tokenizer.decode(ids[mask])})
-            tqdm.write(show.columns() + "\n" + show.line(row) if self.step == 1 else show.line(row))
-        for kind, sign in show.signs(self.logs["metrics.jsonl"], self.cfg.dtype).items():
+                self.append(TEXTS, {"step": self.step, "truncated": bool(cut),
+                                    "text": self.pair.tokenizer.decode(ids[mask])})
+            tqdm.write(show.columns() * (self.step == 1) + show.line(row))
+        for kind, sign in show.signs(self.logs[METRICS], self.cfg.dtype).items():
             if sign and kind not in self.warned:
                 self.warned.append(kind)
                 tqdm.write(f"warning: step {self.step}: {sign}")
-        if self.step % self.cfg.save_every == 0 or self.step == self.cfg.steps:
-            self.save()
-        self.stop_if_asked()
+        self.save_when_due(self.step, self.cfg.steps)
 
-    def log_cold_start(self, row, last):
+    def log_cold_start(self, row, steps):
+        """After an update of the cold start."""
         self.cold_step = row["step"]
-        self.count(row, "--cold-start-lr")
-        self.append("cold_start_metrics.jsonl", finite_or_null(row))
-        if self.cold_step % self.cfg.save_every == 0 or self.cold_step == last:
+        self.count(row)
+        self.append(COLD, finite_or_null(row))
+        self.save_when_due(self.cold_step, steps)
+
+    def save_when_due(self, step, steps):
+        """The checkpoint every so many steps, and the place where a signal is heeded."""
+        if step % self.cfg.save_every == 0 or step == steps:
             self.save()
         self.stop_if_asked()
 
     def finish(self, result):
-        """Save the student, and write result.json last: it stands for a complete run."""
+        """Save the student, and write result.json last: it stands for a complete run. -> what it holds."""
         result = {**self.before, **result, "steps": self.step, "skipped_steps": self.skipped, "seconds": self.clock(),
                   **provenance()}
         if self.first:
-            pair = self.pair
-            pair.student.generation_config = transformers.GenerationConfig(     # an inherited one may not be savable
-                eos_token_id=sorted(pair.ending["eos_ids"]) or None, bos_token_id=pair.tokenizer.bos_token_id,
-                pad_token_id=pair.tokenizer.pad_token_id)
+            tokenizer = self.pair.tokenizer
+            self.pair.student.generation_config = transformers.GenerationConfig(       # an inherited one may not be savable
+                eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=tokenizer.bos_token_id,
+                pad_token_id=tokenizer.pad_token_id)
             try:
-                pair.student.save_pretrained(self.out / "student")
-                pair.tokenizer.save_pretrained(self.out / "student")
+                self.pair.student.save_pretrained(self.out / "student")
+                tokenizer.save_pretrained(self.out / "student")
             except Exception as error:                                          # safetensors has one of its own
-                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") \
-                    from error
+                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") from error
             write_json(self.out / "result.json", result)
         return result

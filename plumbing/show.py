@@ -17,7 +17,7 @@ COLUMNS = (                                        # of the readable line: metri
 
 def columns():
     """The titles of the readable lines of a run."""
-    return " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS)
+    return " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS) + "\n"
 
 
 def line(row):
