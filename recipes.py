@@ -1,20 +1,16 @@
 """recipes.py: what to do when it fails (paper 5).
 
-    5.1  off-policy cold start      the teacher answers some prompts, the student is fine-tuned on what it said, and
-                                    goes on with OPD from there, on other prompts
-    5.2  teacher-aligned prompts    the template and the problems that the teacher was post-trained on, mixed with
-                                    others so that the student keeps its entropy
-    ours select                     where nobody knows what the teacher was post-trained on: rank a pool by measured
-                                    alignment
+    5.1  off-policy cold start     the teacher answers some prompts, the student is fine-tuned on that; OPD on others
+    5.2  teacher-aligned prompts   the template and the problems that the teacher was post-trained on, mixed with others
+    ours select                    where nobody knows what those were: rank a pool by measured alignment
 
 `opd.py --cold-start`, `--template` and `--aligned-prompts` call these. Alone:
 
     python recipes.py rollouts --student S --teacher T --prompts F --out conversations.jsonl
     python recipes.py select --student S --teacher T --prompts POOL --templates none,answer,boxed --out aligned.jsonl
 
-To copy: with analysis.py and plumbing/processes.py; what is called `pair` is a teacher.Pair, or has its `write`,
-`given` and `grade`. Not here: a filter by correctness (the paper has none), embedding similarity (the paper removes
-prompts above cosine .6; we compare normalised text).
+To copy: with analysis.py and plumbing/processes.py; `pair` is a teacher.Pair, or has its `write`, `given`, `grade`.
+Not here: a filter by correctness (the paper has none); embeddings (the paper's copies are found by them, ours by text).
 """
 import math
 import sys
@@ -25,13 +21,13 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from analysis import diagnose
-from plumbing.processes import batch, over_processes, processes, share, summed_gradients
+from plumbing.processes import batch, gathered, over_processes, processes, share, summed_gradients
 
-# --- 5.2 the template ----------------------------------------------------------------------------------------------
+# --- 5.2 the template and the content ----------------------------------------------------------------------------------------------
 
 TEMPLATES = {
     "none": "{question}",
-    # DAPO's, the student's default in the paper
+    # DAPO's, the student's in the paper
     "answer": "Solve the following math problem step by step. The last line of your response should be of the form "
               "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
               'Remember to put your answer on its own line after "Answer:".',
@@ -41,10 +37,7 @@ TEMPLATES = {
 
 
 def apply_template(question, template):
-    """Put a question into a template, by name or as a string with {question} in it: str -> str.
-
-    Raises ValueError without one.
-    """
+    """Put a question into a template, by name or as a string with {question} in it, else ValueError: str -> str."""
     form = TEMPLATES.get(template, template)
     if "{question}" not in form:
         raise ValueError(f"template {template!r} is none of {', '.join(TEMPLATES)} and has no {{question}} in it")
@@ -52,10 +45,7 @@ def apply_template(question, template):
 
 
 def in_template(rows, template):
-    """Put every question into a template: list of {"prompt": text or chat messages, ...} -> the same, new rows.
-
-    Of a chat it is the last message that is put into it.
-    """
+    """Put every question, of a chat the last message, into a template: list of {"prompt", ...} -> new rows."""
     def put(prompt):
         if isinstance(prompt, str):
             return apply_template(prompt, template)
@@ -63,12 +53,8 @@ def in_template(rows, template):
     return [{**row, "prompt": put(row["prompt"])} for row in rows]
 
 
-# --- 5.2 the content -----------------------------------------------------------------------------------------------
-
-
 def mix_prompts(aligned, others, fraction, generator):
-    """The largest mixture of which exactly round(fraction * size) prompts are aligned, shuffled:
-    two lists of rows -> list.
+    """The largest mixture of which round(fraction * size) prompts are aligned, shuffled: two lists of rows -> list.
 
     Prompts of `others` that are also in `aligned` are left out, and so are repeats (see same_question). The paper
     advises the mixture and gives no ratio. Raises ValueError where fraction is outside 0..1 or nothing is left.
@@ -91,9 +77,9 @@ def mix_prompts(aligned, others, fraction, generator):
 
 
 def same_question(prompt, template="none"):
-    """A key that prompts share when they differ in case, spacing, Unicode form, template or system prompt alone.
+    """A key that prompts share which differ in case, spacing, Unicode form, template or system prompt alone: -> str.
 
-    -> str. Templates are the known ones and the given one.
+    Templates are the known ones and the given one.
     """
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
@@ -109,8 +95,7 @@ def same_question(prompt, template="none"):
 
 
 def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, seed=0, at_once=64):
-    """How well student and teacher meet on each prompt, at states that the student visits:
-    -> list of {"mass", "confidence", "score"}.
+    """How well student and teacher meet on each prompt, at states that the student visits: -> list of dict.
 
     mass: the smaller of the two overlap masses (Eq. 9, 10); confidence: exp(-H(q)), 1 where the teacher is certain;
     each a mean over the tokens of n responses. score = mass * confidence. This ranking is ours, not the paper's.
@@ -128,19 +113,19 @@ def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, see
     return out
 
 
-def select(pair, rows, *, templates=("none",), keep=0.5, sample=32, encoding, **how):
-    """Choose the template and the prompts of a pool where student and teacher meet best: -> dict.
+def select(pair, rows, encode, *, templates=("none",), keep=0.5, sample=32, **how):
+    """Choose the template and the prompts of a pool where student and teacher meet best: -> {"template",
+    "templates": {template: mean score}, "aligned", "others"}, rows as they came with their "alignment".
 
     templates are compared on the first `sample` prompts; then every prompt is scored under the best one, and the best
-    share `keep` becomes "aligned", the rest "others": the out-of-distribution share for mix_prompts. encoding and how
-    are the options of Pair.encode and of alignment. -> {"template", "templates": {template: mean score}, "aligned",
-    "others"}, rows as they came with their "alignment". Ours, not the paper's, which knows its teacher's prompts.
+    share `keep` becomes "aligned". encode: rows -> rows with "ids", as of Pair.encode; how: options of alignment.
+    Ours, not the paper's, which knows its teacher's prompts.
     """
     if not 0 < round(keep * len(rows)) < len(rows):
         raise ValueError(f"--keep {keep}: of {len(rows)} prompts that keeps none, or all")
 
     def scored(rows, template):
-        encoded = pair.encode(in_template([{**row, "row": row} for row in rows], template), **encoding)
+        encoded = encode(in_template([{**row, "row": row} for row in rows], template))
         return [{**e["row"], "alignment": a} for e, a in zip(encoded, alignment(pair, encoded, **how))]
     means = {}
     for template in templates:
@@ -158,10 +143,9 @@ def select(pair, rows, *, templates=("none",), keep=0.5, sample=32, encoding, **
 def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=8, repeated=0.5):
     """Has this response fallen into repetition? Text counts in words, token ids in tokens; bool.
 
-    True when it ends in a loop: one block of at most `longest_period` items, `loops` times or more in a row, over at
-    least `shortest` items; or when, of `gram` * 8 items or more, over half of its runs of `gram` have occurred before
-    in it.
-    The paper drops "degenerately repetitive" responses without a rule; this one is ours.
+    True when it ends in a loop, a block of at most `longest_period` items that stands there `loops` times or more, over
+    `shortest` items at least; or when, of `gram` * 8 items or more, over half of its runs of `gram` have occurred in it
+    before. The paper drops "degenerately repetitive" responses without a rule; this one is ours.
     """
     items = text_or_ids.split() if isinstance(text_or_ids, str) else list(text_or_ids)
     for period in range(1, min(longest_period, len(items) // loops) + 1):
@@ -173,35 +157,33 @@ def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=
 
 
 def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, start=0, at_once=64):
-    """One response of the teacher to each row (from Pair.encode), from row `start` on: yields, some rows at a time,
-    lists of {"messages": [..., {"role": "assistant", "content": text}], "why": ...}.
+    """One response of the teacher to each row (of Pair.encode) from row `start` on: yields, some rows at a time, lists
+    of {"messages": [..., {"role": "assistant", "content": text}], "why"}.
 
-    why: "kept", or what it is to be dropped for: "unfinished" within max_new_tokens, "degenerate" or empty. No filter
-    by correctness, as in the paper. What is drawn for a row depends on `seed` and its place alone.
+    why: "kept", or what it is to be dropped for: "unfinished", "degenerate" (or empty). No filter by correctness, as in
+    the paper. What is drawn for a row follows from `seed` and its place.
     """
     for first in tqdm(range(start - start % at_once, len(rows), at_once), desc="teacher's responses", mininterval=1):
-        part = rows[first:first + at_once]
-        r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,
-                       temperature=temperature, top_p=top_p, seed=seed * 1_000_003 + first)
-        said = []
-        for i, row in enumerate(part):
-            ids, prompt = r.response_ids(i), row["prompt"]
-            text = pair.tokenizer.decode(ids if r.truncated[i] else ids[:-1])               # marks of thinking stay
+        part, said = rows[first:first + at_once], []
+        if share(part):
+            r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,
+                           temperature=temperature, top_p=top_p, seed=seed * 1_000_003 + first, share=processes())
+        for i, row in enumerate(share(part)):
+            ids, cut, prompt = r.response_ids(i), r.truncated[i], row["prompt"]
+            text = pair.tokenizer.decode(ids if cut else ids[:-1])                          # marks of thinking stay
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            said.append({"messages": [*chat, {"role": "assistant", "content": text}],
-                         "why": ("unfinished" if r.truncated[i] else
-                                 "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept")})
-        yield said[max(0, start - first):]
+            why = "unfinished" if cut else "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept"
+            said.append({"messages": [*chat, {"role": "assistant", "content": text}], "why": why})
+        yield gathered(said)[max(0, start - first):]
 
 
 def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0):
     """Fine-tune the student on [(prompt ids, response ids)], response tokens only: yields a row of metrics an update.
 
     lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean
-    negative log-likelihood over all response tokens of a step, whatever the cut into micro-batches and processes. The
-    batch and the lr of a step depend on (seed, step) alone, so that `start` goes on with the optimizer of a run that
-    was cut. A step whose loss or gradient is not finite is no update: its row has "skipped", the reason and the
-    examples by number.
+    negative log-likelihood over all response tokens of a step. Batch and lr of a step follow from (seed, step), so that
+    `start` goes on with the optimizer of a run that was cut. A step whose gradient is not finite is no update: its row
+    has "skipped", the reason and the examples by number.
     """
     def negative_log_likelihood(log_p, _, y):                                               # (c, V), (c,) -> (c,)
         return {"loss": -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)}
@@ -216,9 +198,8 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         losses = pair.grade(r, negative_log_likelihood, scale=1 / total, with_teacher=False)["loss"]        # (b, T)
         loss = (over_processes(losses[r.response_mask].sum()) / total).item()
         norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()
-        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"],
-               "tokens": int(total)}
-        if math.isfinite(loss) and math.isfinite(norm):
+        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"], "tokens": int(total)}
+        if math.isfinite(norm):
             optimizer.step()
         else:
             row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "examples": sorted(i + 1 for i in chosen)}
@@ -226,30 +207,25 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
         yield row
 
 
-# --- from the command line -----------------------------------------------------------------------------------------
-
-
 def main(argv=None):
     from plumbing import files, flags, prompts
     from plumbing.exits import one_line
     from teacher import Pair
     with one_line("recipes.py"):
-        name, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
+        command, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
         rows = prompts.load_prompts(asked.prompts)
         pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
                          trust_remote_code=asked.trust_remote_code)
-        encoding = dict(max_prompt_tokens=asked.max_prompt_tokens, new_tokens=asked.max_new_tokens,
-                        thinking=asked.thinking)
-        if name == "rollouts":
-            rows = pair.encode(in_template(rows[:asked.count], asked.template), **encoding)
+        if command == "rollouts":
+            rows = prompts.encode_for(asked, pair, in_template(rows[:asked.count], asked.template))
             counts = files.append_answers(asked.out, lambda start: teacher_rollouts(
                 pair, rows, seed=asked.seed, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature,
                 top_p=asked.top_p, start=start))
-            return print(f"{counts['kept']} responses in {asked.out}; {counts['unfinished']} unfinished and "
-                         f"{counts['degenerate']} degenerate ones in {asked.out}.dropped.jsonl")
-        chosen = select(pair, rows, templates=asked.templates.split(","), keep=asked.keep, encoding=encoding,
-                        k=asked.k, n=asked.n, max_new_tokens=asked.max_new_tokens, seed=asked.seed)
-        prompts.write_selection(asked.out, chosen)
+            return print("{kept} responses in {out}; {unfinished} unfinished and {degenerate} degenerate ones in "
+                         "{out}.dropped.jsonl".format(out=asked.out, **counts))
+        prompts.write_selection(asked.out, select(
+            pair, rows, lambda some: prompts.encode_for(asked, pair, some), templates=asked.templates.split(","),
+            keep=asked.keep, k=asked.k, n=asked.n, max_new_tokens=asked.max_new_tokens, seed=asked.seed))
 
 
 if __name__ == "__main__":

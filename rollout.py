@@ -1,21 +1,19 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that the loss scores.
 
-A prompt is read once for its n responses. They are rows of one cache; each step every row draws a token and reads it.
-A row that has ended leaves, and the next prompt takes the place.
-
-No top-k, no top-p, no repetition penalty stands between the softmax and the draw, as in `generate` of transformers: the
-student would be trained on text that it did not write. top_p is here for evaluation alone. To copy: this file alone.
+A prompt is read once for its n responses, rows of one cache. Each step every row draws a token and reads it; a row that
+has ended leaves, and the next prompt takes the place. No top-k, top-p or repetition penalty stands between softmax and
+draw, as in `generate` of transformers: the student would be trained on text that it did not write. top_p is here for
+evaluation alone. To copy: this file alone.
 """
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 @dataclass
 class Rollout:
-    """B = len(prompts) * n responses; those to prompt i are rows i*n to i*n + n-1. P, T: longest prompt and response."""
+    """B = len(prompts) * n responses, those to prompt i in rows i*n to i*n + n-1. P, T: longest prompt, response."""
     ids: torch.Tensor              # (B, P+T) prompts padded on the left, responses on the right
     attention_mask: torch.Tensor   # (B, P+T) bool, true at prompt and response tokens
     is_response: torch.Tensor      # (B, P+T) bool, true at response tokens, up to and including the first eos
@@ -23,8 +21,7 @@ class Rollout:
     truncated: torch.Tensor        # (B,)     bool, no eos within max_new_tokens
 
     @property
-    def response_mask(self):
-        """(B, T) bool: is_response without the columns of the prompts."""
+    def response_mask(self):       # (B, T)   bool, without the columns of the prompts
         return self.is_response[:, -self.log_p.size(1):]
 
     def response_ids(self, row):
@@ -40,9 +37,8 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     Temperature 0 takes the likeliest token; top_p < 1 draws from the smallest set of tokens with that mass. log_p is
     always that of the full softmax, as the loss scores it. Any of eos_ids ends a response and belongs to it; pad_id
     fills the rectangle and may equal an eos. in_flight: responses written at a time, all by default; it bounds memory.
-    seeds: an int a prompt, random by default. Each token has a uniform number of its own that follows from it, so that
-    a response is the same whatever is written beside it, but for rounding.
-    Raises ValueError for an empty prompt, for no tokens to write, and for a model in training mode.
+    seeds: an int a prompt, random by default. Each token has a uniform number of its own that follows from it: a
+    response is the same whatever is written beside it, but for rounding. Raises ValueError where nothing can be written.
     """
     if model.training:
         raise ValueError("call model.eval() before rollout: with dropout, what is sampled is not what the loss scores")
@@ -55,7 +51,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     ids, mask = left_pad(prompts, pad_id, device)                                           # (m, P), (m, P)
-    slots = Slots(model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), T=T)
+    slots = Slots(model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), columns=ids.size(1) + T)
     while slots.fill():
         rows, t = slots.rows, length[slots.rows]                        # (b,) who is writing, and at which token
         logits = slots.logits[:, :vocab_size].float()                                       # (b, V)
@@ -63,7 +59,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
         y = draw(log_probs, u[rows, t], top_p) if temperature else log_probs.argmax(-1)     # (b,)
         tokens[rows, t], log_p[rows, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         ended[rows], length[rows] = torch.isin(y, eos), t + 1
-        slots.feed(y, going=~ended[rows] & (t + 1 < T))
+        slots.feed(y, t, going=~ended[rows] & (t + 1 < T))
     T = int(length.max())
     written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                   # (B, P), (B, P)
@@ -72,77 +68,72 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
 
 
 class Slots(DynamicCache):
-    """The responses being written: b rows of one cache of B rows x C columns, each row with a write column of its own.
+    """The responses being written: b rows of one cache of B rows x C columns. A prompt stands in the first P columns,
+    padded on the left, token t of its response in column P + t; so each row writes to a column of its own.
 
-    A prompt stands in columns 0 to P-1, its response from P on; `seen` is where a row may look. Nothing is shifted: where
-    a row leaves, the last one takes its place. Where a model's cache is more than keys and values (sliding windows,
-    recurrent states) that of transformers, `own`, is kept, and the next prompts wait until all rows have left.
+    Nothing is shifted: where a row leaves, the last one takes its place. Where a model's cache is more than keys and
+    values (sliding windows, recurrent states) transformers' `own` is kept, and the next prompts wait until all have left.
     """
 
-    def __init__(self, model, ids, mask, n, places, T):                         # places: of prompts, T: new tokens
+    def __init__(self, model, ids, mask, n, places, columns):                   # ids, mask (m, P); places: of prompts
         super().__init__()
-        self.model, self.ids, self.mask, self.n, self.places, self.T = model, ids, mask, n, places, T
+        self.model, self.ids, self.mask, self.n, self.places, self.columns = model, ids, mask, n, places, columns
         self.begun, self.rows = 0, torch.empty(0, dtype=torch.long, device=ids.device)      # prompts, (b,)
-        self.column, self.logits = self.rows, torch.empty(0, device=ids.device)             # (b,), (b, V)
-        self.seen = torch.zeros(places * n, ids.size(1) + T, dtype=torch.bool, device=ids.device)           # (B, C)
+        self.logits = torch.empty(0, device=ids.device)                                     # (b, V)
         self.buffers, self.own = [], None                                       # keys and values (B, h, C, d) a layer
 
     def fill(self):
         """Read the next prompts where a quarter of the places is free: -> is any row being written?"""
-        b = len(self.rows)
+        b, P = len(self.rows), self.ids.size(1)
         free = self.places - -(-b // self.n)
         if self.begun == len(self.ids) or b and (self.own or 4 * free < self.places):
             return b > 0
-        some = slice(self.begun, self.begun + free)
-        out = self.model(input_ids=self.ids[some], attention_mask=self.mask[some], use_cache=True, logits_to_keep=1,
-                         position_ids=position_ids(self.mask[some]))
-        new = torch.arange(len(out.logits) * self.n, device=self.ids.device)                # (m * n,)
-        copies, here, P = new // self.n, slice(b, b + len(new)), self.ids.size(1)
-        self.rows = torch.cat([self.rows, self.begun * self.n + new])
-        self.column = torch.cat([self.column, torch.full_like(new, P)])
-        self.seen[here] = pad(self.mask[some][copies], (0, self.T))
-        self.logits = torch.cat([self.logits[:b], out.logits[copies, -1]])                  # (b, V)
-        self.begun += len(out.logits)
+        ids, mask = (x[self.begun:self.begun + free] for x in (self.ids, self.mask))
+        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True,
+                         logits_to_keep=1)
+        copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)        # each prompt n times
+        self.rows = torch.cat([self.rows, torch.arange(len(copies), device=ids.device) + self.begun * self.n])
+        self.logits, self.begun = torch.cat([self.logits[:b], out.logits[copies, -1]]), self.begun + len(ids)
         if any(type(layer) is not DynamicLayer for layer in out.cache.layers):
             self.own = out.cache
             self.own.reorder_cache(copies)
             return True
-        (B, C), pairs = self.seen.shape, [(layer.keys, layer.values) for layer in out.cache.layers]
-        if not self.buffers:        # zeros, as what is masked is read; of the values' dtype: autocast leaves float32 keys
-            self.buffers = [[v.new_zeros(B, v.size(1), C, x.size(-1)) for x in (k, v)] for k, v in pairs]
-        for buffer, x in zip(sum(self.buffers, []), sum(pairs, ())):
-            buffer[here, :, :P] = x[copies.to(x.device)]
+        for i, layer in enumerate(out.cache.layers):
+            if i == len(self.buffers):          # zeros, since what is masked is read; autocast leaves keys in float32
+                self.buffers.append([layer.values.new_zeros(self.places * self.n, x.size(1), self.columns, x.size(3))
+                                     for x in (layer.keys, layer.values)])
+            for buffer, x in zip(self.buffers[i], (layer.keys, layer.values)):
+                buffer[b:b + len(copies), :, :P] = x[copies.to(x.device)]
         return True
 
-    def feed(self, y, going):
-        """Rows that are not going (b,) leave; each of the others reads its token y (b,), which gives its next logits."""
-        b = int(going.sum())
+    def feed(self, y, t, going):
+        """Rows that are not going leave; each other one reads its token y, number t, and gets its next logits: (b,) each."""
+        b, P = int(going.sum()), self.ids.size(1)
         if b < len(going):
             left, last = (~going[:b]).nonzero().squeeze(-1), b + going[b:].nonzero().squeeze(-1)
-            order = torch.arange(b, device=y.device).index_put((left,), last)            # row i becomes row order[i]
-            self.rows, self.column, self.seen[:b], y = (x[order] for x in (self.rows, self.column, self.seen, y))
+            order = torch.arange(b, device=y.device).index_put((left,), last)               # row i becomes row order[i]
+            self.rows, y, t = self.rows[order], y[order], t[order]
             for buffer in sum(self.buffers, []):
                 buffer[left.to(buffer.device)] = buffer[last.to(buffer.device)]
             if self.own:
                 self.own.reorder_cache(order)
         if b:
-            self.seen[:b].scatter_(1, self.column.unsqueeze(1), True)
-            self.width = int(self.column.max()) + 1
-            seen = self.seen[:b, :self.width]                                               # (b, L)
+            self.column, self.width = P + t, P + int(t.max()) + 1
+            written = torch.arange(self.width - P, device=y.device) <= t.unsqueeze(1)       # (b, L-P)
+            seen = torch.cat([self.mask[self.rows // self.n], written], 1)                  # (b, L)
             self.logits = self.model(input_ids=y.unsqueeze(1), attention_mask=seen, cache=self.own or self,
                                      position_ids=seen.sum(1, keepdim=True) - 1, use_cache=True,
                                      logits_to_keep=1).logits[:, -1]
-            self.column += 1
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         """Of transformers' Cache: write the new keys and values (b, h, 1, d): -> all of the layer's, (b, h, L, d)."""
-        b, column = len(keys), self.column.to(keys.device)
+        rows, column = torch.arange(len(keys), device=keys.device), self.column.to(keys.device)
         for buffer, x in zip(self.buffers[layer_idx], (keys, values)):
-            buffer[torch.arange(b, device=keys.device), :, column] = x.squeeze(2).to(buffer.dtype)
-        return [buffer[:b, :, :self.width] for buffer in self.buffers[layer_idx]]
+            buffer[rows, :, column] = x.squeeze(2).to(buffer.dtype)
+        return [buffer[:len(keys), :, :self.width] for buffer in self.buffers[layer_idx]]
 
-    def get_seq_length(self, layer_idx=0):
-        return self.width - 1                                                               # before this token
+    def get_seq_length(self, layer_idx=0):                                      # before this token
+        return self.width - 1
 
     def get_mask_sizes(self, query_length, layer_idx):
         return self.width, 0

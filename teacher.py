@@ -2,12 +2,12 @@
 
     log_probs    log p(v | s_t) of a model at the states s_t before each response token: the plain form, (N, V)
     check_pair   do the two models speak of the same tokens at all?
-    split        a model as trunk (ids -> hidden states) and head (hidden states -> logits): logits where they are needed
+    split        a model as trunk (ids -> hidden states) and head (hidden states -> logits)
     Pair         the two together. Its `grade` is log_probs of both, the loss and the diagnostics at every position,
                  a micro-batch and a chunk at a time
 
 The teacher reads the student's very token ids; nothing is decoded and encoded again.
-To copy: with loss.py and rollout.py. (Pair.load, which reads checkpoints, is in plumbing/models.py; Pair.of takes models.)
+To copy: with loss.py and rollout.py. Pair.of takes models; Pair.load, which reads checkpoints, needs plumbing/.
 """
 import contextlib
 import math
@@ -38,7 +38,7 @@ def log_probs(model, ids, attention_mask, is_response, *, vocab_size=None, tempe
 
 def eos_ids(model, tokenizer):
     """Every token id that ends a response of this model, by its generation config, config and tokenizer: set of int."""
-    config, found = model.config.get_text_config(), set()                   # that of the text part, where there are more
+    config, found = model.config.get_text_config(), set()                           # of the text part, if there are more
     for ids in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     return found

@@ -130,7 +130,7 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
 
 def encode_for(cfg, pair, rows):
     """Rows with their token ids, as a run's flags say; none where there are none."""
-    new_tokens = max(cfg.max_new_tokens, cfg.eval_max_new_tokens, cfg.cold_start_max_new_tokens)
+    new_tokens = max(getattr(cfg, before + "max_new_tokens", 0) for before in ("", "eval_", "cold_start_"))
     return pair.encode(rows, max_prompt_tokens=cfg.max_prompt_tokens, new_tokens=new_tokens,
                        thinking=cfg.thinking) if rows else []
 
