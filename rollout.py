@@ -78,9 +78,8 @@ class Slots(DynamicCache):
     def __init__(self, model, ids, mask, n, places, columns):                   # ids, mask (m, P); places: of prompts
         super().__init__()
         self.model, self.ids, self.mask, self.n, self.places, self.columns = model, ids, mask, n, places, columns
-        self.begun, self.rows = 0, torch.empty(0, dtype=torch.long, device=ids.device)      # prompts, (b,)
-        self.logits = torch.empty(0, device=ids.device)                                     # (b, V)
-        self.buffers, self.own = [], None                                       # keys and values (B, h, C, d) a layer
+        self.rows, self.logits = ids.new_empty(0), torch.empty(0, device=ids.device)        # (b,), (b, V)
+        self.begun, self.buffers, self.own = 0, [], None            # prompts; keys and values (B, h, C, d) a layer
 
     def fill(self):
         """Read the next prompts where a quarter of the places is free: -> is any row being written?"""
@@ -143,11 +142,11 @@ def draw(log_p, u, top_p=1.0):
     """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p:
     (b, V), (b,) uniform numbers in [0, 1) -> (b,), the first token up to which the mass exceeds u.
     """
-    p, order, m = log_p.exp(), None, min(256, log_p.size(-1))                               # (b, V)
-    if top_p < 1:                                                # a few tokens hold that mass: no need to sort all V
-        while m < p.size(-1) and (p.topk(m).values.double().sum(-1) < top_p).any():
-            m = min(16 * m, p.size(-1))
-        top, order = p.topk(m)
+    p, order = log_p.exp(), None                                                            # (b, V)
+    if top_p < 1:
+        top, order = p.topk(min(1024, p.size(-1)))               # a few tokens hold that mass: no need to sort all V
+        if (top.double().sum(-1) < top_p).any():
+            top, order = p.sort(descending=True)
         p = torch.where(top.cumsum(-1) - top < top_p, top, 0)    # keep while the mass before a token is below top_p
     mass = p.cumsum(-1, dtype=torch.float64)                     # float32 would lose tokens of 1e-7 and less
     y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True)               # (b, 1)

@@ -49,10 +49,9 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
 
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B, 152,064 from 7B on;
     real tokens stop near 151,665). Cut to the real tokens *before* the softmax, the padding gets no probability.
-    Raises ValueError when the token -> id maps differ, with the first tokens that do, when a model has no row for a
-    token that ends a response, or when no token ends one. Warns where the pair works but may surprise: other tokens
-    without a row (they are cut; Gemma 3's <image_soft_token> is one), other eos or special tokens, another chat
-    template, a BOS that only one of the tokenizers writes.
+    Raises ValueError where the two have other token ids, no row for a token that ends a response, or no such token.
+    Warns of what may surprise: other tokens without a row (Gemma 3's <image_soft_token>: cut), other eos or special
+    tokens, another chat template, a BOS that only one of the tokenizers writes.
     """
     check_tokens(student_tokenizer, teacher_tokenizer)
     tokens = student_tokenizer.get_vocab()                                                  # token -> id
@@ -82,8 +81,7 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
         warnings.warn("chat templates differ: both models read the student's text")
     text = next(iter(tokens))
     if not student_tokenizer.chat_template and student_tokenizer(text).input_ids != teacher_tokenizer(text).input_ids:
-        warnings.warn(f"the tokenizers encode {text!r} differently, by a BOS perhaps: both models read the student's "
-                      "ids")
+        warnings.warn(f"the tokenizers encode {text!r} differently, by a BOS perhaps: both read the student's ids")
     return size
 
 
@@ -112,9 +110,8 @@ class Split(NamedTuple):
 def split(model, vocab_size):
     """Split(trunk, head) of a transformers causal model, over its first vocab_size tokens.
 
-    Where logits are more than a linear map of the last hidden state (soft-capping in Gemma 2, scaling in Cohere) the
-    two are compared once, here, found to differ, and the trunk gives the model's own logits instead; memory then grows
-    with N x V, and a warning says so.
+    Where logits are more than a linear map of the last hidden state (soft-capping in Gemma 2, scaling in Cohere), which
+    is tried once, here, the trunk gives the model's own logits instead; memory then grows with N x V: a warning.
     """
     output = model.get_output_embeddings()
 
@@ -143,9 +140,8 @@ def states(trunk, ids, attention_mask, is_response):
 
 
 def micro_batches(attention_mask, budget):
-    """Cut a rollout (B, L) into parts of at most `budget` padded tokens, at least one row, rows of like length together:
-    yields rows (list of int) and the columns (slice) in which they are not all padding. The longest come first: memory
-    peaks early.
+    """Cut a rollout (B, L) into parts of at most `budget` padded tokens, or one row; rows of like length together, the
+    longest first, so that memory peaks early: yields rows (list of int), the columns that are not all padding (slice).
     """
     start = attention_mask.long().argmax(1).tolist()
     end = (attention_mask.long().cumsum(1).argmax(1) + 1).tolist()
@@ -176,7 +172,7 @@ class Pair:
     device: torch.device
     autocast: Callable = contextlib.nullcontext      # -> context manager of the computation's dtype
     micro_batch_tokens: int = 16384                  # padded tokens in one forward and backward
-    chunk: int | None = None                         # positions whose logits exist at a time, see loss.in_chunks
+    chunk: int | None = None                         # positions whose logits exist at a time
 
     @classmethod
     def of(cls, student, teacher, student_tokenizer, teacher_tokenizer, **settings):
@@ -240,10 +236,10 @@ class Pair:
                 values = in_chunks(per_position, h_p, h_q, student.head, teacher.head, ids[is_response], scale=scale,
                                    temperature=temperature, teacher_temperature=teacher_temperature, chunk=self.chunk)
             written = r.response_mask[rows]                                                 # (b, T)
-            for name, x in values.items():
-                grid = out.setdefault(name, x.new_full(
-                    (*r.response_mask.shape, *x.shape[1:]), math.nan if x.is_floating_point() else 0))      # (B, T)
-                part = grid[rows]                                                           # a copy
-                part[written] = x                                                           # packed row by row
+            for name, x in values.items():                                      # packed row by row
+                empty = math.nan if x.is_floating_point() else 0
+                grid = out.setdefault(name, x.new_full((*r.response_mask.shape, *x.shape[1:]), empty))      # (B, T)
+                part = grid[rows]
+                part[written] = x
                 grid[rows] = part
         return out
