@@ -1,4 +1,4 @@
-"""plumbing/files.py: JSON and JSON lines, read with care and written whole. Imports of the project only processes.py."""
+"""plumbing/files.py: JSON and JSON lines, read with care and written whole."""
 import contextlib
 import json
 import math
@@ -17,13 +17,10 @@ from plumbing.processes import gathered, processes
 
 def check_file(path, flag=""):
     """ValueError where a file of JSON lines cannot be read, before anything expensive starts."""
-    what = f"{flag} {path}".strip()
-    if not os.path.exists(path):
-        raise ValueError(f"{what}: no such file; give a file of JSON lines")
-    if not os.path.isfile(path):
-        raise ValueError(f"{what}: not a file, where one of JSON lines is needed")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"{what}: may not be read; change its permissions")
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}; give a file of JSON lines".strip()) from None
 
 
 def json_lines(path):

@@ -19,7 +19,7 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
 
     The student's weights are float32 whatever the dtype of the computation. micro_batch_tokens 0: see activations.
     """
-    device = pick_device(device, dtype, teacher_dtype)
+    device = pick_device(device)
     mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
     check_tokens(mine, theirs)
     dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
@@ -80,24 +80,18 @@ def load_tokenizer(path, trust_remote_code=False):
 
 
 def check_directory(path):
-    """ValueError where a path is no hub's name and no directory of safetensors: said at once, not by a search online.
-
-    A hub's name is NAME or OWNER/NAME; where OWNER is a folder here, a folder is meant.
+    """ValueError where a path is no directory of safetensors and no hub's name, NAME or OWNER/NAME: said at once, not
+    after a search online. Where OWNER is a folder here, a folder is meant.
     """
     folder = Path(path)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
-        if not next(folder.glob("*.safetensors"), None):
-            raise ValueError(f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
-                             "convert it where you trust it: from_pretrained, then save_pretrained")
-    elif folder.exists():
-        raise ValueError(f"{path}: a file; give the directory of a checkpoint")
-    elif not re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path):
-        raise ValueError(f"{path}: no such directory; give that of a checkpoint, or a hub name")
-    elif "/" in path and folder.parent.is_dir():
-        raise ValueError(f"{path}: no such directory, and no hub name, as there is a folder {folder.parent} here; give "
-                         "the directory of a checkpoint")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
+    if folder.is_dir() and not next(folder.glob("*.safetensors"), None):
+        raise ValueError(f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
+                         "convert it where you trust it: from_pretrained, then save_pretrained")
+    is_name = re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path)
+    if not folder.is_dir() and (folder.exists() or not is_name or "/" in path and folder.parent.is_dir()):
+        raise ValueError(f"{path}: no such directory, and no hub name; give the directory of a checkpoint")
 
 
 @contextlib.contextmanager
@@ -130,23 +124,18 @@ def check_causal(model, path):
                          "says of an earlier one; take a decoder")
 
 
-def pick_device(name, *dtypes):
-    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there, or that cannot
-    compute in one of the dtypes (names).
+def pick_device(name):
+    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there, or that has no
+    float64, with which tokens are drawn (mps), or no numbers (meta).
     """
-    if name.startswith("mps"):
-        raise ValueError("--device mps: it has no float64, with which tokens are drawn; take --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu works everywhere") from None
-    if device.type == "meta":
-        raise ValueError("--device meta: it holds no numbers; take --device cpu")
-    if device.type == "cuda" and "bfloat16" in dtypes and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ValueError("--dtype bfloat16: this GPU does not compute in it; take --dtype float32")
-    return device
+        one = torch.ones((), dtype=torch.float64, device=name)
+        one.item()
+        return one.device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        said = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(f"--device {name}: {said}; --device cpu works everywhere") from None
 
 
 def checkpoint_layers(model):

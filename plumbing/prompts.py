@@ -53,33 +53,33 @@ def additions(count, seed=0):
 
 def questions(cfg):
     """-> (training, cold start, held-out) lists of {"prompt", "answer"}, in the template; no two share a question."""
-    train = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
-    train = {json.dumps(row["prompt"]): row for row in train}                   # a prompt that stands twice counts once
-    draw, chats = random.Random(cfg.seed), read_conversations(cfg.cold_start_file) if cfg.cold_start_file else []
-    seen = {same_question(chat[:-1], cfg.template) for chat in chats}
+    draw, known = random.Random(cfg.seed), set()                                # known: questions that are taken
 
-    def unseen(rows):
-        return [row for row in rows if same_question(row["prompt"], cfg.template) not in seen]
-    train = unseen(train.values())
+    def key(prompt):
+        return same_question(prompt, cfg.template)
+
+    def others(rows):                                                           # each question that is not taken, once
+        return list({key(row["prompt"]): row for row in rows if key(row["prompt"]) not in known}.values())
+    chats = read_conversations(cfg.cold_start_file) if cfg.cold_start_file else []
+    known |= {key(chat[:-1]) for chat in chats}
+    train = others(load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed))
     if cfg.eval:
         held_out = list({json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}.values())
-        if len(unseen(held_out)) < len(held_out):
-            known = len(held_out) - len(unseen(held_out))
-            warnings.warn(f"--eval: {known} of its questions are answered in --cold-start-file")
+        answered = sum(key(row["prompt"]) in known for row in held_out)
+        if answered:
+            warnings.warn(f"--eval: {answered} of its questions are answered in --cold-start-file")
     else:
         pool = sorted(train, key=lambda row: json.dumps(row["prompt"]))
         held_out = draw.sample(pool, min(64, max(1, len(pool) // 5), len(pool)))
-    seen |= {same_question(row["prompt"], cfg.template) for row in held_out}
-    train, cold = unseen(train), []
-    if cfg.cold_start:
-        if cfg.cold_start + (cfg.steps > 0) > len(train):
-            raise ValueError(f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, "
-                             "and OPD needs others than these")
-        cold = draw.sample(train, cfg.cold_start)
-        seen |= {same_question(row["prompt"], cfg.template) for row in cold}
-        train = unseen(train)
+    known |= {key(row["prompt"]) for row in held_out}
+    if cfg.cold_start + (cfg.steps > 0) > len(others(train)) and cfg.cold_start:
+        raise ValueError(f"--cold-start {cfg.cold_start}: only {len(others(train))} prompts to train on, "
+                         "and OPD needs others than these")
+    cold = draw.sample(others(train), cfg.cold_start)
+    known |= {key(row["prompt"]) for row in cold}
+    train = others(train)
     if cfg.aligned_prompts:
-        train = mix_prompts(unseen(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
+        train = mix_prompts(others(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
                             torch.Generator().manual_seed(cfg.seed))
     if not train and cfg.steps:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -42,7 +43,7 @@ class Run:
         self.cfg, self.out, self.first = cfg, Path(cfg.out), processes()[0] == 0         # the first process writes
         self.path, self.started, self.signal, self.saved = self.out / "checkpoint" / "state.pt", time.time(), None, None
         self.step, self.cold_step, self.skipped, self.in_a_row, self.seconds = 0, 0, 0, 0, 0.0
-        self.before, self.logs, self.warned = {}, {name: [] for name in LOGS}, []
+        self.before, self.logs, self.warned, self.state = {}, {name: [] for name in LOGS}, [], None
         self.look_at_out()
 
     def look_at_out(self):
@@ -56,23 +57,33 @@ class Run:
                              "more --steps")
         if begun and not cfg.resume:
             raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another --out")
-        if cfg.resume and not (self.out / "config.json").exists():
+        if cfg.resume and not begun and not (self.out / "config.json").exists():
             raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
         if not begun and (self.out / METRICS).exists():
             raise ValueError(f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take another "
                              "--out")
-        if cfg.resume:
-            self.same_run(read_json(self.out / "config.json"))
+        if begun:
+            self.state = self.read_checkpoint()
 
-    def same_run(self, config):
-        """ValueError where a run was begun with flags that decide its result, and they were other ones."""
+    def read_checkpoint(self):
+        """What the checkpoint holds; ValueError where it is none, or one of other flags that decide a result."""
         def same(a, b):                                                         # a path may be put another way
             return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            vars(self).update({name: state[name] for name in STATE})
+        except Exception as error:                                              # whatever torch makes of a broken file
+            raise ValueError(f"--resume: {self.path} is not a whole checkpoint of opd.py ({type(error).__name__}); "
+                             "restore it from a copy, or begin anew with another --out") from None
         for name, value in dataclasses.asdict(self.cfg).items():
-            had = config.get(name, getattr(Config, name))                       # a flag that is new had its default
+            had = state["config"].get(name, getattr(Config, name))              # a flag that is new had its default
             if name not in MAY_DIFFER and not same(value, had):
                 raise ValueError(f"--resume: the run in {self.out} had {named(name)} {had!r}; "
                                  "give the same flags, or take another --out")
+        if self.step > self.cfg.steps:
+            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.out} has come to step {self.step}; "
+                             "ask for more, or take another --out")
+        return state
 
     # --- one at a time, and Ctrl-C ---------------------------------------------------------------------------------
 
@@ -145,44 +156,34 @@ class Run:
         """Go on from the checkpoint, or begin. train, cold, held_out: rows of Pair.encode."""
         self.pair, self.optimizer = pair, optimizer
         asked = [(row["ids"], row["answer"]) for row in train], [(row["ids"], row["answer"]) for row in cold + held_out]
-        self.digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in asked]
-        if self.path.exists():
-            self.go_on()
+        digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in asked]
+        if self.state:
+            self.go_on(digests)
+        self.digests, self.state = digests, None
         if self.first:
             (self.out / "result.json").unlink(missing_ok=True)
-            for name in (METRICS, TEXTS, COLD) if self.saved else ():
-                if self.logs[name]:
+            for name in LOGS:
+                if self.logs[name] or (self.out / name).exists():
                     write_lines(self.out / name, self.logs[name])
             write_json(self.out / "config.json", {**dataclasses.asdict(self.cfg), **provenance()})
 
-    def go_on(self):
-        digests = self.digests
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            vars(self).update({name: state[name] for name in STATE})
-        except Exception as error:                                              # whatever torch makes of a broken file
-            raise ValueError(f"--resume: {self.path} is not a whole checkpoint of opd.py ({type(error).__name__}); "
-                             "restore it from a copy, or begin anew with another --out") from None
-        self.same_run(state["config"])
-        if self.step > self.cfg.steps:
-            raise ValueError(f"--steps {self.cfg.steps}: the run in {self.out} has come to step {self.step}; "
-                             "ask for more, or take another --out")
+    def go_on(self, digests):
         if self.digests[1] != digests[1]:
             raise ValueError("--resume: the held-out prompts, or those of the cold start, are not those of the steps "
                              "before; give the files as they were (with an --eval, and no cold start, some can be left "
                              "out)")
         if self.digests[0] != digests[0]:
-            tqdm.write("warning: --resume: the prompts are not those of the steps before; the rest of the run takes "
-                       "them as they are now")
+            warnings.warn("--resume: the prompts are not those of the steps before; the rest of the run takes them as "
+                          "they are now")
         try:
-            self.pair.student.load_state_dict(state["student"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            self.pair.student.load_state_dict(self.state["student"])
+            self.optimizer.load_state_dict(self.state["optimizer"])
         except (RuntimeError, ValueError, KeyError):
             raise ValueError(f"--resume: {self.path} does not fit the model in --student {self.cfg.student}; "
                              "give the one that it was begun with") from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.digests, self.saved = digests, (self.cold_step, self.step)
+        self.saved = self.cold_step, self.step
 
     def save(self):
         """The checkpoint, written aside and renamed: whatever happens meanwhile leaves the last one whole.
