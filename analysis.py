@@ -8,9 +8,8 @@ At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = T
     Eq. 9, 10  overlap mass             sum_I p(v)  and  sum_I q(v), not renormalised
     4.1        largest gap              |p(v) - q(v)| at the v of P with the largest p(v) |log q(v) - log p(v)|
 
-The first half knows only tensors: log-probabilities (N, V) at N packed positions in, one number a position out, (N,).
-The paper's E_t is their mean over all positions of all responses. What follows diagnoses a teacher.Pair before
-training, and measures how coherent the gradients of single positions are.
+The first half takes log-probabilities (N, V) at N packed positions and returns one number a position, (N,); the paper's
+E_t is their mean over all positions of all responses. The second half diagnoses a teacher.Pair before training.
 
     python analysis.py --student S --teacher T --prompts F   before: will this pair work? table, verdict, diagnose.json
     python analysis.py ... --tokens out.html                 and the responses, every token tinted by its reward
@@ -165,11 +164,8 @@ def plus_minus(x, form=".3f"):
 
 
 def gap_recovery(before, after, teacher):
-    """(after - before) / (teacher - before) from three results of `accuracy`:
-    float, or None where the gap is within noise.
-
-    None when teacher and student lie within two standard errors of each other, or have none, being of one prompt: the
-    ratio then says nothing.
+    """(after - before) / (teacher - before) of three accuracies (of estimate): float, or None where teacher and student
+    lie within two standard errors of each other, or have none, being of one prompt: the ratio then says nothing.
     """
     gap = teacher["mean"] - before["mean"]
     noise = math.hypot(*(math.inf if x["standard_error"] is None else x["standard_error"] for x in (teacher, before)))
@@ -181,9 +177,8 @@ def continuation(pair, rows, responses, depths=DEPTHS, *, answered, n, **how):
 
     rows: from Pair.encode; responses: token ids, one a row. answered(pair, rows, model=, starts=, n=, **how) ->
     right (rows, n) bool, truncated (rows, n) bool; it is plumbing.answers.answered. A depth that is a float is a share
-    of each response, an int a count of tokens. -> {depth: (gain (rows,), student (rows,), teacher (rows,), tokens)},
-    shares of right answers and gain = teacher - student; `tokens` is the mean cut. Depth 0.0 is plain accuracy, and at
-    1.0 nothing is left to finish.
+    of each response, an int a count of tokens; 0.0 is plain accuracy. -> {depth: (gain, student, teacher, tokens)},
+    shares of right answers (rows,), gain = teacher - student, and the mean cut.
     """
     out = {}
     for depth in depths:
@@ -201,8 +196,7 @@ def diagnose_pair(pair, rows, *, answered, k=16, n=2, max_new_tokens=128, temper
 
     rows: from Pair.encode, {"prompt", "answer" or None, "ids"}; answered: see continuation. Each metric is a mean over
     tokens within a prompt, then over prompts, with the standard error of the latter. What needs answers is left out
-    without them. Where nobody has solved a prompt, neither the student in these responses nor a model at the first
-    depth, deeper ones are not tried.
+    without them. Where nobody has solved a prompt at the first depth, deeper ones are not tried.
     """
     r = pair.write([row["ids"] for row in rows], n=n, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     grid = pair.grade(r, lambda *x: diagnose(*x, k), temperature=temperature)               # {name: (B, T)}
@@ -271,11 +265,8 @@ def verdict(report):
     return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
 
 
-# --- The open hypothesis (6.2): do the gradients of single positions point one way? --------------------------------
-
-
 def coherence(chunks):
-    """How far the gradients G_t = g_t h_t' of single positions point one way: chunks of (g (c, V), h (c, H)) -> dict.
+    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g (c, V), h (c, H).
 
     coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they cancel
     null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) / sum |G_t|
@@ -283,8 +274,7 @@ def coherence(chunks):
     size       mean_t |G_t|, and positions, how many have a gradient at all
     The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
     """
-    total = units = 0.0
-    norms = []
+    total, units, norms = 0.0, 0.0, []
     for g, h in chunks:
         norm = g.norm(dim=-1) * h.norm(dim=-1)                                               # (c,) = |g h'|
         unit = g / norm.clamp_min(1e-30).unsqueeze(-1)                                       # zero rows stay zero

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from analysis import diagnose
 from plumbing.processes import batch, gathered, over_processes, processes, share, summed_gradients
 
-# --- 5.2 the template and the content ----------------------------------------------------------------------------------------------
+# --- 5.2 the template and the content --------------------------------------------------------------------------------
 
 TEMPLATES = {
     "none": "{question}",
@@ -77,10 +77,7 @@ def mix_prompts(aligned, others, fraction, generator):
 
 
 def same_question(prompt, template="none"):
-    """A key that prompts share which differ in case, spacing, Unicode form, template or system prompt alone: -> str.
-
-    Templates are the known ones and the given one.
-    """
+    """A key that prompts share which differ in case, spacing, Unicode form, template or system prompt alone: str."""
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
     if not isinstance(prompt, str):

@@ -1,9 +1,8 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that the loss scores.
 
-A prompt is read once for its n responses, rows of one cache. Each step every row draws a token and reads it; a row that
-has ended leaves, and the next prompt takes the place. No top-k, top-p or repetition penalty stands between softmax and
-draw, as in `generate` of transformers: the student would be trained on text that it did not write. top_p is here for
-evaluation alone. To copy: this file alone.
+A prompt is read once for its n responses, rows of one cache; who has ended makes room for the next prompt. No top-k,
+top-p or repetition penalty stands between softmax and draw, as in `generate` of transformers: the student would be
+trained on text that it did not write. top_p is here for evaluation. To copy: this file alone.
 """
 from dataclasses import dataclass
 
@@ -38,7 +37,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     always that of the full softmax, as the loss scores it. Any of eos_ids ends a response and belongs to it; pad_id
     fills the rectangle and may equal an eos. in_flight: responses written at a time, all by default; it bounds memory.
     seeds: an int a prompt, random by default. Each token has a uniform number of its own that follows from it: a
-    response is the same whatever is written beside it, but for rounding. Raises ValueError where nothing can be written.
+    response is the same whatever is written beside it, but for rounding. ValueError where nothing can be written.
     """
     if model.training:
         raise ValueError("call model.eval() before rollout: with dropout, what is sampled is not what the loss scores")
@@ -72,7 +71,7 @@ class Slots(DynamicCache):
     padded on the left, token t of its response in column P + t; so each row writes to a column of its own.
 
     Nothing is shifted: where a row leaves, the last one takes its place. Where a model's cache is more than keys and
-    values (sliding windows, recurrent states) transformers' `own` is kept, and the next prompts wait until all have left.
+    values (sliding windows, recurrent states) transformers' `own` is kept; the next prompts wait until all have left.
     """
 
     def __init__(self, model, ids, mask, n, places, columns):                   # ids, mask (m, P); places: of prompts
@@ -106,7 +105,7 @@ class Slots(DynamicCache):
         return True
 
     def feed(self, y, t, going):
-        """Rows that are not going leave; each other one reads its token y, number t, and gets its next logits: (b,) each."""
+        """Rows that are not going leave; the others read their token y, number t, for the next logits: (b,) each."""
         b, P = int(going.sum()), self.ids.size(1)
         if b < len(going):
             left, last = (~going[:b]).nonzero().squeeze(-1), b + going[b:].nonzero().squeeze(-1)
@@ -142,16 +141,16 @@ def draw(log_p, u, top_p=1.0):
     """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p:
     (b, V), (b,) uniform numbers in [0, 1) -> (b,), the first token up to which the mass exceeds u.
     """
-    p, order = log_p.exp(), None                                                            # (b, V)
+    p = log_p.exp()                                                                         # (b, V)
     if top_p < 1:
         top, order = p.topk(min(1024, p.size(-1)))               # a few tokens hold that mass: no need to sort all V
         if (top.double().sum(-1) < top_p).any():
             top, order = p.sort(descending=True)
-        p = torch.where(top.cumsum(-1) - top < top_p, top, 0)    # keep while the mass before a token is below top_p
+        kept = torch.where(top.cumsum(-1) - top < top_p, top, 0)        # while the mass before a token is below top_p
+        return order.gather(-1, draw(kept.log(), u).unsqueeze(-1)).squeeze(-1)
     mass = p.cumsum(-1, dtype=torch.float64)                     # float32 would lose tokens of 1e-7 and less
-    y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True)               # (b, 1)
-    y = y.clamp_max(p.size(-1) - 1)                              # for rounding, and for NaN, which the loss reports
-    return (y if order is None else order.gather(-1, y)).squeeze(-1)
+    y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True).squeeze(-1)   # (b,)
+    return y.clamp_max(p.size(-1) - 1)                           # for rounding, and for NaN, which the loss reports
 
 
 def left_pad(prompts, pad_id, device=None):

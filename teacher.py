@@ -38,7 +38,7 @@ def log_probs(model, ids, attention_mask, is_response, *, vocab_size=None, tempe
 
 def eos_ids(model, tokenizer):
     """Every token id that ends a response of this model, by its generation config, config and tokenizer: set of int."""
-    config, found = model.config.get_text_config(), set()                           # of the text part, if there are more
+    config, found = model.config.get_text_config(), set()                           # of the text part, if more
     for ids in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
     return found
@@ -213,7 +213,7 @@ class Pair:
         """[(prompt ids, response ids)] as if the student had written them, without their probabilities: -> Rollout."""
         prompts, responses = zip(*examples)
         ids, mask = left_pad(prompts, self.ending["pad_id"], self.device)                   # (B, P), (B, P)
-        tokens, written = (x.flip(1) for x in left_pad(                                     # (B, T), padded on the right
+        tokens, written = (x.flip(1) for x in left_pad(                                     # (B, T), right-padded
             [response[::-1] for response in responses], self.ending["pad_id"], self.device))
         return Rollout(torch.cat([ids, tokens], 1), torch.cat([mask, written], 1),
                        torch.cat([torch.zeros_like(mask), written], 1), torch.zeros(written.shape), ~written[:, -1])

@@ -178,7 +178,7 @@ def parse(cls, words, prog):
 
 
 def check(flags):
-    """The flags themselves, or ValueError with the first whose value is out of range, or no file, device or template."""
+    """The flags themselves, or ValueError with the first that is out of range, or no file, device or template."""
     for f in dataclasses.fields(flags):
         x, range_ = getattr(flags, f.name), f.metadata["range"]
         low, above, high = (range_.get(name) for name in ("low", "above", "high"))

@@ -36,8 +36,7 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
 
 
 def activations(model, device, width):
-    """How many tokens' activations, of `width` bytes a value, fit into a quarter of a GiB on a CPU, an eighth of a GPU's
-    memory: int.
+    """How many tokens' activations, of `width` bytes a value, fit into a quarter GiB (CPU) or an eighth of a GPU: int.
 
     17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits, attention scores
     aside, which no longer are kept), with checkpointed layers one, and 17 in the layer at hand. Rough: norms and

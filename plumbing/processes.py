@@ -94,5 +94,5 @@ def one_of_several(device):
             raise
         print("opd.py: stopped, as another process has died; the last checkpoint is whole: --resume", file=sys.stderr,
               flush=True)
-        os._exit(1)                          # not by the way of destructors: those of gloo abort, or wait for the others
+        os._exit(1)                         # not by the way of destructors: those of gloo abort, or wait for the others
     dist.destroy_process_group()

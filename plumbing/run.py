@@ -56,7 +56,7 @@ class Run:
             raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
                              "more --steps")
         if begun and not cfg.resume:
-            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on with it, or take another --out")
+            raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on, or take another --out")
         if cfg.resume and not begun and not (self.out / "config.json").exists():
             raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
         if not begun and (self.out / METRICS).exists():
@@ -263,13 +263,13 @@ class Run:
                   **provenance()}
         if self.first:
             tokenizer = self.pair.tokenizer
-            self.pair.student.generation_config = transformers.GenerationConfig(       # an inherited one may not be savable
+            self.pair.student.generation_config = transformers.GenerationConfig(  # an inherited one may be unsavable
                 eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
             try:
                 self.pair.student.save_pretrained(self.out / "student")
                 tokenizer.save_pretrained(self.out / "student")
             except Exception as error:                                          # safetensors has one of its own
-                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") from error
+                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") from None
             write_json(self.out / "result.json", result)
         return result
