@@ -19,8 +19,8 @@ import torch
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB, 1 GiB; at least 128 rows of them, as
-                                               # each chunk reads the head and adds to the head's gradient once
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB (glibc keeps what is smaller), 1 GiB, or a row
+                                               # more; at least 128 rows, as each chunk reads the whole head once
 
 
 def sampled_token(log_p, log_q, y):
@@ -104,7 +104,7 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, scale=None, temperat
     """
     if chunk is None:
         V = head_p(h_p[:1].detach()).size(-1)
-        chunk = max(128, CHUNK.get(h_p.device.type, 2 ** 28) // V)
+        chunk = max(128, -(-CHUNK.get(h_p.device.type, 2 ** 28) // V))                   # rounded up
 
     def log_softmax(head, h, T):                                                          # (c, H) -> (c, V)
         z = head(h).float()
