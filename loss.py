@@ -19,8 +19,8 @@ import torch
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB (glibc keeps what is smaller), 1 GiB, or a row
-                                               # more; at least 128 rows, as each chunk reads the whole head once
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB (glibc keeps what is smaller), 1 GiB, or a
+                                               # row more; at least 128 rows, as each chunk reads the whole head once
 
 
 def sampled_token(log_p, log_q, y):

@@ -3,6 +3,7 @@
 Oracles enumerate a small vocabulary in float64; gradients are those of the logits unless a test says otherwise.
 Facts and issues in brackets: README.md beside this file.
 """
+import copy
 import functools
 
 import pytest
@@ -437,7 +438,7 @@ def eagerly(per_position, h_p, h_q, head_p, head_q, y, *, scale=None, temperatur
 
 
 def learned(evaluate, per_position, h_p, h_q, head_p, head_q, y, *, scale=1.0, **options):
-    """What an evaluation gives, and the gradients that it leaves in the states and in what the student's head learns."""
+    """What an evaluation gives, and the gradients that it leaves in the states and in the student's head."""
     states = h_p.clone().requires_grad_()
     head_p.zero_grad()
     out = evaluate(per_position, states, h_q, head_p, head_q, y, scale=scale, **options)
@@ -528,8 +529,9 @@ def test_in_chunks_learns_only_where_a_gradient_is_asked_for(frozen):
     head_p.zero_grad()
     states, head_p = h_p.requires_grad_(frozen != "states"), head_p.requires_grad_(frozen != "head")
     in_chunks(full, states, h_q, head_p, head_q, y, chunk=4, scale=1.0)
-    for got, expected, name in ((states.grad, whole["states"], "states"), (head_p.weight.grad, whole["weight"], "head")):
-        assert got is None if name == frozen else torch.allclose(got, expected, rtol=1e-5, atol=1e-5)
+    got = {"states": states.grad, "head": head_p.weight.grad}
+    assert got.pop(frozen) is None
+    torch.testing.assert_close(*got.values(), whole["weight" if frozen == "states" else "states"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_without_parameters_passes_the_gradient_on():
@@ -618,11 +620,11 @@ def test_a_chunk_is_as_large_as_is_good_for_memory_or_a_row_more(device, MiB, V,
 
 def test_a_chunk_has_its_fewest_rows_however_large_the_vocabulary():
     """Each chunk reads the head, and adds to its gradient, once: a chunk of a row would do little else."""
-    rows, fewest, V = [], 128, 2 ** 25
+    rows, N, V = [], 131, 2 ** 25
     with torch.device("meta"):
-        in_chunks(lambda log_p, log_q, y: rows.append(len(y)) or {"loss": log_p[:, 0]}, torch.zeros(fewest + 3, 1), None,
-                  torch.nn.Linear(1, V), None, torch.zeros(fewest + 3, dtype=torch.long))
-    assert rows == [fewest, 3]
+        in_chunks(lambda log_p, log_q, y: rows.append(len(y)) or {"loss": log_p[:, 0]}, torch.zeros(N, 1), None,
+                  torch.nn.Linear(1, V), None, torch.zeros(N, dtype=torch.long))
+    assert rows == [128, 3]
 
 
 @pytest.mark.parametrize("kind, objective", [
@@ -648,11 +650,10 @@ def test_a_head_that_both_sides_share_learns_all_the_same(autocast):
     autocast, which keeps the weight that it has cast, must not keep one that has no gradient."""
     h_p, _, head, _, y = heads_and_states(N=64, H=16)
     h_q = torch.randn(64, 16)
-    held = torch.nn.Linear(16, 23)
-    held.load_state_dict(head.state_dict())
+    held = copy.deepcopy(head).requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        (_, expected), (_, got) = (learned(evaluate, full, h_p, h_q, head, teacher, y, **chunk) for evaluate, teacher,
-                                   chunk in ((eagerly, held.requires_grad_(False), {}), (in_chunks, head, {"chunk": 5})))
+        _, expected = learned(eagerly, full, h_p, h_q, head, held, y)
+        _, got = learned(in_chunks, full, h_p, h_q, head, head, y, chunk=5)
     for name in expected:
         assert (got[name] - expected[name]).norm() < 2 ** -5 * expected[name].norm(), name
 
