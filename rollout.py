@@ -44,8 +44,9 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
     device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
-    draws = [torch.Generator().manual_seed(seed) for seed in seeds or torch.randint(2 ** 62, (len(prompts),)).tolist()]
-    u = torch.cat([torch.rand(n, T, dtype=torch.float64, generator=one) for one in draws]).to(device)      # (B, T)
+    seeds = seeds or torch.randint(2 ** 62, (len(prompts),), device="cpu").tolist()
+    u = torch.cat([torch.rand(n, T, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed))
+                   for seed in seeds]).to(device)                                           # (B, T)
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)

@@ -204,7 +204,7 @@ class Pair:
         each writes to every so many-th prompt what it would have written alone.
         """
         draw = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2 ** 62, (len(prompts),), generator=draw).tolist()
+        seeds = torch.randint(2 ** 62, (len(prompts),), device="cpu", generator=draw).tolist()
         mine = slice(share[0], None, share[1])
         with self.autocast():
             return rollout(model or self.student, prompts[mine], seeds=seeds[mine], **self.ending, **how)

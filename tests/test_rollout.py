@@ -1,31 +1,34 @@
 """Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
 import copy
-import itertools
-import json
 import math
 import random
 import warnings
-from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEMPLATE, VOCAB, WINDOW, tiny, word_tokenizer
-from transformers.cache_utils import DynamicLayer
+from conftest import VOCAB, WINDOW, tiny
 
 import rollout as module
-from rollout import additions, batch, draw, encode, left_pad, load_prompts, position_ids, rollout
-from teacher import split, states
+from rollout import Slots, draw, left_pad, position_ids, rollout
+from teacher import log_probs
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14]]                                # of uneven length
 LENGTH = 8
+SEED = 10                                       # with it responses end early and late on all four architectures
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def sample(model, prompts=PROMPTS, *, eos_ids=(), seed=0, n=3, **options):
-    return rollout(model, prompts, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, generator=seeded(seed), **options)
+def some_seeds(count, seed=SEED):
+    """A seed a prompt."""
+    return torch.randint(2 ** 62, (count,), generator=seeded(seed)).tolist()
+
+
+def sample(model, prompts=PROMPTS, *, eos_ids=(), seed=SEED, n=3, seeds=None, **options):
+    return rollout(model, prompts, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids,
+                   seeds=seeds or some_seeds(len(prompts), seed), **options)
 
 
 def responses(r):
@@ -61,17 +64,15 @@ def test_recorded_log_probs_are_those_of_a_plain_loop_and_of_rescoring(model, te
     first token is scored at the last prompt position (trl#6126, prime-rl#1525: off by one; trl#6800: positions under
     left padding)."""
     assert min(map(len, PROMPTS)) < WINDOW < LENGTH
-    eos_ids = common(sample(model, temperature=temperature, seed=2))
-    r = sample(model, temperature=temperature, eos_ids=eos_ids, seed=2)
+    eos_ids = common(sample(model, temperature=temperature))
+    r = sample(model, temperature=temperature, eos_ids=eos_ids)
     assert len(r.response_mask.sum(1).unique()) > 2
     for row, response in enumerate(responses(r)):
         alone = unpadded(model, PROMPTS[row // 3], response, temperature)
         torch.testing.assert_close(r.log_p[row, :len(response)], alone, rtol=0, atol=1e-4)
-    trunk, head, *_ = split(model, VOCAB)
-    is_response = torch.nn.functional.pad(r.response_mask, (r.ids.size(1) - r.response_mask.size(1), 0))
     with torch.no_grad():
-        log_p = (head(states(trunk, r.ids, r.attention_mask, is_response)) / temperature).log_softmax(-1)
-    rescored = log_p.gather(-1, r.ids[is_response][:, None]).squeeze(-1)
+        log_p = log_probs(model, r.ids, r.attention_mask, r.is_response, temperature=temperature)
+    rescored = log_p.gather(-1, r.ids[r.is_response][:, None]).squeeze(-1)
     torch.testing.assert_close(r.log_p[r.response_mask], rescored, rtol=0, atol=1e-4)
     assert not r.log_p[~r.response_mask].any()
 
@@ -141,6 +142,43 @@ def test_a_response_does_not_depend_on_what_is_written_beside_it(model, places):
     assert len(few.response_mask.sum(1).unique()) > 2
 
 
+def test_a_response_follows_from_its_prompt_and_its_seed(model):
+    """Alone, among others or in another order: the same prompt with the same seed gets the same n responses."""
+    model, seeds = model.double(), some_seeds(len(MANY))
+    eos_ids = common(sample(model, MANY, n=2), 6)[1:]
+    whole = responses(sample(model, MANY, n=2, eos_ids=eos_ids, seeds=seeds))
+    for chosen in ([4], [7, 0, 3], list(reversed(range(len(MANY))))):
+        some = sample(model, [MANY[i] for i in chosen], n=2, eos_ids=eos_ids, seeds=[seeds[i] for i in chosen])
+        assert responses(some) == [whole[2 * i + j] for i in chosen for j in range(2)]
+    twice = responses(sample(model, [MANY[1]] * 2, n=2, seeds=seeds[:2]))
+    assert twice[:2] != twice[2:]                                                   # another seed, other responses
+
+
+@torch.no_grad()
+def one_by_one(model, prompt, u, eos_ids, temperature):
+    """A response decoded without cache, batch or padding, each token drawn from a fresh forward by its own number."""
+    response = []
+    while len(response) < LENGTH and not set(response[-1:]) & set(eos_ids):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, -1].float()
+        y = draw((logits / temperature).log_softmax(-1)[None], u[len(response):len(response) + 1])
+        response.append(y.item())
+    return response
+
+
+@pytest.mark.parametrize("in_flight", [None, 6])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_tokens_are_those_of_one_by_one_decoding(model, temperature, in_flight):
+    """Rows leave, others join and take their places: every response is what a plain loop would have drawn for it."""
+    model, seeds = model.double(), some_seeds(len(MANY))
+    eos_ids = common(sample(model, MANY, n=2), 6)[1:]
+    r = sample(model, MANY, n=2, eos_ids=eos_ids, seeds=seeds, in_flight=in_flight, temperature=temperature)
+    for i, seed in enumerate(seeds):
+        u = torch.rand(2, LENGTH, dtype=torch.float64, generator=seeded(seed))
+        for j in range(2):
+            assert r.response_ids(2 * i + j) == one_by_one(model, MANY[i], u[j], eos_ids, temperature)
+    assert len(r.response_mask.sum(1).unique()) > 2
+
+
 def test_one_prompt_at_least_is_in_flight():
     """Whole prompts: fewer rows than one prompt's n responses are not possible, and more are not written for that."""
     model = tiny("llama").double()
@@ -163,8 +201,8 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
 
 
 @pytest.mark.parametrize("in_place", [True, False])
-def test_the_columns_of_rows_that_have_left_are_dropped(monkeypatch, in_place):
-    """However many prompts pass through few places, the cache is no wider than two responses one after the other."""
+def test_rows_that_have_left_leave_no_columns_behind(monkeypatch, in_place):
+    """However many prompts pass through few places, the cache is no wider than the prompts and one response."""
     if not in_place:
         monkeypatch.setattr(module, "DynamicLayer", object)                         # no layer is of that very type
     model, widths = tiny("llama"), []
@@ -172,22 +210,36 @@ def test_the_columns_of_rows_that_have_left_are_dropped(monkeypatch, in_place):
     model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["attention_mask"].size(1)),
                                     with_kwargs=True)
     sample(model, [[token, 2] for token in range(3, 40)], n=1, eos_ids=eos_ids, in_flight=4)
-    assert max(widths) <= 2 + 2 * LENGTH < len(widths)
+    assert max(widths) <= 2 + LENGTH < len(widths)
 
 
 @pytest.mark.parametrize("in_flight", [None, 6])
-def test_in_place_is_the_plain_cache(monkeypatch, in_flight):
+def test_slots_are_the_plain_cache(monkeypatch, in_flight):
     """Keys and values written where they belong, rows moved into the places of others = transformers' own cache."""
     for architecture in ("llama", "qwen3", "gpt2"):
         model = tiny(architecture).double()
         eos_ids = common(sample(model, MANY), 6)
         fast = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "InPlace", lambda *_: pytest.fail("not plain"))
+            patch.setattr(Slots, "update", lambda *_: pytest.fail("not plain"))
             patch.setattr(module, "DynamicLayer", object)                           # no layer is of that very type
             plain = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
         assert torch.equal(fast.ids, plain.ids) and torch.equal(fast.response_mask, plain.response_mask)
         torch.testing.assert_close(fast.log_p, plain.log_p)
+
+
+def test_sliding_windows_go_through_the_cache_of_transformers(model, architecture, monkeypatch):
+    """Where a cache is more than keys and values, transformers keeps it; where it is not, Slots does, in each layer."""
+    updates, update = [], Slots.update
+    monkeypatch.setattr(Slots, "update", lambda self, keys, values, i, *args, **kwargs: (
+        updates.append(i) or update(self, keys, values, i, *args, **kwargs)))
+    sample(model)
+    assert updates == ([] if architecture == "gemma3" else [0, 1] * (LENGTH - 1))
+
+
+def slots_of(model, prompts, *, n=1, places):
+    ids, mask = left_pad(prompts, 0)
+    return Slots(model, ids, mask, n, places, ids.size(1) + LENGTH)
 
 
 @pytest.mark.parametrize("places, gone, reads", [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0),
@@ -195,117 +247,86 @@ def test_in_place_is_the_plain_cache(monkeypatch, in_flight):
 @torch.no_grad()
 def test_the_next_prompts_are_read_where_a_quarter_of_the_places_is_free(places, gone, reads):
     """Fewer would not pay for a forward of their own; what is read takes the free places, in order, and no more."""
-    flight, prompts = module.Flight(tiny("llama"), 1, places, 0), [[token] for token in range(3, 20)]
-    waiting = flight.board(prompts)
-    assert waiting == prompts[places:] and flight.board(waiting) == waiting
-    flight.advance(torch.full((places,), 5), going=torch.arange(places) >= gone)
-    assert sorted(flight.rows.tolist()) == list(range(gone, places))
-    assert flight.board(waiting) == waiting[reads:]
-    assert sorted(flight.rows.tolist()) == list(range(gone, places + reads))
+    slots = slots_of(tiny("llama"), [[token] for token in range(3, 20)], places=places)
+    assert slots.fill() and slots.fill() and slots.rows.tolist() == list(range(places))
+    slots.feed(torch.full((places,), 5), torch.zeros(places, dtype=torch.long), going=torch.arange(places) >= gone)
+    assert sorted(slots.rows.tolist()) == list(range(gone, places))
+    assert slots.fill() and sorted(slots.rows.tolist()) == list(range(gone, places + reads))
 
 
-def grown(layer, widest, steps, seed=0):
-    """An InPlace layer through random updates, departures and arrivals; yields it with what each row should hold."""
-    chance, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    new = lambda *shape: torch.randn(*shape, generator=generator)                                   # noqa: E731
-    h, d = layer.keys.size(1), layer.keys.size(3)
-    rows = [[x[i] for x in (layer.keys, layer.values)] for i in range(len(layer.keys))]             # (h, columns, d)
-    places, fast = len(rows), module.InPlace(layer, widest)
-    yield fast, rows
-    for _ in range(steps):
-        free, what = places - len(rows), chance.random()
-        if what < 0.15 and len(rows) > 1:
-            order = chance.sample(range(len(rows)), chance.randint(1, len(rows)))
-            fast.reorder_cache(torch.tensor(order))
-            rows = [rows[i] for i in order]
-        elif what < 0.4 and free:
-            m, P = chance.randint(1, free), chance.randint(1, widest)
-            copies, other = torch.randint(2, (m,), generator=generator), DynamicLayer()
-            other.update(new(2, h, P, d), new(2, h, P, d))
-            fast.join(other, copies, max(P, max(x.size(1) for x, _ in rows)))
-            rows += [[other.keys[i], other.values[i]] for i in copies.tolist()]
-        else:
-            keys, values = new(len(rows), h, 1, d), new(len(rows), h, 1, d)
-            shown = fast.update(keys, values)
-            assert shown[0] is fast.keys and shown[1] is fast.values
-            rows = [[torch.cat(pair, 1) for pair in zip(row, (keys[i], values[i]))] for i, row in enumerate(rows)]
-        yield fast, rows
+@torch.no_grad()
+def played(slots, n, seed):
+    """Random tokens and departures until all prompts have been read and every row has left: yields the text
+    of each response after each step, [(row, its tokens)].
+    """
+    chance, texts = random.Random(seed), {}
+    while slots.fill():
+        rows = slots.rows.tolist()
+        for row in rows:
+            texts.setdefault(row, []).append(chance.randrange(VOCAB))
+        y, t = (torch.tensor([f(texts[row]) for row in rows]) for f in (lambda x: x[-1], lambda x: len(x) - 1))
+        slots.feed(y, t, going=torch.tensor([len(texts[row]) < LENGTH and chance.random() < 0.8 for row in rows]))
+        yield [(row, texts[row]) for row in slots.rows.tolist()]
+    assert sorted(texts) == list(range(len(slots.ids) * n))                                # each was written
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_an_in_place_layer_holds_what_was_written_to_each_row(seed):
-    """Whatever comes and goes: row i ends with all of its own keys and values, and nothing before them is not a number
-    (a masked NaN is one all the same)."""
-    layer = DynamicLayer()
-    layer.update(*torch.randn(2, 5, 3, 4, 2, generator=seeded(seed)))
-    for fast, rows in grown(layer, widest=9, steps=150, seed=seed):
-        assert len(fast.keys) == len(rows) and fast.keys.shape == fast.values.shape
-        for i, row in enumerate(rows):
-            for x, own in zip((fast.keys, fast.values), row):
-                assert torch.equal(x[i, :, x.size(2) - own.size(1):], own) and x.isfinite().all()
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("seed, n, places", [(0, 1, 4), (1, 2, 3), (2, 3, 8)])
+def test_each_slot_holds_what_a_fresh_reading_of_its_text_gives(name, seed, n, places):
+    """Whatever comes and goes: the keys and values of a row, and its next logits, are those of its text read alone."""
+    model = tiny(name).double()
+    slots = slots_of(model, MANY, n=n, places=places)
+    P, checked = slots.ids.size(1), 0
+    for writing in played(slots, n, seed):
+        assert len(slots.logits) >= len(writing) == len(slots.rows) <= n * places
+        for i, (row, text) in enumerate(writing):
+            prompt = MANY[row // n]
+            with torch.no_grad():
+                alone = model(input_ids=torch.tensor([prompt + text]), use_cache=True)
+            torch.testing.assert_close(slots.logits[i], alone.logits[0, -1])
+            own = slice(P - len(prompt), P + len(text))
+            for buffers, layer in zip(slots.buffers, alone.cache.layers, strict=True):
+                for buffer, x in zip(buffers, (layer.keys, layer.values), strict=True):
+                    torch.testing.assert_close(buffer[i, :, own], x[0])
+            checked += 1
+    assert checked > 10 and all(x.isfinite().all() for x in sum(slots.buffers, []))        # a masked NaN is one too
 
 
-def test_a_growing_layer_is_seldom_laid_out_again(monkeypatch):
-    """New buffers have half as many columns again, and a few: n tokens cost log(n) copies, and half of the memory."""
-    layer, spare, lay_out = DynamicLayer(), [], module.InPlace.lay_out
+def test_buffers_stay_where_they_are(monkeypatch):
+    """One allocation a layer for keys and one for values: their addresses and shapes are the same at every step,
+    whoever leaves or joins, which is what a CUDA graph needs; what attention is given are views of them.
+    """
+    model, seen, made = tiny("llama"), [], []
+    init, update = Slots.__init__, Slots.update
 
-    def noted(self, *args):
-        lay_out(self, *args)
-        spare.append((self.end, *(x.size(2) - self.end for x in self.buffers)))
-    monkeypatch.setattr(module.InPlace, "lay_out", noted)
-    layer.update(*torch.randn(2, 1, 1, 7, 2))
-    fast = module.InPlace(layer, 10)
-    for _ in range(1000):
-        fast.update(*torch.randn(2, 1, 1, 1, 2))
-    assert fast.keys.size(2) == 1007 and spare[0][0] == 10                        # room for the widest to come
-    assert all(end // 2 <= columns <= end // 2 + 64 for end, *both in spare for columns in both)
-    assert len(spare) <= 1 + math.log(1010 / 10, 1.5)
+    def noted(self, keys, values, i, *args, **kwargs):
+        views = update(self, keys, values, i, *args, **kwargs)
+        seen.append((i, *((x.data_ptr(), x.shape) for x in self.buffers[i]), *(x.data_ptr() for x in views)))
+        return views
+    monkeypatch.setattr(Slots, "__init__", lambda self, *args, **kw: made.append(self) or init(self, *args, **kw))
+    monkeypatch.setattr(Slots, "update", noted)
+    eos_ids = common(sample(model, MANY), 6)
+    seen.clear()
+    made.clear()
+    r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
+    slots, = made
+    assert slots.begun == len(MANY) > 3 and len(r.response_mask.sum(1).unique()) > 2       # rows joined, rows left
+    assert len(set(seen)) == len(slots.buffers) == 2 < len(seen)
+    for _, keys, values, *views in set(seen):
+        assert views == [keys[0], values[0]] and keys[1] == values[1] == (9, 2, slots.columns, 8)
+    assert slots.columns == max(map(len, MANY)) + LENGTH
 
 
 @pytest.mark.parametrize("n, places", [(1, None), (3, 4), (2, 1)])
 def test_everything_is_made_on_the_device_of_the_model(n, places):
     """Where the default device is another one ("meta" holds no numbers), the very same responses are written."""
-    model = tiny("llama")
+    model, seeds = tiny("llama"), some_seeds(len(MANY))
     eos_ids = common(sample(model, MANY, n=n), 6)
     here = sample(model, MANY, n=n, eos_ids=eos_ids, in_flight=places)
     with torch.device("meta"):
-        there = rollout(model, MANY, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, in_flight=places,
-                        generator=torch.Generator("cpu").manual_seed(0))
+        there = rollout(model, MANY, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, in_flight=places, seeds=seeds)
+        assert len(rollout(model, MANY, max_new_tokens=1).ids) == len(MANY)                # seeds of its own
     assert same(here, there)
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_the_shares_of_the_processes_are_the_whole(monkeypatch, world):
-    """Of several processes each writes the responses to its own prompts, and their sum is what one alone writes."""
-    model, parts = tiny("llama").double(), []
-    eos_ids = common(sample(model, MANY), 6)
-    whole = sample(model, MANY, eos_ids=eos_ids)
-    for rank in range(world):
-        mine = []
-        monkeypatch.setattr(module, "processes", lambda: (rank, world))
-        monkeypatch.setattr(module, "sum_over_processes", lambda x: mine.append(x.clone()) or x)
-        sample(model, MANY, eos_ids=eos_ids)
-        parts.append(mine)
-        assert (mine[2].view(-1, 3) > 0).all(1).nonzero().flatten().tolist() == list(range(len(MANY)))[rank::world]
-    tokens, log_p, length, ended = (sum(x) for x in zip(*parts))
-    T = whole.response_mask.size(1)
-    assert torch.equal(tokens[:, :T] * whole.response_mask, whole.ids[:, -T:] * whole.response_mask)
-    assert torch.equal(length, whole.response_mask.sum(1)) and torch.equal(ended == 0, whole.truncated)
-    torch.testing.assert_close(log_p[:, :T], whole.log_p)
-
-
-def test_from_processes_is_what_each_has_by_rank(monkeypatch):
-    """One alone gives its own; three give three, each in its place."""
-    assert module.from_processes("mine") == ["mine"] and module.processes() == (0, 1)
-    assert module.sum_over_processes(torch.tensor(3)) == 3
-
-    def all_gather_object(everyone, x):
-        everyone[:] = [f"{x} of {rank}" for rank, _ in enumerate(everyone)]
-    monkeypatch.setattr(module, "dist", SimpleNamespace(
-        is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 3, all_reduce=lambda x: x.mul_(3),
-        all_gather_object=all_gather_object))
-    assert module.from_processes("that") == ["that of 0", "that of 1", "that of 2"] and module.processes() == (1, 3)
-    assert module.sum_over_processes(torch.tensor(3)) == 9
 
 
 # --- what is drawn -------------------------------------------------------------------------------------------------
@@ -316,7 +337,7 @@ def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
     """Chi-square of 4,000 first tokens; every token of a near-uniform model is drawn
     (nano-opd sampled with top_k=50 of generate)."""
     model, n, prompt = tiny(architecture, spread=spread), 4000, [5, 6, 7]
-    y = rollout(model, [prompt], n=n, max_new_tokens=1, generator=seeded()).ids[:, -1]
+    y = rollout(model, [prompt], n=n, max_new_tokens=1, seeds=[0]).ids[:, -1]
     with torch.no_grad():
         expected = n * model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     counts = torch.bincount(y, minlength=VOCAB)
@@ -357,11 +378,11 @@ def test_the_smallest_set_is_no_larger_where_it_holds_top_p_exactly():
 
 
 def test_no_more_is_sorted_than_the_set_needs(monkeypatch):
-    """The 256 likeliest are enough for a sharp softmax, however large the vocabulary."""
+    """The 1024 likeliest are enough for a sharp softmax, however large the vocabulary."""
     asked, topk = [], torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda x, k, *more: asked.append(k) or topk(x, k, *more))
     sharp = torch.zeros(3, 300_000).index_fill(1, torch.tensor(7), 20.0).log_softmax(-1)
-    assert draw(sharp, torch.tensor([0.1, 0.5, 0.9]).double(), 0.99).tolist() == [7, 7, 7] and asked == [256]
+    assert draw(sharp, torch.tensor([0.1, 0.5, 0.9]).double(), 0.99).tolist() == [7, 7, 7] and asked == [1024]
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
@@ -423,7 +444,7 @@ def test_the_n_rollouts_of_a_prompt_stand_together(model):
 
 def test_where_nothing_is_said_one_response_is_drawn_from_the_plain_softmax():
     """The defaults: one response a prompt, temperature 1, no top-p, no eos, pad id 0, all of the vocabulary and of the
-    rows at once, and torch's own generator."""
+    rows at once, and seeds from torch's own generator."""
     model = tiny("llama")
     seen = batches(model)
     with torch.random.fork_rng():
@@ -432,7 +453,7 @@ def test_where_nothing_is_said_one_response_is_drawn_from_the_plain_softmax():
         assert [rows for rows, _ in seen] == [len(MANY)] * LENGTH
         torch.manual_seed(0)
         said = rollout(model, MANY, n=1, max_new_tokens=LENGTH, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0,
-                       vocab_size=VOCAB, in_flight=len(MANY), generator=torch.default_generator)
+                       vocab_size=VOCAB, in_flight=len(MANY), seeds=torch.randint(2 ** 62, (len(MANY),)).tolist())
     assert same(plain, said) and plain.truncated.all()
 
 
@@ -464,7 +485,7 @@ def test_without_an_eos_every_response_is_full_and_truncated(model):
 
 def test_the_rectangle_is_as_wide_as_the_longest_response():
     """Where every row ends early nothing is padded beyond the last of them, and no row counts as truncated."""
-    r = rollout(tiny("llama"), PROMPTS, n=2, max_new_tokens=LENGTH, eos_ids=range(VOCAB), generator=seeded())
+    r = rollout(tiny("llama"), PROMPTS, n=2, max_new_tokens=LENGTH, eos_ids=range(VOCAB), seeds=[0, 1, 2])
     assert r.ids.size(1) == max(map(len, PROMPTS)) + 1 and r.response_mask.all() and not r.truncated.any()
 
 
@@ -531,55 +552,7 @@ def test_no_tokens_to_write_is_refused():
     assert rollout(tiny("llama"), PROMPTS, max_new_tokens=1).response_mask.shape == (3, 1)
 
 
-# --- what the student is asked -------------------------------------------------------------------------------------
-
-
-def test_load_prompts_reads_text_and_chat(tmp_path):
-    """Text or messages, an answer or none, blank lines skipped; the id is file and line."""
-    chat = [{"role": "user", "content": "3 + 7 ="}]
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "add é", "answer": "0"}\n\n' + json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
-    assert load_prompts(path) == [{"prompt": "add é", "answer": "0", "id": "prompts.jsonl:1"},
-                                  {"prompt": chat, "answer": None, "id": "prompts.jsonl:3"}]
-
-
-@pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}',
-                                  '{"prompt": []}', '{"prompt": [{"role": "user"}]}', '{"prompt": 7}'])
-def test_a_bad_line_is_named(tmp_path, line):
-    """File and line number stand in the message."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "add"}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"prompts\.jsonl:2 "):
-        load_prompts(path)
-
-
-def test_a_file_without_prompts_is_refused(tmp_path):
-    """An empty file is an error now rather than an empty batch later."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("\n")
-    with pytest.raises(ValueError, match="no prompts"):
-        load_prompts(path)
-
-
-@pytest.mark.parametrize("options", [{}, {"think": True}])
-def test_encode_writes_the_template_once(options):
-    """Text and one user message are the same prompt, the template's BOS the only one,
-    its options honoured (OPSD#10)."""
-    tokenizer, chat = word_tokenizer(chat_template=TEMPLATE), [{"role": "user", "content": "add 3 7"}]
-    ids = encode(tokenizer, "add 3 7", **options)
-    assert ids == encode(tokenizer, chat, **options)
-    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False,
-                                                **options)
-    assert ids.count(tokenizer.bos_token_id) == 1
-    assert tokenizer.decode(ids).endswith("so" if options else ":")
-
-
-def test_encode_without_a_template_is_plain_text():
-    """The tokenizer's own ids, its BOS included; messages are joined by lines."""
-    tokenizer = word_tokenizer()
-    ids = tokenizer("add 3 7").input_ids
-    assert encode(tokenizer, "add 3 7") == ids and ids[0] == tokenizer.bos_token_id
-    assert encode(tokenizer, [{"role": "system", "content": "add"}, {"role": "user", "content": "3 7"}]) == ids
+# --- small change --------------------------------------------------------------------------------------------------
 
 
 def test_left_pad_and_position_ids_by_hand():
@@ -588,21 +561,3 @@ def test_left_pad_and_position_ids_by_hand():
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]] and mask.tolist() == [[True] * 3, [False, False, True]]
     assert position_ids(mask).tolist() == [[0, 1, 2], [0, 0, 0]]
     assert position_ids(torch.tensor([[0, 1, 1, 1]]).bool()).tolist() == [[0, 0, 1, 2]]
-
-
-def test_additions_are_all_pairs_of_two_digits():
-    """8,100 questions and no more, each once, with their sums; a seed fixes the order."""
-    asked = additions(90 * 90)
-    pairs = {tuple(int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit()) for row in asked}
-    assert pairs == set(itertools.product(range(10, 100), repeat=2)) and len(asked) == 8100
-    for row in asked[:50]:
-        a, b = (int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit())
-        assert row["answer"] == str(a + b)
-    assert additions(5) == additions(5, 0) == asked[:5] != additions(5, 1)
-
-
-def test_every_epoch_of_every_seed_is_another_shuffle():
-    """Neither the next epoch nor the next seed repeats an order, nor does the next epoch of one that of the other."""
-    prompts = list(range(40))
-    orders = [tuple(batch(prompts, epoch, 40, seed)) for seed in range(5) for epoch in range(5)]
-    assert len(set(orders)) == 25 and all(sorted(order) == prompts for order in orders)
