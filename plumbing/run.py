@@ -110,6 +110,8 @@ class Run:
 
     def __exit__(self, kind, error, trace):
         self.stack.close()
+        with contextlib.suppress(OSError):
+            self.out.rmdir()                                                    # where nothing is in it
         if isinstance(error, OSError) and error.errno is not None:              # of the system, no line of ours
             raise OSError(f"{error.filename or self.out}: {error.strerror}; {self.left()}; when that is mended, "
                           "--resume goes on") from None
