@@ -88,7 +88,7 @@ def check_directory(path):
     if folder.is_dir() and not next(folder.glob("*.safetensors"), None):
         raise ValueError(f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
                          "convert it where you trust it: from_pretrained, then save_pretrained")
-    is_name = re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", path)
+    is_name = re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", str(path))
     if not folder.is_dir() and (folder.exists() or not is_name or "/" in path and folder.parent.is_dir()):
         raise ValueError(f"{path}: no such directory, and no hub name; give the directory of a checkpoint")
 

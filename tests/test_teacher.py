@@ -9,9 +9,9 @@ from conftest import ARCHITECTURES, TEMPLATE, VOCAB, WORDS, tiny, word_tokenizer
 
 from analysis import diagnose
 from loss import full_vocab, sampled_token, top_k
+from plumbing.models import checkpoint_layers, load
 from rollout import Rollout, left_pad, rollout
-from teacher import (Pair, Split, check_pair, checkpoint_layers, eos_ids, freeze, grade, load, micro_batches, split,
-                     states)
+from teacher import Pair, Split, check_pair, eos_ids, log_probs, micro_batches, split, states
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, equal_nan=True)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [20, 21]]
@@ -24,7 +24,8 @@ def written(prompts=PROMPTS, responses=RESPONSES, pad_id=0):
     T = max(map(len, responses))
     tail = torch.tensor([r + [pad_id] * (T - len(r)) for r in responses])
     tail_mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in responses])
-    return Rollout(torch.cat([ids, tail], 1), torch.cat([mask, tail_mask], 1), tail_mask, torch.zeros(tail.shape),
+    return Rollout(torch.cat([ids, tail], 1), torch.cat([mask, tail_mask], 1),
+                   torch.cat([torch.zeros_like(mask), tail_mask], 1), torch.zeros(tail.shape),
                    torch.zeros(len(ids), dtype=torch.bool))
 
 
@@ -32,33 +33,31 @@ def full(log_p, log_q, y):
     return {"loss": full_vocab(log_p, log_q), **diagnose(log_p, log_q, y, 4)}
 
 
+def paired(student, teacher, *, budget=10_000, vocab=VOCAB, **settings):
+    """The Pair of two models without tokenizers."""
+    return Pair(student, teacher, None, 2, dict(eos_ids={2}, pad_id=0, vocab_size=vocab),
+                (split(student, vocab), split(teacher, vocab)), torch.device("cpu"), micro_batch_tokens=budget,
+                **settings)
+
+
 def graded(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB, **options):
-    """{name: (B, T)} of a whole rollout, 0 outside the responses."""
-    found = {}
-    for rows, is_response, out, _ in grade(split(student, vocab), split(teacher, vocab), r, per_position,
-                                           micro_batch_tokens=budget, **options):
-        lengths = is_response.sum(1).tolist()
-        for name, x in out.items():
-            for row, part in zip(rows.tolist(), x.detach().split(lengths), strict=True):
-                found.setdefault(name, torch.zeros(r.response_mask.shape))[row, :len(part)] = part
-    return found
+    """{name: (B, T)} of a whole rollout, NaN outside the responses."""
+    return paired(student, teacher, budget=budget, vocab=vocab).grade(r, per_position, **options)
 
 
-def gradients(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB):
+def gradients(student, teacher, r, per_position=full, *, scale=None, **options):
     """Gradients of the token mean: the step's whole token count is the only denominator, {parameter: gradient}."""
     student.zero_grad()
-    N = r.response_mask.sum()
-    for *_, total in grade(split(student, vocab), split(teacher, vocab), r, per_position, micro_batch_tokens=budget):
-        (total / N).backward()
+    graded(student, teacher, r, per_position, scale=scale or 1 / r.response_mask.sum(), **options)
     return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
 
 
 TEACHER = {"hidden": 16, "layers": 3}
 
 
-def pair(architecture):
+def models(architecture):
     """A student and a frozen teacher of another width and depth."""
-    return tiny(architecture), freeze(tiny(architecture, seed=1, **TEACHER))
+    return tiny(architecture), tiny(architecture, seed=1, **TEACHER).requires_grad_(False)
 
 
 # --- do the two fit? -----------------------------------------------------------------------------------------------
@@ -149,13 +148,14 @@ def test_every_eos_id_is_found(generation, config, token, expected):
 
 
 def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
-    """load gives what was saved, without dropout; freeze leaves no parameter that could learn."""
-    saved, ids = tiny("gpt2"), torch.arange(5)[None]
+    """load gives what was saved, without dropout; a Pair leaves no parameter of the teacher that could learn."""
+    saved, ids = tiny("gpt2", vocab_size=len(WORDS)), torch.arange(5)[None]
     saved.save_pretrained(tmp_path)
     model = load(tmp_path)
     assert not model.training and torch.equal(model(input_ids=ids).logits, saved(input_ids=ids).logits)
-    teacher = freeze(model.train())
-    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    pair = Pair.of(saved, model, word_tokenizer(), word_tokenizer())
+    assert not pair.teacher.training and not any(p.requires_grad for p in pair.teacher.parameters())
+    assert all(p.requires_grad for p in pair.student.parameters())
 
 
 # --- trunk and head ------------------------------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
 def test_trunk_and_head_are_the_models_own_logits(model):
     """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800, transformers#18388:
     GPT-2's learned positions)."""
-    trunk, head, own_logits, _ = split(model, VOCAB - 8)
+    trunk, head, own_logits = split(model, VOCAB - 8)
     assert not own_logits
     ids, mask = left_pad(PROMPTS, 0)
     made = head(trunk(ids, mask))
@@ -176,7 +176,7 @@ def test_a_bias_of_the_head_is_part_of_it():
     """A head with a bias is cut along with its weight."""
     model, ids = tiny("llama"), torch.arange(10)[None]
     model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
-    trunk, head, own_logits, _ = split(model, VOCAB - 8)
+    trunk, head, own_logits = split(model, VOCAB - 8)
     assert not own_logits
     close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), model(input_ids=ids).logits[..., :VOCAB - 8])
 
@@ -185,7 +185,7 @@ def test_soft_capped_logits_are_found_out_and_kept():
     """Gemma 2 does more than a linear head: its own logits are taken, with a warning, and graded like any other."""
     model, ids = tiny("gemma2"), torch.arange(10)[None]
     with pytest.warns(UserWarning, match="Gemma2ForCausalLM does more than a linear output head"):
-        trunk, head, own_logits, _ = split(model, VOCAB - 8)
+        trunk, head, own_logits = split(model, VOCAB - 8)
     own = model(input_ids=ids).logits[..., :VOCAB - 8]
     assert own_logits and own.abs().max() <= 2
     close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), own)
@@ -210,9 +210,9 @@ def test_padded_vocabulary_columns_change_nothing(architecture, padded):
     """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients
     (fact 7; Qwen2.5's 151,936 and 152,064 rows: trl#2215, #3028, #6252, #6457, LMOps#286, #331, torchtune#2119, #2416,
     #2598, Qwen3#292)."""
-    models = dict(zip(("student", "teacher"), pair(architecture), strict=True))
-    wide = padded_with_junk(architecture, models[padded], **{"student": {}, "teacher": TEACHER}[padded])
-    one, other, r = models.values(), {**models, padded: wide}.values(), written()
+    both = dict(zip(("student", "teacher"), models(architecture), strict=True))
+    wide = padded_with_junk(architecture, both[padded], **{"student": {}, "teacher": TEACHER}[padded])
+    one, other, r = both.values(), {**both, padded: wide}.values(), written()
     close(graded(*other, r), graded(*one, r))
     of_wide, of_narrow = gradients(*other, r), gradients(*one, r)
     close({name: g[:len(of_narrow[name])] for name, g in of_wide.items()}, of_narrow)
@@ -226,13 +226,12 @@ def test_states_are_those_before_each_response_token(model):
     """Packed row by row, the state at t - 1 for token t (ms-swift#8436: logits and labels unshifted)."""
     r = written()
     trunk, *_ = split(model, VOCAB)
-    (rows, ids, mask, is_response), = micro_batches(r, 10_000)
     expected = []
-    for row in rows.tolist():
+    for row in range(len(PROMPTS)):
         text = torch.tensor([PROMPTS[row] + RESPONSES[row]])
         h = trunk(text, torch.ones_like(text, dtype=torch.bool))[0]
         expected += [h[len(PROMPTS[row]) + t - 1] for t in range(len(RESPONSES[row]))]
-    close(states(trunk, ids, mask, is_response), torch.stack(expected))
+    close(states(trunk, r.ids, r.attention_mask, r.is_response), torch.stack(expected))
 
 
 @pytest.mark.parametrize("budget", [1, 9, 20, 30, 47, 10_000])
@@ -240,10 +239,11 @@ def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
     """Each row whole and once, the response marked, no column that is padding throughout,
     at most `budget` tokens or one row."""
     r, dealt = written(pad_id=30), []                                                     # pad: a response token too
-    for rows, ids, mask, is_response in micro_batches(r, budget):
+    for rows, columns in micro_batches(r.attention_mask, budget):
+        ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))
         assert mask.numel() <= budget or len(rows) == 1
         assert mask.any(0).all()
-        for row, i, m, s in zip(rows.tolist(), ids, mask, is_response, strict=True):
+        for row, i, m, s in zip(rows, ids, mask, is_response, strict=True):
             assert i[m].tolist() == PROMPTS[row] + RESPONSES[row] and i[s].tolist() == RESPONSES[row]
             dealt.append(row)
     assert sorted(dealt) == list(range(len(PROMPTS)))
@@ -252,9 +252,9 @@ def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
 def test_micro_batches_keep_rows_of_like_length_together():
     """A long row does not pad short ones: 4 rows of 2 and 4 of 20 tokens make 4 parts at 44 tokens,
     without a padded token."""
-    parts = list(micro_batches(written([[3]] * 8, [[5], [6] * 19] * 4), 44))
-    assert [mask.shape for _, _, mask, _ in parts] == [(2, 20), (2, 20), (4, 2)]
-    assert all(mask.all() for _, _, mask, _ in parts)
+    mask = written([[3]] * 8, [[5], [6] * 19] * 4).attention_mask
+    parts = [mask[rows, columns] for rows, columns in micro_batches(mask, 44)]
+    assert [part.shape for part in parts] == [(2, 20), (2, 20), (4, 2)] and all(part.all() for part in parts)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -262,7 +262,7 @@ def test_micro_batches_keep_rows_of_like_length_together():
 def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
     """One batch of 4 = 4 micro-batches of 1 = some of 2, unequal lengths, one denominator
     (trl#6006, #4719; easydistill#16)."""
-    student, teacher = pair(architecture)
+    student, teacher = models(architecture)
     r = written()
     close(graded(student, teacher, r, budget=budget), graded(student, teacher, r))
     close(gradients(student, teacher, r, budget=budget), gradients(student, teacher, r))
@@ -280,7 +280,7 @@ def plain(model, row):
 def test_grade_is_a_loop_over_unpadded_rows(architecture):
     """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt
     and after eos; trl#7024, optipfair#34). Student and teacher differ in width and depth."""
-    student, teacher = pair(architecture)
+    student, teacher = models(architecture)
     ours, of_ours = graded(student, teacher, written()), gradients(student, teacher, written())
     student.zero_grad()
     losses = []
@@ -296,7 +296,7 @@ def test_grade_is_a_loop_over_unpadded_rows(architecture):
 def test_padding_and_other_rows_change_nothing(architecture):
     """Losses and gradients do not see the pad id (bit for bit), and no row sees the others or their prompts
     (trl#2058, #7024)."""
-    student, teacher = pair(architecture)
+    student, teacher = models(architecture)
     bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
     one, of_one = graded(student, teacher, written()), gradients(student, teacher, written())
     for other in (written(pad_id=30), written(pad_id=2)):
@@ -311,31 +311,152 @@ def test_only_states_that_predict_response_tokens_get_a_gradient():
     """Neither prompt nor padding nor the last token is trained on
     (trl#6006), and there are as many losses as response tokens."""
     r = written()
-    (rows, _, _, is_response), = micro_batches(r, 10_000)
-    h = torch.randn(*is_response.shape, 8, requires_grad=True)
+    (rows, _), = micro_batches(r.attention_mask, 10_000)
+    h = torch.randn(*r.ids.shape, 8, requires_grad=True)
     torch.manual_seed(0)
     head = torch.nn.Linear(8, VOCAB)
-    student, teacher = Split(lambda ids, mask: h, head, False), split(tiny("llama"), VOCAB)
-    (_, _, out, total), = grade(student, teacher, r, full, micro_batch_tokens=10_000)
-    assert len(out["loss"]) == r.response_mask.sum() == sum(map(len, RESPONSES))
-    total.backward()
-    trained = torch.zeros_like(is_response)
-    for i, row in enumerate(rows.tolist()):
-        first = is_response[i].long().argmax()
+    pair = paired(tiny("llama"), tiny("llama", seed=1))
+    pair.splits = (Split(lambda ids, mask: h, head, False), pair.splits[1])
+    out = pair.grade(r, full, scale=1.0)
+    assert (~out["loss"].isnan()).sum() == r.response_mask.sum() == sum(map(len, RESPONSES))
+    trained = torch.zeros_like(r.is_response)
+    for i, row in enumerate(rows):
+        first = len(r.ids[0]) - r.response_mask.size(1)
         trained[i, first - 1:first - 1 + len(RESPONSES[row])] = True
     assert torch.equal(h.grad.abs().sum(-1) > 0, trained)
 
 
 def test_rollouts_without_a_response_token_leave_zero_gradients():
     """No position counts, nothing is divided by nothing (LMOps#38; distillm and trl: 0/0, then NaN)."""
-    student, teacher = pair("llama")
+    student, teacher = models("llama")
     r = written()
-    r.response_mask = torch.zeros_like(r.response_mask)
-    r.attention_mask[:, -r.response_mask.size(1):] = False
-    sides = split(student, VOCAB), split(teacher, VOCAB)
-    loss = sum(total for *_, total in grade(*sides, r, full, micro_batch_tokens=20))
-    loss.backward()
-    assert loss == 0 and all(p.grad is None or not p.grad.any() for p in student.parameters())
+    r.attention_mask &= ~r.is_response
+    r.is_response = torch.zeros_like(r.is_response)
+    out = paired(student, teacher, budget=20).grade(r, full, scale=1.0)
+    assert all(x.isnan().all() for x in out.values())
+    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
+
+
+# --- the plain form ------------------------------------------------------------------------------------------------
+
+
+def test_log_probs_are_those_of_single_unpadded_rows(model):
+    """log softmax of the states before each response token, packed row by row, cut to the shared vocabulary."""
+    r = written()
+    expected = torch.cat([plain(model, row)[:, :VOCAB - 8] / 0.7 for row in range(len(PROMPTS))]).log_softmax(-1)
+    close(log_probs(model, r.ids, r.attention_mask, r.is_response, vocab_size=VOCAB - 8, temperature=0.7), expected)
+
+
+@pytest.mark.parametrize("budget, chunk", [(10_000, None), (20, 3), (1, 1)])
+@pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 2.0)])
+def test_grade_is_its_plain_twin(architecture, budget, chunk, temperature, teacher_temperature):
+    """Pair.grade = log_probs of both models and the loss on whole tensors: log p(y), entropies, losses and gradients,
+    at each of the N response tokens, however it is cut."""
+    student, teacher = models(architecture)
+    r, V, seen = written(), VOCAB - 8, []
+    r.ids %= V
+
+    def per_position(log_p, log_q, y):
+        seen.append(len(y))
+        entropies = [-(x.exp() * x).sum(-1) for x in (log_p, log_q)]
+        return {"loss": top_k(log_p, log_q, 4), "log_p": log_p.gather(-1, y[:, None]).squeeze(-1),
+                "H_p": entropies[0], "H_q": entropies[1]}
+
+    pair = paired(student, teacher, budget=budget, vocab=V, chunk=chunk)
+    grid = pair.grade(r, per_position, scale=1.0, temperature=temperature, teacher_temperature=teacher_temperature)
+    of_grade = {name: p.grad.clone() for name, p in student.named_parameters()}
+    student.zero_grad()
+    assert sum(seen) == r.response_mask.sum() == sum(map(len, RESPONSES))                   # N, each once
+    of_r = (r.ids, r.attention_mask, r.is_response)
+    log_p = log_probs(student, *of_r, vocab_size=V, temperature=temperature)
+    log_q = log_probs(teacher, *of_r, vocab_size=V, temperature=teacher_temperature)
+    expected = per_position(log_p, log_q, r.ids[r.is_response])
+    assert grid.keys() == expected.keys()
+    for name, x in expected.items():
+        assert grid[name].shape == r.response_mask.shape and grid[name][~r.response_mask].isnan().all()
+        close(grid[name][r.response_mask], x.detach())
+    expected["loss"].sum().backward()
+    close(of_grade, {name: p.grad for name, p in student.named_parameters()})
+
+
+def test_what_is_only_measured_leaves_no_gradient():
+    """Without a scale the student learns nothing; without the teacher it is not read."""
+    student, teacher = models("llama")
+    graded(student, teacher, written())
+    assert all(p.grad is None for p in student.parameters())
+    teacher.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
+    pair = Pair(student, teacher, None, 2, {}, (split(student, VOCAB), None), torch.device("cpu"))
+    pair.splits = (pair.splits[0], Split(teacher.base_model, None, False))
+    given = []
+    pair.grade(written(), lambda log_p, log_q, y: given.append(log_q) or {"loss": log_p[:, 0]}, with_teacher=False)
+    assert given == [None]
+
+
+def test_scale_multiplies_the_gradient():
+    """Twice the scale, twice the gradient; the values stay those of single positions."""
+    student, teacher = models("llama")
+    one, two = (gradients(student, teacher, written(), scale=scale, budget=20) for scale in (1.0, 2.0))
+    close(two, {name: 2 * g for name, g in one.items()})
+    close(graded(student, teacher, written(), scale=2.0), graded(student, teacher, written()))
+
+
+def test_whole_numbers_and_vectors_have_their_grid_too():
+    """A value a position may be an id, 0 where there is none, or a row of numbers."""
+    r = written()
+    out = graded(*models("llama"), r, lambda log_p, log_q, y: {
+        "loss": log_p[:, 0], "y": y, "three": log_p[:, :3]}, budget=20)
+    assert torch.equal(out["y"], torch.where(r.response_mask, r.ids[:, -r.response_mask.size(1):], 0))
+    assert out["three"].shape == (*r.response_mask.shape, 3) and out["three"][~r.response_mask].isnan().all()
+    close(out["three"][..., 0], out["loss"])
+
+
+# --- what is written, what is given --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_the_shares_of_the_processes_are_the_whole(world):
+    """Of several processes each writes to every so many-th prompt what one alone would have written to it."""
+    pair = paired(*[model.double() for model in models("llama")])
+    whole = pair.write(PROMPTS, n=2, max_new_tokens=8, seed=3)
+    rows = [whole.response_ids(row) for row in range(len(whole.ids))]
+    for rank in range(min(world, len(PROMPTS))):
+        part = pair.write(PROMPTS, n=2, max_new_tokens=8, seed=3, share=(rank, world))
+        mine = [2 * i + j for i in range(rank, len(PROMPTS), world) for j in range(2)]
+        assert [part.response_ids(row) for row in range(len(part.ids))] == [rows[i] for i in mine]
+        for row, i in enumerate(mine):
+            close(part.log_p[row, :len(rows[i])], whole.log_p[i, :len(rows[i])])
+
+
+def test_another_model_writes_and_another_seed_draws():
+    """The student writes where nothing is said; every prompt has a seed of its own that follows from the seed."""
+    student, teacher = models("llama")
+    pair = paired(student, teacher)
+    texts = lambda seed, model=None: [                                                              # noqa: E731
+        r.response_ids(row) for r in [pair.write([[5, 6]] * 4, max_new_tokens=8, seed=seed, model=model)]
+        for row in range(4)]
+    assert texts(0) == texts(0, student) != texts(1) and texts(0) != texts(0, teacher)
+    assert len(set(map(tuple, texts(0)))) > 1
+
+
+def test_given_texts_are_a_rollout():
+    """Conversations as if the student had written them: the same grid, graded the same."""
+    student, teacher = models("llama")
+    ours, expected = paired(student, teacher).given(list(zip(PROMPTS, RESPONSES))), written()
+    for field in ("ids", "attention_mask", "is_response", "response_mask"):
+        assert torch.equal(getattr(ours, field), getattr(expected, field)), field
+    assert [ours.response_ids(row) for row in range(len(PROMPTS))] == RESPONSES
+    close(graded(student, teacher, ours), graded(student, teacher, expected))
+
+
+def test_a_pair_computes_in_the_dtype_of_its_autocast():
+    """Rollout and grades under one autocast: what was sampled in bfloat16 is scored in bfloat16."""
+    student, teacher = models("llama")
+    pair = paired(student, teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    r = pair.write(PROMPTS, n=2, max_new_tokens=6, seed=0)
+    log_p = pair.grade(r, full)["log_p"]
+    off = (log_p.nan_to_num() - r.log_p).abs().max()
+    in_float32 = (paired(student, teacher).grade(r, full)["log_p"].nan_to_num() - r.log_p).abs().max()
+    assert off < 0.3 and in_float32 > 1e-3
 
 
 # --- the teacher ---------------------------------------------------------------------------------------------------
@@ -359,7 +480,7 @@ def test_the_teacher_decides_the_gradient(architecture, objective):
     one, other = (gradients(student, tiny(architecture, seed=seed), written(), objective) for seed in (1, 2))
     assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
     twin = tiny(architecture)
-    assert not graded(student, twin, written(), objective)["loss"].any()
+    assert not graded(student, twin, written(), objective)["loss"].nansum()
     assert max(g.abs().max() for g in gradients(student, twin, written(), objective).values()) < 1e-5
 
 
@@ -367,22 +488,20 @@ def test_the_teacher_decides_the_gradient(architecture, objective):
 def test_the_teacher_reads_each_micro_batch_once(budget):
     """One forward a micro-batch, the loss's backward included, and it reads exactly the student's ids
     (trl#4560; ms-swift#9414)."""
-    student, teacher = pair("qwen3")
-    sides, seen = (split(student, VOCAB), split(teacher, VOCAB)), {"student": [], "teacher": []}
+    student, teacher = models("qwen3")
+    pair, seen = paired(student, teacher, budget=budget), {"student": [], "teacher": []}
     for name, model in (("student", student), ("teacher", teacher)):
         def record(_, args, kwargs, name=name):
             seen[name].append((kwargs["input_ids"], kwargs["position_ids"]))
         model.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    seconds = {}
-    for *_, total in grade(*sides, written(), full, micro_batch_tokens=budget, seconds=seconds):
-        total.backward()
-    assert len(seen["teacher"]) == len(list(micro_batches(written(), budget))) and seconds["teacher"] > 0
+    pair.grade(written(), full, scale=1.0)
+    assert len(seen["teacher"]) == len(list(micro_batches(written().attention_mask, budget)))
     torch.testing.assert_close(seen["teacher"], seen["student"], rtol=0, atol=0)
 
 
 def test_architectures_may_differ():
     """Whatever shares the vocabulary can teach: another architecture, width, depth and number of padded rows."""
-    student, teacher = tiny("gpt2", vocab_size=VOCAB + 3), freeze(tiny("gemma3", vocab_size=VOCAB + 7, **TEACHER))
+    student, teacher = tiny("gpt2", vocab_size=VOCAB + 3), tiny("gemma3", vocab_size=VOCAB + 7, **TEACHER)
     ours = graded(student, teacher, written(), budget=20)
     for row, response in enumerate(RESPONSES):
         log_p, log_q = (plain(model, row).log_softmax(-1).detach() for model in (student, teacher))
@@ -393,27 +512,33 @@ def test_architectures_may_differ():
 def test_what_was_sampled_is_what_is_graded(architecture, temperature, teacher_temperature):
     """At the sampling temperature log p(y) of grade equals what rollout recorded: a ratio of 1 on the first update
     (Qwen3#1799); the teacher's temperature is its own (trl GKD, slime#2085)."""
-    student, teacher = pair(architecture)
+    student, teacher = models(architecture)
     r = rollout(student, PROMPTS, n=2, max_new_tokens=8, temperature=temperature, eos_ids=range(0, VOCAB, 6),
-                generator=torch.Generator().manual_seed(0))
+                seeds=[0, 1, 2, 3])
     ours = graded(student, teacher, r, temperature=temperature, teacher_temperature=teacher_temperature)
-    torch.testing.assert_close(ours["log_p"], r.log_p, rtol=0, atol=1e-4)
+    torch.testing.assert_close(ours["log_p"].nan_to_num(), r.log_p, rtol=0, atol=1e-4)
     logits = teacher(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
     log_q = (logits / teacher_temperature).log_softmax(-1)[r.response_ids(2)[0]]
     assert (ours["reward"] + ours["log_p"])[2, 0].item() == pytest.approx(log_q.item(), abs=1e-4)
 
 
 def kept_for_backward(student, teacher, r):
-    """Bytes of what autograd keeps between forward and backward, each tensor once, weights aside."""
+    """Bytes of what autograd keeps of the trunk until its backward, each tensor once, weights aside."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in student.parameters()}
 
     def pack(x):
         if x.untyped_storage().data_ptr() not in weights:
             kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        parts = list(grade(split(student, VOCAB), split(teacher, VOCAB), r, full, micro_batch_tokens=10_000))
-    return sum(kept.values()) if parts else 0
+    pair = paired(student, teacher)
+    (trunk, *others), of_teacher = pair.splits
+
+    def watched(*args):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            return trunk(*args)
+    pair.splits = Split(watched, *others), of_teacher
+    pair.grade(r, full, scale=1.0)
+    return sum(kept.values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -421,12 +546,12 @@ def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architectu
     """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval
     mode, writes the same tokens, has the same gradients, and keeps less after a rollout too (trl#6827).
     """
-    student, teacher = pair(architecture)
-    how = dict(n=2, max_new_tokens=6)
-    before = rollout(student, PROMPTS, **how, generator=torch.Generator().manual_seed(0))
+    student, teacher = models(architecture)
+    how = dict(n=2, max_new_tokens=6, seeds=[0, 1, 2, 3])
+    before = rollout(student, PROMPTS, **how)
     plain, kept = gradients(student, teacher, before), kept_for_backward(student, teacher, before)
     checkpoint_layers(student)
-    after = rollout(student, PROMPTS, **how, generator=torch.Generator().manual_seed(0))
+    after = rollout(student, PROMPTS, **how)
     assert not student.training and torch.equal(before.ids, after.ids) and torch.equal(before.log_p, after.log_p)
     close(gradients(student, teacher, after), plain)
     assert kept_for_backward(student, teacher, before) < 0.5 * kept
@@ -439,9 +564,9 @@ def test_a_checkpointed_layer_does_not_drop_out():
     model = OPTForCausalLM(OPTConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, ffn_dim=64, dropout=0.5,
                                      num_attention_heads=4, max_position_embeddings=64, word_embed_proj_dim=32)).eval()
     r = written()
-    plain = gradients(model, freeze(tiny("llama")), r)
+    plain = gradients(model, tiny("llama"), r)
     checkpoint_layers(model)
-    close(gradients(model, freeze(tiny("llama")), r), plain)
+    close(gradients(model, tiny("llama"), r), plain)
 
 
 def test_what_has_no_layers_to_checkpoint_is_refused():
