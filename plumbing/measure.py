@@ -16,7 +16,7 @@ def means(grid, r, max_new_tokens):
     metrics.jsonl says of them. overlap_token_advantage leaves positions out where the two share no likely token.
     """
     mask, grid = r.response_mask, dict(grid)
-    mismatch = (grid.pop("log_p") - r.log_p)[mask].abs().max()
+    mismatch = torch.where(mask, grid.pop("log_p") - r.log_p, 0).abs().max()
     total = over_processes(mask.sum())
     row = {}
     for name, x in grid.items():
@@ -63,10 +63,11 @@ def accuracy(cfg, pair, rows, model):
 
 def distance(cfg, pair, rows, per_position):
     """The metrics of a step on held-out rows, at states that the student visits now: {name: float}."""
-    rows = rows[:256]
-    rows = rows * -(-processes()[1] // len(rows))                    # each process needs one; a mean stays what it is
+    rows, (rank, world) = rows[:256], processes()
+    idle, rows = rank >= len(rows), rows + rows[:1] * (world - len(rows))       # it writes, and counts nothing
     r = pair.write([row["ids"] for row in rows], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
-                   seed=cfg.seed + 2, share=processes())
+                   seed=cfg.seed + 2, share=(rank, world))
+    r.is_response &= not idle
     grid = pair.grade(r, per_position, temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature)
     found = means(grid, r, cfg.max_new_tokens)
     if found["loss"] != found["loss"] or abs(found["loss"]) == float("inf"):

@@ -15,7 +15,10 @@ import torch
 
 import opd
 import recipes
-from test_opd import config, rows, weights, world                                          # noqa: F401: a fixture
+from plumbing import exits, flags, measure
+from plumbing.processes import one_of_several, over_processes, processes, summed_gradients
+from plumbing.run import Run
+from test_opd import config, ready, rows, weights, world                                    # noqa: F401: a fixture
 
 EXAMPLES = [([4, 6], [7, 2]), ([4], [8, 9, 10, 2]), ([5, 5, 5], [2])]                     # prompt ids, response ids
 
@@ -27,7 +30,7 @@ def start(*arguments, timeout=120):
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(opd.__file__).parent)})
 
 
-def flags(cfg):
+def words(cfg):
     """A Config as words of the command line."""
     named = {name: x for name, x in vars(cfg).items() if x not in (False, "") and x != getattr(opd.Config, name)}
     return [word for name, x in named.items()
@@ -35,19 +38,22 @@ def flags(cfg):
 
 
 def gradients(cfg):
-    """Gradients and metrics of one update without its step, and of one of the cold start."""
-    run, out = opd.Run(cfg), {}
-    r = run.write(run.prompts[:3], 2, 0)
-    out["tokens"] = r.ids
-    out["measured"] = opd.measure(run.cfg, *run.pair.splits, r, learn=True)
-    out["gradients"] = [p.grad.clone() for p in run.pair.student.parameters()]
-    run.optimizer.zero_grad()
-    held = opd.measure(run.cfg, *run.pair.splits, run.write(run.prompts[:1], 1, 0), learn=False)  # less than one each
-    out["held"] = held["reverse_kl"]
-    run.optimizer.step = lambda: out.update(cold=[p.grad.clone() for p in run.pair.student.parameters()])
-    out["cold_start"] = next(recipes.cold_start(run.pair, run.optimizer, EXAMPLES, steps=4, batch_size=3,
-                                                micro_batch_tokens=4))
-    return out
+    """Gradients and metrics of one update without its step, and of one of the cold start; held-out metrics."""
+    (cfg, pair, train, held_out), out = ready(cfg), {}
+    asked, steps = [row["ids"] for row in train[:3]], []
+    r = pair.write(asked, n=2, max_new_tokens=cfg.max_new_tokens, seed=0, share=processes())
+    out["tokens"] = [r.response_ids(row) for row in range(len(r.ids))]
+    total = over_processes(r.is_response.sum())
+    grid = pair.grade(r, opd.per_position(cfg), scale=1 / total)
+    out["gradients"] = [p.grad.clone() for p in summed_gradients(pair.student)]
+    out["measured"] = measure.means(grid, r, cfg.max_new_tokens)
+    pair.student.zero_grad()
+    out["held"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))["reverse_kl"]     # less than one each
+    out["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
+    optimizer = opd.adamw(cfg, pair.student)
+    optimizer.step = lambda: steps.append([p.grad.clone() for p in pair.student.parameters()])
+    out["cold_start"] = next(recipes.cold_start(pair, optimizer, EXAMPLES, steps=4, batch_size=3))
+    return {**out, "cold": steps[0]}
 
 
 @pytest.mark.parametrize("change", [dict(objective="full"), dict(gradient_checkpointing=True, teacher="gemma3")])
@@ -57,11 +63,12 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
     """
     change = {**change, "teacher": f"{world}/{change.get('teacher', 'teacher')}"}
     cfg = config(world, tmp_path / "two", micro_batch_tokens=9, **change)
-    done = start(__file__, "gradients", tmp_path, *flags(cfg))
+    done = start(__file__, "gradients", tmp_path, *words(cfg))
     assert done.returncode == 0, done.stderr
     one = gradients(config(world, tmp_path / "one", micro_batch_tokens=9, **change))
-    for two in (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)):
-        assert torch.equal(two["tokens"], one["tokens"])
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert both[0]["tokens"] == one["tokens"][:2] + one["tokens"][4:] and both[1]["tokens"] == one["tokens"][2:4]
+    for two in both:
         for name in ("gradients", "cold"):
             for a, b in zip(two[name], one[name], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
@@ -69,7 +76,7 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
             if name not in ("by_position", "sampling_mismatch"):
                 assert two["measured"][name] == pytest.approx(x, rel=1e-5, abs=1e-6), name
         assert two["measured"]["by_position"]["tokens"] == one["measured"]["by_position"]["tokens"]
-        assert two["held"] == pytest.approx(one["held"], rel=1e-5)
+        assert two["held"] == pytest.approx(one["held"], rel=1e-5) and two["accuracy"] == one["accuracy"]
         assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
 
 
@@ -80,16 +87,16 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
     how = dict(steps=5, cold_start=4, cold_start_steps=2, cold_start_batch_size=2, cold_start_max_new_tokens=40,
                cold_start_temperature=1.0)
     cfg = config(world, tmp_path / "two", **how)
-    died = start(__file__, "dies", tmp_path, *flags(cfg))
-    assert died.returncode and "exitcode  : -9" in died.stderr
+    died = start(__file__, "dies", tmp_path, *words(cfg))
+    assert died.returncode
     assert "opd.py: stopped, as another process has died" in died.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
     assert not (tmp_path / "two" / "result.json").exists()
-    done = start(opd.__file__, *flags(cfg), "--resume")
+    done = start(opd.__file__, *words(cfg), "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gap recovery") == 1                                           # one of them talks
     assert stat.S_ISCHR(os.stat(os.devnull).st_mode)             # where the other's logs went, and which is there
-    opd.Run(config(world, tmp_path / "one", **how)).go()
+    opd.distil(config(world, tmp_path / "one", **how))
     two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
     assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
     for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length"):
@@ -104,25 +111,25 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
 
 def test_more_processes_than_responses_are_refused(world, tmp_path, monkeypatch):          # noqa: F811
     """A process without a response would have no gradient to give, and all would wait for it."""
-    monkeypatch.setattr(opd, "processes", lambda: (0, 8))
-    with pytest.raises(ValueError, match="--batch-size 3, --n 2.*8 processes"):
-        opd.Run(config(world, tmp_path))
+    monkeypatch.setattr("plumbing.run.processes", lambda: (0, 8))
+    with pytest.raises(ValueError, match="--batch-size 3, .*8 processes"):
+        Run(config(world, tmp_path))
 
 
 def main(what, folder, *words):
-    cfg = opd.parse(list(words))
-    with opd.analysis.one_line("opd.py"), opd.one_of_several(cfg):
+    cfg = flags.parse_opd(list(words))
+    with exits.one_line("opd.py"), one_of_several(cfg.device):
         if what == "gradients":
             rank = torch.distributed.get_rank()
             return torch.save(gradients(cfg), f"{folder}/{rank}.pt")
-        plain = opd.Run.update
+        plain = opd.update
 
-        def update(run):
-            if run.step == 3 and torch.distributed.get_rank() == 1:
+        def update(cfg, pair, optimizer, rows, step):
+            if step == 3 and torch.distributed.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return plain(run)
-        opd.Run.update = update
-        opd.Run(cfg).go()
+            return plain(cfg, pair, optimizer, rows, step)
+        opd.update = update
+        opd.distil(cfg)
 
 
 if __name__ == "__main__":
