@@ -31,7 +31,7 @@ from plumbing.exits import one_line
 from plumbing.flags import PRESETS, Config
 from plumbing.processes import batch, one_of_several, over_processes, processes, share, summed_gradients
 from plumbing.run import Run
-from recipes import cold_start, is_degenerate, teacher_rollouts
+from recipes import cold_start, teacher_rollouts
 
 
 def objective(cfg):
