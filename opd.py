@@ -28,7 +28,7 @@ import loss
 from analysis import diagnose, gap_recovery
 from plumbing import files, flags, measure, prompts, show
 from plumbing.exits import one_line
-from plumbing.flags import PRESETS, Config
+from plumbing.flags import PRESETS, Config                                                 # noqa: F401: for callers
 from plumbing.processes import batch, one_of_several, over_processes, processes, share, summed_gradients
 from plumbing.run import Run
 from recipes import cold_start, teacher_rollouts

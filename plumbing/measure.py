@@ -5,7 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from analysis import BUCKETS, by_position, diagnose, estimate
+from analysis import BUCKETS, by_position, estimate
 from plumbing.answers import answered
 from plumbing.processes import gathered, over_processes, processes
 from recipes import is_degenerate

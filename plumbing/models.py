@@ -1,7 +1,6 @@
 """plumbing/models.py: checkpoints from a directory or the hub, and whether they are what they should be."""
 import contextlib
 import re
-import warnings
 from pathlib import Path
 
 import torch

@@ -29,7 +29,7 @@ import teacher
 from conftest import WORDS, Killed, tiny
 from plumbing import exits, files, measure, models, processes, prompts, run, show
 from plumbing.run import LOGS, Run
-from test_opd import PROMPTS, config, ready, rows, updates, weights, world                  # noqa: F401: a fixture
+from test_opd import PROMPTS, config, ready, rows, weights, world                  # noqa: F401: a fixture
 
 COLD = dict(cold_start=4, cold_start_steps=3, cold_start_batch_size=2, cold_start_max_new_tokens=40,
             cold_start_temperature=1.0)
