@@ -40,8 +40,9 @@ import torch
 
 import plot
 from lab import analysis, difference, distil, main, models, opd, told, toy, verdicts, write_text
-from rollout import load_prompts
-from teacher import Pair
+from plumbing.answers import answered, read_answer, same_answer
+from plumbing.prompts import load_prompts
+from teacher import Pair, micro_batches, states
 
 BUDGETS = (8, 16, 24, 32, 48, 96, 192)
 SUPPORTS = {"sampled": dict(objective="sampled"), "top-1, released": dict(objective="top-k-released", k=1),
@@ -117,8 +118,8 @@ def signal(student, teacher, world, seed, quick, slips):
     pair, count = load(student, teacher), 16 if quick else 256
     rows = encoded(pair, world, count)
     r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
-    grid = analysis.positions(pair, r, 16)
-    right = torch.tensor([analysis.same_answer(analysis.read_answer(pair.tokenizer.decode(
+    grid = pair.grade(r, lambda *x: analysis.diagnose(*x, 16))                              # {name: (B, T)}
+    right = torch.tensor([same_answer(read_answer(pair.tokenizer.decode(
         r.response_ids(i), skip_special_tokens=True)), rows[i // 4]["answer"]) for i in range(len(r.ids))])
     at_slips = []
     for i, reward in enumerate(grid["reward"] if slips else ()):
@@ -126,10 +127,31 @@ def signal(student, teacher, world, seed, quick, slips):
         at = toy.first_slip(r.response_ids(i), digits, len(digits))
         if at is not None and at < len(r.response_ids(i)):
             at_slips.append(reward[at].item())
-    gradients = analysis.logit_gradients(pair, r, opd.objective(opd.Config()))
+    gradients = logit_gradients(pair, r, opd.objective(opd.Config()))
     return {**analysis.coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
             "right": right.float().mean().item(), "reward": grid["reward"].nanmean().item(),
             "reward_at_slips": mean(at_slips) if at_slips else None}
+
+
+def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, chunk=1024):
+    """What each position of a rollout asks of the output head, a chunk at a time:
+    yields g (c, V) = d loss / d logits, h (c, H).
+
+    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is the outer product
+    g_t h_t'. Where a model does more than a linear head (Split.own_logits) h is 1 and only the logits are compared.
+    """
+    student, teacher = pair.splits
+    for rows, columns in micro_batches(r.attention_mask, pair.micro_batch_tokens):
+        ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))       # (b, L)
+        with torch.no_grad(), pair.autocast():
+            h_p, h_q = (states(s.trunk, ids, mask, is_response) for s in (student, teacher))         # (N, H), (N, H')
+        for h_p, h_q, y in zip(*(x.split(chunk) for x in (h_p, h_q, ids[is_response]))):
+            with torch.no_grad(), pair.autocast():
+                z, log_q = student.head(h_p).float(), (teacher.head(h_q).float() / teacher_temperature).log_softmax(-1)
+            z = z.requires_grad_()                                                                  # (c, V)
+            with torch.enable_grad():
+                loss = objective((z / temperature).log_softmax(-1), log_q, y).sum()
+            yield torch.autograd.grad(loss, z)[0], torch.ones_like(z[:, :1]) if student.own_logits else h_p.float()
 
 
 def depths(world, seed, quick):
@@ -138,10 +160,9 @@ def depths(world, seed, quick):
     """
     pair = load(world / "student", world / "teacher")
     rows = encoded(pair, world, 16 if quick else 512)
-    prompts, answers = [row["ids"] for row in rows], [row["answer"] for row in rows]
-    r = pair.write(prompts, max_new_tokens=96, seed=seed)
-    found = analysis.continuation(pair, prompts, answers, [r.response_ids(i) for i in range(len(rows))], n=4,
-                                  max_new_tokens=96, temperature=1.0, top_p=1.0, seed=seed)
+    r = pair.write([row["ids"] for row in rows], max_new_tokens=96, seed=seed)
+    found = analysis.continuation(pair, rows, [r.response_ids(i) for i in range(len(rows))], answered=answered, n=4,
+                                  max_new_tokens=96, seed=seed)
     s, t = (found[0.0][model].mean().item() for model in (1, 2))
     return [{"depth": depth, "tokens": tokens, **analysis.estimate(gain),
              "even": s ** depth * (t ** (1 - depth) - s ** (1 - depth))}
@@ -159,7 +180,7 @@ def gradient_noise(world, seed, quick):
         prompts = [row["ids"] for row in rows[batch * size:(batch + 1) * size]]
         r = pair.write(prompts, max_new_tokens=96, seed=1000 * seed + batch)
         for arm, settings in ESTIMATORS.items():
-            total = sum(g.T @ h for g, h in analysis.logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
+            total = sum(g.T @ h for g, h in logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
             made.setdefault(arm, []).append(total / r.response_mask.sum())                   # (V, H)
     return expectations({arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full")
 

@@ -11,7 +11,8 @@ other pair. The pairs, the rules of analysis.verdict and these criteria were fix
 """
 import plot
 from lab import analysis, distil, main, toy, verdicts, write_text
-from rollout import load_prompts
+from plumbing.answers import answered
+from plumbing.prompts import load_prompts
 from teacher import Pair
 
 MODELS = {   # in the order in which they are made; start: post-trained from that one
@@ -43,8 +44,8 @@ def seed_runs(seed, world, scratch, quick):
         pair = Pair.load(models / student, models / teacher)
         rows = pair.encode(load_prompts(world / "prompts.jsonl")[:8 if quick else 128],
                            max_prompt_tokens=64, new_tokens=96)
-        report = analysis.diagnose_pair(pair, rows, n=2, max_new_tokens=96, eval_temperature=1.0, eval_top_p=1.0,
-                                        seed=seed)
+        report = analysis.diagnose_pair(pair, rows, answered=answered, n=2, max_new_tokens=96, eval_temperature=1.0,
+                                        eval_top_p=1.0, seed=seed)
         result = distil(models / student, models / teacher, world, scratch / f"{student}-{teacher}-{seed}",
                         steps=3 if quick else 100, eval_n=1 if quick else 4, seed=seed)
         del result["curves"]

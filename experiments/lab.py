@@ -18,6 +18,7 @@ import analysis  # noqa: E402
 import opd  # noqa: E402
 import plot  # noqa: E402
 import toy  # noqa: E402
+from plumbing import files  # noqa: E402
 
 CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
           "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
@@ -42,14 +43,14 @@ def run(**settings):
     """
     out, cfg = Path(settings["out"]), opd.Config(**settings)
     had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
-    asked = {**dataclasses.asdict(cfg), **{name: x for name, x in analysis.provenance().items() if name in MADE_BY}}
+    asked = {**dataclasses.asdict(cfg), **{name: x for name, x in files.provenance().items() if name in MADE_BY}}
     for name in ("steps", "resume", "micro_batch_tokens"):
         del asked[name]
     if had and any(had.get(name) != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
         raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
     started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:
-        opd.Run(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists())).go()
+        opd.distil(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists()))
     rows, result = plot.read_rows(out), plot.read_json(out / "result.json")
     EARLIER.append(max(0, result["seconds"] - (time.perf_counter() - started)))
     return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
@@ -95,7 +96,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
         parser.error(f"{', '.join(missing)}: needed; see --help")
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
-    started, origin, runs = time.perf_counter(), analysis.provenance(), []
+    started, origin, runs = time.perf_counter(), files.provenance(), []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:
             world = Path(flags.worlds or flags.runs or scratch) / f"world-{seed}"
@@ -110,13 +111,13 @@ def write(made, out, curves, report):
     for run in made["runs"]:
         if "curves" in run:
             run["curves"] = {name: x for name, x in run["curves"].items() if name in curves}
-    analysis.write_json(out.with_suffix(".json"), made)
+    files.write_json(out.with_suffix(".json"), made)
     report(made, out)
 
 
 def join(parts, key="runs"):
     """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
-    commands = [" ".join(map(analysis.portable, part["command"].split())) for part in parts]
+    commands = [part["command"] for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
     if len({(part["commit"], part["threads"]) for part in parts}) > 1:

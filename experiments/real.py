@@ -19,12 +19,12 @@ import math
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer
 
 import plot
 from lab import main, opd, run, verdicts, write_text
 from mechanism import ends
-from teacher import load, pick_device
+from plumbing.models import load, load_tokenizer, pick_device
+from plumbing.prompts import questions
 
 NEEDED = {"student": "directory of the weaker model", "teacher": "directory of the better one",
           "prompts": "JSON lines with questions"}
@@ -37,7 +37,7 @@ def seed_runs(seed, world, scratch, quick, student, teacher, prompts):
         out = scratch / f"{pair}-{seed}"
         settings = {**SETTINGS, **(dict(steps=10, max_new_tokens=8) if quick else {}), "student": learns,
                     "teacher": grades, "prompts": prompts, "seed": seed, "out": str(out)}
-        texts = [row["prompt"] for row in opd.questions(opd.Config(**settings))[2] if isinstance(row["prompt"], str)]
+        texts = [row["prompt"] for row in questions(opd.Config(**settings))[2] if isinstance(row["prompt"], str)]
         made.append({"pair": pair, "seed": seed, **run(**settings), "text_before": nats(learns, texts),
                      "text_teacher": nats(grades, texts), "text_after": nats(out / "student", texts)})
     return made
@@ -46,7 +46,7 @@ def seed_runs(seed, world, scratch, quick, student, teacher, prompts):
 @torch.no_grad()
 def nats(path, texts):
     """Mean over the tokens of the texts, each by itself and its first left out, of -log p(token | those before it)."""
-    model, tokenizer, total, count = load(path, device=pick_device("auto")), AutoTokenizer.from_pretrained(path), 0.0, 0
+    model, tokenizer, total, count = load(path, device=pick_device("auto")), load_tokenizer(path), 0.0, 0
     for text in texts:
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)   # (1, L)
         if ids.size(1) > 1:

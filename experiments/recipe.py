@@ -32,12 +32,11 @@ import math
 import random
 from statistics import mean
 
-import torch
-
 import plot
 from lab import analysis, difference, distil, main, models, told, toy, verdicts, write_text
+from plumbing.answers import answered
+from plumbing.prompts import load_prompts
 from recipes import in_template, select
-from rollout import load_prompts
 from teacher import Pair
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -120,10 +119,10 @@ def accuracies(model, world, seed, quick):
         for digits in (".", "low", "high"):
             rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
             rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
-            out[f"{template}, {'all' if digits == '.' else digits}"] = analysis.accuracy(
-                pair.student, pair.tokenizer, [row["ids"] for row in rows], [row["answer"] for row in rows], n=4,
-                max_new_tokens=96, temperature=1.0, top_p=1.0, **pair.ending,
-                generator=torch.Generator().manual_seed(seed))
+            right, truncated = answered(pair, rows, n=4, max_new_tokens=96, seed=seed)                      # (rows, 4)
+            out[f"{template}, {'all' if digits == '.' else digits}"] = {
+                **analysis.estimate(right.double().mean(1)), "samples": right.numel(),
+                "truncated": truncated.double().mean().item()}
     return out
 
 
@@ -133,8 +132,8 @@ def selection(world, seed, quick):
     pool = [{**row, "low": name == "low"} for name in ("low", "high")
             for row in load_prompts(world / name / "prompts.jsonl")[:16 if quick else 256]]
     random.Random(seed).shuffle(pool)
-    chosen = select(pair, pool, templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96,
-                    seed=seed, encoding=dict(max_prompt_tokens=64, new_tokens=96))
+    chosen = select(pair, pool, lambda rows: pair.encode(rows, max_prompt_tokens=64, new_tokens=96),
+                    templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96, seed=seed)
     return {"templates": chosen["templates"], "template_found": chosen["template"] == toy.POLITE,
             "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"]) / len(chosen["aligned"])}
 

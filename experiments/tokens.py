@@ -15,17 +15,14 @@ import json
 import re
 from pathlib import Path
 
-import torch
-
-from analysis import diagnose, read_answer, same_answer
-from teacher import grade
+from analysis import diagnose
+from plumbing.answers import read_answer, same_answer
 
 TOP = 5                       # likeliest tokens of each model on a card
 SATURATION = 2.0              # nats: the full tint
 LIMIT = 900_000               # bytes of a page; beyond it fewer responses are kept
 
 
-@torch.no_grad()
 def read(pair, r, k, temperature):
     """Every token of a rollout as both models see it: -> for each response {name: (T,) or (T, TOP)}, on the CPU.
 
@@ -38,14 +35,8 @@ def read(pair, r, k, temperature):
                 "overlap_ratio": x["overlap_ratio"], "H_p": x["entropy_student"], "H_q": x["entropy_teacher"],
                 "S": S, "p_S": p, "Q": Q, "q_Q": q}
 
-    responses = [None] * len(r.ids)
-    with pair.autocast():
-        for rows, is_response, values, _ in grade(*pair.splits, r, per_position, temperature=temperature,
-                                                  micro_batch_tokens=16384):
-            lengths = is_response.sum(1).tolist()
-            for row, *parts in zip(rows.tolist(), *(x.cpu().split(lengths) for x in values.values())):
-                responses[row] = dict(zip(values, parts))
-    return responses
+    grid = {name: x.cpu() for name, x in pair.grade(r, per_position, temperature=temperature).items()}  # (B, T, ...)
+    return [{name: x[row, written] for name, x in grid.items()} for row, written in enumerate(r.response_mask.cpu())]
 
 
 # --- tokens as text ------------------------------------------------------------------------------------------------
