@@ -1,6 +1,7 @@
-"""experiments/report.py: the README's table of findings, from results/*.json. Nobody types a number of ours.
+"""experiments/report.py: the table of findings, from results/*.json. Nobody types a number of ours.
 
-    python experiments/report.py      prints it, puts it into the README between its two markers, and draws the figures
+    python experiments/report.py      prints it, puts it and the bench's table into experiments/README.md, each between
+                                      its two markers, and draws the figures
 
 A finding stands beside what the paper says (section 3 to 6 of arXiv 2604.13016; its numbers are single runs). What ours
 means is in the script's first lines, where its criterion is, and every seed is in results/<script>.txt.
@@ -11,7 +12,7 @@ import json
 import lab
 import plot
 
-MARKERS = ("<!-- the findings -->\n", "<!-- end of the findings -->\n")
+MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n") for name in ("findings", "bench")}
 PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
@@ -73,16 +74,26 @@ def table(results):
     return "\n".join([*lines, "", *(f"- {command}" for command in commands)]) + "\n"
 
 
+def bench(results):
+    """The lines that bench.py wrote, as a block of Markdown."""
+    return "```text\n" + (results / "bench.txt").read_text().strip() + "\n```\n"
+
+
+def put(made, name, text):
+    """A page with `made` between its two markers of that name: str."""
+    first, last = MARKERS[name]
+    if first not in text or last not in text:
+        raise SystemExit(f"experiments/README.md: put the lines {first.strip()} and {last.strip()} where it belongs")
+    before, rest = text.split(first)
+    return before + first + made + last + rest.split(last)[1]
+
+
 def main():
-    readme = lab.ROOT / "README.md"
-    text = readme.read_text()
-    if not all(marker in text for marker in MARKERS):
-        raise SystemExit(f"{readme}: put the lines {' and '.join(map(str.strip, MARKERS))} where the table belongs")
-    results = lab.ROOT / "experiments" / "results"
+    readme, results = lab.ROOT / "experiments" / "README.md", lab.ROOT / "experiments" / "results"
     made = table(results)
     print(made)
-    before, rest = text.split(MARKERS[0])
-    readme.write_text(before + MARKERS[0] + made + MARKERS[1] + rest.split(MARKERS[1])[1])
+    text = put(made, "findings", readme.read_text())
+    readme.write_text(put(bench(results), "bench", text))
     for path in results.glob("*.json"):
         if path.stem in PAPER:
             getattr(plot, path.stem)(path, path.with_suffix(".svg"))
