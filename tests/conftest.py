@@ -10,12 +10,12 @@ from transformers import (Gemma2Config, Gemma2ForCausalLM, Gemma3ForCausalLM, Ge
                           GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3Config,
                           Qwen3ForCausalLM)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 settings.register_profile("laws", derandomize=True, database=None, deadline=None, max_examples=15)
 settings.load_profile("laws")
 torch.set_num_threads(1)                                   # tiny tensors: a second thread only costs
-
 
 
 def pytest_configure(config):
