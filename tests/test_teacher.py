@@ -449,14 +449,17 @@ def test_given_texts_are_a_rollout():
 
 
 def test_a_pair_computes_in_the_dtype_of_its_autocast():
-    """Rollout and grades under one autocast: what was sampled in bfloat16 is scored in bfloat16."""
+    """Rollout and grades under one autocast: what was sampled in bfloat16 is scored in bfloat16, by both models."""
     student, teacher = models("llama")
-    pair = paired(student, teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+    pair, dtypes = paired(student, teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16)), []
+    for model in (student, teacher):
+        model.get_output_embeddings().register_forward_hook(lambda _, args, z: dtypes.append(z.dtype))
     r = pair.write(PROMPTS, n=2, max_new_tokens=6, seed=0)
-    log_p = pair.grade(r, full)["log_p"]
-    off = (log_p.nan_to_num() - r.log_p).abs().max()
-    in_float32 = (paired(student, teacher).grade(r, full)["log_p"].nan_to_num() - r.log_p).abs().max()
-    assert off < 0.3 and in_float32 > 1e-3
+    steps = len(dtypes)
+    log_p = pair.grade(r, full, scale=1.0)["log_p"]
+    assert set(dtypes) == {torch.bfloat16} and len(dtypes) > steps == 6 and log_p.dtype == torch.float32
+    assert (log_p.nan_to_num() - r.log_p).abs().max() < 0.3
+    assert all(p.grad.dtype == torch.float32 for p in student.parameters())
 
 
 # --- the teacher ---------------------------------------------------------------------------------------------------
