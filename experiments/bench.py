@@ -33,10 +33,15 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lab import ROOT, analysis, join, opd, toy, write_text
+from lab import ROOT, join, opd, toy, write_text
 import loss
 import teacher
-from rollout import encode, left_pad, load_prompts, rollout
+from plumbing.files import provenance, write_json
+from plumbing.flags import check_run
+from plumbing.processes import batch, one_of_several
+from plumbing.prompts import encode, encode_for, load_prompts, questions
+from plumbing.run import Run
+from rollout import left_pad, rollout
 
 GIB = 2 ** 30
 PARTS = ("rollout", "loss", "step", "processes", "trl")
@@ -103,7 +108,7 @@ def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
 
         def ours():
             r = rollout(model, prompts, n=n, max_new_tokens=T, eos_ids=eos_ids, pad_id=pad_id,
-                        generator=torch.Generator().manual_seed(0))
+                        seeds=list(range(len(prompts))))
             return r.response_mask.sum(1).tolist()
 
         def theirs():
@@ -170,12 +175,11 @@ def learn(arm, objective, inputs):
     h_p, h_q, head_p, head_q, y = inputs
     h_p.grad = head_p.weight.grad = None
     if arm == "ours":
-        total = loss.in_chunks(per_position, *inputs)[1]
+        loss.in_chunks(per_position, *inputs, scale=1.0)
     else:
         with torch.no_grad():
             log_q = head_q(h_q).log_softmax(-1)
-        total = per_position(head_p(h_p).log_softmax(-1), log_q, y)["loss"].sum()
-    total.backward()
+        per_position(head_p(h_p).log_softmax(-1), log_q, y)["loss"].sum().backward()
 
 
 def loss_memory(arm, objective, N, V):
@@ -206,14 +210,30 @@ def bench_loss(quick):
 
 
 def our_step(steps, **settings):
-    """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases, "tokens", "bytes"}."""
-    cfg, rows = opd.Config(**settings, out=tempfile.mkdtemp() + "/run"), []
-    with opd.one_of_several(cfg):
-        run = opd.Run(cfg)
-        for _ in range(steps + 1):
+    """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases, "tokens", "bytes"}.
+
+    Of the phases "teacher" is the teacher's trunk, and "update" all that comes after the rollout but that.
+    """
+    cfg, rows, spent = opd.Config(**settings, out=tempfile.mkdtemp() + "/run"), [], []
+    with one_of_several(cfg.device), Run(check_run(cfg)) as run:                            # as opd.distil begins
+        asked = questions(cfg)[0]
+        pair = run.load_pair()
+        train, optimizer = encode_for(cfg, pair, asked), opd.adamw(cfg, pair.student)
+        student, graded_by = pair.splits
+
+        def trunk(ids, mask):
             started = time.perf_counter()
-            rows.append(run.update()[1])
-            rows[-1]["seconds"] = time.perf_counter() - started
+            h = graded_by.trunk(ids, mask)
+            spent.append(time.perf_counter() - started)
+            return h
+        pair.splits = (student, graded_by._replace(trunk=trunk))
+        for step in range(steps + 1):
+            chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]
+            spent.clear()
+            started = time.perf_counter()
+            row = opd.update(cfg, pair, optimizer, chosen, step)[1]
+            rows.append({**row, "seconds": time.perf_counter() - started, "time_teacher": sum(spent),
+                         "time_update": row["time_update"] - sum(spent)})
     return {**{name: median(row[name] for row in rows[1:])
                for name in ("seconds", "time_rollout", "time_teacher", "time_update", "tokens")}, "bytes": peak()}
 
@@ -355,7 +375,7 @@ def main():
         return print(json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how)))
     if flags.report:
         made = join([json.loads(Path(path).read_text()) for path in flags.report], "rows")
-        analysis.write_json(Path(flags.out) / "bench.json", made)
+        write_json(Path(flags.out) / "bench.json", made)
         return write_text("\n".join(report(made["rows"])), made, Path(flags.out) / "bench")
     started, world = time.perf_counter(), Path(flags.world or tempfile.mkdtemp())
     if flags.quick:
@@ -379,8 +399,8 @@ def main():
                  "loss": lambda: bench_loss(flags.quick), "step": lambda: bench_step(pairs, flags.quick),
                  "processes": lambda: bench_processes(pairs["toy"], flags.quick),
                  "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []}[part]()
-        made = {**analysis.provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
-        analysis.write_json(out.with_suffix(".json"), made)                            # what is measured is not lost
+        made = {**provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
+        write_json(out.with_suffix(".json"), made)                                     # what is measured is not lost
     write_text("\n".join(report(rows)), made, out)
 
 

@@ -130,7 +130,7 @@ def append_answers(path, batches):
                 good = answer["why"] == "kept"
                 print(json.dumps({"messages": answer["messages"]} if good else answer, ensure_ascii=False),
                       file=kept if good else rest, flush=True)
-    return counts
+    return gathered([counts])[0]                                            # when all of it is written
 
 
 def whole_lines(path):

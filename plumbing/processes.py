@@ -92,7 +92,7 @@ def one_of_several(device):
     except RuntimeError as error:
         if not any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
             raise
-        print("opd.py: stopped, as another process has died; the last checkpoint is whole: --resume", file=sys.stderr,
-              flush=True)
+        print("opd.py: stopped, as another process has died; the last checkpoint is whole: --resume "
+              f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
         os._exit(1)                         # not by the way of destructors: those of gloo abort, or wait for the others
     dist.destroy_process_group()

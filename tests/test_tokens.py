@@ -79,8 +79,9 @@ def saying(pair, *responses, cut=False):
     """The pair, but the student writes just these responses (token ids, of one length)."""
     def write(prompts, **_):
         (ids, seen), y = left_pad(prompts, 0), torch.tensor(responses)                       # (B, P) both, (B, T)
-        return Rollout(torch.cat([ids, y], 1), torch.cat([seen, y == y], 1), y == y, torch.zeros(y.shape),
-                       torch.full((len(y),), cut))
+        written = torch.ones_like(y, dtype=torch.bool)
+        return Rollout(torch.cat([ids, y], 1), torch.cat([seen, written], 1),
+                       torch.cat([torch.zeros_like(seen), written], 1), torch.zeros(y.shape), torch.full((len(y),), cut))
     pair.write = write
     return pair
 

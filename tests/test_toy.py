@@ -1,4 +1,4 @@
-"""The toy world is what toy.py says it is."""
+"""The toy world is what experiments/toy.py says it is."""
 import json
 
 import pytest
@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
-from analysis import read_answer
+from plumbing.answers import read_answer
 from rollout import Rollout, left_pad
 
 
@@ -99,8 +99,8 @@ def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
     T, P = int(is_response.sum(1).max()), max(map(len, prompts))
     left_ids, left_mask = left_pad(prompts, 0)
     said, said_mask, _ = toy.pack(ids, is_response, is_response)
-    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1), said_mask,
-                torch.zeros(40, T), torch.zeros(40).bool())
+    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1),
+                torch.cat([torch.zeros_like(left_mask), said_mask], 1), torch.zeros(40, T), torch.zeros(40).bool())
     monkeypatch.setattr(toy, "rollout", lambda *_, **__: r)
     monkeypatch.setattr(toy, "problems", lambda *_: (digits, count))
     fitted = []
