@@ -1,5 +1,6 @@
-"""What the experiments share: a killed one goes on, noise is what it says, and no number in the README is typed."""
+"""What the experiments share: a killed one goes on, noise is what it says, no number in their README is typed."""
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,19 +8,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cost
+import lab
+import mechanism
 import opd
+import real
+import report
 import toy
-from conftest import Killed, WORDS, tiny, word_tokenizer
-from teacher import Pair
+from conftest import Killed, ROOT, WORDS, tiny, word_tokenizer
+from loss import full_vocab, top_k
+from teacher import Pair, log_probs
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = sorted((ROOT / "experiments" / "results").glob("*.json"))
-sys.path.insert(0, str(ROOT / "experiments"))
-import cost  # noqa: E402
-import lab  # noqa: E402
-import mechanism  # noqa: E402
-import real  # noqa: E402
-import report  # noqa: E402
+HERE = ROOT / "experiments"
+README = (HERE / "README.md").read_text()
+RESULTS = sorted((HERE / "results").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +40,17 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_
     """The curve is that of a run that nothing stopped; a second call computes nothing, and its seconds still count."""
     monkeypatch.setattr(lab, "EARLIER", [])
     whole = lab.run(**settings, out=str(tmp_path / "whole"))
-    step, log = opd.Run.update, opd.Run.log
+    update, log = opd.update, opd.Run.log
 
-    def dies(run):
-        if run.step == 3:
+    def dies(cfg, pair, optimizer, rows, step):
+        if step == 3:
             raise Killed
-        return step(run)
-    monkeypatch.setattr(opd.Run, "update", dies)
+        return update(cfg, pair, optimizer, rows, step)
+    monkeypatch.setattr(opd, "update", dies)
     with pytest.raises(Killed):
         lab.run(**settings, out=str(tmp_path / "cut"))
     logged = []
-    monkeypatch.setattr(opd.Run, "update", step)
+    monkeypatch.setattr(opd, "update", update)
     monkeypatch.setattr(opd.Run, "log", lambda run, row, *rest: (logged.append(row["step"]), log(run, row, *rest)))
     cut = lab.run(**settings, out=str(tmp_path / "cut"))
     assert logged == [3, 4]                                                      # from the checkpoint of step 2
@@ -69,7 +71,7 @@ def test_runs_of_other_settings_are_not_taken_for_ones_own(settings, tmp_path, m
         for call in (asked, {**kept, "steps": 3}):
             with pytest.raises(SystemExit, match="other settings or of another commit"):
                 lab.run(**call, out=out)
-    monkeypatch.setattr(lab.analysis, "provenance", lambda: {"commit": "another"})
+    monkeypatch.setattr(lab.files, "provenance", lambda: {"commit": "another"})
     with pytest.raises(SystemExit, match="take another --runs"):
         lab.run(**kept, out=out)
 
@@ -133,10 +135,34 @@ def test_results_say_where_they_come_from(path):
 
 def test_the_table_of_findings_is_a_fresh_report():
     """Nobody types a number, and what does not hold says so."""
-    made = report.table(ROOT / "experiments" / "results")
-    assert "".join((report.MARKERS[0], made, report.MARKERS[1])) in (ROOT / "README.md").read_text()
+    made = report.table(HERE / "results")
+    assert report.put(made, "findings", README) == README
     assert made.count("| yes |") + made.count("| **no** |") == sum(
-        len(rows) for script, rows in report.PAPER.items() if (ROOT / f"experiments/results/{script}.json").exists())
+        len(rows) for script, rows in report.PAPER.items() if (HERE / f"results/{script}.json").exists())
+
+
+def test_what_else_the_page_shows_of_results_stands_there_to_the_letter():
+    """The bench's table whole; of recipe.txt and forecast.txt whole lines, in order. Every link leads to a file."""
+    assert report.put(report.bench(HERE / "results"), "bench", README) == README
+    for name in ("forecast", "recipe"):
+        block = README.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
+        lines = iter((HERE / "results" / f"{name}.txt").read_text().splitlines())
+        assert len(block) > 9 and all(line in lines for line in block if line)
+    assert all((HERE / target).exists() for target in re.findall(r"\]\(([^)#]+)\)", README))
+
+
+def test_a_page_without_its_markers_is_refused():
+    """Named, and nothing is written; with them only what is between changes."""
+    first, last = report.MARKERS["bench"]
+    assert report.put("new\n", "bench", f"a\n{first}old\n{last}b\n") == f"a\n{first}new\n{last}b\n"
+    with pytest.raises(SystemExit, match="<!-- end of the bench -->"):
+        report.put("new\n", "bench", f"a\n{first}")
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_name_no_folder_of_one_machine(path):
+    """A command is written down so that another machine can run it."""
+    assert not [word for word in json.loads(path.read_text())["command"].split() if word.startswith("/")]
 
 
 def test_entropy_passes_where_enough_tokens_say_so():
@@ -166,7 +192,7 @@ def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
 
 def test_what_the_gain_by_depth_would_be_by_slips_alone(monkeypatch):
     """6.1: right .64 and .81 of the time from the start: half-way .64^.5 (.81^.5 - .64^.5) = .8 (.9 - .8)."""
-    def finished(pair, prompts, answers, responses, **settings):
+    def finished(pair, rows, responses, **settings):
         s, t = torch.full((4,), 0.64), torch.full((4,), 0.81)
         return {depth: (t - s, s, t, 30 * depth) for depth in (0.0, 0.5)}
     wrote = SimpleNamespace(write=lambda prompts, **_: SimpleNamespace(response_ids=lambda i: [i]))
@@ -174,6 +200,54 @@ def test_what_the_gain_by_depth_would_be_by_slips_alone(monkeypatch):
     monkeypatch.setattr(cost, "encoded", lambda *_: [{"ids": [1], "answer": "2"}] * 4)
     monkeypatch.setattr(cost.analysis, "continuation", finished)
     assert [x["even"] for x in cost.depths(Path("w"), 0, True)] == pytest.approx([0.17, 0.08])
+
+
+def two(architecture="llama"):
+    """A student, and a wider, deeper teacher with padded rows of its head; what the student wrote to six prompts."""
+    student = tiny(architecture, vocab_size=len(WORDS))
+    teacher = tiny("llama", seed=1, vocab_size=len(WORDS) + 3, hidden=48, layers=3)
+    pair = Pair.of(student, teacher, word_tokenizer(), word_tokenizer())
+    prompts = [[1, 4], [1, 5, 6], [1, 6, 7, 4, 5], [1, 4, 7, 5], [1, 7], [1, 5, 4, 4, 4]]
+    return pair, pair.write(prompts, max_new_tokens=6, seed=0)
+
+
+def full(log_p, log_q, y):
+    return full_vocab(log_p, log_q)
+
+
+@pytest.mark.parametrize("objective", [full, lambda log_p, log_q, y: top_k(log_p, log_q, 4)], ids=["full", "top-k"])
+@pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.5, 2.0)])
+def test_the_gradients_of_positions_sum_to_that_of_the_output_head(objective, temperature, teacher_temperature):
+    """sum_t g_t h_t' = the gradient of the summed loss on the head's weight, by autograd on plain logits."""
+    pair, r = two()
+    pair.micro_batch_tokens = 20
+    chunks = list(cost.logit_gradients(pair, r, objective, temperature=temperature, chunk=3,
+                                       teacher_temperature=teacher_temperature))
+    assert sum(len(g) for g, _ in chunks) == r.response_mask.sum() and max(len(g) for g, _ in chunks) == 3
+    log_p, log_q = (log_probs(model, r.ids, r.attention_mask, r.is_response, vocab_size=len(WORDS), temperature=t)
+                    for model, t in ((pair.student, temperature), (pair.teacher, teacher_temperature)))       # (N, V)
+    total = objective(log_p, log_q, r.ids[r.is_response]).sum()
+    expected, = torch.autograd.grad(total, pair.student.get_output_embeddings().weight)                      # (V, H)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(sum(g.T @ h for g, h in chunks), expected, rtol=1e-3, atol=1e-4)
+    assert all(p.grad is None for p in pair.student.parameters())             # a measurement leaves nothing behind
+
+
+def test_the_gradients_of_positions_are_at_temperature_1_where_nothing_is_said():
+    """Both temperatures default to the models as they are."""
+    plain, said = (list(cost.logit_gradients(*two(), full, **options))
+                   for options in ({}, dict(temperature=1.0, teacher_temperature=1.0)))
+    torch.testing.assert_close(plain, said, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:Gemma2ForCausalLM does more")
+def test_where_the_head_is_not_linear_only_logits_are_compared():
+    """Gemma 2 caps its logits: h is 1 and g the gradient on the logits themselves, which sums to 0 over a softmax."""
+    pair, r = two("gemma2")
+    (g, h), = cost.logit_gradients(pair, r, full)
+    assert g.shape == (r.response_mask.sum(), len(WORDS)) and h.shape == (len(g), 1) and (h == 1).all()
+    torch.testing.assert_close(g.sum(-1), torch.zeros(len(g)), rtol=0, atol=1e-5)
+    assert g.norm(dim=-1).min() > 0
 
 
 def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):

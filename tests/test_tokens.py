@@ -80,8 +80,9 @@ def saying(pair, *responses, cut=False):
     def write(prompts, **_):
         (ids, seen), y = left_pad(prompts, 0), torch.tensor(responses)                       # (B, P) both, (B, T)
         written = torch.ones_like(y, dtype=torch.bool)
-        return Rollout(torch.cat([ids, y], 1), torch.cat([seen, written], 1),
-                       torch.cat([torch.zeros_like(seen), written], 1), torch.zeros(y.shape), torch.full((len(y),), cut))
+        is_response = torch.cat([torch.zeros_like(seen), written], 1)                        # (B, P+T)
+        return Rollout(torch.cat([ids, y], 1), torch.cat([seen, written], 1), is_response, torch.zeros(y.shape),
+                       torch.full((len(y),), cut))
     pair.write = write
     return pair
 
