@@ -87,7 +87,7 @@ def reverse_kl(log_p, log_q):
     """KL(p || q) over the whole vocabulary, a measurement only (Eq. 4 is what may be descended):
     (N, V), (N, V) -> (N,), nats.
     """
-    return (log_p.exp() * (log_p.clamp_min(FLOOR) - log_q.clamp_min(FLOOR))).sum(-1)
+    return (log_p.exp() * log_p.clamp_min(FLOOR).sub_(log_q.clamp_min(FLOOR))).sum(-1)
 
 
 @torch.no_grad()

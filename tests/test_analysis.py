@@ -1,4 +1,4 @@
-"""Laws of the first half of analysis.py: Eq. 6 to 10, a position at a time, in float64."""
+"""Laws of the first half of analysis.py: Eq. 6 to 10, a position at a time, in float64. And of files as JSON."""
 import functools
 import json
 import math
@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
-from analysis import (diagnose, entropy, entropy_gap, largest_gap, overlap_mass, overlap_ratio,
-                      overlap_token_advantage, portable, reverse_kl, write_json)
-from loss import masked_mean
+from analysis import (FLOOR, diagnose, entropy, entropy_gap, largest_gap, overlap_mass, overlap_ratio,
+                      overlap_token_advantage, reverse_kl, shared_tokens)
+from plumbing.files import write_json
 from test_loss import peak_bytes
 
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
@@ -30,15 +30,30 @@ def pairs(draw):
     return z.log_softmax(-1), u.log_softmax(-1)
 
 
-def metrics(log_p, log_q, k):
+@st.composite
+def pairs_with_holes(draw):
+    """The same, where each model has ruled some tokens out, never all of a position."""
+    ruled_out = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=12)
+
+    def with_holes(log_x):
+        log_x = log_x.clone()
+        for t, v in draw(ruled_out):
+            if v < log_x.size(-1) and log_x[t].isfinite().sum() > 1:
+                log_x[t, v] = -math.inf
+        return log_x.log_softmax(-1)
+    log_p, log_q = draw(pairs())
+    return with_holes(log_p), with_holes(log_q)
+
+
+def metrics(log_p, log_q, k, *shared):
     """Every metric of two models: {name: (N,)}."""
-    mass_p, mass_q = overlap_mass(log_p, log_q, k)
-    return {"overlap_ratio": overlap_ratio(log_p, log_q, k),
+    mass_p, mass_q = overlap_mass(log_p, log_q, k, *shared)
+    H_p, H_q = entropy(log_p), entropy(log_q)
+    return {"overlap_ratio": overlap_ratio(log_p, log_q, k, *shared),
             "overlap_mass_student": mass_p, "overlap_mass_teacher": mass_q,
-            "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k),
-            "entropy_gap": entropy_gap(log_p, log_q), "largest_gap": largest_gap(log_p, log_q, k),
-            "entropy_student": entropy(log_p), "entropy_teacher": entropy(log_q),
-            "reverse_kl": reverse_kl(log_p, log_q)}
+            "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k, *shared),
+            "entropy_gap": entropy_gap(H_p, H_q), "largest_gap": largest_gap(log_p, log_q, k, *shared),
+            "entropy_student": H_p, "entropy_teacher": H_q, "reverse_kl": reverse_kl(log_p, log_q)}
 
 
 @pytest.mark.parametrize("name, by_hand", {
@@ -100,8 +115,30 @@ def test_entropy_and_reverse_kl_are_those_of_torch_distributions(pair):
     log_p, log_q = pair
     p, q = (Categorical(logits=x) for x in pair)
     exact(entropy(log_p), p.entropy())
-    exact(entropy_gap(log_p, log_q), (q.entropy() - p.entropy()).abs())
+    exact(entropy_gap(entropy(log_p), entropy(log_q)), (q.entropy() - p.entropy()).abs())
     exact(reverse_kl(log_p, log_q), kl_divergence(p, q))
+
+
+@given(pairs_with_holes(), st.integers(1, 5))
+def test_where_a_token_is_ruled_out_all_is_finite_and_as_torch_distributions_say(pair, k):
+    """0 log 0 = 0; a token that the teacher alone rules out costs p(v) (log p(v) + 1e4), on top of what torch finds on
+    the others. No number is infinite, and the advantage alone may be NaN, where nothing is shared."""
+    log_p, log_q = pair
+    ours = diagnose(log_p, log_q, torch.zeros(len(log_p), dtype=torch.long), k)
+    p, q = (Categorical(logits=x) for x in pair)
+    for name, oracle in (("entropy_student", p.entropy()), ("entropy_teacher", q.entropy()),
+                         ("entropy_gap", (q.entropy() - p.entropy()).abs())):
+        exact(ours[name], oracle)
+    dear = log_p.isfinite() & log_q.isinf()
+    priced = torch.where(dear, FLOOR, log_q)                                # 1e4 nats: the price of a token ruled out
+    oracle = torch.where(log_p.isfinite(), log_p.exp() * (log_p - priced), 0).sum(-1)
+    exact(ours["reverse_kl"], oracle)
+    exact(ours["reverse_kl"][~dear.any(-1)], kl_divergence(p, q)[~dear.any(-1)])
+    assert FLOOR == -1e4 and (dear.any(-1) <= (ours["reverse_kl"] > 0)).all()
+    for name in ours.keys() - {"reward", "log_p", "overlap_token_advantage"}:
+        assert ours[name].isfinite().all(), name
+    advantage = ours["overlap_token_advantage"]
+    assert not advantage.isinf().any() and torch.equal(advantage.isnan(), ours["overlap_ratio"] == 0)
 
 
 def test_the_entropy_gap_is_absolute_before_the_mean():
@@ -109,7 +146,7 @@ def test_the_entropy_gap_is_absolute_before_the_mean():
     sharp, flat = torch.tensor([0., 0, 9]).double().log_softmax(-1), torch.zeros(3).double().log_softmax(-1)
     log_p, log_q = torch.stack([sharp, flat]), torch.stack([flat, sharp])
     exact(entropy(log_p).mean(), entropy(log_q).mean())
-    exact(entropy_gap(log_p, log_q).mean(), entropy(flat) - entropy(sharp))
+    exact(entropy_gap(entropy(log_p), entropy(log_q)).mean(), entropy(flat) - entropy(sharp))
 
 
 @given(pairs(), st.integers(1, 5))
@@ -145,13 +182,28 @@ def test_equal_models_are_at_distance_zero(pair, k):
     assert (reverse_kl(log_p, log_q) > 0).all()
 
 
-@given(pairs(), st.integers(1, 5))
+@given(st.one_of(pairs(), pairs_with_holes()), st.integers(1, 5))
 def test_diagnose_is_the_single_functions(pair, k):
-    """One pass over one top-k of each side gives the very numbers of the functions above, the reward and log p(y)."""
+    """One top-k of each side gives the very numbers of the functions above, the reward and log p(y); each finds the
+    shared tokens itself where they are not given."""
     log_p, log_q = pair
     y = torch.arange(len(log_p))
     log_p_y, log_q_y = (x[torch.arange(len(y)), y] for x in pair)
-    exact(diagnose(log_p, log_q, y, k), {**metrics(log_p, log_q, k), "reward": log_q_y - log_p_y, "log_p": log_p_y})
+    all_at_once = diagnose(log_p, log_q, y, k)
+    exact(all_at_once, {**metrics(log_p, log_q, k), "reward": log_q_y - log_p_y, "log_p": log_p_y})
+    alone, told = metrics(log_p, log_q, k), metrics(log_p, log_q, k, shared_tokens(log_p, log_q, k))
+    assert alone.keys() == told.keys() == all_at_once.keys() - {"reward", "log_p"}
+    for name, x in alone.items():
+        torch.testing.assert_close(told[name], x, rtol=0, atol=0, equal_nan=True)
+
+
+@given(pairs(), st.integers(1, 5))
+def test_the_shared_tokens_are_those_of_the_students_set_in_the_teachers(pair, k):
+    """(N, k) ids and (N, k) bool: P by falling probability, true where Q holds the token too."""
+    P, in_I = shared_tokens(*pair, k)
+    for t, (p, q) in enumerate(zip(*(x.tolist() for x in pair))):
+        best = [sorted(range(len(x)), key=lambda v: -x[v])[:k] for x in (p, q)]
+        assert P[t].tolist() == best[0] and in_I[t].tolist() == [v in best[1] for v in best[0]]
 
 
 def test_diagnose_holds_three_tensors_of_the_size_of_its_inputs():
@@ -232,18 +284,9 @@ def test_a_diagnosis_is_finite_where_a_side_rules_tokens_out(k):
     log_q = torch.tensor([[2., 1, 0, ninf, ninf], [0, ninf, 1, 2, ninf]]).double().log_softmax(-1)
     ours = diagnose(log_p, log_q, torch.tensor([0, 1]), k)
     for name, x in metrics(log_p, log_q, k).items():
-        if name != "reverse_kl":
-            exact(ours[name], x)
-    exact(ours["reverse_kl"][0], reverse_kl(log_p, log_q)[0])
+        exact(ours[name], x)
     assert 104 * log_p[1, 1].exp() < ours["reverse_kl"][1] < math.inf        # the smallest float32 has the log -103.3
     assert ours["reward"][1] == ninf                                         # as measured: the loss clamps, not we
-
-
-def test_metrics_over_padded_positions_are_those_of_the_rest():
-    """masked_mean of a metric ignores padded positions (nano-opd averaged over them)."""
-    log_p, log_q = P.log().repeat(3, 1), torch.cat([Q.log(), P.log(), Q.log()])
-    mask = torch.tensor([True, True, False])
-    exact(masked_mean(reverse_kl(log_p, log_q), mask), reverse_kl(log_p[:2], log_q[:2]).mean())
 
 
 def test_diagnose_is_float32_under_autocast():
@@ -264,12 +307,6 @@ def test_json_is_laid_out_by_a_blank_a_level_and_leaves_nothing_beside_it(tmp_pa
         write_json(tmp_path / "x.json", value)
     assert (tmp_path / "x.json").read_text() == '{\n "a": [1, 2],\n "b": {\n  "c": null\n }\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_command_is_recorded_without_the_folders_of_one_machine():
-    """An absolute path is its last part, anything else stands as it was typed."""
-    assert [portable(word) for word in ("/home/me/bin/python", "opd.py", "runs/toy/student", "--k")] == \
-        ["python", "opd.py", "runs/toy/student", "--k"]
 
 
 def test_json_keeps_every_value_and_puts_numbers_on_one_line(tmp_path):

@@ -1,12 +1,15 @@
-"""The second half of analysis.py and the small half of recipes.py:
-answers, accuracy, collapse, repetition, templates.
-"""
+"""What text is worth: answers, accuracy, collapse, repetition, templates."""
 import pytest
 import torch
+from conftest import VOCAB, tiny, word_tokenizer
 
-import analysis
-from conftest import tiny, word_tokenizer
+from analysis import gap_recovery
+from plumbing.answers import read_answer, same_answer
+from plumbing.flags import Config
+from plumbing.measure import accuracy
+from plumbing.show import collapse
 from recipes import TEMPLATES, apply_template, is_degenerate
+from teacher import Pair, split
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -17,7 +20,7 @@ from recipes import TEMPLATES, apply_template, is_degenerate
 ])
 def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer):
     r"""\boxed{...} with nested braces first, then "Answer:"; None where a response has neither."""
-    assert analysis.read_answer(text) == answer
+    assert read_answer(text) == answer
 
 
 @pytest.mark.parametrize("said, want", [
@@ -28,7 +31,7 @@ def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer
 ])
 def test_equal_answers_are_equal_however_written(said, want):
     """Numbers compare as exact fractions, text without case and spacing."""
-    assert analysis.same_answer(said, want)
+    assert same_answer(said, want)
 
 
 @pytest.mark.parametrize("said, want", [
@@ -37,7 +40,7 @@ def test_equal_answers_are_equal_however_written(said, want):
 ])
 def test_other_answers_are_not(said, want):
     """No rounding, no guessing, no exception."""
-    assert not analysis.same_answer(said, want)
+    assert not same_answer(said, want)
 
 
 def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypatch):
@@ -48,19 +51,22 @@ def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypat
                   "Answer: 0", "Answer: 0"])                              # 3 prompts x 2: 1, .5, 0
     tokenizer = word_tokenizer()
     monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: next(texts))
-    got = analysis.accuracy(tiny("llama"), tokenizer, [[1], [2], [3]], ["1", "1", "1"], n=2, max_new_tokens=2,
-                            temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0, vocab_size=None,
-                            generator=torch.Generator().manual_seed(0))
+    student, teacher = tiny("llama"), tiny("llama", seed=1)
+    pair = Pair(student, teacher, tokenizer, None, dict(eos_ids=(), pad_id=0, vocab_size=VOCAB),
+                (split(student, VOCAB), split(teacher, VOCAB)), torch.device("cpu"))
+    rows = [{"ids": [i], "answer": answer} for i, answer in ((1, "1"), (2, "1"), (4, None), (3, "1"))]
+    got = accuracy(Config(eval_n=2, max_new_tokens=2, eval_temperature=1.0, eval_top_p=1.0), pair, rows, student)
     assert got == {"mean": 0.5, "standard_error": pytest.approx(0.5 / 3 ** 0.5), "samples": 6, "truncated": 1.0}
+    assert accuracy(Config(), pair, rows[2:3], student) is None           # no answer, no accuracy
 
 
 def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
     """(after - before) / (teacher - before), and None where the gap is within two standard errors."""
     at = lambda mean: {"mean": mean, "standard_error": 0.02}
-    assert analysis.gap_recovery(at(0.5), at(0.8), at(0.9)) == pytest.approx(0.75)
-    assert analysis.gap_recovery(at(0.9), at(0.6), at(0.5)) == pytest.approx(0.75)
-    assert analysis.gap_recovery(at(0.5), at(0.8), at(0.55)) is None
-    assert analysis.gap_recovery(at(0.5), at(0.6), at(0.57)) == pytest.approx(10 / 7)       # 2 sqrt(2) .02 = .0566
+    assert gap_recovery(at(0.5), at(0.8), at(0.9)) == pytest.approx(0.75)
+    assert gap_recovery(at(0.9), at(0.6), at(0.5)) == pytest.approx(0.75)
+    assert gap_recovery(at(0.5), at(0.8), at(0.55)) is None
+    assert gap_recovery(at(0.5), at(0.6), at(0.57)) == pytest.approx(10 / 7)       # 2 sqrt(2) .02 = .0566
 
 
 def history(**ends):
@@ -80,8 +86,8 @@ def history(**ends):
 ])
 def test_collapse_is_something_falling_while_something_else_climbs(ends, alarm):
     """Either alone may be learning; both together are the paper's signature of a run going under (5.1, 6.1)."""
-    assert bool(analysis.collapse(history(**ends))) == alarm
-    assert analysis.collapse(history(**ends)[:9]) is None               # too early to tell
+    assert bool(collapse(history(**ends))) == alarm
+    assert collapse(history(**ends)[:9]) is None               # too early to tell
 
 
 REST = dict(overlap_mass_student=1.0, overlap_mass_teacher=1.0, reward=0.0, entropy_student=0.5, response_length=32.0,
@@ -101,12 +107,12 @@ RISEN = dict(response_length=64.0)
 def test_collapse_at_each_border(change, alarm):
     """Two windows are enough; a fall and a rise count from just beyond their borders, in means over whole windows."""
     rows = [REST] * 5 + [{**REST, **change}] * 5
-    said = analysis.collapse(rows)
-    assert bool(said) == alarm and analysis.collapse(rows[1:]) is None
+    said = collapse(rows)
+    assert bool(said) == alarm and collapse(rows[1:]) is None
     assert not alarm or all(f"{name} {REST[name]:.2f} -> {change[name]:.2f}" in said for name in change)
-    assert analysis.collapse(rows[:-1] + [REST]) is None                # four steps of five: not yet
-    assert bool(analysis.collapse(rows, window=4)) == alarm
-    assert bool(analysis.collapse([{**REST, **RISEN, **FALLEN}] * 5 + rows)) == alarm       # the best, not the first
+    assert collapse(rows[:-1] + [REST]) is None                # four steps of five: not yet
+    assert bool(collapse(rows, window=4)) == alarm
+    assert bool(collapse([{**REST, **RISEN, **FALLEN}] * 5 + rows)) == alarm       # the best, not the first
 
 
 @pytest.mark.parametrize("before, after, alarm", [
@@ -116,20 +122,20 @@ def test_collapse_at_each_border(change, alarm):
 def test_what_is_exactly_on_the_border_has_not_crossed_it(before, after, alarm):
     """A fall of .1, or of .2 nats, is not more than that; half of an odd length is no whole number."""
     rows = [{**REST, **before}] * 5 + [{**REST, **RISEN, **after}] * 5
-    assert bool(analysis.collapse(rows)) == alarm
+    assert bool(collapse(rows)) == alarm
 
 
 def test_less_than_two_windows_are_too_early_to_tell():
     """However drastic: nine steps hold no two windows of five."""
     drastic = [REST] * 4 + [{**REST, "reward": -99.0, "response_length": 999.0}] * 5
-    assert analysis.collapse(drastic) is None and analysis.collapse([REST] + drastic)
+    assert collapse(drastic) is None and collapse([REST] + drastic)
 
 
 @pytest.mark.parametrize("last, alarm", [(1.5, False), (1.53125, True)])
 def test_a_high_entropy_has_to_rise_by_half_of_itself(last, alarm):
     """From 1 nat on half of it is more than .3."""
     rows = [{**REST, "entropy_student": 1.0}] * 5 + [{**REST, **FALLEN, "entropy_student": last}] * 5
-    assert bool(analysis.collapse(rows)) == alarm
+    assert bool(collapse(rows)) == alarm
 
 
 @pytest.mark.parametrize("text", ["the same words again " * 12, "well " * 20, "x = 1 so " * 3 + "ha ha ha ha " * 8,
