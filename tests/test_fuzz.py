@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import analysis
 import recipes
-import rollout
+from plumbing.answers import read_answer, same_answer
+from plumbing.prompts import is_chat, load_prompts, read_conversations
 
 few_and_many = pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -59,7 +59,7 @@ def test_any_bytes_are_prompts_or_one_line_of_ours(count, tmp_path):
     @fuzzed(count, st.lists(lines(), min_size=1, max_size=2))
     def run(parts):
         path.write_bytes(b"\n".join(parts))
-        for load in (rollout.load_prompts, recipes.read_conversations):
+        for load in (load_prompts, read_conversations):
             try:
                 rows = load(path)
             except ValueError as error:
@@ -67,10 +67,10 @@ def test_any_bytes_are_prompts_or_one_line_of_ours(count, tmp_path):
                 assert type(error) is ValueError
                 continue
             read.append(0)
-            for row in rows if load is rollout.load_prompts else ():
+            for row in rows if load is load_prompts else ():
                 json.dumps(row, ensure_ascii=False).encode()                                # no half of a character
                 assert row["answer"] is None or row["answer"].strip()
-                assert row["prompt"].strip() if isinstance(row["prompt"], str) else rollout.is_chat(row["prompt"])
+                assert row["prompt"].strip() if isinstance(row["prompt"], str) else is_chat(row["prompt"])
                 recipes.same_question(row["prompt"])
                 recipes.in_template([row], "answer")
     run()
@@ -82,11 +82,11 @@ def test_any_text_has_an_answer_or_none(count):
     """read_answer, as_number and same_answer take what models write: no exception, and an answer equals itself."""
     @fuzzed(count, ANSWER, ANSWER)
     def run(said, want):
-        answer = analysis.read_answer(said)
+        answer = read_answer(said)
         assert answer is None or isinstance(answer, str) and answer == answer.strip()
-        assert isinstance(analysis.same_answer(answer, want), bool)
-        assert analysis.same_answer(want, want) and not analysis.same_answer(None, want)
-        assert analysis.same_answer(answer, want) == (answer is not None and analysis.same_answer(want, answer))
+        assert isinstance(same_answer(answer, want), bool)
+        assert same_answer(want, want) and not same_answer(None, want)
+        assert same_answer(answer, want) == (answer is not None and same_answer(want, answer))
         recipes.is_degenerate(said)
     run()
 
@@ -101,9 +101,9 @@ def test_any_text_has_an_answer_or_none(count):
 def test_a_long_answer_takes_no_time(text):
     """A model that has gone wild writes a hundred thousand characters of one kind: a quadratic reader would hang."""
     started = time.perf_counter()
-    answer = analysis.read_answer(text)
-    analysis.same_answer(answer, "42")
-    analysis.same_answer(text, text)
+    answer = read_answer(text)
+    same_answer(answer, "42")
+    same_answer(text, text)
     assert time.perf_counter() - started < 2
 
 
@@ -120,4 +120,4 @@ def test_the_last_closed_box_is_read(text):
         return None
     found = slow(text)
     if found is not None:
-        assert analysis.read_answer(text) == found
+        assert read_answer(text) == found
