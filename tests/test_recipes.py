@@ -1,5 +1,4 @@
 """Laws of recipes.py and of opd.py's use of it (paper 5): templates, mixtures, selection, the off-policy cold start."""
-import contextlib
 import copy
 import itertools
 import json
@@ -13,14 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import analysis
-import loss
 import opd
 import recipes
-from recipes import (TEMPLATES, alignment, apply_template, as_rollout, cold_start, in_template, is_degenerate,
-                     load_conversations, mix_prompts, same_question, select, teacher_rollouts)
-from rollout import batch, encode, load_prompts, rollout
-from teacher import Pair, freeze, split
+import teacher
+from analysis import diagnose
+from plumbing import measure, show
+from plumbing.files import append_answers
+from plumbing.processes import batch
+from plumbing.prompts import encode, load_conversations, load_prompts, questions
+from recipes import (TEMPLATES, alignment, apply_template, cold_start, in_template, is_degenerate, mix_prompts,
+                     same_question, select, teacher_rollouts)
+from rollout import rollout
+from teacher import Pair, split
 
 WORDS = "[PAD] [BOS] [EOS] [UNK] user assistant : add the so + \\boxed{3} \\boxed{7} \\boxed{0} é".split()
 EOS, LENGTH = 2, 12
@@ -33,9 +36,9 @@ PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in [
 
 def pair_of(student, teacher, **tokenizer):
     """Two models as a Pair, without files."""
-    return Pair(student, freeze(teacher), word_tokenizer(WORDS, **tokenizer), EOS,
+    return Pair(student, teacher.requires_grad_(False), word_tokenizer(WORDS, **tokenizer), EOS,
                 dict(eos_ids={EOS}, pad_id=0, vocab_size=len(WORDS)),
-                (split(student, len(WORDS)), split(teacher, len(WORDS))), torch.device("cpu"), contextlib.nullcontext)
+                (split(student, len(WORDS)), split(teacher, len(WORDS))), torch.device("cpu"))
 
 
 def a_student(architecture="llama"):
@@ -156,7 +159,7 @@ def test_alignment_is_mass_times_confidence_at_the_students_states():
     pair, rows = different(), encoded(different())
     got = alignment(pair, rows, k=3, n=2, max_new_tokens=LENGTH, temperature=0.8, seed=4)
     r = pair.write([row["ids"] for row in rows], n=2, max_new_tokens=LENGTH, temperature=0.8, seed=4)
-    grid = analysis.positions(pair, r, 3, temperature=0.8)
+    grid = pair.grade(r, lambda *x: diagnose(*x, 3), temperature=0.8)
     for i, x in enumerate(got):
         mask, mine = r.response_mask[2 * i:2 * i + 2], {name: y[2 * i:2 * i + 2] for name, y in grid.items()}
         mass = min(mine[f"overlap_mass_{of}"][mask].mean().item() for of in ("student", "teacher"))
@@ -186,16 +189,14 @@ def test_alignment_goes_through_the_pool_in_parts():
     assert list(map(len, asked)) == [5, 5, 5, 1] and [p for part in asked for p in part] == [row["ids"] for row in rows]
 
 
-ENCODING = dict(max_prompt_tokens=40, new_tokens=LENGTH)
-
-
 @pytest.mark.parametrize("keep", [0.25, 0.5, 0.6])
 def test_select_keeps_the_best_share_and_gives_the_rows_back(monkeypatch, keep):
     """The best round(keep * n) of a pool, best first; rows as they came, and what was measured beside them."""
     monkeypatch.setattr(recipes, "alignment", lambda pair, rows, **_: [{"score": row["good"]} for row in rows])
     pool = [{**row, "good": i * 7 % 16} for i, row in enumerate(PROMPTS)]
     before = copy.deepcopy(pool)
-    got = select(different(), pool, templates=("so {question}",), keep=keep, encoding=ENCODING)
+    pair = different()
+    got = select(pair, pool, lambda rows: encoded(pair, rows), templates=("so {question}",), keep=keep)
     assert [row["good"] for row in got["aligned"] + got["others"]] == list(range(15, -1, -1))
     assert len(got["aligned"]) == round(keep * 16) and pool == before
     for row in got["aligned"] + got["others"]:
@@ -212,7 +213,8 @@ def test_select_takes_the_template_under_which_a_sample_scores_best(monkeypatch)
         return [{"score": {"so": 0.9, "ad": 0.1, "+ ": 0.5}[row["prompt"][:2]]} for row in rows]
     monkeypatch.setattr(recipes, "alignment", by_template)
     templates = ("add {question}", "so {question}", "+ {question}")
-    got = select(different(), PROMPTS, templates=templates, sample=3, encoding=ENCODING, k=5)
+    pair = different()
+    got = select(pair, PROMPTS, lambda rows: encoded(pair, rows), templates=templates, sample=3, k=5)
     assert got["template"] == "so {question}"
     assert got["templates"] == pytest.approx(dict(zip(templates, (0.1, 0.9, 0.5))))
     assert seen == [("ad", 3, {"k": 5}), ("so", 3, {"k": 5}), ("+ ", 3, {"k": 5}), ("so", 16, {"k": 5})]
@@ -243,26 +245,33 @@ def test_a_long_thought_is_no_loop_unless_it_ends_in_one(text, degenerate):
 # --- 5.1 the teacher's responses -----------------------------------------------------------------------------------
 
 
-def canned(responses):
-    """A rollout that says these token ids, one response a prompt."""
-    def write(model, prompts, **_):
+def canned(pair, responses):
+    """A pair whose teacher says these token ids, one response a prompt."""
+    def write(prompts, *, model, **_):
+        assert model is pair.teacher
         said = [responses.pop(0) for _ in prompts]
-        r = as_rollout(list(zip(prompts, said)), 0, "cpu")
+        r = pair.given(list(zip(prompts, said)))
         r.truncated = torch.tensor([ids[-1] != EOS for ids in said])
         return r
-    return write
+    pair.write = write
+    return pair
+
+
+def answer(pair, rows, path, **how):
+    """The teacher's answers in their two files: -> counts."""
+    return append_answers(path, lambda start: teacher_rollouts(pair, rows, start=start, **how))
 
 
 SPOKEN = [{"prompt": [{"role": "system", "content": "the"}, {"role": "user", "content": "so"}]},
           {"prompt": "add\u2028é"}, {"prompt": "so"}, {"prompt": "+ +"}]
 
 
-def test_finished_responses_are_kept_and_the_others_named(tmp_path, monkeypatch):
+def test_finished_responses_are_kept_and_the_others_named(tmp_path):
     """5.1: unfinished and degenerate ones go to a file of their own, with the reason; a line is a conversation."""
-    pair, path = different(), tmp_path / "c.jsonl"
-    monkeypatch.setattr(recipes, "rollout", canned([[7, 11, EOS], [9] * LENGTH, [7, 8] * 10 + [EOS], [8, 14, EOS]]))
-    rows = pair.encode(SPOKEN, max_prompt_tokens=40, new_tokens=LENGTH)
-    assert teacher_rollouts(pair, rows, path, max_new_tokens=LENGTH) == {"kept": 2, "unfinished": 1, "degenerate": 1}
+    path = tmp_path / "c.jsonl"
+    pair = canned(different(), [[7, 11, EOS], [9] * LENGTH, [7, 8] * 10 + [EOS], [8, 14, EOS]])
+    counts = answer(pair, encoded(pair, SPOKEN), path, max_new_tokens=LENGTH)
+    assert counts == {"kept": 2, "unfinished": 1, "degenerate": 1}
     said = lambda text: {"role": "assistant", "content": text}
     assert lines(path) == [{"messages": [*SPOKEN[0]["prompt"], said("add \\boxed{3}")]},
                            {"messages": [{"role": "user", "content": "+ +"}, said("the é")]}]
@@ -275,7 +284,7 @@ def test_finished_responses_are_kept_and_the_others_named(tmp_path, monkeypatch)
 def test_it_is_the_teacher_who_writes(tmp_path):
     """5.1 is off-policy: greedy responses are the teacher's own, and not the student's."""
     pair, path = different(), tmp_path / "c.jsonl"
-    teacher_rollouts(pair, encoded(pair), path, max_new_tokens=LENGTH, temperature=0.0)
+    answer(pair, encoded(pair), path, max_new_tokens=LENGTH, temperature=0.0)
     said = [x["messages"] for x in lines(path) + lines(f"{path}.dropped.jsonl")]
     found = {question["content"]: answer["content"] for question, answer in said}
     for model, agree in ((pair.teacher, True), (pair.student, False)):
@@ -284,31 +293,46 @@ def test_it_is_the_teacher_who_writes(tmp_path):
         assert ([found[row["prompt"]] for row in PROMPTS] == texts) == agree
 
 
-def test_special_tokens_within_an_answer_come_back(tmp_path, monkeypatch):
+def test_special_tokens_within_an_answer_come_back(tmp_path):
     """OPSD#3: marks of thinking may be special tokens; what the teacher wrote is what is learned."""
     pair, path, so, add = different(), tmp_path / "c.jsonl", WORDS.index("so"), WORDS.index("add")
     pair.tokenizer.add_special_tokens({"additional_special_tokens": ["so"]})
-    monkeypatch.setattr(recipes, "rollout", canned([[so, add, so, add, EOS]]))
-    assert teacher_rollouts(pair, encoded(pair)[:1], path, max_new_tokens=9)["kept"] == 1
+    canned(pair, [[so, add, so, add, EOS]])
+    assert answer(pair, encoded(pair)[:1], path, max_new_tokens=9)["kept"] == 1
     assert load_conversations(path, pair)[0][1] == [so, add, so, add, EOS]
 
 
-def test_the_teachers_sampling_is_what_was_asked_for(tmp_path, monkeypatch):
+def test_the_teachers_sampling_is_what_was_asked_for():
     """5.1: T .7 and top-p .95 by default; a part of the prompts at a time, each with its own seed."""
-    calls, write = [], rollout
-    monkeypatch.setattr(recipes, "rollout", lambda model, prompts, *, generator, **how: calls.append(
-        (len(prompts), how["temperature"], how["top_p"], how["max_new_tokens"], generator.initial_seed()))
-        or write(model, prompts, generator=generator, **how))
-    pair = different()
-    teacher_rollouts(pair, encoded(pair), tmp_path / "c.jsonl", max_new_tokens=LENGTH, at_once=7, seed=1)
+    pair, calls = different(), []
+    write = pair.write
+
+    def noted(prompts, **how):
+        calls.append((len(prompts), how["temperature"], how["top_p"], how["max_new_tokens"], how["seed"]))
+        return write(prompts, **how)
+    pair.write = noted
+    parts = list(teacher_rollouts(pair, encoded(pair), max_new_tokens=LENGTH, at_once=7, seed=1))
     assert [call[:4] for call in calls] == [(7, 0.7, 0.95, LENGTH), (7, 0.7, 0.95, LENGTH), (2, 0.7, 0.95, LENGTH)]
-    assert len({call[4] for call in calls}) == 3
+    assert len({call[4] for call in calls}) == 3 and list(map(len, parts)) == [7, 7, 2]
 
 
 def asked(pair, folder, at_once):
     """-> counts and the bytes of both files."""
-    counts = teacher_rollouts(pair, encoded(pair, SAID), folder / "c.jsonl", max_new_tokens=LENGTH, at_once=at_once)
+    counts = answer(pair, encoded(pair, SAID), folder / "c.jsonl", max_new_tokens=LENGTH, at_once=at_once)
     return counts, [(folder / name).read_bytes() for name in ("c.jsonl", "c.jsonl.dropped.jsonl")]
+
+
+def killed_at(row, batches):
+    """Lists of answers, of which the one numbered `row` is never reached."""
+    left = iter(range(row))
+
+    def until_then(answers):
+        for one in answers:
+            if next(left, None) is None:
+                raise Killed
+            yield one
+    for answers in batches:
+        yield until_then(answers)
 
 
 @pytest.fixture(scope="module")
@@ -323,16 +347,9 @@ SAID = PROMPTS[:7] + [{"prompt": "add\u2028+\u2028é"}] + PROMPTS[7:10]
 def cut(pair, folder, at_once, whole, row, torn):
     """A call that was killed while it wrote the line of a row, after `torn` bytes of it."""
     folder.mkdir()
-    decode, left = pair.tokenizer.decode, iter(range(row))
-
-    def dies(ids, **options):
-        if next(left, None) is None:
-            raise Killed
-        return decode(ids, **options)
-    pair.tokenizer.decode = dies
     with pytest.raises(Killed):
-        asked(pair, folder, at_once)
-    pair.tokenizer.decode = decode
+        append_answers(folder / "c.jsonl", lambda start: killed_at(row, teacher_rollouts(
+            pair, encoded(pair, SAID), start=start, max_new_tokens=LENGTH, at_once=at_once)))
     for name, text in zip(("c.jsonl", "c.jsonl.dropped.jsonl"), whole):
         there = (folder / name).read_bytes()
         assert text.startswith(there)
@@ -361,18 +378,18 @@ def test_a_line_torn_within_a_character_is_a_torn_line(tmp_path, whole):
 
 
 @pytest.mark.parametrize("at_once", [1, 3])                                   # 11 prompts: a last part of two
-def test_complete_files_are_asked_for_nothing(tmp_path, monkeypatch, at_once):
+def test_complete_files_are_asked_for_nothing(tmp_path, at_once):
     """A second call samples nothing, changes nothing and counts the same."""
-    first = asked(different(), tmp_path, at_once)
-    monkeypatch.setattr(recipes, "rollout", lambda *_, **__: pytest.fail("the teacher was asked"))
-    assert asked(different(), tmp_path, at_once) == first
+    first, pair = asked(different(), tmp_path, at_once), different()
+    pair.write = lambda *_, **__: pytest.fail("the teacher was asked")
+    assert asked(pair, tmp_path, at_once) == first
 
 
 def test_more_prompts_are_answered_where_they_are_new(tmp_path):
     """A call for more goes on behind what is there."""
     pair, (_, (before, _)) = different(), asked(different(), tmp_path, 3)
     more = encoded(pair, SAID + PROMPTS[10:14])
-    counts = teacher_rollouts(pair, more, tmp_path / "c.jsonl", max_new_tokens=LENGTH, at_once=3)
+    counts = answer(pair, more, tmp_path / "c.jsonl", max_new_tokens=LENGTH, at_once=3)
     assert sum(counts.values()) == len(SAID) + 4 and (tmp_path / "c.jsonl").read_bytes().startswith(before)
     said = lines(tmp_path / "c.jsonl") + lines(tmp_path / "c.jsonl.dropped.jsonl")
     assert sorted(x["messages"][0]["content"] for x in said) == sorted(row["prompt"] for row in more)
@@ -390,8 +407,7 @@ def test_a_conversation_is_the_prompt_as_encoded_and_the_answer_with_its_end(tmp
     answers = ["so\u2028add the", "\\boxed{7}"]                               # U+2028 ends no line of JSON
     chats = [{"messages": [*asked, {"role": "assistant", "content": answer}]} for answer in answers]
     path.write_text("\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8")
-    options = {} if thinking == "default" else {"enable_thinking": True}
-    prompt = encode(pair.tokenizer, asked, **options)
+    prompt = encode(pair.tokenizer, asked, thinking)
     assert load_conversations(path, pair, thinking) == [(prompt, [9, 7, 8, EOS]), (prompt, [12, EOS])]
     pair.end_id = None
     assert load_conversations(path, pair, thinking)[1] == (prompt, [12])
@@ -425,11 +441,10 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, line):
         load_conversations(path, different())
 
 
-def test_what_is_kept_can_be_learned_from(tmp_path, monkeypatch):
+def test_what_is_kept_can_be_learned_from(tmp_path):
     """5.1: whatever teacher_rollouts keeps, load_conversations reads; a teacher who ends at once has said nothing."""
-    pair, path = different(), tmp_path / "c.jsonl"
-    monkeypatch.setattr(recipes, "rollout", canned([[7, EOS], [EOS], [8, EOS]]))
-    counts = teacher_rollouts(pair, encoded(pair)[:3], path, max_new_tokens=LENGTH)
+    pair, path = canned(different(), [[7, EOS], [EOS], [8, EOS]]), tmp_path / "c.jsonl"
+    counts = answer(pair, encoded(pair)[:3], path, max_new_tokens=LENGTH)
     assert counts["kept"] == len(load_conversations(path, pair)) == 2
 
 
@@ -459,7 +474,9 @@ def one_update(pair, **how):
 
 def test_examples_become_a_rollout_and_come_back():
     """Prompts padded on the left, responses on the right, both masked."""
-    r = as_rollout(EXAMPLES, 3, "cpu")
+    pair = different()
+    pair.ending["pad_id"] = 3
+    r = pair.given(EXAMPLES)
     for row, (prompt, response) in enumerate(EXAMPLES):
         assert r.response_ids(row) == response and r.ids[row][r.attention_mask[row]].tolist() == prompt + response
     P = max(len(prompt) for prompt, _ in EXAMPLES)
@@ -502,15 +519,13 @@ def test_the_fine_tuning_sees_neither_pads_nor_micro_batches(architecture, monke
     pair.ending["pad_id"] = EOS                                               # pad = eos, as in SmolLM2
     padded, of_padded = one_update(pair)
     assert padded == row and all(map(torch.equal, of_padded, gradients))
-    chunks, in_chunks = [], recipes.in_chunks
-    monkeypatch.setattr(recipes, "in_chunks", lambda f, *args, **how: in_chunks(
+    chunks, in_chunks = [], teacher.in_chunks
+    monkeypatch.setattr(teacher, "in_chunks", lambda f, *args, **how: in_chunks(
         lambda log_p, log_q, y: chunks.append(len(y)) or f(log_p, log_q, y), *args, **how))
-    for budget, elements, largest in (
-            (1, 2 ** 23, 8), (25, 2 ** 23, None), (10_000, 3 * len(WORDS) - 1, 3), (10_000, 1, 1)):
+    for budget, chunk, largest in ((1, None, 8), (25, None, None), (10_000, 3, 3), (10_000, 1, 1)):
         chunks.clear()
-        monkeypatch.setattr(loss, "CHUNK_ELEMENTS", elements)
-        monkeypatch.setattr(loss, "FEWEST_ROWS", 1)
-        other, of_other = one_update(pair, micro_batch_tokens=budget)
+        pair.micro_batch_tokens, pair.chunk = budget, chunk
+        other, of_other = one_update(pair)
         assert other == pytest.approx(row, rel=1e-4) and max(chunks) == (largest or max(chunks)) and len(chunks) > 2
         for a, b in zip(of_other, gradients):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -536,7 +551,8 @@ def test_four_steps_are_two_and_two_more_bit_for_bit():
     optimizer = torch.optim.AdamW(cut.student.parameters())
     first = list(itertools.islice(cold_start(cut, optimizer, EXAMPLES, **settings), 2))
     assert first + list(cold_start(cut, optimizer, EXAMPLES, **settings, start=2)) == rows
-    assert [row["tokens"] for row in rows] == [sum(len(y) for _, y in batch(EXAMPLES, step, 3, 1)) for step in range(4)]
+    assert [row["tokens"] for row in rows] == [
+        sum(len(EXAMPLES[i][1]) for i in batch(len(EXAMPLES), step, 3, 1)) for step in range(4)]
     ours, theirs = cut.student.state_dict(), whole.student.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -551,28 +567,25 @@ def test_the_student_learns_what_it_is_shown():
     assert [r.response_ids(i) for i in range(len(EXAMPLES))] == [response for _, response in EXAMPLES]
 
 
-def test_a_fine_tuning_that_is_not_finite_updates_nothing_and_stops_at_the_third_step():
-    """Each such step is named with its examples; weights and optimizer stay as they were; no NaN in a row."""
+def test_a_fine_tuning_that_is_not_finite_updates_nothing():
+    """Each such step is named with its examples; weights and optimizer stay as they were."""
     pair = different()
     pair.student.get_output_embeddings().weight.data[3] = math.nan
-    recorder, rows = Recorder(pair.student), []
-    with pytest.raises(FloatingPointError, match="steps 1 to 3: loss nan.*lower --cold-start-lr"):
-        for row in cold_start(pair, recorder, EXAMPLES, steps=5, batch_size=2):
-            rows.append(row)
+    recorder = Recorder(pair.student)
+    rows = list(cold_start(pair, recorder, EXAMPLES, steps=3, batch_size=2))
     assert not recorder.seen and [row["step"] for row in rows] == [1, 2, 3]
-    assert all(row["loss"] is None and row["undefined"]["loss"] == "nan" and len(row["skipped"]["examples"]) == 2
-               for row in rows)
+    assert all("loss nan" in row["skipped"]["why"] and len(row["skipped"]["examples"]) == 2 for row in rows)
 
 
 def test_a_step_of_a_fine_tuning_that_is_not_finite_is_passed_over(monkeypatch):
-    """The third in a row ends it, the third in all does not."""
+    """The next one is an update again, with none of the gradient that was not."""
     norms = iter([1.0, math.nan, math.inf, 1.0, math.nan, 1.0])
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
+    monkeypatch.setattr(recipes, "clip_grad_norm_", lambda *_: torch.tensor(next(norms)))
     pair = different()
     recorder = Recorder(pair.student)
     rows = list(cold_start(pair, recorder, EXAMPLES, steps=6, batch_size=2))
     assert ["skipped" in row for row in rows] == [False, True, True, False, True, False]
-    assert [row["grad_norm"] for row in rows] == [1, None, None, 1, None, 1] and len(recorder.seen) == 3
+    assert len(recorder.seen) == 3 and all(x.isfinite().all() for seen in recorder.seen for x in seen)
 
 
 # --- in a run ------------------------------------------------------------------------------------------------------
@@ -620,20 +633,20 @@ def test_cold_start_distillation_and_held_out_share_no_question(world, tmp_path,
         rows = load_prompts(f"{world}/guises.jsonl")
         (tmp_path / "e.jsonl").write_text("\n".join(map(json.dumps, rows[1::8])))
         change["eval"] = str(tmp_path / "e.jsonl")
-    train, cold, held_out = opd.questions(config(world, seed=seed, cold_start=3, **change))
+    train, cold, held_out = questions(config(world, seed=seed, cold_start=3, **change))
     assert len(cold) == 3 and train and held_out
     assert not keys(train) & keys(cold) and not keys(train) & keys(held_out) and not keys(cold) & keys(held_out)
     assert keys(train + cold + held_out) <= keys(PROMPTS)
-    assert (train, cold, held_out) == opd.questions(config(world, seed=seed, cold_start=3, **change))
-    assert cold != opd.questions(config(world, seed=seed + 9, cold_start=3, **change))[1]
+    assert (train, cold, held_out) == questions(config(world, seed=seed, cold_start=3, **change))
+    assert cold != questions(config(world, seed=seed + 9, cold_start=3, **change))[1]
 
 
 def test_a_cold_start_leaves_prompts_for_distillation_or_says_so(world):
     """16 questions, 3 held out: 12 for a cold start and one for OPD, or all 13 where there is no OPD."""
-    assert [len(x) for x in opd.questions(config(world, cold_start=12))] == [1, 12, 3]
-    assert [len(x) for x in opd.questions(config(world, cold_start=13, steps=0))] == [0, 13, 3]
+    assert [len(x) for x in questions(config(world, cold_start=12))] == [1, 12, 3]
+    assert [len(x) for x in questions(config(world, cold_start=13, steps=0))] == [0, 13, 3]
     with pytest.raises(ValueError, match="--cold-start 13: only 13 prompts"):
-        opd.questions(config(world, cold_start=13))
+        questions(config(world, cold_start=13))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
@@ -644,12 +657,12 @@ def test_aligned_prompts_have_their_share_and_nothing_seen_elsewhere(world, tmp_
     pool = guises[1::4][:8] + new                                             # in upper case, and new ones
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, pool)))
     change = dict(cold_start=4, aligned_prompts=str(tmp_path / "a.jsonl"), aligned_fraction=fraction, template="boxed")
-    train, cold, held_out = opd.questions(config(world, **change))
+    train, cold, held_out = questions(config(world, **change))
     assert not keys(train) & keys(cold + held_out) and len(keys(train)) == len(train) > 3
     from_pool = [row for row in train if row["prompt"] in {apply_template(x["prompt"], "boxed") for x in pool}]
     assert len(from_pool) == round(fraction * len(train))
     assert fraction == 0 or any(row["prompt"] == apply_template(x["prompt"], "boxed") for row in train for x in new)
-    assert (train, cold, held_out) == opd.questions(config(world, **change))
+    assert (train, cold, held_out) == questions(config(world, **change))
 
 
 def left(out):
@@ -657,7 +670,7 @@ def left(out):
     metrics = [{name: x for name, x in row.items() if not name.startswith(("time_", "peak_"))}
                for row in lines(out / "metrics.jsonl")]
     result = json.loads((out / "result.json").read_text())
-    result = {name: x for name, x in result.items() if name not in ("seconds", "command")}
+    result = {name: x for name, x in result.items() if name not in ("seconds", "command", "commit", "dirty")}
     return ((out / "cold_start.jsonl").read_bytes(), (out / "cold_start_metrics.jsonl").read_text(),
             (out / "rollouts.jsonl").read_text(), metrics, result)
 
@@ -667,13 +680,7 @@ def weights(out):
 
 
 def in_the_answers(monkeypatch):
-    plain, calls = recipes.is_degenerate, iter(range(2))
-
-    def dies(ids):
-        if next(calls, None) is None:
-            raise Killed
-        return plain(ids)
-    monkeypatch.setattr(recipes, "is_degenerate", dies)
+    monkeypatch.setattr(opd, "teacher_rollouts", lambda *args, **how: killed_at(2, teacher_rollouts(*args, **how)))
 
 
 def in_the_fine_tuning(monkeypatch):
@@ -686,29 +693,29 @@ def in_the_fine_tuning(monkeypatch):
 
 
 def after_the_fine_tuning(monkeypatch):
-    plain = opd.Run.accuracy
+    plain, calls = measure.accuracy, iter(["of the teacher", "before"])
 
-    def dies(run, model, what):
-        if "cold" in what:
+    def dies(*args):
+        if next(calls, None) is None:
             raise Killed
-        return plain(run, model, what)
-    monkeypatch.setattr(opd.Run, "accuracy", dies)
+        return plain(*args)
+    monkeypatch.setattr(measure, "accuracy", dies)
 
 
 def in_the_distillation(monkeypatch):
-    plain = opd.Run.update
+    plain = opd.update
 
-    def dies(run):
-        if run.step == 3:
+    def dies(cfg, pair, optimizer, rows, step):
+        if step == 3:
             raise Killed
-        return plain(run)
-    monkeypatch.setattr(opd.Run, "update", dies)
+        return plain(cfg, pair, optimizer, rows, step)
+    monkeypatch.setattr(opd, "update", dies)
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
-    opd.Run(config(world, out, **COLD)).go()
+    opd.distil(config(world, out, **COLD))
     return out
 
 
@@ -718,9 +725,9 @@ def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(world, tmp_path, monke
     out = tmp_path / "cut"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         where(patch)
-        opd.Run(config(world, out, **COLD)).go()
+        opd.distil(config(world, out, **COLD))
     assert not (out / "result.json").exists()
-    opd.Run(config(world, out, **COLD, resume=True)).go()
+    opd.distil(config(world, out, **COLD, resume=True))
     assert left(out) == left(uninterrupted)
     ours, theirs = weights(out), weights(uninterrupted)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -732,16 +739,16 @@ def test_a_run_with_a_cold_start_leaves_what_it_promises(world, uninterrupted):
     assert [json.loads(line)["step"] for line in log.splitlines()] == [1, 2, 3, 4, 5] and len(metrics) == 4
     kept = answers.decode().splitlines()
     assert result["cold_start"]["kept"] == len(kept) > 2 and sum(result["cold_start"].values()) == 8
-    cold = {row["prompt"] for row in opd.questions(config(world, **COLD))[1]}
+    cold = {row["prompt"] for row in questions(config(world, **COLD))[1]}
     assert {json.loads(line)["messages"][0]["content"] for line in kept} <= cold
     assert {"accuracy_before", "accuracy_cold_start", "accuracy_after", "held_out_cold_start"} <= result.keys()
-    assert result["held_out_cold_start"] != result["held_out_before"] and "after the cold start" in opd.summary(result)
+    assert result["held_out_cold_start"] != result["held_out_before"] and "after the cold start" in show.summary(result)
     assert {row["lr"] for row in metrics} == {1e-3}
 
 
 def test_without_distillation_it_is_the_fine_tuning_alone(world, tmp_path, uninterrupted):
     """5.1's missing control: --steps 0 after a cold start measures, saves and reports the fine-tuned student."""
-    result = opd.Run(config(world, tmp_path / "run", steps=0, **COLD)).go()
+    result = opd.distil(config(world, tmp_path / "run", steps=0, **COLD))
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert written == result and result["steps"] == 0 and result["accuracy_after"] == result["accuracy_cold_start"]
     assert result["accuracy_cold_start"] == left(uninterrupted)[4]["accuracy_cold_start"]
@@ -755,14 +762,30 @@ def test_the_answers_of_a_cold_start_are_drawn_as_asked(world, tmp_path, monkeyp
     monkeypatch.setattr(opd, "teacher_rollouts",
                         lambda *args, **how: asked.append(how) or teacher_rollouts(*args, **how))
     for name, change in (("paper", {}), ("wide", dict(cold_start_temperature=1.0, cold_start_top_p=1.0))):
-        opd.Run(config(world, tmp_path / name, steps=0, **COLD, **change)).go()
+        opd.distil(config(world, tmp_path / name, steps=0, **COLD, **change))
     assert [(how["temperature"], how["top_p"]) for how in asked] == [(0.7, 0.95), (1.0, 1.0)]
+
+
+def test_the_third_step_in_a_row_that_is_not_finite_ends_a_cold_start(world, tmp_path, monkeypatch):
+    """Three in all do not: only a row of them says that something is wrong, and with what."""
+    for norms, ends in (([math.nan, math.inf, 1.0, math.nan, 1.0], False), ([1.0, *[math.nan] * 4], True)):
+        left = iter(norms)
+        monkeypatch.setattr(recipes, "clip_grad_norm_", lambda *_: torch.tensor(next(left)))
+        cfg = config(world, tmp_path / str(ends), steps=0, **COLD)
+        if not ends:
+            assert opd.distil(cfg)["skipped_steps"] == 3
+            continue
+        with pytest.raises(FloatingPointError, match="step 4 skipped: .*gradient norm nan.*third in a row.*start-lr"):
+            opd.distil(cfg)
+    log = lines(tmp_path / "False" / "cold_start_metrics.jsonl")
+    assert [row["grad_norm"] for row in log] == [None, None, 1, None, 1]
+    assert ["skipped" in row for row in log] == [True, True, False, True, False]
 
 
 def test_an_epoch_is_the_default_length_of_a_cold_start(world, tmp_path):
     """5.1: every conversation once, the last batch filled up from the next epoch."""
     file = conversations(tmp_path / "c.jsonl", PROMPTS[:9])
-    opd.Run(config(world, tmp_path / "run", steps=0, cold_start_file=file)).go()
+    opd.distil(config(world, tmp_path / "run", steps=0, cold_start_file=file))
     assert len(lines(tmp_path / "run" / "cold_start_metrics.jsonl")) == 3     # 9 of them, 4 at a time
 
 
@@ -773,11 +796,11 @@ def test_a_file_of_conversations_is_read_and_its_questions_are_not_distilled(wor
         {"prompt": apply_template(row["prompt"], "boxed").upper()} for row in PROMPTS[:3]] + [
         {"prompt": [{"role": "system", "content": "so"}, {"role": "user", "content": row["prompt"]}]}
         for row in PROMPTS[3:6]])
-    run = opd.Run(config(world, tmp_path / "run", steps=1, cold_start_file=file, template="so {question}"))
-    train, cold, held_out = opd.questions(run.cfg)
+    cfg = config(world, tmp_path / "run", steps=1, cold_start_file=file, template="so {question}")
+    train, cold, held_out = questions(cfg)
     assert train and not cold
     assert not {row["prompt"] for row in train} & {"so " + row["prompt"] for row in PROMPTS[:6]}
-    result = run.go()
+    result = opd.distil(cfg)
     assert result["accuracy_cold_start"]["samples"] == 2 * len(held_out) and "cold_start" not in result
     assert not (tmp_path / "run" / "cold_start.jsonl").exists()
 
@@ -786,33 +809,33 @@ def test_what_a_file_of_conversations_answers_is_not_held_out(world, tmp_path):
     """5.1: the fine-tuning would have seen the answers of what the run is measured on."""
     file = conversations(tmp_path / "c.jsonl", PROMPTS[:10])
     for seed in range(4):
-        train, _, held_out = opd.questions(config(world, cold_start_file=file, seed=seed))
+        train, _, held_out = questions(config(world, cold_start_file=file, seed=seed))
         assert train and held_out and not keys(held_out) & keys(PROMPTS[:10])
 
 
 @pytest.mark.parametrize("template", ["none", "boxed", "so {question} so"])
 def test_the_answers_of_one_run_serve_the_next(world, tmp_path, template):
     """5.1: cold_start.jsonl holds prompts in the run's template; given to another run with it, none is distilled."""
-    _, cold, _ = opd.questions(config(world, cold_start=6, template=template))
+    _, cold, _ = questions(config(world, cold_start=6, template=template))
     file = conversations(tmp_path / "c.jsonl", cold)
-    train, none, held_out = opd.questions(config(world, cold_start_file=file, template=template))
+    train, none, held_out = questions(config(world, cold_start_file=file, template=template))
     prompts = [row["prompt"] for row in cold]
     assert not none and train and not [row for row in train + held_out if row["prompt"] in prompts]
 
 
 @pytest.mark.parametrize("flags, says", [
     (["--steps", "0"], "0 only after a cold start"), (["--steps", "-1", "--cold-start", "3"], "--steps -1"),
-    (["--cold-start", "-2"], "--cold-start -2: must not be negative"),
+    (["--cold-start", "-2"], "--cold-start -2: must be at least 0"),
     (["--cold-start", "3", "--cold-start-file", __file__], "give one of the two"),
     (["--cold-start-steps", "3"], "--cold-start-steps without --cold-start"),
-    (["--cold-start-file", "nowhere.jsonl"], "--cold-start-file nowhere.jsonl: no such file"),
+    (["--cold-start-file", "nowhere.jsonl"], "--cold-start-file nowhere.jsonl: No such file"),
     (["--cold-start", "3", "--cold-start-lr", "0"], "--cold-start-lr 0.0"),
     (["--cold-start", "3", "--cold-start-batch-size", "0"], "--cold-start-batch-size 0"),
     (["--cold-start", "3", "--cold-start-max-new-tokens", "-1"], "--cold-start-max-new-tokens -1"),
     (["--cold-start", "3", "--cold-start-temperature", "-1"], "--cold-start-temperature -1.0"),
     (["--cold-start", "3", "--cold-start-top-p", "1.5"], "--cold-start-top-p 1.5"),
     (["--cold-start", "500"], "--cold-start 500: only 448 prompts"),
-    (["--aligned-prompts", "nowhere.jsonl"], "--aligned-prompts nowhere.jsonl: no such file"),
+    (["--aligned-prompts", "nowhere.jsonl"], "--aligned-prompts nowhere.jsonl: No such file"),
     (["--aligned-prompts", __file__], "--aligned-prompts needs --prompts"),
     (["--aligned-fraction", "1.5"], "--aligned-fraction 1.5"),
     (["--aligned-fraction", "nan"], "--aligned-fraction nan"),
@@ -881,18 +904,18 @@ def test_the_command_select_splits_the_pool_in_two_files_of_prompts(world, tmp_p
     assert f"{out}: 4 prompts, scores {min(scores[0]):.4f} to {max(scores[0]):.4f}" in printed
     assert best in ("none", "boxed") and printed.endswith(
         f"--template {best} --aligned-prompts {out} --prompts {others}\n")
-    opd.questions(config(world, aligned_prompts=str(out), prompts=str(others), template=best))
+    questions(config(world, aligned_prompts=str(out), prompts=str(others), template=best))
 
 
 @pytest.mark.parametrize("name, more, says", [
-    ("select", ["--keep", "0"], "--keep 0.0"), ("select", ["--keep", "1"], "--keep 1.0"),
+    ("select", ["--keep", "0"], "--keep 0.0"), ("select", ["--keep", "1.1"], "--keep 1.1"),
     ("select", ["--templates", "none,latex"], "latex"), ("rollouts", ["--template", "latex"], "latex"),
-    ("rollouts", ["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: no such file"),
+    ("rollouts", ["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: No such file"),
     ("rollouts", ["--out", "no/such/folder/c.jsonl"], "its folder does not exist"),
     ("select", ["--n", "0"], "--n"), ("rollouts", ["--max-new-tokens", "0"], "--max-new-tokens"),
     ("rollouts", ["--temperature", "-1"], "--temperature"), ("rollouts", ["--top-p", "0"], "--top-p"),
     ("rollouts", ["--count", "many"], "--count"), ("rollouts", ["--count", "0"], "--count"),
-    ("rollouts", ["--keep", "0.5"], "--keep"), ("selects", [], "selects"),
+    ("rollouts", ["--keep", "0.5"], "--keep"), ("selects", [], "say which: rollouts"),
     ("select", ["--template", "none"], "--template"),
     ("rollouts", ["--max-new-token", "5"], "did you mean --max-new-tokens"),
 ])
@@ -912,7 +935,7 @@ def test_a_recipe_needs_its_pair_its_prompts_and_its_file(world, missing, capsys
 
 
 @pytest.mark.parametrize("more, says", [(["--k", "16"], "16"), (["--device", "gpu"], "gpu"),
-                                        (["--keep", "0.02"], "--keep 0.02")])
+                                        (["--keep", "0.02"], "--keep 0.02"), (["--keep", "1"], "--keep 1.0")])
 def test_what_only_pool_and_models_can_tell_is_one_line_all_the_same(world, more, says, capsys, tmp_path):
     """A k beyond the shared vocabulary, a device that is none, a share that keeps no prompt of so small a pool."""
     with pytest.raises(SystemExit) as stop:
