@@ -160,7 +160,8 @@ def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95,
     why: "kept", or what it is to be dropped for: "unfinished", "degenerate" (or empty). No filter by correctness, as in
     the paper. What is drawn for a row follows from `seed` and its place.
     """
-    for first in tqdm(range(start - start % at_once, len(rows), at_once), desc="teacher's responses", mininterval=1):
+    starts = range(start - start % at_once, len(rows) if start < len(rows) else 0, at_once)
+    for first in tqdm(starts, desc="teacher's responses", mininterval=1):
         part, said = rows[first:first + at_once], []
         if share(part):
             r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,

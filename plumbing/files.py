@@ -63,8 +63,7 @@ def write_json(path, value):
 
 def write_lines(path, rows):
     """JSON lines, whole or not at all."""
-    write_whole(path, lambda file: file.writelines(json.dumps(row, ensure_ascii=False).encode() + b"\n"
-                                                   for row in rows))
+    write_whole(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows))
 
 
 def write_whole(path, write):
@@ -123,7 +122,8 @@ def append_answers(path, batches):
     for line in rest:
         counts[json.loads(line)["why"]] += 1
     counts, first = gathered([counts])[0], processes()[0] == 0              # what the first process has found there
-    with open(path if first else os.devnull, "a") as kept, open(dropped if first else os.devnull, "a") as rest:
+    with (open(path if first else os.devnull, "a", encoding="utf-8") as kept,
+          open(dropped if first else os.devnull, "a", encoding="utf-8") as rest):
         for answers in batches(sum(counts.values())):
             for answer in answers:
                 counts[answer["why"]] += 1
