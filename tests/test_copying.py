@@ -90,7 +90,8 @@ assert auroc(torch.tensor([.1, .9]), torch.tensor([False, True])) == 1
 assert coherence([(torch.ones(4, 3), torch.ones(4, 2))])["coherence"] > 0.999
 """
 
-RECIPES = MODELS + """
+RECIPES = """
+import torch
 from recipes import apply_template, cold_start, is_degenerate, mix_prompts
 assert apply_template("3 + 7", "boxed").startswith("3 + 7 ") and is_degenerate("so " * 40)
 asked = [{"prompt": f"{i} + {i}"} for i in range(8)]
@@ -103,12 +104,13 @@ class Texts:                       # what a pair must be for a cold start: a stu
         return self
     def grade(self, r, per_position, *, scale, with_teacher):
         T = self.response_mask.size(1)
-        log_p = self.student(self.ids).logits[:, -T - 1:-1].log_softmax(-1).flatten(0, 1)
+        log_p = self.student(self.ids)[:, -T - 1:-1].log_softmax(-1).flatten(0, 1)
         loss = per_position(log_p, None, self.ids[:, -T:].flatten())["loss"]
         (scale * loss.sum()).backward()
         return {"loss": loss.detach().view(-1, T)}
 pair = Texts()
-pair.student, examples = student, [([5, 6, 7 + i], [9, 10, 2]) for i in range(4)]
+pair.student = student = torch.nn.Sequential(torch.nn.Embedding(16, 32), torch.nn.Linear(32, 16))
+examples = [([5, 6, 7 + i], [9, 10, 2]) for i in range(4)]
 optimizer = torch.optim.AdamW(student.parameters())
 rows = list(cold_start(pair, optimizer, examples, steps=20, lr=1e-2, batch_size=4))
 assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["loss"] < 0.5 * rows[0]["loss"], rows

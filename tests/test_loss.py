@@ -486,13 +486,20 @@ def test_any_head_learns_in_chunks_what_it_learns_eagerly(kind, chunk):
 
 
 def test_what_is_only_measured_leaves_no_gradient():
-    """Without a scale nothing is learned, whatever asks for it, and what comes out is constant."""
+    """Without a scale nothing is learned, whatever asks for it, and no graph is made; what comes out is constant."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
     h_p.requires_grad_()
-    out = in_chunks(full, h_p, h_q, head_p, head_q, y, chunk=4)
-    assert h_p.grad is None and head_p.weight.grad is None and not out["loss"].requires_grad
-    torch.testing.assert_close(out, in_chunks(full, h_p, h_q, head_p, head_q, y, chunk=4, scale=2.0))
-    assert h_p.grad.any() and head_p.weight.grad.any()
+    learns, found = [], []
+
+    def per_position(log_p, log_q, y):
+        learns.append(log_p.requires_grad)
+        return full(log_p, log_q, y)
+    for scale in (None, 2.0):
+        found.append(in_chunks(per_position, h_p, h_q, head_p, head_q, y, chunk=11, scale=scale)["loss"])
+        assert all(x is None or x.any() for x in (h_p.grad, head_p.weight.grad))
+        assert (h_p.grad is None) == (head_p.weight.grad is None) == (scale is None)
+    assert learns == [False, True] and not any(x.requires_grad for x in found)
+    torch.testing.assert_close(*found)
 
 
 def test_gradients_add_up_as_backward_adds_them_up():
