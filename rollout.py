@@ -93,11 +93,11 @@ class Slots(DynamicCache):
         copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)        # each prompt n times
         self.rows = torch.cat([self.rows, torch.arange(len(copies), device=ids.device) + self.begun * self.n])
         self.logits, self.begun = torch.cat([self.logits[:b], out.logits[copies, -1]]), self.begun + len(ids)
-        if any(type(layer) is not DynamicLayer for layer in out.cache.layers):
+        plain = all(type(layer) is DynamicLayer for layer in out.cache.layers)
+        if not plain:
             self.own = out.cache
             self.own.reorder_cache(copies)
-            return True
-        for i, layer in enumerate(out.cache.layers):
+        for i, layer in enumerate(out.cache.layers if plain else ()):
             if i == len(self.buffers):          # zeros, since what is masked is read; autocast leaves keys in float32
                 self.buffers.append([layer.values.new_zeros(self.places * self.n, x.size(1), self.columns, x.size(3))
                                      for x in (layer.keys, layer.values)])

@@ -179,9 +179,8 @@ class Pair:
         """Two models in eval mode and their tokenizers -> Pair; ValueError where they do not fit, see check_pair."""
         vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
         eos = eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer)
-        end_id = teacher_tokenizer.eos_token_id
-        return cls(student, teacher.requires_grad_(False), student_tokenizer,
-                   min(eos) if end_id is None else end_id,
+        end_id = min(eos) if teacher_tokenizer.eos_token_id is None else teacher_tokenizer.eos_token_id
+        return cls(student, teacher.requires_grad_(False), student_tokenizer, end_id,
                    dict(eos_ids=eos, pad_id=student_tokenizer.pad_token_id or 0, vocab_size=vocab_size),
                    (split(student, vocab_size), split(teacher, vocab_size)),
                    student.get_input_embeddings().weight.device, **settings)
@@ -224,8 +223,7 @@ class Pair:
         scale: leave the gradient of scale * (sum of the losses) in the student; the cut into micro-batches and chunks
         changes nothing of it. None: measure only. Without the teacher log_q is None.
         """
-        student, teacher = self.splits
-        out = {}
+        (student, teacher), out = self.splits, {}
         for rows, columns in micro_batches(r.attention_mask, self.micro_batch_tokens):
             ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))      # (b, L)
             with self.autocast():
@@ -239,7 +237,5 @@ class Pair:
             for name, x in values.items():                                      # packed row by row
                 empty = math.nan if x.is_floating_point() else 0
                 grid = out.setdefault(name, x.new_full((*r.response_mask.shape, *x.shape[1:]), empty))      # (B, T)
-                part = grid[rows]
-                part[written] = x
-                grid[rows] = part
+                grid[rows] = grid[rows].index_put((written,), x)
         return out
