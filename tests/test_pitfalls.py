@@ -4,9 +4,11 @@ The last test holds that table to the tests that it names.
 """
 import ast
 import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,14 +16,20 @@ from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
-from test_loss import a_pair, each_objective, eagerly, exact, generalised_kl, heads_and_states, pairs, with_grad
-from test_opd import PROMPTS, config, rows, weights, world                                 # noqa: F401: a fixture
+from test_loss import (a_pair, each_objective, eagerly, exact, generalised_kl, heads_and_states, learned, pairs,
+                       with_grad)
+from test_opd import PROMPTS, config, measured, ready, rows, weights, world, written          # noqa: F401: a fixture
 from test_teacher import close, fitting, gradients
 
 import opd
 from loss import full_vocab, in_chunks, sampled_token, token_sets, top_k, top_k_released
-from rollout import batch, encode, rollout
-from teacher import Head, check_pair, freeze, micro_batches
+from plumbing.flags import check_run
+from plumbing.processes import batch
+from plumbing.prompts import encode
+from plumbing.run import Run
+from plumbing.show import IMPLAUSIBLE
+from rollout import rollout
+from teacher import check_pair, micro_batches, split
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -77,16 +85,33 @@ def test_a_value_below_zero_is_not_clamped_and_teaches(objective):
     assert bucketed(z, log_q, torch.tensor([[0, 1]])) > 0
 
 
+class OneState(torch.nn.Module):
+    """A causal model that is an output head alone: its hidden states are 1."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.output = torch.nn.Linear(1, len(logits), bias=False, dtype=logits.dtype)
+        self.output.weight.data[:, 0] = logits
+
+    def get_output_embeddings(self):
+        return self.output
+
+    def base_model(self, input_ids, **_):
+        return SimpleNamespace(last_hidden_state=torch.ones_like(input_ids, dtype=self.output.weight.dtype)[..., None])
+
+    def forward(self, input_ids, **_):
+        return SimpleNamespace(logits=self.output(self.base_model(input_ids).last_hidden_state))
+
+
 @pytest.mark.parametrize("spread, stray", [(1.0, 5e-4), (3.0, 1e-5)])
 def test_fake_columns_would_take_probability_and_are_cut_before_the_softmax(spread, stray):
     """fact 7, Liger's fused_linear_distillation: 128 columns of logit 0 beside Qwen2.5's 151,936 take so much, in
-    silence; Head leaves them out, whichever model has them."""
+    silence; the head of a Split leaves them out, whichever model has them."""
     z = spread * seeded(151_936)
     padded = torch.nn.functional.pad(z, (0, 128))
     assert padded.softmax(-1)[-128:].sum().item() == pytest.approx(stray, rel=0.2)
-    layer = torch.nn.Linear(1, len(padded), bias=False, dtype=z.dtype)
-    layer.weight.data[:, 0] = padded
-    exact(Head(layer, len(z))(torch.ones(1, 1, dtype=z.dtype)).log_softmax(-1)[0], z.log_softmax(-1))
+    head = split(OneState(padded), len(z)).head
+    exact(head(torch.ones(1, 1, dtype=z.dtype)).log_softmax(-1)[0], z.log_softmax(-1))
 
 
 # --- gradients -----------------------------------------------------------------------------------------------------
@@ -123,12 +148,11 @@ def test_positions_that_do_not_count_have_no_gradient_in_chunks(objective):
 
     def per_position(log_p, log_q, rows):                                     # the row's number in place of its token
         return {"loss": weight[rows] * objective(log_p, log_q, y[rows])}
-    for evaluate in (eagerly, lambda *inputs: in_chunks(*inputs, chunk=3)):
-        states = h_p.clone().requires_grad_()
-        total = evaluate(per_position, states, h_q, head_p, head_q, torch.arange(len(y)))[1]
-        found.append(torch.autograd.grad(total, (states, head_p.weight, head_p.bias)))
+    for evaluate in (eagerly, functools.partial(in_chunks, chunk=3)):
+        found.append(learned(evaluate, per_position, h_p, h_q, head_p, head_q, torch.arange(len(y)))[1])
+    assert found[0].keys() == {"states", "weight", "bias"}
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    assert not found[1][0][::2].any()
+    assert not found[1]["states"][::2].any()
 
 
 @each_objective
@@ -136,9 +160,10 @@ def test_logits_of_100_at_a_low_temperature_in_bfloat16_leave_finite_gradients(o
     """Soup#719: 100 / .05 is 2,000 nats; a divergence of probabilities would be finite, with a gradient of NaN."""
     z = (100 * torch.tensor([[1, -1, 0, .5, -.5], [-1, 1, 1, -1, 0], [0, 0, 0, 0, 1]])).bfloat16().requires_grad_()
     for token in range(z.size(-1)):
-        out, total = in_chunks(lambda *at: {"loss": objective(*at)}, z, z.detach().flip(-1), lambda h: h, lambda h: h,
-                               torch.full((len(z),), token), temperature=0.05, teacher_temperature=0.05)
-        assert out["loss"].isfinite().all() and torch.autograd.grad(total, z)[0].isfinite().all()
+        z.grad = None
+        out = in_chunks(lambda *at: {"loss": objective(*at)}, z, z.detach().flip(-1), lambda h: h, lambda h: h,
+                        torch.full((len(z),), token), scale=1.0, temperature=0.05, teacher_temperature=0.05)
+        assert out["loss"].isfinite().all() and z.grad.isfinite().all()
 
 
 @given(pairs(), st.sampled_from([1, 30]))
@@ -160,21 +185,22 @@ def test_no_log_ratio_is_clipped_and_each_token_moves_as_the_teacher_says(pair, 
 
 @pytest.fixture
 def step(world, tmp_path):                                                                 # noqa: F811
-    """One update, with all that it asks of either model: run, Rollout, row of metrics, [(ids, mask, caching)] by model.
+    """One update, with all that it asks of either model: a namespace of cfg, its rows, the Rollout r, the row of
+    metrics, and asked, [(ids, mask, caching)] by model.
 
     Prompts of more than 4 tokens are too long for it.
     """
     with pytest.warns(UserWarning, match="1 of 8 prompts dropped"):
-        run = opd.Run(config(world, tmp_path / "run", micro_batch_tokens=20, max_prompt_tokens=4))
-    asked, written, plain = {"student": [], "teacher": []}, [], run.write
+        cfg, pair, train, _ = ready(config(world, tmp_path / "run", micro_batch_tokens=20, max_prompt_tokens=4))
+    asked = {"student": [], "teacher": []}
     for who, seen in asked.items():
         def note(_, args, kwargs, seen=seen):
             seen.append((kwargs["input_ids"], kwargs["attention_mask"], kwargs["use_cache"]))
-        getattr(run.pair, who).base_model.register_forward_pre_hook(note, with_kwargs=True)
-    run.write = lambda *how: written.append(plain(*how)) or written[-1]
-    run.pair.tokenizer = type("Mute", (), {"decode": run.pair.tokenizer.decode})()          # it cannot encode
-    _, row = run.update()
-    return run, *written, row, asked
+        getattr(pair, who).base_model.register_forward_pre_hook(note, with_kwargs=True)
+    pair.tokenizer = type("Mute", (), {"decode": pair.tokenizer.decode})()                  # it cannot encode
+    chosen = [train[i] for i in batch(len(train), 0, cfg.batch_size, cfg.seed)]
+    r, row = opd.update(cfg, pair, opd.adamw(cfg, pair.student), chosen, 0)
+    return SimpleNamespace(cfg=cfg, rows=chosen, r=r, metrics=row, asked=asked)
 
 
 def texts(asked, caching):
@@ -186,11 +212,10 @@ def test_what_was_sampled_is_read_by_both_models_id_by_id(step):
     """trl#6359: prompts whole or not at all, cut neither before nor after sampling; OPSD#3, trl#5241, trl#6063,
     trl#6057: ids all the way, nothing decoded and encoded again; ms-swift#9414, ms-swift#9429, ms-swift#9671: no shift
     between what the student wrote and what the teacher reads."""
-    run, r, _, asked = step
-    prompts = batch(run.prompts, 0, run.cfg.batch_size, run.cfg.seed)
+    r, asked, prompts = step.r, step.asked, [row["ids"] for row in step.rows]
     whole = [encode(word_tokenizer(), row["prompt"]) for row in PROMPTS]
     assert all(prompt in whole and len(prompt) <= 4 for prompt in prompts)
-    sampled = [prompts[i // run.cfg.n] + r.response_ids(i) for i in range(len(r.ids))]
+    sampled = [prompts[i // step.cfg.n] + r.response_ids(i) for i in range(len(r.ids))]
     assert texts(asked["student"][:1], caching=True) == prompts
     assert sorted(texts(asked["student"], caching=False)) == sorted(sampled)
     assert texts(asked["teacher"], caching=False) == texts(asked["student"], caching=False)
@@ -199,16 +224,14 @@ def test_what_was_sampled_is_read_by_both_models_id_by_id(step):
 def test_a_step_takes_one_forward_of_the_teacher_a_micro_batch(step):
     """trl#4560, trl#5726: the teacher neither writes nor reads twice; the student reads the prompts, writes a token a
     forward and is graded in the same micro-batches."""
-    run, r, _, asked = step
-    parts, T = len(list(micro_batches(r, run.cfg.micro_batch_tokens))), r.response_mask.size(1)
-    assert [caching for *_, caching in asked["teacher"]] == [False] * parts and parts > 2
-    assert [caching for *_, caching in asked["student"]] == [True] * T + [False] * parts
+    parts, T = len(list(micro_batches(step.r.attention_mask, step.cfg.micro_batch_tokens))), step.r.log_p.size(1)
+    assert [caching for *_, caching in step.asked["teacher"]] == [False] * parts and parts > 2
+    assert [caching for *_, caching in step.asked["student"]] == [True] * T + [False] * parts
 
 
 def test_the_ratio_of_the_first_update_is_recorded_and_1(step):
     """Qwen3#1799: one update a rollout, so p as scored over p as sampled is 1 but for rounding, and the row says so."""
-    _, r, row, _ = step
-    assert 0 <= row["sampling_mismatch"] < 1e-5 and r.log_p[r.response_mask].min() < -1
+    assert 0 <= step.metrics["sampling_mismatch"] < 1e-5 and step.r.log_p[step.r.response_mask].min() < -1
 
 
 # --- what a run is made of -----------------------------------------------------------------------------------------
@@ -217,20 +240,22 @@ def test_the_ratio_of_the_first_update_is_recorded_and_1(step):
 def test_answers_are_for_measuring_alone(world, tmp_path):                                  # noqa: F811
     """trl#6478, trl#6452, GKDTrainer: rows of prompts alone train, bit for bit as the same prompts with answers do."""
     for name in ("prompts", "bare"):
-        opd.Run(config(world, tmp_path / name, prompts=f"{world}/{name}.jsonl", steps=2)).go()
+        opd.distil(config(world, tmp_path / name, prompts=f"{world}/{name}.jsonl", steps=2))
     assert rows(tmp_path / "bare") == rows(tmp_path / "prompts") and rows(tmp_path / "bare")[0]["tokens"] > 0
     with_answers = weights(tmp_path / "prompts")
     assert all(torch.equal(x, with_answers[name]) for name, x in weights(tmp_path / "bare").items())
 
 
-def test_n_responses_to_a_prompt_are_one_each_to_n_copies_of_it(architecture):
-    """Rethinking-OPD#22: n is a way to fill a step (its authors see no clear gain of 4 or 8 over 1): the same tokens,
-    the same mean over tokens, the same gradient."""
-    student, teacher = tiny(architecture).double(), freeze(tiny(architecture, seed=1).double())
-    found = []
+def test_n_responses_to_a_prompt_are_one_each_to_n_copies_of_it(architecture, monkeypatch):
+    """Rethinking-OPD#22: n is a way to fill a step (its authors see no clear gain of 4 or 8 over 1): with the same
+    uniform numbers the same tokens, the same mean over tokens, the same gradient."""
+    student, teacher = tiny(architecture).double(), tiny(architecture, seed=1).double().requires_grad_(False)
+    found, numbers = [], torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for prompts, n in (([[5, 6, 7], [8]], 3), ([[5, 6, 7]] * 3 + [[8]] * 3, 1)):
-        r = rollout(student, prompts, n=n, max_new_tokens=6, eos_ids=range(0, 48, 6),
-                    generator=torch.Generator().manual_seed(0))
+        with monkeypatch.context() as patch:
+            drawn = iter(numbers.split(n))
+            patch.setattr(torch, "rand", lambda *_, **__: next(drawn))
+            r = rollout(student, prompts, n=n, max_new_tokens=6, eos_ids=range(0, 48, 6))
         found.append((r.ids, r.response_mask, r.log_p, gradients(student, teacher, r)))
     close(*found)
 
@@ -250,10 +275,10 @@ def test_an_end_of_one_model_ends_responses_of_both_and_no_end_is_refused(world,
     for name in ("student", "teacher"):
         tiny("llama", seed=len(name), vocab_size=len(WORDS)).save_pretrained(tmp_path / name)
         word_tokenizer(eos=None).save_pretrained(tmp_path / name)
-    opd.Run(config(world, tmp_path / "one", student=f"{tmp_path}/student", steps=1)).go()
+    opd.distil(config(world, tmp_path / "one", student=f"{tmp_path}/student", steps=1))
     assert rows(tmp_path / "one")[0]["response_length"] > 0
     with pytest.raises(ValueError, match="has a token that ends a response.*set eos_token_id"):
-        opd.Run(config(world, tmp_path / "run", student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher"))
+        opd.distil(config(world, tmp_path / "run", student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher"))
 
 
 @pytest.mark.parametrize("thinking", ["on", "off", "default"])
@@ -265,21 +290,21 @@ def test_the_switch_of_the_template_is_recorded_and_the_same_for_both_models(wor
         tiny("llama", seed=len(name), vocab_size=len(WORDS)).save_pretrained(tmp_path / name)
         word_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
     made = dict(student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher", steps=1)
-    run, read = opd.Run(config(world, tmp_path / "run", thinking=thinking, **made)), {}
-    run.go()
+    opd.distil(config(world, tmp_path / "run", thinking=thinking, **made))
+    (cfg, pair, train, _), read = ready(config(world, tmp_path / "new", thinking=thinking, **made)), {}
     for who in ("student", "teacher"):
-        getattr(run.pair, who).base_model.register_forward_pre_hook(
+        getattr(pair, who).base_model.register_forward_pre_hook(
             lambda _, args, kwargs, who=who: read.setdefault(who, []).append(kwargs["input_ids"]), with_kwargs=True)
-    r = run.write(run.prompts[:3], 1, 0)
+    r = written(cfg, pair, train[:3], 1)
     read.clear()
-    opd.measure(run.cfg, *run.pair.splits, r, learn=False)
+    measured(cfg, pair, r)
     mark, P = WORDS.index("so" if thinking == "on" else ":"), r.ids.size(1) - r.response_mask.size(1)
-    assert (r.ids[:, P - 1] == mark).all() and all(prompt[-1] == mark for prompt in run.prompts)
+    assert (r.ids[:, P - 1] == mark).all() and all(row["ids"][-1] == mark for row in train)
     torch.testing.assert_close(read["teacher"], read["student"], rtol=0, atol=0)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["thinking"] == thinking
     other = {"on": "off", "off": "default", "default": "on"}[thinking]
     with pytest.raises(ValueError, match=f"--thinking '{thinking}'"):
-        opd.Run(config(world, tmp_path / "run", thinking=other, resume=True, **{**made, "steps": 2})).go()
+        opd.distil(config(world, tmp_path / "run", thinking=other, resume=True, **{**made, "steps": 2}))
 
 
 @each_objective
@@ -295,7 +320,7 @@ def test_each_models_temperature_is_its_own_flag_and_a_number_above_0(value):
     """slime#2085, miles#1345: the teacher's T is never the student's by accident, nor 0, nor undefined."""
     for name in ("temperature", "teacher_temperature"):
         with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} {value}"):
-            opd.check(opd.Config(student="s", teacher="t", **{name: value}))
+            check_run(opd.Config(student="s", teacher="t", **{name: value}))
     cfg = opd.Config(temperature=0.6)
     assert cfg.teacher_temperature == 1.0
 
@@ -308,30 +333,54 @@ def test_as_many_tokens_are_looked_at_as_were_asked_for(world, tmp_path):       
         assert member.all() and all(len(set(row)) == 32 for row in S.tolist())
         assert (of.gather(-1, S).min(-1).values > of.scatter(-1, S, -1e9).max(-1).values).all()
     with pytest.raises(ValueError, match=f"--k {len(WORDS) + 1}: the two models share {len(WORDS)} tokens"):
-        opd.Run(config(world, tmp_path, k=len(WORDS) + 1))
+        opd.distil(config(world, tmp_path, k=len(WORDS) + 1))
+
+
+def only_13(pair):
+    """The student writes token 13 over and over."""
+    pair.student.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(len(WORDS))[13])
+
+
+@pytest.fixture
+def change(monkeypatch):
+    """Of a function: every run's pair goes through it as soon as it is loaded. -> the pairs."""
+    def every(change):
+        pairs, load = [], Run.load_pair
+
+        def load_pair(run):
+            pairs.append(load(run))
+            with torch.no_grad():
+                change(pairs[-1])
+            return pairs[-1]
+        monkeypatch.setattr(Run, "load_pair", load_pair)
+        return pairs
+    return every
 
 
 def test_responses_that_are_one_token_over_and_over_are_counted_in_the_row(world, tmp_path):         # noqa: F811
     """ms-swift#6478, ms-swift#6791: rollouts of nothing but "!" trained on; repetition_fraction shows it at once."""
-    run = opd.Run(config(world, tmp_path, max_new_tokens=20))
-    before = run.update()[1]
-    run.pair.student.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(len(WORDS))[13])
-    assert before["repetition_fraction"] < 1 and run.update()[1]["repetition_fraction"] == 1
+    cfg, pair, train, _ = ready(config(world, tmp_path, max_new_tokens=20))
+    optimizer = opd.adamw(cfg, pair.student)
+    before = opd.update(cfg, pair, optimizer, train[:3], 0)[1]
+    only_13(pair)
+    after = opd.update(cfg, pair, optimizer, train[:3], 1)[1]
+    assert before["repetition_fraction"] < 1 and after["repetition_fraction"] == 1
 
 
-def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(world, tmp_path):    # noqa: F811
+def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(world, tmp_path, change):   # noqa: F811
     """verl#5725, entrenar#294, open-instruct#1523: no step is skipped where an epoch ends at the checkpoint; trl#5990:
     a student that is its own teacher (sharper, by its temperature) does not become a student of what it has become."""
     how = dict(batch_size=4, teacher=f"{world}/student", teacher_temperature=0.5)     # 8 prompts: 2 steps an epoch
-    opd.Run(config(world, tmp_path / "whole", steps=4, **how)).go()
-    opd.Run(config(world, tmp_path / "cut", steps=2, **how)).go()
-    later = opd.Run(config(world, tmp_path / "cut", steps=4, resume=True, **how))
-    later.go()
+    loaded = change(lambda pair: None)
+    opd.distil(config(world, tmp_path / "whole", steps=4, **how))
+    opd.distil(config(world, tmp_path / "cut", steps=2, **how))
+    opd.distil(config(world, tmp_path / "cut", steps=4, resume=True, **how))
     assert [row["step"] for row in rows(tmp_path / "cut")] == [1, 2, 3, 4]
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
-    whole, start, teacher = weights(tmp_path / "whole"), opd.Run(config(world, tmp_path / "new")), later.pair.teacher
+    whole, teacher = weights(tmp_path / "whole"), loaded[-1].teacher
+    start = ready(config(world, tmp_path / "new"))[1]
     assert all(torch.equal(x, whole[name]) for name, x in weights(tmp_path / "cut").items())
-    for name, x in start.pair.student.state_dict().items():
+    for name, x in start.student.state_dict().items():
         assert torch.equal(x, teacher.state_dict()[name]) and not torch.equal(x, whole[name])
 
 
@@ -339,36 +388,20 @@ def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(
 
 
 @pytest.mark.parametrize("spread, warned", [(1, False), (60, True)])
-def test_an_implausible_distance_at_the_start_is_a_warning(world, tmp_path, capsys, spread, warned):   # noqa: F811
+def test_an_implausible_distance_at_the_start_is_a_warning(world, tmp_path, change, capsys, spread,  # noqa: F811
+                                                           warned):
     """ms-swift#9414: 20 nats a token are no other way of thinking, but another template or shifted tokens."""
-    run = opd.Run(config(world, tmp_path, steps=1))
-    run.pair.teacher.lm_head.weight.mul_(spread)
-    result = run.go()
-    assert (result["held_out_before"]["reverse_kl"] > opd.IMPLAUSIBLE) == warned
+    change(lambda pair: pair.teacher.lm_head.weight.mul_(spread))
+    result = opd.distil(config(world, tmp_path, steps=1))
+    assert (result["held_out_before"]["reverse_kl"] > IMPLAUSIBLE) == warned
     assert ("nats a token apart" in capsys.readouterr().out) == warned
 
 
-def test_a_run_that_only_repeats_from_its_first_step_on_is_a_warning(world, tmp_path, capsys):         # noqa: F811
+def test_a_run_that_only_repeats_from_its_first_step_on_is_a_warning(world, tmp_path, capsys, change):  # noqa: F811
     """ms-swift#6791: rollouts of nothing but "!" fall from no better state, so that collapse has nothing to see."""
-    run = opd.Run(config(world, tmp_path, max_new_tokens=20, steps=2))
-    run.pair.student.lm_head.bias = torch.nn.Parameter(100.0 * torch.eye(len(WORDS))[13])
-    run.go()
+    change(only_13)
+    opd.distil(config(world, tmp_path, max_new_tokens=20, steps=2))
     assert capsys.readouterr().out.count("of the responses only repeat themselves, see rollouts.jsonl") == 1
-
-
-@pytest.mark.parametrize("flags, needs", [
-    (["--objective", "full", "--support", "union"], "--support does nothing without a top-k --objective"),
-    (["--cold-start-lr", "1"], "--cold-start-lr does nothing without --cold-start N or --cold-start-file"),
-    (["--cold-start-file", "F", "--cold-start-top-p", "1"], "--cold-start-top-p does nothing without --cold-start N"),
-    (["--aligned-fraction", "0.2"], "--aligned-fraction does nothing without --aligned-prompts")])
-def test_a_flag_that_would_do_nothing_is_an_error(flags, needs, tmp_path, capsys):
-    """prime-rl#1458: what was asked for and is not read is a run that somebody did not mean; a preset may hold it."""
-    (tmp_path / "F").write_text("")
-    words = ["--student", "s", "--teacher", "t", "--device", "cpu", "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit):
-        opd.parse([*words, *(str(tmp_path / x) if x == "F" else x for x in flags)])
-    assert needs in capsys.readouterr().err
-    opd.parse([*words, "--preset", "paper"])
 
 
 def test_a_teacher_whose_tokenizer_writes_no_bos_is_warned_of():
@@ -385,9 +418,13 @@ def test_a_teacher_whose_tokenizer_writes_no_bos_is_warned_of():
 
 def test_every_flag_is_read():
     """prime-rl#1458: a field that nobody reads would be accepted and do nothing."""
-    tree = ast.parse((ROOT / "opd.py").read_text())
-    read = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)
-            and ast.unparse(node.value) in ("cfg", "self.cfg")}
+    read = set()
+    for path in (ROOT / "opd.py", *(ROOT / "plumbing").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg"):
+                read.add(node.attr)
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "names" and path.name == "run.py":
+                read |= set(node.value.func.value.value.split())              # what Run.load_pair hands on by name
     assert {field.name for field in dataclasses.fields(opd.Config)} - read == {"preset"}    # parse reads it
 
 
