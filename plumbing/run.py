@@ -203,6 +203,7 @@ class Run:
             state = {**{name: getattr(self, name) for name in STATE}, "config": dataclasses.asdict(self.cfg),
                      "seconds": self.clock(), "student": student, "optimizer": self.optimizer.state_dict()}
             write_whole(self.path, lambda file: torch.save(state, file))
+            (self.out / METRICS).touch()                                        # of a run without a step, too
         self.saved = self.cold_step, self.step
 
     def clock(self):

@@ -84,6 +84,16 @@ def test_a_run_that_was_killed_further_on_is_not_cut_back(settings, tmp_path):
         lab.run(**{**settings, "steps": 2}, out=str(tmp_path))
 
 
+def test_a_run_without_a_step_has_empty_curves(settings, tmp_path):
+    """As the arms of 5.1 that fine-tune only: measured before and after, and plot.py can read it."""
+    said = [{"role": "user", "content": "add 3 7"}, {"role": "assistant", "content": "so 0"}]
+    (tmp_path / "answers.jsonl").write_text(json.dumps({"messages": said}))
+    made = lab.run(**{**settings, "steps": 0}, cold_start_file=str(tmp_path / "answers.jsonl"), cold_start_steps=2,
+                   out=str(tmp_path / "run"))
+    assert made["curves"] == {name: [] for name in lab.CURVES}
+    assert made["accuracy_cold_start"] == made["accuracy_after"]
+
+
 def arm(*runs):
     return [{key: {"mean": mean, "standard_error": error} for key, (mean, error) in run.items()} for run in runs]
 
