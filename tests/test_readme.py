@@ -1,54 +1,74 @@
-"""The README says what the code does: its commands parse, its metrics are logged, its numbers are the scripts'."""
+"""The READMEs say what the code does: commands parse, metrics are logged, numbers are the scripts', links lead somewhere."""
 import dataclasses
 import json
 import re
 from pathlib import Path
 
-import analysis
-import opd
+import pytest
+
+from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config
 from test_opd import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+ALL = ("README.md", "plumbing/README.md", "experiments/README.md", "tests/README.md")
 
 
-def test_every_flag_that_it_names_exists():
-    """TRL's quick start ran into its own ValueError: here the main command parses, and no flag is made up."""
-    line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
-    flags = line.split()[2:]
-    known = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(opd.Config)} | {"--help", "--all"}
-    for file in ("analysis.py", "recipes.py", "experiments/bench.py", "experiments/lab.py"):
+@pytest.mark.parametrize("name", ALL[:3])
+def test_every_flag_that_it_names_exists(name):
+    """TRL's quick start ran into its own ValueError: no flag is made up."""
+    fields = [f for flags in (Config, DIAGNOSIS, ROLLOUTS, SELECTION) for f in dataclasses.fields(flags)]
+    known = {"--" + f.name.replace("_", "-") for f in fields} | {"--help", "--all"}
+    for file in ("experiments/bench.py", "experiments/lab.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
-    prose = re.sub(r"```text.*?```", "", README, flags=re.DOTALL)              # without the tables, which name a script
+    prose = re.sub(r"```text.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)        # without tables of results
     prose = re.sub(r"torchrun .*? -- ", "", prose)                              # and without flags of another's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
+
+
+def test_the_main_command_parses():
+    """Flags and values in turn, on the files that the toy writes."""
+    line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
+    flags = line.split()[2:]
     assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {"prompts.jsonl", "eval.jsonl"}
     assert flags[::2] == [word for word in flags if word.startswith("--")]
 
 
-def test_every_logged_metric_is_defined_and_every_file_is_there():
-    """A table row for each metric; no link to a file that does not exist."""
+def test_it_is_short():
+    """A page that is read: at most 160 lines and 12 kB; the map names each file's size."""
+    assert len(README.splitlines()) <= 160 and len(README.encode()) <= 12_000
+    for file, lines in re.findall(r"\| \[\w+\.py\]\((\w+\.py)\) \| (\d+) \|", README):
+        assert int(lines) == len((ROOT / file).read_text().splitlines()), file
+
+
+def test_every_logged_metric_is_defined():
+    """A table row for each metric."""
+    table = (ROOT / "plumbing" / "README.md").read_text()
     for name in METRICS:
         both = re.sub(r"_(student|teacher)$", "_student`, `_teacher", name)
-        said = f"`{name}`" in README or f"`{both}`" in README
+        said = f"`{name}`" in table or f"`{both}`" in table
         assert said or name.startswith("time_") or name in ("step", "lr"), name
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_its_table_is_the_one_that_the_script_wrote():
-    """Nobody types a number: what the README shows of results/*.txt stands there to the letter."""
-    results = ROOT / "experiments" / "results"
-    assert (results / "bench.txt").read_text().strip() in README
+@pytest.mark.parametrize("name", ALL)
+def test_every_link_leads_to_a_file(name):
+    """No link to a file that does not exist."""
+    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / name).read_text()):
+        assert target.startswith("http") or (ROOT / name).parent.joinpath(target).exists(), target
+
+
+def test_its_tables_are_those_that_the_scripts_wrote():
+    """Nobody types a number: what experiments/README.md shows of results/*.txt stands there to the letter."""
+    results, text = ROOT / "experiments" / "results", (ROOT / "experiments" / "README.md").read_text()
+    assert (results / "bench.txt").read_text().strip() in text
     for name in ("forecast", "recipe"):                                         # of these a part: whole lines, in order
-        block = README.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
+        block = text.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
         lines = iter((results / f"{name}.txt").read_text().splitlines())
         assert len(block) > 9 and all(line in lines for line in block if line)
 
 
 def test_results_name_no_folder_of_one_machine():
     """A command is written down so that another machine can run it."""
-    assert [analysis.portable(word) for word in ("/home/me/python", "exp/x.py")] == ["python", "exp/x.py"]
     for file in (ROOT / "experiments" / "results").glob("*.json"):
         command = json.loads(file.read_text())["command"]
         assert not [word for word in command.split() if word.startswith("/")], file
