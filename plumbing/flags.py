@@ -191,7 +191,7 @@ def check(flags):
             raise ValueError(f"{named(f.name)} {x!r}: none of {', '.join(map(repr, f.metadata['choices']))}")
         if x and f.metadata["why"].startswith(FILE):
             check_file(x, named(f.name))
-    for template in getattr(flags, "templates", getattr(flags, "template", "none")).split(","):
+    for template in flags.templates.split(",") if hasattr(flags, "templates") else [getattr(flags, "template", "none")]:
         apply_template("", template)
     pick_device(flags.device)
     return flags

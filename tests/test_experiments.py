@@ -13,10 +13,12 @@ import lab
 import mechanism
 import opd
 import real
+import recipe
 import report
 import toy
 from conftest import Killed, ROOT, WORDS, tiny, word_tokenizer
 from loss import full_vocab, top_k
+from plumbing.flags import check
 from teacher import Pair, log_probs
 
 HERE = ROOT / "experiments"
@@ -60,6 +62,13 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_
     assert lab.EARLIER[-1] == pytest.approx(cut["seconds"], abs=0.5) and lab.EARLIER[0] < 0.1 < cut["seconds"]
     longer = lab.run(**{**settings, "steps": 5}, out=str(tmp_path / "cut"))
     assert logged == [3, 4, 5] and longer["steps"] == 5
+
+
+def test_a_template_of_ones_own_may_have_a_comma(settings):
+    """--template is one; only --templates is cut at commas (5.2)."""
+    assert "," in recipe.TEMPLATES["aligned"]
+    cfg = opd.Config(**settings, template=recipe.TEMPLATES["aligned"], out="runs/none")
+    assert check(cfg) == cfg
 
 
 @pytest.mark.parametrize("change", [dict(lr=1e-2), dict(objective="full"), dict(seed=1)])
