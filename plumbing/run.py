@@ -59,6 +59,8 @@ class Run:
             raise ValueError(f"--out {cfg.out}: holds another run; add --resume to go on, or take another --out")
         if cfg.resume and not begun and not (self.out / "config.json").exists():
             raise ValueError(f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out")
+        if (self.out / "config.json").exists() and "teacher" not in read_json(self.out / "config.json"):
+            raise ValueError(f"--out {cfg.out}: its config.json is not that of a run; take another --out")
         if not begun and (self.out / METRICS).exists():
             raise ValueError(f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take another "
                              "--out")

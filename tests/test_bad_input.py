@@ -2,7 +2,7 @@
 
 Each case is a change of a command that works. No case without a model takes five seconds, and none of those loads one.
 """
-import collections
+import ast
 import json
 import os
 import shutil
@@ -16,7 +16,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
 import opd
-import teacher
+from plumbing import models
 from conftest import WORDS, tiny, word_tokenizer
 
 LINE = '{"prompt": "add 3", "answer": "3"}'
@@ -92,9 +92,6 @@ def world(tmp_path_factory):
     shutil.rmtree(folder / "lost" / "checkpoint")
     shutil.copytree(folder / "cut", folder / "another's")
     torch.save({"hello": 1}, folder / "another's" / "checkpoint" / "state.pt")
-    shutil.copytree(folder / "cut", folder / "missing-step")
-    metrics = folder / "missing-step" / "metrics.jsonl"
-    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[1:]))
     return folder
 
 
@@ -106,150 +103,145 @@ def words(world, out, flags):
             for word in ["--" + name.replace("_", "-")] + ([] if value is True else [value])]
 
 
-Case = collections.namedtuple("Case", "flags says")
+CPU = "; --device cpu works everywhere"                                     # what lines of a kind have in common
+WHERE = "no such directory, and no hub name; give the directory of a checkpoint"
+MODEL = "; give a directory or hub name of a causal language model with its tokenizer"
+FIELDS = 'needs "prompt": text, or a list of {"role": text, "content": text}'
+ANSWER = 'or empty; write "answer": "42", or leave it out'
+AGAIN = "restore it from a copy, or begin anew with another --out"
+NO_GPU = {} if torch.cuda.is_available() else {"no GPU": (dict(device="cuda"), "--device cuda: ", CPU)}
 FLAGS = {                                    # each: the flags that are changed, what the line must say, remedy included
-    "unknown": Case(dict(frobnicate=3), "unknown flag --frobnicate; --help lists them"),
-    "misspelt": Case(dict(stepz=3), "unknown flag --stepz; did you mean --steps?"),
-    "abbreviated": Case(dict(max_new=3), "unknown flag --max-new; did you mean --max-new-tokens?"),
-    "no value": Case(dict(batch_size=True, steps=None), "--batch-size: expected one argument"),
-    "no student": Case(dict(student=None), "--student is missing: a directory or hub name"),
-    "no teacher": Case(dict(teacher=""), "--teacher is missing: a directory or hub name"),
-    "not a number": Case(dict(steps="many"), "--steps: invalid int value: 'many'"),
-    "half a prompt": Case(dict(batch_size=1.5), "--batch-size: invalid int value: '1.5'"),
-    "no step": Case(dict(steps=0), "--steps 0: must be at least 1"),
-    "no save": Case(dict(save_every=0), "--save-every 0: must be at least 1"),
-    "no rollout": Case(dict(n=0), "--n 0: must be at least 1"),
-    "no token": Case(dict(max_new_tokens=0), "--max-new-tokens 0: must be at least 1"),
-    "objective": Case(dict(objective="jsd"), "--objective: invalid choice: 'jsd' (choose from"),
-    "support": Case(dict(support="all"), "--support: invalid choice: 'all' (choose from"),
-    "dtype": Case(dict(dtype="float8"), "--dtype: invalid choice: 'float8' (choose from"),
-    "released without k": Case(dict(objective="top-k-released", k=0), "--k 0: must be at least 1"),
-    "lr below 0": Case(dict(lr=-1), "--lr -1.0: must be above 0"),
-    "lr nan": Case(dict(lr="nan"), "--lr nan: must be above 0"),
-    "temperature 0": Case(dict(temperature=0), "--temperature 0.0: must be above 0"),
-    "eval temperature nan": Case(dict(eval_temperature="nan"), "--eval-temperature nan: must not be negative, nor"),
-    "eval top-p 0": Case(dict(eval_top_p=0), "--eval-top-p 0.0: must lie above 0 and be at most 1"),
-    "fraction": Case(dict(aligned_fraction=1.5), "--aligned-fraction 1.5: must lie in 0..1"),
-    "in flight": Case(dict(in_flight=-1), "--in-flight -1: must not be negative"),
-    "micro-batch": Case(dict(micro_batch_tokens=-5), "--micro-batch-tokens -5: must not be negative"),
-    "chunk": Case(dict(chunk=-5), "--chunk -5: must not be negative"),
-    "seed": Case(dict(seed=-1), "--seed -1: must lie in 0..2147483647"),
-    "template": Case(dict(template="latex"), "template 'latex' is none of none, answer, boxed and has no {question} "
-                                             "in it"),
-    "two cold starts": Case(dict(cold_start=2, cold_start_file="{world}/one.jsonl"), "give one of the two"),
-    "steps of no cold start": Case(dict(cold_start_steps=2), "--cold-start-steps without --cold-start N"),
-    "aligned alone": Case(dict(prompts=None, aligned_prompts="{world}/one.jsonl"), "--aligned-prompts needs --prompts"),
-    "more than there is": Case(dict(cold_start=9), "--cold-start 9: only 8 prompts to train on"),
-    "resume of nothing": Case(dict(resume=True), "no run there to resume, no checkpoint; leave --resume out"),
-    "device": Case(dict(device="gpu"), "--device gpu: "),
-    **({} if torch.cuda.is_available() else {"no GPU": Case(dict(device="cuda"), "; --device cpu works everywhere")}),
-    "mps": Case(dict(device="mps"), "--device mps: it has no float64"),
-    "meta": Case(dict(device="meta"), "--device meta: it holds no numbers; take --device cpu"),
-    "out is a file": Case(dict(out="{world}/one.jsonl"), "one.jsonl cannot be written to (Not a directory); take "
-                                                         "another"),
-    "out in a file": Case(dict(out="{world}/one.jsonl/run"), "one.jsonl cannot be written to (Not a directory); take"),
-    "out of the machine": Case(dict(out="/proc/run"), "--out /proc/run: /proc cannot be written to"),
-    "out is a model": Case(dict(out="{world}/student"), "its config.json is not that of a run; take another --out"),
-    "out is complete": Case(dict(out="{world}/done"), "the run there is complete; take another --out, or --resume it"),
-    "resumed and complete": Case(dict(out="{world}/done", resume=True), "complete; take another --out, or --resume"),
-    "out is another's": Case(dict(out="{world}/cut"), "holds another run; add --resume to go on with it, or take "
-                                                      "another"),
-    "checkpoint lost": Case(dict(out="{world}/lost", resume=True), "the run there has lost its checkpoint; restore it"),
-    "logs of another": Case(dict(out="{world}/lost", seed=1), "the run there has lost its checkpoint; restore it, or"),
-    "another k": Case(dict(out="{world}/cut", resume=True, k=5), "had --k 4; give the same flags, or take another "
-                                                                 "--out"),
+    "unknown": (dict(frobnicate=3), "unknown flag --frobnicate; --help lists them"),
+    "misspelt": (dict(stepz=3), "unknown flag --stepz; did you mean --steps?"),
+    "abbreviated": (dict(max_new=3), "unknown flag --max-new; did you mean --max-new-tokens?"),
+    "no value": (dict(batch_size=True, steps=None), "--batch-size: expected one argument"),
+    "no student": (dict(student=None), "--student is missing: directory or hub name"),
+    "no teacher": (dict(teacher=""), "--teacher is missing: directory or hub name"),
+    "not a number": (dict(steps="many"), "--steps: invalid int value: 'many'"),
+    "half a prompt": (dict(batch_size=1.5), "--batch-size: invalid int value: '1.5'"),
+    "no step": (dict(steps=0), "--steps 0: must be at least 1"),
+    "no save": (dict(save_every=0), "--save-every 0: must be at least 1"),
+    "no rollout": (dict(n=0), "--n 0: must be at least 1"),
+    "no token": (dict(max_new_tokens=0), "--max-new-tokens 0: must be at least 1"),
+    "objective": (dict(objective="jsd"), "--objective: invalid choice: 'jsd' (choose from"),
+    "support": (dict(support="all"), "--support: invalid choice: 'all' (choose from"),
+    "dtype": (dict(dtype="float8"), "--dtype: invalid choice: 'float8' (choose from"),
+    "released without k": (dict(objective="top-k-released", k=0), "--k 0: must be at least 1"),
+    "lr below 0": (dict(lr=-1), "--lr -1.0: must be above 0"),
+    "lr nan": (dict(lr="nan"), "--lr nan: must be above 0"),
+    "temperature 0": (dict(temperature=0), "--temperature 0.0: must be above 0"),
+    "eval temperature nan": (dict(eval_temperature="nan"), "--eval-temperature nan: must be at least 0"),
+    "eval top-p 0": (dict(eval_top_p=0), "--eval-top-p 0.0: must be above 0 and at most 1"),
+    "fraction": (dict(aligned_fraction=1.5), "--aligned-fraction 1.5: must be at least 0 and at most 1"),
+    "in flight": (dict(in_flight=-1), "--in-flight -1: must be at least 0"),
+    "micro-batch": (dict(micro_batch_tokens=-5), "--micro-batch-tokens -5: must be at least 0"),
+    "chunk": (dict(chunk=-5), "--chunk -5: must be at least 0"),
+    "seed": (dict(seed=-1), "--seed -1: must be at least 0 and at most 2147483647"),
+    "template": (dict(template="latex"), "template 'latex' is none of none, answer, boxed and has no {question} in it"),
+    "two cold starts": (dict(cold_start=2, cold_start_file="{world}/one.jsonl"), "give one of the two"),
+    "steps of no cold start": (dict(cold_start_steps=2), "--cold-start-steps without --cold-start N"),
+    "aligned alone": (dict(prompts=None, aligned_prompts="{world}/one.jsonl"), "--aligned-prompts needs --prompts"),
+    "more than there is": (dict(cold_start=9), "--cold-start 9: only 8 prompts to train on"),
+    "resume of nothing": (dict(resume=True), "no run there to resume, no checkpoint; leave --resume out"),
+    "device": (dict(device="gpu"), "--device gpu: ", CPU),
+    **NO_GPU,
+    "mps": (dict(device="mps"), "--device mps: ", CPU),
+    "meta": (dict(device="meta"), "--device meta: ", CPU),
+    "out is a file": (dict(out="{world}/one.jsonl"),
+                      "one.jsonl cannot be written to (Not a directory); take another --out"),
+    "out in a file": (dict(out="{world}/one.jsonl/run"),
+                      "one.jsonl cannot be written to (Not a directory); take another --out"),
+    "out of the machine": (dict(out="/proc/run"),
+                           "--out /proc/run: /proc cannot be written to", "; take another --out"),
+    "out is a model": (dict(out="{world}/student"), "its config.json is not that of a run; take another --out"),
+    "out is complete": (dict(out="{world}/done"), "the run there is complete; take another --out, or --resume it"),
+    "resumed and complete": (dict(out="{world}/done", resume=True), "complete; take another --out, or --resume"),
+    "out is another's": (dict(out="{world}/cut"), "holds another run; add --resume to go on, or take another --out"),
+    "checkpoint lost": (dict(out="{world}/lost", resume=True), "the run there has lost its checkpoint; restore it"),
+    "logs of another": (dict(out="{world}/lost", seed=1), "the run there has lost its checkpoint; restore it, or"),
+    "fewer steps": (dict(out="{world}/cut", resume=True, steps=1), "--steps 1: the run in ", "; ask for more, or take"),
+    "another k": (dict(out="{world}/cut", resume=True, k=5), "had --k 4; give the same flags, or take another --out"),
 }
 FILES = {
-    "missing": Case(dict(prompts="nowhere.jsonl"), "--prompts nowhere.jsonl: no such file; give a file of JSON lines"),
-    "eval missing": Case(dict(eval="nowhere.jsonl"), "--eval nowhere.jsonl: no such file; give a file of JSON lines"),
-    "a directory": Case(dict(prompts="{world}"), ": not a file, where one of JSON lines is needed"),
-    "empty": Case(dict(prompts="{world}/empty.jsonl"), 'empty.jsonl holds no prompts; write one {"prompt": text'),
-    "blank": Case(dict(prompts="{world}/blank.jsonl"), 'blank.jsonl holds no prompts; write one {"prompt": text'),
-    "not JSON": Case(dict(prompts="{world}/cut.jsonl"), "cut.jsonl:2 is not JSON (Unterminated string starting at); "
-                                                        "write"),
-    "too deep": Case(dict(prompts="{world}/deep.jsonl"), "deep.jsonl:1 is not JSON (maximum recursion depth"),
-    "too many digits": Case(dict(prompts="{world}/digits.jsonl"), "digits.jsonl:1 is not JSON (Exceeds the limit"),
-    "not UTF-8": Case(dict(prompts="{world}/latin.jsonl"), "latin.jsonl:1 is not UTF-8; save the file as UTF-8"),
-    "not an object": Case(dict(prompts="{world}/list.jsonl"), 'list.jsonl:1 needs "prompt": text, or a list of '
-                                                              '{"role"'),
-    "no prompt": Case(dict(prompts="{world}/other-key.jsonl"), 'other-key.jsonl:1 needs "prompt": text, or a list of'),
-    "a number": Case(dict(prompts="{world}/number.jsonl"), 'number.jsonl:1 needs "prompt": text, or a list of'),
-    "no text": Case(dict(prompts="{world}/no-text.jsonl"), 'no-text.jsonl:1 needs "prompt": text, or a list of'),
-    "half a character": Case(dict(prompts="{world}/half.jsonl"), 'half.jsonl:1 needs "prompt": text, or a list of'),
-    "answer a number": Case(dict(prompts="{world}/answer-number.jsonl"), 'answer-number.jsonl:1 has an answer that '
-                                                                         'is no '
-                            'text (int), or empty; write "answer": "42", or leave it out'),
-    "answer a list": Case(dict(prompts="{world}/answer-list.jsonl"), ":1 has an answer that is no text (list)"),
-    "answer empty": Case(dict(eval="{world}/answer-empty.jsonl"), "answer-empty.jsonl:1 has an answer that is no text"),
-    "chat empty": Case(dict(prompts="{world}/chat-empty.jsonl"), 'chat-empty.jsonl:1 needs "prompt": text, or a list '
-                                                                 'of'),
-    "chat without role": Case(dict(prompts="{world}/chat-no-role.jsonl"), ':1 needs "prompt": text, or a list of '
-                                                                          '{"role"'),
-    "chat of strings": Case(dict(prompts="{world}/chat-strings.jsonl"), ':1 needs "prompt": text, or a list of '
-                                                                        '{"role"'),
-    "chat of parts": Case(dict(prompts="{world}/chat-parts.jsonl"), ':1 needs "prompt": text, or a list of {"role"'),
-    "no assistant": Case(dict(cold_start_file="{world}/conversation.jsonl"), 'conversation.jsonl:1 needs "messages" '
-                                                                             'that'),
-    "none left": Case(dict(eval="{world}/prompts.jsonl"), "no prompt is left for training beside the held-out ones"),
+    "missing": (dict(prompts="nowhere.jsonl"),
+                "--prompts nowhere.jsonl: No such file or directory; give a file of JSON lines"),
+    "eval missing": (dict(eval="nowhere.jsonl"),
+                     "--eval nowhere.jsonl: No such file or directory; give a file of JSON lines"),
+    "a directory": (dict(prompts="{world}"), ": Is a directory; give a file of JSON lines"),
+    "empty": (dict(prompts="{world}/empty.jsonl"), 'empty.jsonl holds no prompts; write one {"prompt": text'),
+    "blank": (dict(prompts="{world}/blank.jsonl"), 'blank.jsonl holds no prompts; write one {"prompt": text'),
+    "not JSON": (dict(prompts="{world}/cut.jsonl"), "cut.jsonl:2 is not JSON (", "; write one JSON object a line"),
+    "too deep": (dict(prompts="{world}/deep.jsonl"), "deep.jsonl:1 is not JSON (", "; write one JSON object a line"),
+    "too many digits": (dict(prompts="{world}/digits.jsonl"),
+                        "digits.jsonl:1 is not JSON (", "; write one JSON object a line"),
+    "not UTF-8": (dict(prompts="{world}/latin.jsonl"), "latin.jsonl:1 is not UTF-8; save the file as UTF-8"),
+    "not an object": (dict(prompts="{world}/list.jsonl"), "list.jsonl:1 ", FIELDS),
+    "no prompt": (dict(prompts="{world}/other-key.jsonl"), "other-key.jsonl:1 ", FIELDS),
+    "a number": (dict(prompts="{world}/number.jsonl"), "number.jsonl:1 ", FIELDS),
+    "no text": (dict(prompts="{world}/no-text.jsonl"), "no-text.jsonl:1 ", FIELDS),
+    "half a character": (dict(prompts="{world}/half.jsonl"), "half.jsonl:1 ", FIELDS),
+    "answer a number": (dict(prompts="{world}/answer-number.jsonl"),
+                        "answer-number.jsonl:1 has an answer that is no text (int)", ANSWER),
+    "answer a list": (dict(prompts="{world}/answer-list.jsonl"),
+                      "answer-list.jsonl:1 has an answer that is no text (list)", ANSWER),
+    "answer empty": (dict(eval="{world}/answer-empty.jsonl"),
+                     "answer-empty.jsonl:1 has an answer that is no text", ANSWER),
+    "chat empty": (dict(prompts="{world}/chat-empty.jsonl"), "chat-empty.jsonl:1 ", FIELDS),
+    "chat without role": (dict(prompts="{world}/chat-no-role.jsonl"), "chat-no-role.jsonl:1 ", FIELDS),
+    "chat of strings": (dict(prompts="{world}/chat-strings.jsonl"), "chat-strings.jsonl:1 ", FIELDS),
+    "chat of parts": (dict(prompts="{world}/chat-parts.jsonl"), "chat-parts.jsonl:1 ", FIELDS),
+    "no assistant": (dict(cold_start_file="{world}/conversation.jsonl"),
+                     'conversation.jsonl:1 needs "messages" that end with what the assistant says'),
+    "none left": (dict(eval="{world}/prompts.jsonl"), "no prompt is left for training beside the held-out ones"),
 }
 CHECKPOINTS = {                                                            # seen before weights are loaded
-    "no directory": Case(dict(student="{world}/nowhere"), "nowhere: no such directory; give that of a checkpoint, or "
-                                                          "a hub"),
-    "no relative one": Case(dict(teacher="./nowhere"), "./nowhere: no such directory; give that of a checkpoint, or "
-                                                       "a hub"),
-    "a file": Case(dict(student="{world}/one.jsonl"), "one.jsonl: a file; give the directory of a checkpoint"),
-    "no config": Case(dict(student="{world}/no-config"), "no-config: no config.json there; give the directory of a"),
-    "pickled": Case(dict(student="{world}/pickle"), "pickle: no safetensors there, and nothing else is read, since a "
-                                                    "pickle"),
-    "broken config": Case(dict(student="{world}/bad-config"), "bad-config cannot be read: It looks like the config "
-                                                              "file"),
-    "no tokenizer": Case(dict(teacher="{world}/no-tokenizer"), "no-tokenizer cannot be read: Couldn't instantiate the "
-                         "backend tokenizer"),
-    "broken tokenizer": Case(dict(teacher="{world}/bad-tokenizer"), "bad-tokenizer cannot be read: Expecting "
-                                                                    "property name"),
-    "other tokens": Case(dict(teacher="{world}/other-tokens"), "student and teacher disagree on 12 token ids: 'user' "
-                                                               "(student "
-                         "4, teacher 15)"),
+    "no directory": (dict(student="{world}/nowhere"), "nowhere: ", WHERE),
+    "no relative one": (dict(teacher="./nowhere"), "./nowhere: ", WHERE),
+    "a file": (dict(student="{world}/one.jsonl"), "one.jsonl: ", WHERE),
+    "no config": (dict(student="{world}/no-config"),
+                  "no-config: no config.json there; give the directory of a checkpoint"),
+    "pickled": (dict(student="{world}/pickle"),
+                "pickle: no safetensors there", "convert it where you trust it: from_pretrained"),
+    "broken config": (dict(student="{world}/bad-config"),
+                      "bad-config cannot be read: It looks like the config file", MODEL),
+    "no tokenizer": (dict(teacher="{world}/no-tokenizer"),
+                     "no-tokenizer cannot be read: Couldn't instantiate the backend", MODEL),
+    "broken tokenizer": (dict(teacher="{world}/bad-tokenizer"),
+                         "bad-tokenizer cannot be read: Expecting property name", MODEL),
+    "other tokens": (dict(teacher="{world}/other-tokens"),
+                     "disagree on 12 token ids: 'user' (student 4, teacher 15)", "; take a teacher with the"),
 }
 MODELS = {
-    "own code": Case(dict(student="{world}/own-code"), "it brings code of its own; if you have read and trust it, add "
-                     "--trust-remote-code"),
-    "unknown architecture": Case(dict(student="{world}/unknown-type"), "unknown-type cannot be read: The checkpoint "
-                                                                       "you are"),
-    "truncated weights": Case(dict(teacher="{world}/truncated"), "truncated cannot be read: Error while "
-                                                                 "deserializing header"),
-    "no weights": Case(dict(teacher="{world}/garbage"), "garbage cannot be read: Error while deserializing header"),
-    "weights of another size": Case(dict(teacher="{world}/another-size"), "(21 such in all) is missing, or has another "
-                                    "shape than config.json says; take a whole checkpoint"),
-    "no head": Case(dict(student="{world}/headless"), "headless: lm_head.weight (1 such in all) is missing, or has "
-                                                      "another "
-                    "shape than config.json says; take a whole checkpoint"),
-    "not finite": Case(dict(teacher="{world}/not-finite"), "not-finite: its logits are not finite; the checkpoint is "
-                                                           "damaged"),
-    "not causal": Case(dict(teacher="{world}/bert"), "bert: BertLMHeadModel is no causal language model, a later "
-                                                     "token"),
-    "encoder and decoder": Case(dict(teacher="{world}/t5"), "t5 cannot be read: Unrecognized configuration class"),
-    "an end beyond the rows": Case(dict(teacher="{world}/end-beyond"), "token 99 ends a response, and student and "
-                                   "teacher have output rows for 16 tokens; mend eos_token_id"),
-    "no end": Case(dict(student="{world}/no-end", teacher="{world}/no-end"), "neither student nor teacher has a "
-                                                                             "token that "
-                   "ends a response, so that none would end; set eos_token_id in"),
-    "k above the vocabulary": Case(dict(k=17), "--k 17: the two models share 16 tokens; take a smaller k"),
-    "no prompt fits": Case(dict(prompts="{world}/long.jsonl"), "no prompt is left for training beside the held-out "
-                                                               "ones"),
-    "no prompt is short enough": Case(dict(max_prompt_tokens=2), "no prompt has 1 to 2 tokens; raise "
-                                                                 "--max-prompt-tokens"),
-    "outgrows the context": Case(dict(max_new_tokens=70), "holds 64; lower --max-new-tokens"),
-    "question outgrows the context": Case(dict(eval="{world}/long.jsonl"), "holds 64; lower --max-new-tokens"),
-    "no accelerate": Case(dict(teacher_device_map="auto"), "teacher cannot be read: Using a `device_map`"),
-    "damaged checkpoint": Case(dict(out="{world}/damaged", resume=True), "state.pt is not a whole checkpoint of opd.py "
-                               "(OSError); restore it from a copy, or begin anew with another --out"),
-    "checkpoint of something": Case(dict(out="{world}/another's", resume=True), "state.pt is not a whole checkpoint "
-                                                                                "of opd.py "
-                                    "(KeyError); restore it from a copy, or begin anew with another --out"),
-    "a step is missing": Case(dict(out="{world}/missing-step", resume=True, steps=4), "metrics.jsonl should have "
-                                                                                      "steps 1 to "
-                              "2, each once, and has 1 lines of them; restore it from a copy"),
+    "own code": (dict(student="{world}/own-code"),
+                 "it brings code of its own; if you have read and trust it, add --trust-remote-code"),
+    "unknown architecture": (dict(student="{world}/unknown-type"),
+                             "unknown-type cannot be read: The checkpoint you are", MODEL),
+    "truncated weights": (dict(teacher="{world}/truncated"),
+                          "truncated cannot be read: Error while deserializing header", MODEL),
+    "no weights": (dict(teacher="{world}/garbage"), "garbage cannot be read: Error while deserializing header", MODEL),
+    "weights of another size": (dict(teacher="{world}/another-size"),
+                                "(21 such in all) is missing, or has another shape", "; take a whole checkpoint"),
+    "no head": (dict(student="{world}/headless"),
+                "headless: lm_head.weight (1 such in all) is missing, or has another", "; take a whole checkpoint"),
+    "not finite": (dict(teacher="{world}/not-finite"),
+                   "not-finite: its logits are not finite; the checkpoint is damaged"),
+    "not causal": (dict(teacher="{world}/bert"),
+                   "bert: BertLMHeadModel is no causal language model", "; take a decoder"),
+    "encoder and decoder": (dict(teacher="{world}/t5"), "t5 cannot be read: Unrecognized configuration class", MODEL),
+    "an end beyond the rows": (dict(teacher="{world}/end-beyond"),
+                               "token 99 ends a response", "output rows for 16 tokens; mend eos_token_id"),
+    "no end": (dict(student="{world}/no-end", teacher="{world}/no-end"),
+               "neither student nor teacher has a token that ends a response", "; set eos_token_id in"),
+    "k above the vocabulary": (dict(k=17), "--k 17: the two models share 16 tokens; take a smaller k"),
+    "no prompt fits": (dict(prompts="{world}/long.jsonl"), "no prompt is left for training beside the held-out ones"),
+    "no prompt is short enough": (dict(max_prompt_tokens=2), "no prompt has 1 to 2 tokens; raise --max-prompt-tokens"),
+    "outgrows the context": (dict(max_new_tokens=70), "holds 64; lower --max-new-tokens"),
+    "question outgrows the context": (dict(eval="{world}/long.jsonl"), "holds 64; lower --max-new-tokens"),
+    "no accelerate": (dict(teacher_device_map="auto"), "teacher cannot be read: Using a `device_map`"),
+    "damaged checkpoint": (dict(out="{world}/damaged", resume=True),
+                           "state.pt is not a whole checkpoint of opd.py (OSError)", AGAIN),
+    "checkpoint of something": (dict(out="{world}/another's", resume=True),
+                                "state.pt is not a whole checkpoint of opd.py (KeyError)", AGAIN),
 }
 
 
@@ -267,10 +259,10 @@ def test_what_cannot_work_is_one_line_with_the_remedy_and_leaves_nothing(world, 
     """prime-rl#1458 and every mistake that we could think of: exit code 2, one line, no traceback, no directory, and
     without a model at once.
     """
-    (flags, says), kind = case
+    (flags, *says), kind = case
     flags = {name: value.format(world=world) if isinstance(value, str) else value for name, value in flags.items()}
     if kind != "models":
-        monkeypatch.setattr(teacher, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     monkeypatch.chdir(tmp_path)
     out = Path(flags.get("out") or tmp_path / "run")
     before = listing(out) if out.is_dir() and out.is_relative_to(world) else out.exists()
@@ -279,7 +271,7 @@ def test_what_cannot_work_is_one_line_with_the_remedy_and_leaves_nothing(world, 
         opd.main(words(world, tmp_path / "run", flags))
     assert time.perf_counter() - started < 5
     printed = capfd.readouterr().err
-    assert stop.value.code == 2 and says in printed, printed
+    assert stop.value.code == 2 and all(part in printed for part in says), printed
     assert printed.startswith("opd.py: ") and printed.count("\n") == 1 and "Traceback" not in printed
     assert before == (listing(out) if isinstance(before, list) else out.exists()) and not list(tmp_path.iterdir())
     assert not (world / "was-run").exists()
@@ -303,52 +295,24 @@ def test_the_command_itself_says_it_in_one_line(world, flags, says, tmp_path):
 
 def test_a_teacher_that_no_device_holds_is_refused(world, tmp_path, monkeypatch, capfd):
     """A weight on the meta device has no numbers: what accelerate leaves there cannot grade."""
-    plain = teacher.AutoModelForCausalLM.from_pretrained
+    plain = models.AutoModelForCausalLM.from_pretrained
 
     def placed(path, **how):
         model, found = plain(path, **how)
         return (model.to("meta") if str(path).endswith("teacher") else model), found
-    monkeypatch.setattr(teacher.AutoModelForCausalLM, "from_pretrained", placed)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", placed)
     with pytest.raises(SystemExit) as stop:
         opd.main(words(world, tmp_path / "run", {}))
     assert stop.value.code == 2 and not (tmp_path / "run").exists()
     assert "teacher: the devices here do not hold it; take a smaller model, or" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("flags", [dict(dtype="bfloat16"), dict(teacher_dtype="bfloat16")])
-def test_a_gpu_without_bfloat16_is_told_so_before_anything_is_loaded(world, tmp_path, monkeypatch, capfd, flags):
-    """Older GPUs emulate it, slower than float32."""
-    monkeypatch.setattr(torch, "empty", lambda *_, device: torch.zeros(0).to("meta") if device == "meta" else Gpu())
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    with pytest.raises(SystemExit) as stop:
-        opd.main(words(world, tmp_path / "run", {**flags, "device": "cuda"}))
-    assert stop.value.code == 2 and "--dtype bfloat16: this GPU does not compute in it" in capfd.readouterr().err
-
-
-class Gpu:
-    """What torch.empty on a GPU would tell of its device."""
-    device = torch.device("cuda")
-
-
-def test_a_disk_without_room_for_checkpoint_and_student_is_told_of_before_the_run(world, tmp_path, monkeypatch, capfd):
-    """Two checkpoints stand there for a moment, and the student at the end: 28 bytes a parameter."""
-    size = sum(p.numel() for p in tiny("llama", vocab_size=len(WORDS)).parameters())
-    usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 28 * size - 1))
-    with pytest.raises(SystemExit) as stop:
-        opd.main(words(world, tmp_path / "run", {}))
-    said = capfd.readouterr().err
-    assert stop.value.code == 2 and "are free there" in said and "make room" in said and not (tmp_path / "run").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 28 * size))
-    opd.Run(opd.parse(words(world, tmp_path / "run", {})))
-
-
 def test_a_hub_is_asked_for_safetensors_and_no_code(world, monkeypatch):
     """A directory is looked at before; of a name on the hub only transformers knows what there is."""
-    asked, plain = [], teacher.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(teacher.AutoModelForCausalLM, "from_pretrained",
+    asked, plain = [], models.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained",
                         lambda path, **how: asked.append(how) or plain(path, **how))
-    teacher.load(world / "student")
+    models.load(world / "student")
     assert asked[0]["use_safetensors"] is True and asked[0]["trust_remote_code"] is False
 
 
@@ -362,9 +326,8 @@ def test_code_of_a_checkpoint_runs_where_the_user_says_so(world, tmp_path, capfd
 
 def test_nothing_that_is_read_is_evaluated():
     """Text of models and files stays text: no eval, exec or pickle in the product, torch.load of weights alone."""
-    import ast
     root = Path(opd.__file__).parent
-    for path in [*root.glob("*.py"), *root.glob("experiments/*.py")]:
+    for path in [path for part in ("", "plumbing", "experiments") for path in (root / part).glob("*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
