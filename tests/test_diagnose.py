@@ -356,7 +356,14 @@ def in_buckets(responses, width):
     return analysis.by_position(dict.fromkeys(analysis.BY_POSITION, grid), mask, width)
 
 
-@given(st.lists(st.lists(st.integers(-9, 9), max_size=40), min_size=1, max_size=6), st.integers(1, 12))
+@st.composite
+def numbers(draw):
+    """A response of 0 to 60 numbers from -9 to 9."""
+    length, start, by = draw(st.integers(0, 60)), draw(st.integers(0, 18)), draw(st.integers(0, 18))
+    return [(start + by * i) % 19 - 9 for i in range(length)]
+
+
+@given(st.lists(numbers(), min_size=1, max_size=6), st.integers(1, 12))
 def test_buckets_share_out_every_token_and_add_up_to_the_whole(responses, width):
     """Fig. 13: bucket i holds positions i * width and on, the last all beyond; weighed by tokens they give the mean.
     Lists end with the last bucket that holds a token."""
