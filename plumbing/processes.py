@@ -7,6 +7,7 @@ import contextlib
 import datetime
 import functools
 import os
+import signal
 import sys
 import warnings
 
@@ -87,6 +88,7 @@ def one_of_several(device):
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)     # torchrun's, after a death, must not come before the line below
     try:
         yield
     except RuntimeError as error:

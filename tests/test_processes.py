@@ -4,10 +4,12 @@ This file is also what torchrun starts: `main` at its end runs one part of the t
 """
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -80,9 +82,10 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
         assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
 
 
-def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_path):      # noqa: F811
-    """A process killed in step 4 ends all of them in seconds, with a word; --resume then ends as the run that was not
-    disturbed. The first process alone wrote: no line stands twice.
+def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):       # noqa: F811
+    """A process killed in step 4 ends all of them in seconds, with a word; one that is told to stop in step 4 stops all
+    of them after it; --resume then ends as the run that was not disturbed. The first process alone wrote: no line
+    stands twice.
     """
     how = dict(steps=5, cold_start=4, cold_start_steps=2, cold_start_batch_size=2, cold_start_max_new_tokens=40,
                cold_start_temperature=1.0)
@@ -92,6 +95,9 @@ def test_a_process_that_dies_ends_the_run_and_its_checkpoint_goes_on(world, tmp_
     assert "opd.py: stopped, as another process has died" in died.stderr
     assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
     assert not (tmp_path / "two" / "result.json").exists()
+    stopped = start(__file__, "stops", tmp_path, *words(cfg), "--resume")
+    assert stopped.returncode and "opd.py: stopped after step 4 of 5; the checkpoint of step 4" in stopped.stderr
+    assert re.findall(r"exitcode +: (-?\d+)", stopped.stderr) == ["143", "143"]
     done = start(opd.__file__, *words(cfg), "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gap recovery") == 1                                           # one of them talks
@@ -122,13 +128,17 @@ def main(what, folder, *words):
         if what == "gradients":
             rank = torch.distributed.get_rank()
             return torch.save(gradients(cfg), f"{folder}/{rank}.pt")
-        plain = opd.update
+        plain, leave, sent = opd.update, Run.__exit__, {"dies": signal.SIGKILL, "stops": signal.SIGTERM}[what]
 
         def update(cfg, pair, optimizer, rows, step):
             if step == 3 and torch.distributed.get_rank() == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), sent)
             return plain(cfg, pair, optimizer, rows, step)
-        opd.update = update
+
+        def slowly(run, *error):                # torchrun's SIGTERM to the others comes before they have said a word
+            leave(run, *error)
+            time.sleep(2)
+        opd.update, Run.__exit__ = update, slowly
         opd.distil(cfg)
 
 
