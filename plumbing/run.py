@@ -52,7 +52,7 @@ class Run:
         if min(cfg.batch_size, cfg.cold_start_batch_size) < processes()[1]:
             raise ValueError(f"--batch-size {cfg.batch_size}, --cold-start-batch-size {cfg.cold_start_batch_size}: "
                              f"each of the {processes()[1]} processes needs a prompt")
-        if result.exists() and not (begun and cfg.resume and cfg.steps > read_json(result)["steps"]):
+        if result.exists() and not (begun and cfg.resume and cfg.steps > read_json(result).get("steps", cfg.steps)):
             raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
                              "more --steps")
         if begun and not cfg.resume:
@@ -275,6 +275,7 @@ class Run:
                 self.pair.student.save_pretrained(self.out / "student")
                 tokenizer.save_pretrained(self.out / "student")
             except Exception as error:                                          # safetensors has one of its own
-                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes on") from None
+                raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes "
+                              "on") from None
             write_json(self.out / "result.json", result)
         return result
