@@ -54,8 +54,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     slots = Slots(model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), columns=ids.size(1) + T)
     while slots.fill():
         rows, t = slots.rows, length[slots.rows]                        # (b,) who is writing, and at which token
-        logits = slots.logits[:, :vocab_size].float()                                       # (b, V)
-        log_probs = (logits / temperature if temperature not in (0, 1) else logits).log_softmax(-1)
+        log_probs = (slots.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)       # (b, V)
         y = draw(log_probs, u[rows, t], top_p) if temperature else log_probs.argmax(-1)     # (b,)
         tokens[rows, t], log_p[rows, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         ended[rows], length[rows] = torch.isin(y, eos), t + 1
@@ -139,8 +138,8 @@ class Slots(DynamicCache):
 
 
 def draw(log_p, u, top_p=1.0):
-    """One token a row, from exp(log_p), or from its smallest set of tokens with mass >= top_p:
-    (b, V), (b,) uniform numbers in [0, 1) -> (b,), the first token up to which the mass exceeds u.
+    """The first token up to which the mass of exp(log_p), or of its smallest set of tokens with mass >= top_p, exceeds
+    the share u of the whole: (b, V), (b,) uniform numbers in [0, 1) -> (b,).
     """
     p = log_p.exp()                                                                         # (b, V)
     if top_p < 1:

@@ -202,9 +202,8 @@ class Pair:
         Every prompt has a seed of its own that follows from `seed` and its place. share: (rank, processes), of which
         each writes to every so many-th prompt what it would have written alone.
         """
-        draw = torch.Generator().manual_seed(seed)
+        draw, mine = torch.Generator().manual_seed(seed), slice(share[0], None, share[1])
         seeds = torch.randint(2 ** 62, (len(prompts),), device="cpu", generator=draw).tolist()
-        mine = slice(share[0], None, share[1])
         with self.autocast():
             return rollout(model or self.student, prompts[mine], seeds=seeds[mine], **self.ending, **how)
 
