@@ -50,7 +50,7 @@ def gradients(cfg):
     out["gradients"] = [p.grad.clone() for p in summed_gradients(pair.student)]
     out["measured"] = measure.means(grid, r, cfg.max_new_tokens)
     pair.student.zero_grad()
-    out["held"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))["reverse_kl"]     # less than one each
+    out["held"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))["reverse_kl"]    # less than one each
     out["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
     optimizer = opd.adamw(cfg, pair.student)
     optimizer.step = lambda: steps.append([p.grad.clone() for p in pair.student.parameters()])
