@@ -59,9 +59,9 @@ def update(cfg, pair, optimizer, rows, step):
     written = time.perf_counter()
     total = over_processes(r.is_response.sum())                         # one denominator, whatever the cut
     grid = pair.grade(r, per_position(cfg), scale=1 / total, temperature=cfg.temperature,               # 3, 4, 5
-                      teacher_temperature=cfg.teacher_temperature)      # {name: (B, T)}, the gradient in the student
+                      teacher_temperature=cfg.teacher_temperature)      # {name: (B, T)}; backward: loss.in_chunks
     norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()                                  # 6
-    if math.isfinite(norm):                                             # not where any loss is not
+    if math.isfinite(norm):                                             # a loss that is not finite makes the norm so
         optimizer.step()
     optimizer.zero_grad()
     row = measure.means(grid, r, cfg.max_new_tokens)

@@ -84,7 +84,7 @@ class Slots(DynamicCache):
         """Read the next prompts where a quarter of the places is free: -> is any row being written?"""
         b, P = len(self.rows), self.ids.size(1)
         free = self.places - -(-b // self.n)
-        if self.begun == len(self.ids) or b and (self.own or 4 * free < self.places):
+        if self.begun == len(self.ids) or (b and (self.own or 4 * free < self.places)):
             return b > 0
         ids, mask = (x[self.begun:self.begun + free] for x in (self.ids, self.mask))
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True,
