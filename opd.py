@@ -2,8 +2,8 @@
 
     python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
-    once:       0  with --cold-start, fine-tune on what the teacher answers              recipes.py
-    each step:  1  take the next prompts, aligned and others mixed                       recipes.py
+    once:       0  mix in aligned prompts; fine-tune on what the teacher answers         recipes.py
+    each step:  1  take the next prompts of an endless shuffled list                     plumbing/processes.py
                 2  the student writes n responses to each, y ~ p(.|x)                    rollout.py
                 3  both models read them: log p, log q at the states it visited          teacher.py
                 4  reverse KL at every token, and its mean over the tokens of the step   loss.py
@@ -48,14 +48,15 @@ def per_position(cfg):
     return lambda log_p, log_q, y: {"loss": descend(log_p, log_q, y), **diagnose(log_p, log_q, y, cfg.k)}
 
 
-def update(cfg, pair, optimizer, rows, step):
-    """Steps 2 to 6 for the prompts of a step (rows of Pair.encode): -> this process's Rollout, {metric: of the step}.
+def update(cfg, pair, optimizer, asked, step):
+    """Steps 2 to 6 for the prompts of a step (of Pair.encode): -> this process's Rollout, {metric: of the step}.
 
     Of several processes each takes its share of the prompts; sums and gradients are those of all.
     """
     started = time.perf_counter()
-    r = pair.write([row["ids"] for row in rows], n=cfg.n, max_new_tokens=cfg.max_new_tokens,            # 2  y ~ p(.|x)
-                   temperature=cfg.temperature, seed=cfg.seed * 1_000_003 + step + 3, share=processes())
+    r = pair.write([prompt["ids"] for prompt in asked], n=cfg.n, max_new_tokens=cfg.max_new_tokens,     # 2  y ~ p(.|x)
+                   temperature=cfg.temperature, share=processes(),
+                   seed=cfg.seed * 1_000_003 + step + 3)                # seed + 1 and + 2 are those of measure.py
     written = time.perf_counter()
     total = over_processes(r.is_response.sum())                         # one denominator, whatever the cut
     grid = pair.grade(r, per_position(cfg), scale=1 / total, temperature=cfg.temperature,               # 3, 4, 5
@@ -67,7 +68,7 @@ def update(cfg, pair, optimizer, rows, step):
     row = measure.means(grid, r, cfg.max_new_tokens)
     if not math.isfinite(norm):
         row["skipped"] = {"why": f"loss {row['loss']}, gradient norm {norm}",
-                          "prompts": measure.broken(grid["loss"], r, share(rows), cfg.n)}
+                          "prompts": measure.broken(grid["loss"], r, share(asked), cfg.n)}
     return r, {**row, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"], "time_rollout": written - started,
                "time_update": time.perf_counter() - written}
 

@@ -161,7 +161,7 @@ def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95,
     the paper. What is drawn for a row follows from `seed` and its place.
     """
     starts = range(start - start % at_once, len(rows) if start < len(rows) else 0, at_once)
-    for first in tqdm(starts, desc="teacher's responses", mininterval=1):
+    for first in tqdm(starts, desc="teacher's responses", mininterval=1, disable=None):
         part, said = rows[first:first + at_once], []
         if share(part):
             r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,

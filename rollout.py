@@ -2,7 +2,7 @@
 
 A prompt is read once for its n responses, rows of one cache; who has ended makes room for the next prompt. No top-k,
 top-p or repetition penalty stands between softmax and draw, as in `generate` of transformers: the student would be
-trained on text that it did not write. top_p is here for evaluation. To copy: this file alone.
+trained on text that it did not write. top_p is here for evaluation. To copy: this file alone. transformers >= 5.24.
 """
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0, vocab_size=None,
+def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, pad_id=0, vocab_size=None,
             in_flight=None, seeds=None):
     """Sample n responses to each prompt (token ids) from softmax(logits[:vocab_size] / temperature): -> Rollout.
 
@@ -52,13 +52,15 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     ids, mask = left_pad(prompts, pad_id, device)                                           # (m, P), (m, P)
     slots = Slots(model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), columns=ids.size(1) + T)
-    while slots.fill():
+    slots.fill()
+    while len(slots.rows):
         rows, t = slots.rows, length[slots.rows]                        # (b,) who is writing, and at which token
         log_probs = (slots.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)       # (b, V)
         y = draw(log_probs, u[rows, t], top_p) if temperature else log_probs.argmax(-1)     # (b,)
         tokens[rows, t], log_p[rows, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         ended[rows], length[rows] = torch.isin(y, eos), t + 1
         slots.feed(y, t, going=~ended[rows] & (t + 1 < T))
+        slots.fill()
     T = int(length.max())
     written = torch.arange(T, device=device) < length.unsqueeze(1)                          # (B, T)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                   # (B, P), (B, P)
@@ -71,38 +73,37 @@ class Slots(DynamicCache):
     padded on the left, token t of its response in column P + t; so each row writes to a column of its own.
 
     Nothing is shifted: where a row leaves, the last one takes its place. Where a model's cache is more than keys and
-    values (sliding windows, recurrent states) transformers' `own` is kept; the next prompts wait until all have left.
+    values (sliding windows, recurrent states) it keeps its `own_cache`; the next prompts wait until all have left.
     """
 
     def __init__(self, model, ids, mask, n, places, columns):                   # ids, mask (m, P); places: of prompts
         super().__init__()
         self.model, self.ids, self.mask, self.n, self.places, self.columns = model, ids, mask, n, places, columns
+        self.begun = 0                                                                      # prompts
         self.rows, self.logits = ids.new_empty(0), torch.empty(0, device=ids.device)        # (b,), (b, V)
-        self.begun, self.buffers, self.own = 0, [], None            # prompts; keys and values (B, h, C, d) a layer
+        self.buffers, self.own_cache = [], None                     # keys and values of each layer, (B, h, C, d)
 
     def fill(self):
-        """Read the next prompts where a quarter of the places is free: -> is any row being written?"""
+        """Read the next prompts, where there are some and at least a quarter of the places is free."""
         b, P = len(self.rows), self.ids.size(1)
         free = self.places - -(-b // self.n)
-        if self.begun == len(self.ids) or (b and (self.own or 4 * free < self.places)):
-            return b > 0
+        if self.begun == len(self.ids) or (b and (self.own_cache or 4 * free < self.places)):
+            return
         ids, mask = (x[self.begun:self.begun + free] for x in (self.ids, self.mask))
         out = self.model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=True,
                          logits_to_keep=1)
         copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)        # each prompt n times
         self.rows = torch.cat([self.rows, torch.arange(len(copies), device=ids.device) + self.begun * self.n])
         self.logits, self.begun = torch.cat([self.logits[:b], out.logits[copies, -1]]), self.begun + len(ids)
-        plain = all(type(layer) is DynamicLayer for layer in out.cache.layers)
-        if not plain:
-            self.own = out.cache
-            self.own.reorder_cache(copies)
-        for i, layer in enumerate(out.cache.layers if plain else ()):
+        if any(type(layer) is not DynamicLayer for layer in out.cache.layers):
+            self.own_cache = out.cache
+            return self.own_cache.reorder_cache(copies)
+        for i, layer in enumerate(out.cache.layers):
             if i == len(self.buffers):          # zeros, since what is masked is read; autocast leaves keys in float32
                 self.buffers.append([layer.values.new_zeros(self.places * self.n, x.size(1), self.columns, x.size(3))
                                      for x in (layer.keys, layer.values)])
             for buffer, x in zip(self.buffers[i], (layer.keys, layer.values)):
                 buffer[b:b + len(copies), :, :P] = x[copies.to(x.device)]
-        return True
 
     def feed(self, y, t, going):
         """Rows that are not going leave; the others read their token y, number t, for the next logits: (b,) each."""
@@ -113,21 +114,21 @@ class Slots(DynamicCache):
             self.rows, y, t = self.rows[order], y[order], t[order]
             for buffer in sum(self.buffers, []):
                 buffer[left.to(buffer.device)] = buffer[last.to(buffer.device)]
-            if self.own:
-                self.own.reorder_cache(order)
+            if self.own_cache:
+                self.own_cache.reorder_cache(order)
         if b:
-            self.column, self.width = P + t, P + int(t.max()) + 1
+            self.at, self.width = (torch.arange(b, device=y.device), P + t), P + int(t.max()) + 1
             written = torch.arange(self.width - P, device=y.device) <= t.unsqueeze(1)       # (b, L-P)
             seen = torch.cat([self.mask[self.rows // self.n], written], 1)                  # (b, L)
-            self.logits = self.model(input_ids=y.unsqueeze(1), attention_mask=seen, cache=self.own or self,
+            self.logits = self.model(input_ids=y.unsqueeze(1), attention_mask=seen, cache=self.own_cache or self,
                                      position_ids=seen.sum(1, keepdim=True) - 1, use_cache=True,
                                      logits_to_keep=1).logits[:, -1]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         """Of transformers' Cache: write the new keys and values (b, h, 1, d): -> all of the layer's, (b, h, L, d)."""
-        rows, column = torch.arange(len(keys), device=keys.device), self.column.to(keys.device)
+        rows, columns = (x.to(keys.device) for x in self.at)                                # (b,), (b,)
         for buffer, x in zip(self.buffers[layer_idx], (keys, values)):
-            buffer[rows, :, column] = x.squeeze(2).to(buffer.dtype)
+            buffer[rows, :, columns] = x.squeeze(2).to(buffer.dtype)
         return [buffer[:len(keys), :, :self.width] for buffer in self.buffers[layer_idx]]
 
     def get_seq_length(self, layer_idx=0):                                      # before this token

@@ -217,7 +217,8 @@ class Pair:
                        torch.cat([torch.zeros_like(mask), written], 1), torch.zeros(written.shape), ~written[:, -1])
 
     def grade(self, r, per_position, *, scale=None, with_teacher=True, temperature=1.0, teacher_temperature=1.0):
-        """per_position (see loss.in_chunks) at every response token of a rollout: -> {name: (B, T)}, NaN elsewhere.
+        """per_position (see loss.in_chunks) at every response token of a rollout: -> {name: (B, T)}, elsewhere NaN
+        (0 of integers); of what is (N, ...) it makes (B, T, ...).
 
         scale: leave the gradient of scale * (sum of the losses) in the student; the cut into micro-batches and chunks
         changes nothing of it. None: measure only. Without the teacher log_q is None.
@@ -232,9 +233,8 @@ class Pair:
                     h_p = states(student.trunk, ids, mask, is_response)                                     # (N, H)
                 values = in_chunks(per_position, h_p, h_q, student.head, teacher.head, ids[is_response], scale=scale,
                                    temperature=temperature, teacher_temperature=teacher_temperature, chunk=self.chunk)
-            written = r.response_mask[rows]                                                 # (b, T)
-            for name, x in values.items():                                      # packed row by row
+            for name, x in values.items():                                      # (N, ...), packed row by row
                 empty = math.nan if x.is_floating_point() else 0
                 grid = out.setdefault(name, x.new_full((*r.response_mask.shape, *x.shape[1:]), empty))      # (B, T)
-                grid[rows] = grid[rows].index_put((written,), x)
+                grid[rows] = grid[rows].index_put((r.response_mask[rows],), x)  # set in a copy of the rows, put back
         return out

@@ -96,6 +96,8 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
         parser.error(f"{', '.join(missing)}: needed; see --help")
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
+        toy.HELD_OUT = 16
+        opd.PRESETS["toy"].update(batch_size=8, max_new_tokens=32)
     started, origin, runs = time.perf_counter(), files.provenance(), []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:

@@ -62,8 +62,8 @@ def seed_runs(seed, world, scratch, quick):
         if pair == "fluent" or support != "student":                      # not 4.1: the first gradient is told
             result["curves"] = {"grad_norm": result["curves"]["grad_norm"][:1]}
         runs.append({"pair": pair, "support": support, "seed": seed, **result,
-                     "slips_before": slips(student, teacher, seed),
-                     "slips_after": slips(out / "student", teacher, seed)})
+                     "slips_before": slips(student, teacher, seed, n=64 if quick else 1024),
+                     "slips_after": slips(out / "student", teacher, seed, n=64 if quick else 1024)})
     return runs
 
 

@@ -58,6 +58,7 @@ SIZES = {"small": (64, 2), "large": (96, 3)}       # hidden size, layers
 STEPS = {"small": 450, "large": 400}  # of pre-training, 64 solutions each, made on the fly and never seen twice
 HOUSE_STEPS = 60                      # of fine-tuning on the house style
 ROUNDS = 8                            # of RL: each samples 1,024 solutions
+HELD_OUT = 256                        # questions to measure on
 PLAIN, POLITE = "{question}", "listen , {question}"     # two ways to put a question (paper 5.2); worlds know the plain
                                                         # one, unless they are pre-trained on both
 
@@ -252,12 +253,12 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
 
 
-def write_questions(folder, train=4096, held_out=256, seed=0, digits=(0, 9)):
+def write_questions(folder, train=4096, seed=0, digits=(0, 9)):
     """folder/prompts.jsonl and folder/eval.jsonl, {"prompt", "answer"} a line, all different."""
-    prompts, answers = question(*problems(2 * (train + held_out), torch.Generator().manual_seed(seed), digits))
+    prompts, answers = question(*problems(2 * (train + HELD_OUT), torch.Generator().manual_seed(seed), digits))
     lines = list(dict.fromkeys(json.dumps({"prompt": " ".join(WORDS[i] for i in prompt), "answer": str(answer)})
                                for prompt, answer in zip(prompts, answers.tolist())))
-    for name, part in (("prompts", lines[:train]), ("eval", lines[train:train + held_out])):
+    for name, part in (("prompts", lines[:train]), ("eval", lines[train:train + HELD_OUT])):
         (Path(folder) / f"{name}.jsonl").write_text("\n".join(part) + "\n")
 
 

@@ -126,7 +126,8 @@ class Run:
             os._exit(128 + signum)
         self.signal = signum
         if self.first:
-            print(f"stopping after this step; once more leaves at once ({self.left()})", file=sys.stderr, flush=True)
+            more = "; once more leaves at once" * (processes()[1] == 1)
+            print(f"stopping after this step{more} ({self.left()})", file=sys.stderr, flush=True)
 
     def stop_if_asked(self):
         """Between two steps: save and leave where a signal came, to any of the processes."""

@@ -13,8 +13,6 @@ COLUMNS = (                                        # of the readable line: metri
     ("grad_norm", "|grad|", "7.3f"))
 
 
-
-
 def columns():
     """The titles of the readable lines of a run."""
     return " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS) + "\n"

@@ -282,15 +282,14 @@ def test_the_table_has_its_forty_cases():
     assert sum(map(len, KINDS.values())) >= 40
 
 
-@pytest.mark.parametrize("flags, says", [
-    (dict(stepz=3), "did you mean --steps"), (dict(teacher="{world}/garbage"), "garbage cannot be read")])
-def test_the_command_itself_says_it_in_one_line(world, flags, says, tmp_path):
+def test_the_command_itself_says_it_in_one_line(world, tmp_path):
     """A process of its own: nothing that a library prints stands beside the line."""
-    flags = {name: value.format(world=world) if isinstance(value, str) else value for name, value in flags.items()}
+    flags = dict(teacher=f"{world}/garbage")
     done = subprocess.run([sys.executable, opd.__file__, *words(world, tmp_path / "run", flags)], capture_output=True,
                           text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
-    assert says in done.stderr and done.stderr.startswith("opd.py: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("opd.py: ") and done.stderr.count("\n") == 1
+    assert "garbage cannot be read" in done.stderr
 
 
 def test_a_teacher_that_no_device_holds_is_refused(world, tmp_path, monkeypatch, capfd):

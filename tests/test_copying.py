@@ -1,11 +1,10 @@
 """A file that its header calls fit to copy is: alone in an empty folder, with what the header names, it works."""
+import contextlib
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -126,7 +125,7 @@ COPIES = {                          # file -> what its header says, what goes wi
 }
 
 
-@pytest.fixture(scope="module")
+@contextlib.contextmanager
 def started(tmp_path_factory):
     """Each file in a folder of its own, and the user's script that runs there: {name: process}, all at a time."""
     plain = {key: x for key, x in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
@@ -145,10 +144,11 @@ def started(tmp_path_factory):
         process.wait()
 
 
-@pytest.mark.parametrize("name", COPIES)
-def test_a_file_is_copied_with_what_its_header_names_and_nothing_else(name, started):
+def test_a_file_is_copied_with_what_its_header_names_and_nothing_else(tmp_path_factory):
     """In a fresh interpreter that cannot see this repository a user's few lines run, and say nothing."""
-    header = (ROOT / name).read_text(encoding="utf-8").split('"""')[1]
-    assert COPIES[name][0] in " ".join(header.split())
-    said, _ = started[name].communicate(timeout=300)
-    assert started[name].returncode == 0 and not said, said
+    with started(tmp_path_factory) as running:
+        for name, process in running.items():
+            header = (ROOT / name).read_text(encoding="utf-8").split('"""')[1]
+            assert COPIES[name][0] in " ".join(header.split())
+            said, _ = process.communicate(timeout=300)
+            assert process.returncode == 0 and not said, f"{name}: {said}"

@@ -691,6 +691,7 @@ def default_loss(log_p, log_q, y):
     return {"loss": top_k(log_p, log_q, 16)}
 
 
+@pytest.mark.slow
 def test_peak_memory_is_a_sixth_of_eager_with_the_same_gradients():
     """N = 2048 positions, V = 50,000: eager autograd holds N x V several times over, chunks do not hold it once
     (DistillKit#4, ms-swift#7295, verl#6593: out of memory at the logits)."""

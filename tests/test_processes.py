@@ -58,7 +58,9 @@ def gradients(cfg):
     return {**out, "cold": steps[0]}
 
 
-@pytest.mark.parametrize("change", [dict(objective="full"), dict(gradient_checkpointing=True, teacher="gemma3")])
+@pytest.mark.parametrize("change", [
+    dict(objective="full"),
+    pytest.param(dict(gradient_checkpointing=True, teacher="gemma3"), marks=pytest.mark.slow)])
 def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change):      # noqa: F811
     """trl#4105, easydistill#16 over processes: one denominator for all, whatever each of them got: five or six
     micro-batches of unlike sizes here; in the evaluation one process has nothing to do.
@@ -82,6 +84,7 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
         assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):       # noqa: F811
     """A process killed in step 4 ends all of them in seconds, with a word; one that is told to stop in step 4 stops all
     of them after it; --resume then ends as the run that was not disturbed. The first process alone wrote: no line

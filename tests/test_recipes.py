@@ -359,7 +359,7 @@ def cut(pair, folder, at_once, whole, row, torn):
                 file.write(line[:torn(line)])
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("row, torn", [
     (0, lambda line: 0), (2, lambda line: 20), (4, len), (8, lambda line: 1), (10, len),
 ], ids=["0 clean", "2 torn", "4 without its end", "8 torn", "10 without its end"])
@@ -719,6 +719,7 @@ def uninterrupted(world, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [in_the_answers, in_the_fine_tuning, after_the_fine_tuning, in_the_distillation])
 def test_a_run_killed_anywhere_ends_as_if_it_had_not_been(world, tmp_path, monkeypatch, uninterrupted, where):
     """verl#5725: in the teacher's responses, the fine-tuning, the evaluation after it or OPD: bit for bit one run."""

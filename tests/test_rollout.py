@@ -248,10 +248,13 @@ def slots_of(model, prompts, *, n=1, places):
 def test_the_next_prompts_are_read_where_a_quarter_of_the_places_is_free(places, gone, reads):
     """Fewer would not pay for a forward of their own; what is read takes the free places, in order, and no more."""
     slots = slots_of(tiny("llama"), [[token] for token in range(3, 20)], places=places)
-    assert slots.fill() and slots.fill() and slots.rows.tolist() == list(range(places))
+    slots.fill()
+    slots.fill()
+    assert slots.rows.tolist() == list(range(places))
     slots.feed(torch.full((places,), 5), torch.zeros(places, dtype=torch.long), going=torch.arange(places) >= gone)
     assert sorted(slots.rows.tolist()) == list(range(gone, places))
-    assert slots.fill() and sorted(slots.rows.tolist()) == list(range(gone, places + reads))
+    slots.fill()
+    assert sorted(slots.rows.tolist()) == list(range(gone, places + reads))
 
 
 @torch.no_grad()
@@ -260,13 +263,15 @@ def played(slots, n, seed):
     of each response after each step, [(row, its tokens)].
     """
     chance, texts = random.Random(seed), {}
-    while slots.fill():
+    slots.fill()
+    while len(slots.rows):
         rows = slots.rows.tolist()
         for row in rows:
             texts.setdefault(row, []).append(chance.randrange(VOCAB))
         y, t = (torch.tensor([f(texts[row]) for row in rows]) for f in (lambda x: x[-1], lambda x: len(x) - 1))
         slots.feed(y, t, going=torch.tensor([len(texts[row]) < LENGTH and chance.random() < 0.8 for row in rows]))
         yield [(row, texts[row]) for row in slots.rows.tolist()]
+        slots.fill()
     assert sorted(texts) == list(range(len(slots.ids) * n))                                # each was written
 
 
@@ -325,7 +330,7 @@ def test_everything_is_made_on_the_device_of_the_model(n, places):
     here = sample(model, MANY, n=n, eos_ids=eos_ids, in_flight=places)
     with torch.device("meta"):
         there = rollout(model, MANY, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids, in_flight=places, seeds=seeds)
-        assert len(rollout(model, MANY, max_new_tokens=1).ids) == len(MANY)                # seeds of its own
+        assert len(rollout(model, MANY, max_new_tokens=1, eos_ids=()).ids) == len(MANY)    # seeds of its own
     assert same(here, there)
 
 
@@ -337,7 +342,7 @@ def test_tokens_are_drawn_from_the_whole_softmax(architecture, spread):
     """Chi-square of 4,000 first tokens; every token of a near-uniform model is drawn
     (nano-opd sampled with top_k=50 of generate)."""
     model, n, prompt = tiny(architecture, spread=spread), 4000, [5, 6, 7]
-    y = rollout(model, [prompt], n=n, max_new_tokens=1, seeds=[0]).ids[:, -1]
+    y = rollout(model, [prompt], n=n, max_new_tokens=1, eos_ids=(), seeds=[0]).ids[:, -1]
     with torch.no_grad():
         expected = n * model(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     counts = torch.bincount(y, minlength=VOCAB)
@@ -449,7 +454,7 @@ def test_where_nothing_is_said_one_response_is_drawn_from_the_plain_softmax():
     seen = batches(model)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        plain = rollout(model, MANY, max_new_tokens=LENGTH)
+        plain = rollout(model, MANY, max_new_tokens=LENGTH, eos_ids=())
         assert [rows for rows, _ in seen] == [len(MANY)] * LENGTH
         torch.manual_seed(0)
         said = rollout(model, MANY, n=1, max_new_tokens=LENGTH, temperature=1.0, top_p=1.0, eos_ids=(), pad_id=0,
@@ -548,8 +553,8 @@ def test_an_empty_prompt_is_refused(prompts):
 def test_no_tokens_to_write_is_refused():
     """One token is the least that a response can have."""
     with pytest.raises(ValueError, match="max_new_tokens"):
-        rollout(tiny("llama"), PROMPTS, max_new_tokens=0)
-    assert rollout(tiny("llama"), PROMPTS, max_new_tokens=1).response_mask.shape == (3, 1)
+        rollout(tiny("llama"), PROMPTS, max_new_tokens=0, eos_ids=())
+    assert rollout(tiny("llama"), PROMPTS, max_new_tokens=1, eos_ids=()).response_mask.shape == (3, 1)
 
 
 # --- small change --------------------------------------------------------------------------------------------------

@@ -550,7 +550,7 @@ def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architectu
     mode, writes the same tokens, has the same gradients, and keeps less after a rollout too (trl#6827).
     """
     student, teacher = models(architecture)
-    how = dict(n=2, max_new_tokens=6, seeds=[0, 1, 2, 3])
+    how = dict(n=2, max_new_tokens=6, eos_ids=(), seeds=[0, 1, 2, 3])
     before = rollout(student, PROMPTS, **how)
     plain, kept = gradients(student, teacher, before), kept_for_backward(student, teacher, before)
     checkpoint_layers(student)

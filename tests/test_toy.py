@@ -78,9 +78,10 @@ def test_families_differ_in_order_and_in_words_but_not_in_answers():
     torch.testing.assert_close(toy.law("connector", "left"), toy.law("connector", "left", True))
 
 
-def test_questions_are_all_different_and_answered(tmp_path):
+def test_questions_are_all_different_and_answered(tmp_path, monkeypatch):
     """prompts.jsonl and eval.jsonl share nothing."""
-    toy.write_questions(tmp_path, train=300, held_out=50)
+    monkeypatch.setattr(toy, "HELD_OUT", 50)
+    toy.write_questions(tmp_path, train=300)
     parts = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
              for name in ("prompts.jsonl", "eval.jsonl")]
     assert [len(part) for part in parts] == [300, 50] and len({row["prompt"] for part in parts for row in part}) == 350
