@@ -302,7 +302,8 @@ def main(argv=None):
         rows = prompts.questions_of(asked.prompts, asked.template, asked.seed)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(asked.seed)).tolist()
         pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
-                         trust_remote_code=asked.trust_remote_code, micro_batch_tokens=asked.micro_batch_tokens)
+                         trust_remote_code=asked.trust_remote_code, micro_batch_tokens=asked.micro_batch_tokens,
+                         ends=asked.ends)
         rows = pair.encode([rows[i] for i in order[:asked.count]], max_prompt_tokens=asked.max_prompt_tokens,
                            new_tokens=asked.max_new_tokens, thinking=asked.thinking)
         how = {name: getattr(asked, name) for name in ("k", "max_new_tokens", "temperature", "seed")}

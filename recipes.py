@@ -213,7 +213,7 @@ def main(argv=None):
         command, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
         rows = prompts.load_prompts(asked.prompts)
         pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
-                         trust_remote_code=asked.trust_remote_code)
+                         trust_remote_code=asked.trust_remote_code, ends=asked.ends)
         if command == "rollouts":
             rows = prompts.encode_for(asked, pair, in_template(rows[:asked.count], asked.template))
             counts = files.append_answers(asked.out, lambda start: teacher_rollouts(

@@ -29,13 +29,14 @@ class Rollout:
 
 
 @torch.no_grad()
-def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, pad_id=0, vocab_size=None,
-            in_flight=None, seeds=None):
+def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, eos_ids, merge_ends=False, pad_id=0,
+            vocab_size=None, in_flight=None, seeds=None):
     """Sample n responses to each prompt (token ids) from softmax(logits[:vocab_size] / temperature): -> Rollout.
 
     Temperature 0 takes the likeliest token; top_p < 1 draws from the smallest set of tokens with that mass. log_p is
-    always that of the full softmax, as the loss scores it. Any of eos_ids ends a response and belongs to it; pad_id
-    fills the rectangle and may equal an eos. in_flight: responses written at a time, all by default; it bounds memory.
+    always that of the full softmax, as the loss scores it. Any of eos_ids ends a response and belongs to it; with
+    merge_ends they are one event, see one_end. pad_id fills the rectangle and may equal an eos. in_flight: responses
+    written at a time, all by default; it bounds memory.
     seeds: an int a prompt, random by default. Each token has a uniform number of its own that follows from it: a
     response is the same whatever is written beside it, but for rounding. ValueError where nothing can be written.
     """
@@ -47,7 +48,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     seeds = seeds or torch.randint(2 ** 62, (len(prompts),), device="cpu").tolist()
     u = torch.cat([torch.rand(n, T, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed))
                    for seed in seeds]).to(device)                                           # (B, T)
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     length, ended = torch.zeros(B, dtype=torch.long, device=device), torch.zeros(B, dtype=torch.bool, device=device)
     ids, mask = left_pad(prompts, pad_id, device)                                           # (m, P), (m, P)
@@ -55,7 +56,8 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     slots.fill()
     while len(slots.rows):
         rows, t = slots.rows, length[slots.rows]                        # (b,) who is writing, and at which token
-        log_probs = (slots.logits[:, :vocab_size].float() / (temperature or 1.0)).log_softmax(-1)       # (b, V)
+        z = one_end(slots.logits[:, :vocab_size].float(), eos[:len(eos) * merge_ends], temperature or 1.0)      # (b, V)
+        log_probs = (z / (temperature or 1.0)).log_softmax(-1)                              # (b, V)
         y = draw(log_probs, u[rows, t], top_p) if temperature else log_probs.argmax(-1)     # (b,)
         tokens[rows, t], log_p[rows, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         ended[rows], length[rows] = torch.isin(y, eos), t + 1
@@ -120,9 +122,11 @@ class Slots(DynamicCache):
             self.at, self.width = (torch.arange(b, device=y.device), P + t), P + int(t.max()) + 1
             written = torch.arange(self.width - P, device=y.device) <= t.unsqueeze(1)       # (b, L-P)
             seen = torch.cat([self.mask[self.rows // self.n], written], 1)                  # (b, L)
+            position = seen.sum(1, keepdim=True) - 1                                        # (b, 1)
+            if self.own_cache and not any(hasattr(layer, "keys") for layer in self.own_cache.layers):
+                seen = seen[:, -1:]                         # Mamba: states alone, nothing to attend to
             self.logits = self.model(input_ids=y.unsqueeze(1), attention_mask=seen, cache=self.own_cache or self,
-                                     position_ids=seen.sum(1, keepdim=True) - 1, use_cache=True,
-                                     logits_to_keep=1).logits[:, -1]
+                                     position_ids=position, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
         """Of transformers' Cache: write the new keys and values (b, h, 1, d): -> all of the layer's, (b, h, L, d)."""
@@ -152,6 +156,20 @@ def draw(log_p, u, top_p=1.0):
     mass = p.cumsum(-1, dtype=torch.float64)                     # float32 would lose tokens of 1e-7 and less
     y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True).squeeze(-1)   # (b,)
     return y.clamp_max(p.size(-1) - 1)                           # for rounding, and for NaN, which the loss reports
+
+
+def one_end(logits, ends, temperature=1.0):
+    """Logits (..., V) in which all tokens `ends` (e,) that end a response are one event: the first has the probability
+    of all of them, softmax at that temperature, the others have none. With one end or none: the logits themselves.
+
+    Student and teacher of one family often end with different tokens (Qwen3-1.7B-Base <|endoftext|>, Qwen3-4B
+    <|im_end|>). Token by token each finds the other's end impossible, and the student is taught never to end.
+    Differs from the paper, whose pairs of 3.1 and 5.1 are of this kind, and whose code compares token by token.
+    """
+    if len(ends) < 2:
+        return logits
+    whole = (logits[..., ends] / temperature).logsumexp(-1, keepdim=True) * temperature
+    return logits.index_fill(-1, ends[1:], -torch.inf).index_copy(-1, ends[:1], whole)
 
 
 def left_pad(prompts, pad_id, device=None):

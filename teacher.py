@@ -18,19 +18,19 @@ from typing import Callable, NamedTuple
 import torch
 
 from loss import in_chunks
-from rollout import Rollout, left_pad, position_ids, rollout
+from rollout import Rollout, left_pad, one_end, position_ids, rollout
 
 
-def log_probs(model, ids, attention_mask, is_response, *, vocab_size=None, temperature=1.0):
+def log_probs(model, ids, attention_mask, is_response, *, vocab_size=None, ends=(), temperature=1.0):
     """log softmax(logits / T) at the states that predict the response tokens, packed row by row:
     (B, L) ids, (B, L) bool, (B, L) bool true at response tokens -> (N, V), nats, differentiable.
 
-    A model's opinion of a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response).
+    A model's opinion of a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response). ends: see one_end.
     """
     logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                    use_cache=False).logits                                                          # (B, L, V)
     z = logits[:, :-1][is_response[:, 1:]]                                  # (N, V): the state at t-1 predicts token t
-    return (z[:, :vocab_size].float() / temperature).log_softmax(-1)
+    return (one_end(z[:, :vocab_size].float(), ends, temperature) / temperature).log_softmax(-1)
 
 
 # --- does the pair fit? --------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def eos_ids(model, tokenizer):
     config, found = model.config.get_text_config(), set()                           # of the text part, if more
     for ids in (model.generation_config.eos_token_id, getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
         found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    return found
+    return {i for i in found if i >= 0}                                             # -1 stands for none
 
 
 def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
@@ -73,7 +73,7 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
         warnings.warn(f"no output row for {len(cut)} tokens, which can be neither sampled nor scored: {cut[:3]}")
     if ends[0] != ends[1]:
         names = [student_tokenizer.convert_ids_to_tokens(sorted(ids)) or "nothing" for ids in ends]
-        warnings.warn(f"student ends a response with {names[0]}, teacher with {names[1]}: any of them ends a rollout")
+        warnings.warn(f"student ends a response with {names[0]}, teacher with {names[1]}: see --ends")
     special = [set(tokenizer.all_special_tokens) for tokenizer in (student_tokenizer, teacher_tokenizer)]
     if special[0] != special[1]:
         warnings.warn(f"special tokens of only one of the two: {sorted(special[0] ^ special[1])}")
@@ -125,10 +125,10 @@ def split(model, vocab_size):
     parts = Split(trunk, lambda h: output(h.to(output.weight.device))[..., :vocab_size], False)
     whole = Split(logits, lambda z: z, True)
     ids = torch.arange(8, device=output.weight.device).unsqueeze(0) % vocab_size                    # (1, 8)
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.suppress(AttributeError):                  # Llama 4 has no trunk of its own
         own, made = (part.head(part.trunk(ids, torch.ones_like(ids))) for part in (whole, parts))
-    if (own - made.to(own.device)).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max():
-        return parts
+        if (own - made.to(own.device)).abs().max() <= torch.finfo(own.dtype).eps * own.abs().max():
+            return parts
     warnings.warn(f"{type(model).__name__} does more than a linear output head: "
                   "its own logits are used, at more memory")
     return whole
@@ -166,8 +166,7 @@ class Pair:
     student: torch.nn.Module
     teacher: torch.nn.Module
     tokenizer: Callable      # the student's
-    end_id: int | None       # the token with which the teacher ends a response
-    ending: dict             # eos_ids, pad_id, vocab_size (and in_flight): what every rollout of either model is given
+    ending: dict             # eos_ids, merge_ends, pad_id, vocab_size, in_flight: what every rollout is given
     splits: tuple            # Split of the student, Split of the teacher
     device: torch.device
     autocast: Callable = contextlib.nullcontext      # -> context manager of the computation's dtype
@@ -175,13 +174,17 @@ class Pair:
     chunk: int | None = None                         # positions whose logits exist at a time
 
     @classmethod
-    def of(cls, student, teacher, student_tokenizer, teacher_tokenizer, **settings):
-        """Two models in eval mode and their tokenizers -> Pair; ValueError where they do not fit, see check_pair."""
+    def of(cls, student, teacher, student_tokenizer, teacher_tokenizer, *, merge_ends=True, **settings):
+        """Two models in eval mode and their tokenizers -> Pair; ValueError where they do not fit, see check_pair.
+
+        Any token that ends a response of one of them ends it, the student's own the first; merge_ends: see one_end.
+        """
         vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
-        eos = eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer)
-        end_id = min(eos) if teacher_tokenizer.eos_token_id is None else teacher_tokenizer.eos_token_id
-        return cls(student, teacher.requires_grad_(False), student_tokenizer, end_id,
-                   dict(eos_ids=eos, pad_id=student_tokenizer.pad_token_id or 0, vocab_size=vocab_size),
+        eos = sorted(eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer),
+                     key=lambda i: (i != student_tokenizer.eos_token_id, i))
+        return cls(student, teacher.requires_grad_(False), student_tokenizer,
+                   dict(eos_ids=eos, merge_ends=merge_ends, pad_id=student_tokenizer.pad_token_id or 0,
+                        vocab_size=vocab_size),
                    (split(student, vocab_size), split(teacher, vocab_size)),
                    student.get_input_embeddings().weight.device, **settings)
 
@@ -224,6 +227,9 @@ class Pair:
         changes nothing of it. None: measure only. Without the teacher log_q is None.
         """
         (student, teacher), out = self.splits, {}
+        ends = torch.tensor(self.ending["eos_ids"] * self.ending["merge_ends"], dtype=torch.long, device=self.device)
+        p, q = (lambda h: one_end(student.head(h).float(), ends, temperature),
+                lambda h: one_end(teacher.head(h).float(), ends.to(h.device), teacher_temperature))
         for rows, columns in micro_batches(r.attention_mask, self.micro_batch_tokens):
             ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))      # (b, L)
             with self.autocast():
@@ -231,7 +237,7 @@ class Pair:
                     h_q = states(teacher.trunk, ids, mask, is_response) if with_teacher else None           # (N, H')
                 with torch.set_grad_enabled(scale is not None):
                     h_p = states(student.trunk, ids, mask, is_response)                                     # (N, H)
-                values = in_chunks(per_position, h_p, h_q, student.head, teacher.head, ids[is_response], scale=scale,
+                values = in_chunks(per_position, h_p, h_q, p, q, ids[is_response], scale=scale,
                                    temperature=temperature, teacher_temperature=teacher_temperature, chunk=self.chunk)
             for name, x in values.items():                                      # (N, ...), packed row by row
                 empty = math.nan if x.is_floating_point() else 0

@@ -487,6 +487,25 @@ def real(results, out):
     save(plt, figure, out)
 
 
+def ends(results, out):
+    """Accuracy and length of the responses against step, where both end alike and where they do not."""
+    plt, runs = opened(results, "ends")
+    if plt is None:
+        return
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for arm, colour, style, label in (("ordinary", COLOURS["success"], "-", "both end with the same token"),
+                                      ("merged", COLOURS["bigger"], "--", "with different ones, one event (merged)"),
+                                      ("own", COLOURS["other"], "-", "with different ones, each for itself (own)")):
+        mine = [run for run in runs if run["arm"] == arm]
+        steps, evaluated, accuracy = accuracies(mine)
+        band(left, evaluated, accuracy, colour, style, label)
+        band(right, steps, [run["curves"]["response_length"] for run in mine], colour, style)
+    left.set(xlabel="step", ylim=(0, 1), title="accuracy of the student")
+    right.set(xlabel="step", ylim=(0, None), title="tokens a response")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save(plt, figure, out)
+
+
 def aligning(plt, grid, groups):
     """Panels of Figure 6, and |p - q| of 4.1, with a band a group: {label: (colour, runs, one a seed)}."""
     panels = [panel for panel in PANELS if panel[4] in (

@@ -52,6 +52,10 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
     "real": {
         "Fig. 6 overlap": ".72 -> .91 in success",
         "3.3 text": "the student regresses all the way to the level of its worse teacher"},
+    "ends": {
+        "ends start": "none, ours: its pairs of 3.1 and 5.1 end with different tokens",
+        "ends merged": "none, ours",
+        "ends own": "none, ours"},
     "forecast": {"forecast rank": "none, ours", "forecast promise": "none, ours"},
 }
 

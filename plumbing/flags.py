@@ -43,6 +43,9 @@ class Config:
     k: int = flag(16, "the paper's; larger gained nothing, 1 was worse (6.3); also the k of the overlap metrics",
                   **COUNT)
     support: str = flag("student", "whose k likeliest tokens the top-k loss looks at (4.2)", *SUPPORTS)
+    ends: str = flag("merged", "tokens that end a response are one event, whichever student and teacher use; own: each "
+                     "its own, as in the authors' code: where they differ, the student is taught never to end",
+                     "merged", "own")
     steps: int = flag(100, "enough to see which way a run goes; the paper's figures show 200", **FROM_0)
     batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU", **COUNT)
     n: int = flag(1, "rollouts a prompt; the paper takes 4, issue 22 of its code reports no clear gain over 1", **COUNT)
@@ -117,7 +120,7 @@ def command(doc, shared, **own):
     return dataclasses.make_dataclass("Flags", made, frozen=True, namespace={"__doc__": doc})
 
 
-BOTH = "student teacher prompts max_new_tokens max_prompt_tokens thinking seed device dtype trust_remote_code "
+BOTH = "student teacher prompts max_new_tokens max_prompt_tokens thinking ends seed device dtype trust_remote_code "
 DIAGNOSIS = command(
     "Diagnose a pair before training, or look at runs after it.",
     BOTH + "template temperature k eval_temperature eval_top_p",

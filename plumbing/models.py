@@ -8,11 +8,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.exits import is_out_of_memory
+from rollout import position_ids, rollout
 from teacher import Pair, check_tokens
 
 
 def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype="", teacher_device_map="",
-              gradient_checkpointing=False, trust_remote_code=False, micro_batch_tokens=0, chunk=0, in_flight=0):
+              gradient_checkpointing=False, trust_remote_code=False, micro_batch_tokens=0, chunk=0, in_flight=0,
+              ends="merged"):
     """Two directories or hub names -> teacher.Pair. Raises ValueError where they cannot be read (load) or do not fit
     (teacher.check_pair); what costs least is looked at first.
 
@@ -27,7 +29,7 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
                    trust_remote_code=trust_remote_code)
     if gradient_checkpointing:
         checkpoint_layers(student)
-    pair = Pair.of(student, teacher, mine, theirs, chunk=chunk or None, autocast=(
+    pair = Pair.of(student, teacher, mine, theirs, merge_ends=ends == "merged", chunk=chunk or None, autocast=(
         contextlib.nullcontext if dtype == "float32" else lambda: torch.autocast(device.type, dtypes[0])))
     pair.micro_batch_tokens = micro_batch_tokens or activations(student, device, dtypes[0].itemsize)
     pair.ending["in_flight"] = in_flight or None
@@ -55,7 +57,7 @@ def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remo
     Raises ValueError with the path for what is no whole checkpoint of a causal language model: a weight that is missing
     or of another shape, which transformers would replace by random numbers, is one; so is a model that reads ahead.
     """
-    with of_checkpoint(path):
+    with refused(f"{path} cannot be read"):
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True, output_loading_info=True)
@@ -66,14 +68,14 @@ def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remo
     if any(weight.is_meta for weight in model.parameters()):
         raise ValueError(f"{path}: the devices here do not hold it; take a smaller model, or --teacher-dtype bfloat16")
     model = (model if device_map else model.to(device)).eval()
-    check_causal(model, path)
+    probe(model, path)
     return model
 
 
 def load_tokenizer(path, trust_remote_code=False):
     """The tokenizer of a directory or of the hub; ValueError with the path where there is none."""
     check_directory(path)
-    with of_checkpoint(path):
+    with refused(f"{path} cannot be read"):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
@@ -93,8 +95,8 @@ def check_directory(path):
 
 
 @contextlib.contextmanager
-def of_checkpoint(path):
-    """Whatever broken files make transformers raise is a ValueError with their path, in one line."""
+def refused(what):
+    """Whatever a foreign checkpoint makes transformers raise is a ValueError, in one line."""
     try:
         yield
     except Exception as error:
@@ -103,23 +105,44 @@ def of_checkpoint(path):
         if "trust_remote_code" in str(error):
             error = "it brings code of its own; if you have read and trust it, add --trust-remote-code"
         said = str(error).strip().split("\n")[0]
-        raise ValueError(f"{path} cannot be read: {said or type(error).__name__}; give a directory or hub name of a "
-                         "causal language model with its tokenizer") from None
+        raise ValueError(f"{what}: {said or type(error).__name__}; give a directory or hub name of a causal language "
+                         "model with its tokenizer") from None
 
 
 @torch.no_grad()
-def check_causal(model, path):
-    """ValueError where a later token changes an earlier logit (BERT, which transformers loads as causal too), or where
-    logits are not finite.
+def probe(model, path):
+    """ValueError where a model breaks a promise that all of this rests on, found out by trying, in a dozen tokens:
+
+    no token changes what is said of an earlier one (BERT loads as a causal model, too); a text reads the same alone and
+    in a batch padded on the left; what `rollout` records of each token is what a reading of the whole text says.
     """
-    embedding = model.get_input_embeddings().weight                                                          # (V, H)
-    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=embedding.device) % len(embedding)               # (2, 4)
-    z = model(input_ids=ids).logits[:, :3]                                                                   # (2, 3, V)
-    if not z.isfinite().all():
+    V, device = len(model.get_input_embeddings().weight), model.get_input_embeddings().weight.device
+
+    def read(ids, mask):                                                                    # (b, L) -> (b, L, V)
+        return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
+                     use_cache=False).logits.float().log_softmax(-1)
+    def keeps(promise, *off):
+        if not max(off) <= torch.finfo(model.dtype).eps ** 0.5 * max(1, log_p.abs().max()):     # far above rounding
+            raise ValueError(f"{path}: {type(model).__name__} {promise}; take another model")
+    with refused(f"{path}: {type(model).__name__} cannot be run"):
+        text = torch.arange(3, 12, device=device).unsqueeze(0) % V                                          # (1, 9)
+        log_p, begun = (read(ids, torch.ones_like(ids)) for ids in (text, text[:, :-1]))
+    if not log_p.isfinite().all():
         raise ValueError(f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype")
-    if (z[0] - z[1]).abs().max() > torch.finfo(z.dtype).eps ** 0.5 * z.abs().max():      # far above rounding
-        raise ValueError(f"{path}: {type(model).__name__} is no causal language model, a later token changes what it "
-                         "says of an earlier one; take a decoder")
+    keeps("is no causal language model, a later token changes what it says of an earlier one",
+          (log_p[:, :-1] - begun).abs().max())
+    with refused(f"{path}: {type(model).__name__} cannot write"):
+        r = rollout(model, [[5 % V, 3 % V, 6 % V, 4 % V], [7 % V, 3 % V]], n=2, max_new_tokens=6, seeds=[0, 1],
+                    eos_ids=range(0, V, 3))                                     # some end before the others
+        padded = read(r.ids, r.attention_mask)
+        alone = [read(ids[mask].unsqueeze(0), mask[mask].unsqueeze(0))[0] for ids, mask in zip(r.ids, r.attention_mask)]
+    keeps("reads a text otherwise where padding stands before it",
+          *((x - y[mask]).abs().max() for x, y, mask in zip(alone, padded, r.attention_mask)))
+    for i, x in enumerate(alone):
+        y = r.ids[i, r.is_response[i]]
+        scored = x[-len(y) - 1:-1].gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        keeps("samples from another softmax than a reading of the whole text gives",
+              (scored - r.log_p[i, :len(y)]).abs().max())
 
 
 def pick_device(name):

@@ -162,12 +162,11 @@ def read_conversations(path):
 
 
 def load_conversations(path, pair, thinking="default"):
-    """A file of conversations -> [(prompt ids, response ids)], each response ending as the teacher ends one."""
+    """A file of conversations -> [(prompt ids, response ids)], each response with the student's own end."""
     examples = []
     for *asked, answer in read_conversations(path):
         response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
-        examples.append((encode(pair.tokenizer, asked, thinking),
-                         response + [pair.end_id] * (pair.end_id is not None)))
+        examples.append((encode(pair.tokenizer, asked, thinking), response + pair.ending["eos_ids"][:1]))
         check_fits(pair, sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
     return examples
 

@@ -150,7 +150,7 @@ class Run:
     def load_pair(self):
         """The two models as the flags say: -> teacher.Pair."""
         names = ("device dtype teacher_dtype teacher_device_map gradient_checkpointing trust_remote_code "
-                 "micro_batch_tokens chunk in_flight").split()
+                 "micro_batch_tokens chunk in_flight ends").split()
         pair = Pair.load(self.cfg.student, self.cfg.teacher, **{name: getattr(self.cfg, name) for name in names})
         if self.cfg.k > pair.ending["vocab_size"]:
             raise ValueError(f"--k {self.cfg.k}: the two models share {pair.ending['vocab_size']} tokens; take a "
@@ -270,7 +270,7 @@ class Run:
         if self.first:
             tokenizer = self.pair.tokenizer
             self.pair.student.generation_config = transformers.GenerationConfig(  # an inherited one may be unsavable
-                eos_token_id=sorted(self.pair.ending["eos_ids"]) or None, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=self.pair.ending["eos_ids"], bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
             try:
                 self.pair.student.save_pretrained(self.out / "student")

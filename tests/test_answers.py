@@ -52,7 +52,7 @@ def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypat
     tokenizer = word_tokenizer()
     monkeypatch.setattr(tokenizer, "decode", lambda *_, **__: next(texts))
     student, teacher = tiny("llama"), tiny("llama", seed=1)
-    pair = Pair(student, teacher, tokenizer, None, dict(eos_ids=(), pad_id=0, vocab_size=VOCAB),
+    pair = Pair(student, teacher, tokenizer, dict(eos_ids=(), merge_ends=True, pad_id=0, vocab_size=VOCAB),
                 (split(student, VOCAB), split(teacher, VOCAB)), torch.device("cpu"))
     rows = [{"ids": [i], "answer": answer} for i, answer in ((1, "1"), (2, "1"), (4, None), (3, "1"))]
     got = accuracy(Config(eval_n=2, max_new_tokens=2, eval_temperature=1.0, eval_top_p=1.0), pair, rows, student)

@@ -35,8 +35,8 @@ LENGTH = 6
 
 def pair_of(student, teacher):
     """Two models as a Pair, without files."""
-    return Pair(student, teacher.requires_grad_(False), word_tokenizer(WORDS), EOS,
-                dict(eos_ids={EOS}, pad_id=0, vocab_size=len(WORDS)),
+    return Pair(student, teacher.requires_grad_(False), word_tokenizer(WORDS),
+                dict(eos_ids=[EOS], merge_ends=True, pad_id=0, vocab_size=len(WORDS)),
                 (split(student, len(WORDS)), split(teacher, len(WORDS))), torch.device("cpu"))
 
 
@@ -182,7 +182,7 @@ def test_what_is_asked_of_a_model_reaches_the_rollout(monkeypatch):
     parts, pair = [], equal()
     monkeypatch.setattr(teacher, "rollout", copying(parts))
     options = dict(temperature=0.3, top_p=0.9)
-    pair.ending = dict(eos_ids={EOS}, pad_id=5, vocab_size=7, in_flight=3)
+    pair.ending = dict(eos_ids=[EOS], pad_id=5, vocab_size=7, in_flight=3)
     starts = [[6] * (i % 3) for i in range(len(PROMPTS))]
     answered(pair, rows(), starts=starts, n=2, max_new_tokens=9, at_once=4, **options)
     room = {tuple(p + start): 9 - len(start) for p, start in zip(PROMPTS, starts)}

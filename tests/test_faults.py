@@ -36,6 +36,14 @@ COLD = dict(cold_start=4, cold_start_steps=3, cold_start_batch_size=2, cold_star
 CLOCK = ("seconds", "peak_memory_bytes", "command", "commit", "dirty", "resume")   # and time_...
 
 
+@pytest.fixture(autouse=True)
+def a_terminal():
+    """These tests as a terminal starts them, under nohup too, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def timeless(x):
     """A value of a JSON file without what a clock, the memory, or the command and state of the code decide."""
     if isinstance(x, dict):

@@ -36,8 +36,8 @@ PROMPTS = [{"prompt": " ".join(words), "answer": answer} for words, answer in [
 
 def pair_of(student, teacher, **tokenizer):
     """Two models as a Pair, without files."""
-    return Pair(student, teacher.requires_grad_(False), word_tokenizer(WORDS, **tokenizer), EOS,
-                dict(eos_ids={EOS}, pad_id=0, vocab_size=len(WORDS)),
+    return Pair(student, teacher.requires_grad_(False), word_tokenizer(WORDS, **tokenizer),
+                dict(eos_ids=[EOS], merge_ends=True, pad_id=0, vocab_size=len(WORDS)),
                 (split(student, len(WORDS)), split(teacher, len(WORDS))), torch.device("cpu"))
 
 
@@ -409,8 +409,6 @@ def test_a_conversation_is_the_prompt_as_encoded_and_the_answer_with_its_end(tmp
     path.write_text("\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8")
     prompt = encode(pair.tokenizer, asked, thinking)
     assert load_conversations(path, pair, thinking) == [(prompt, [9, 7, 8, EOS]), (prompt, [12, EOS])]
-    pair.end_id = None
-    assert load_conversations(path, pair, thinking)[1] == (prompt, [12])
 
 
 def test_a_conversation_that_a_model_cannot_hold_is_refused(tmp_path):
