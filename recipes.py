@@ -118,9 +118,6 @@ def select(pair, rows, encode, *, templates=("none",), keep=0.5, sample=32, **ho
     share `keep` becomes "aligned". encode: rows -> rows with "ids", as of Pair.encode; how: options of alignment.
     Ours, not the paper's, which knows its teacher's prompts.
     """
-    if not 0 < round(keep * len(rows)) < len(rows):
-        raise ValueError(f"--keep {keep}: of {len(rows)} prompts that keeps none, or all")
-
     def scored(rows, template):
         encoded = encode(in_template([{**row, "row": row} for row in rows], template))
         return [{**e["row"], "alignment": a} for e, a in zip(encoded, alignment(pair, encoded, **how))]
@@ -131,6 +128,8 @@ def select(pair, rows, encode, *, templates=("none",), keep=0.5, sample=32, **ho
     best = max(means, key=means.get)
     ranked = sorted(scored(rows, best), key=lambda row: -row["alignment"]["score"])
     cut = round(keep * len(ranked))
+    if not 0 < cut < len(ranked):
+        raise ValueError(f"--keep {keep}: of {len(ranked)} prompts that keeps none, or all")
     return {"template": best, "templates": means, "aligned": ranked[:cut], "others": ranked[cut:]}
 
 

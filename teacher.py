@@ -136,7 +136,8 @@ def split(model, vocab_size):
 
 def states(trunk, ids, attention_mask, is_response):
     """The hidden states that predict the response tokens, packed: (b, L), (b, L), (b, L) bool -> (N, H)."""
-    return trunk(ids, attention_mask)[:, :-1][is_response[:, 1:]]                   # the state at t-1 predicts token t
+    h = trunk(ids, attention_mask)[:, :-1]                                          # the state at t-1 predicts token t
+    return h[is_response[:, 1:].to(h.device)]
 
 
 def micro_batches(attention_mask, budget):

@@ -144,7 +144,7 @@ SELECTION = command(
     "select: rank a pool of prompts by measured alignment (ours)", BOTH + "n k",
     out=flag("", "file to write", group="what is written"),
     templates=flag("none", "to compare, by name, separated by commas"),
-    keep=flag(0.5, "share of the pool that counts as aligned", above=0, high=1))
+    keep=flag(0.5, "share of the pool that counts as aligned", low=0.01, high=0.99))
 
 
 class Parser(argparse.ArgumentParser):

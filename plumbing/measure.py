@@ -24,7 +24,7 @@ def means(grid, r, max_new_tokens):
         n = over_processes(counts.sum())
         row[name] = (over_processes(torch.where(counts, x, 0).sum(dtype=torch.float64)) / n).item()
     empty = over_processes((mask & grid["overlap_token_advantage"].isnan()).sum())
-    responses = [r.response_ids(i) for i in range(len(r.ids))]
+    responses = [r.response_ids(i)[:None if cut else -1] for i, cut in enumerate(r.truncated)]             # without eos
     counted = torch.tensor([len(responses), int(r.truncated.sum()), sum(map(is_degenerate, responses))],
                            dtype=torch.float64, device=mask.device)
     number, cut, repeated = over_processes(counted).tolist()

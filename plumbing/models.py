@@ -1,10 +1,11 @@
 """plumbing/models.py: checkpoints from a directory or the hub, and whether they are what they should be."""
 import contextlib
+import os
 import re
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.exits import is_out_of_memory
@@ -24,7 +25,7 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
     mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
     check_tokens(mine, theirs)
     dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
-    student = load(student, device=device, trust_remote_code=trust_remote_code)
+    student = load(student, device=device, trust_remote_code=trust_remote_code, trainable=True)
     teacher = load(teacher, device=device, dtype=dtypes[1], device_map=teacher_device_map or None,
                    trust_remote_code=trust_remote_code)
     if gradient_checkpointing:
@@ -49,7 +50,7 @@ def activations(model, device, width):
     return max(1, room // (kept * width * config.hidden_size))
 
 
-def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remote_code=False):
+def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remote_code=False, trainable=False):
     """A causal language model from a directory or the hub, in eval mode:
     dropout would make sampled and scored softmax differ. device_map: of transformers, in place of device.
 
@@ -57,6 +58,10 @@ def load(path, *, device="cpu", dtype=torch.float32, device_map=None, trust_remo
     Raises ValueError with the path for what is no whole checkpoint of a causal language model: a weight that is missing
     or of another shape, which transformers would replace by random numbers, is one; so is a model that reads ahead.
     """
+    with refused(f"{path} cannot be read"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if trainable and getattr(config, "quantization_config", None):
+        raise ValueError(f"{path}: quantised weights cannot be trained; take the checkpoint that they were made from")
     with refused(f"{path} cannot be read"):
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=trust_remote_code,
@@ -122,8 +127,8 @@ def probe(model, path):
         return model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
                      use_cache=False).logits.float().log_softmax(-1)
     def keeps(promise, *off):
-        if not max(off) <= torch.finfo(model.dtype).eps ** 0.5 * max(1, log_p.abs().max()):     # far above rounding
-            raise ValueError(f"{path}: {type(model).__name__} {promise}; take another model")
+        if not max(off) <= torch.finfo(model.dtype).eps ** 0.5 * (log_p.max() - log_p.min()):   # far above rounding
+            raise ValueError(f"{path}: {type(model).__name__} {promise}; take a decoder that transformers runs so")
     with refused(f"{path}: {type(model).__name__} cannot be run"):
         text = torch.arange(3, 12, device=device).unsqueeze(0) % V                                          # (1, 9)
         log_p, begun = (read(ids, torch.ones_like(ids)) for ids in (text, text[:, :-1]))
@@ -132,8 +137,8 @@ def probe(model, path):
     keeps("is no causal language model, a later token changes what it says of an earlier one",
           (log_p[:, :-1] - begun).abs().max())
     with refused(f"{path}: {type(model).__name__} cannot write"):
-        r = rollout(model, [[5 % V, 3 % V, 6 % V, 4 % V], [7 % V, 3 % V]], n=2, max_new_tokens=6, seeds=[0, 1],
-                    eos_ids=range(0, V, 3))                                     # some end before the others
+        r = rollout(model, [[5 % V, 3 % V, 6 % V, 4 % V], [7 % V, 3 % V]], n=2, max_new_tokens=8, seeds=[0, 1],
+                    eos_ids=range(0, V, 6))                                     # some end before the others
         padded = read(r.ids, r.attention_mask)
         alone = [read(ids[mask].unsqueeze(0), mask[mask].unsqueeze(0))[0] for ids, mask in zip(r.ids, r.attention_mask)]
     keeps("reads a text otherwise where padding stands before it",
@@ -150,8 +155,9 @@ def pick_device(name):
     float64, with which tokens are drawn (mps), or no numbers (meta).
     """
     name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    mine = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name            # of torchrun: a GPU each
     try:
-        one = torch.ones((), dtype=torch.float64, device=name)
+        one = torch.ones((), dtype=torch.float64, device=mine)
         one.item()
         return one.device
     except (RuntimeError, AssertionError, TypeError) as error:

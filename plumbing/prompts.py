@@ -1,5 +1,6 @@
 """plumbing/prompts.py: what the student is asked, as text and as token ids; the conversations of a cold start."""
 import json
+import math
 import os
 import random
 import re
@@ -10,6 +11,9 @@ import torch
 
 from plumbing.files import json_lines, write_lines
 from recipes import in_template, mix_prompts, same_question
+
+
+THINK = "<think>"
 
 
 def is_text(x):
@@ -34,6 +38,9 @@ def load_prompts(path):
         prompt, answer = (row.get(name) if isinstance(row, dict) else None for name in ("prompt", "answer"))
         if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
             raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
+        if not is_text(prompt) and prompt[-1]["role"] not in ("user", "tool"):
+            raise ValueError(f'{path}:{number} is a chat that ends with {prompt[-1]["role"]!r}; a prompt ends with what '
+                             "the user, or a tool, says")
         if answer is not None and not (is_text(answer) and answer.strip()):
             raise ValueError(f'{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; '
                              'write "answer": "42", or leave it out')
@@ -79,8 +86,12 @@ def questions(cfg):
     known |= {key(row["prompt"]) for row in cold}
     train = others(train)
     if cfg.aligned_prompts:
-        train = mix_prompts(others(load_prompts(cfg.aligned_prompts)), train, cfg.aligned_fraction,
-                            torch.Generator().manual_seed(cfg.seed))
+        aligned = others(load_prompts(cfg.aligned_prompts))
+        have, train = len(aligned) + len(train), mix_prompts(aligned, train, cfg.aligned_fraction,
+                                                             torch.Generator().manual_seed(cfg.seed))
+        if len(train) < have:
+            warnings.warn(f"--aligned-fraction {cfg.aligned_fraction}: the largest such mixture has {len(train)} prompts; "
+                          f"{have - len(train)} of {have} are left out")
     if not train and cfg.steps:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
     return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
@@ -94,8 +105,18 @@ def questions_of(path, template, seed):
 def encode(tokenizer, prompt, thinking="default"):
     """A prompt as the student reads it: text or chat messages -> token ids, by the chat template where there is one.
 
-    Both models get these very ids. Raises ValueError with the prompt where the template refuses it.
+    Both models get these very ids. They end with no end of text, which some tokenizers append: nothing would follow.
+    Raises ValueError with the prompt where the template refuses it, and for a switch that it does not have.
     """
+    if thinking != "default" and "enable_thinking" not in str(tokenizer.chat_template):
+        raise ValueError(f"--thinking {thinking}: the student's chat template has no enable_thinking; leave it out")
+    ids = _encode(tokenizer, prompt, thinking)
+    while ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids
+
+
+def _encode(tokenizer, prompt, thinking):
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
@@ -138,12 +159,22 @@ def encode_for(cfg, pair, rows):
 def check_fits(pair, ids, new_tokens, what):
     """ValueError where token ids and what is still to be written outgrow a model, or have no output row."""
     for model in (pair.student, pair.teacher):
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if room and len(ids) + new_tokens > room:
+        room = positions(model.config.get_text_config())
+        if len(ids) + new_tokens > room:
             raise ValueError(f"{what} and its response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
                              f"holds {room}; lower --max-new-tokens")
     if max(ids) >= pair.ending["vocab_size"]:
         raise ValueError(f"a token of {what} has no output row; leave it out")
+
+
+def positions(config):
+    """How many tokens a model reads alike: the least of its bounds, as a LongRoPE model (Phi-3) turns all positions
+    otherwise from its original length on, so that the start of a long text is not what was sampled. int or inf.
+    """
+    rope, bounds = getattr(config, "rope_parameters", None) or {}, [getattr(config, "max_position_embeddings", None)]
+    if rope.get("rope_type") == "longrope":
+        bounds.append(rope["original_max_position_embeddings"])
+    return min(filter(None, bounds), default=math.inf)
 
 
 def read_conversations(path):
@@ -155,6 +186,9 @@ def read_conversations(path):
         chat = row.get("messages") if isinstance(row, dict) else None
         if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant" and chat[-1]["content"]):
             raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
+        if chat[-1].get("reasoning_content"):
+            raise ValueError(f'{path}:{number} has "reasoning_content"; write it into "content", between the marks that '
+                             "the chat template has for a thought")
         chats.append(chat)
     if not chats:
         raise ValueError(f"{path} holds no conversations")
@@ -162,11 +196,17 @@ def read_conversations(path):
 
 
 def load_conversations(path, pair, thinking="default"):
-    """A file of conversations -> [(prompt ids, response ids)], each response with the student's own end."""
+    """A file of conversations -> [(prompt ids, response ids)], each response with the student's own end.
+
+    Where the template has opened the thought already, <think>, an answer's own opening is left out.
+    """
     examples = []
     for *asked, answer in read_conversations(path):
-        response = pair.tokenizer(answer["content"], add_special_tokens=False).input_ids
-        examples.append((encode(pair.tokenizer, asked, thinking), response + pair.ending["eos_ids"][:1]))
+        prompt, text = encode(pair.tokenizer, asked, thinking), answer["content"]
+        if pair.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK) and text.lstrip().startswith(THINK):
+            text = text.lstrip().removeprefix(THINK).lstrip("\n")
+        response = pair.tokenizer(text, add_special_tokens=False).input_ids
+        examples.append((prompt, response + pair.ending["eos_ids"][:1]))
         check_fits(pair, sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
     return examples
 
