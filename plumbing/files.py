@@ -1,5 +1,6 @@
 """plumbing/files.py: JSON and JSON lines, read with care and written whole."""
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -91,6 +92,11 @@ def finite_or_null(row):
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
 
 
+def digest(x):
+    """A name for plain values: 64 hexadecimal digits."""
+    return hashlib.sha256(repr(x).encode()).hexdigest()
+
+
 def provenance():
     """What made the numbers: command line, commit and whether the code was changed since (dirty), versions.
 
@@ -107,6 +113,18 @@ def provenance():
             "dirty": None if changed is None else bool(changed), "python": sys.version.split()[0],
             "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
             "processes": processes()[1]}
+
+
+def check_call(path, call):
+    """ValueError where the file at path, which is to go on, was begun by another call: <path>.call.json tells."""
+    told = Path(f"{path}.call.json")
+    if Path(path).exists():
+        had = read_json(told) if told.exists() else {}
+        for name, x in call.items():
+            if had.get(name) != x:
+                raise ValueError(f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; give "
+                                 "the same flags to go on, or take another --out")
+    write_json(told, call)
 
 
 def append_answers(path, batches):

@@ -39,8 +39,8 @@ def load_prompts(path):
         if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
             raise ValueError(f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}')
         if not is_text(prompt) and prompt[-1]["role"] not in ("user", "tool"):
-            raise ValueError(f'{path}:{number} is a chat that ends with {prompt[-1]["role"]!r}; a prompt ends with what '
-                             "the user, or a tool, says")
+            raise ValueError(f'{path}:{number} ends with what the {prompt[-1]["role"]} says; a prompt ends with the '
+                             "user, or with a tool")
         if answer is not None and not (is_text(answer) and answer.strip()):
             raise ValueError(f'{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; '
                              'write "answer": "42", or leave it out')
@@ -90,8 +90,8 @@ def questions(cfg):
         have, train = len(aligned) + len(train), mix_prompts(aligned, train, cfg.aligned_fraction,
                                                              torch.Generator().manual_seed(cfg.seed))
         if len(train) < have:
-            warnings.warn(f"--aligned-fraction {cfg.aligned_fraction}: the largest such mixture has {len(train)} prompts; "
-                          f"{have - len(train)} of {have} are left out")
+            warnings.warn(f"--aligned-fraction {cfg.aligned_fraction}: the largest such mixture has {len(train)} "
+                          f"prompts; {have - len(train)} of {have} are left out")
     if not train and cfg.steps:
         raise ValueError(f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones")
     return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
@@ -187,8 +187,8 @@ def read_conversations(path):
         if not (is_chat(chat) and len(chat) > 1 and chat[-1]["role"] == "assistant" and chat[-1]["content"]):
             raise ValueError(f'{path}:{number} needs "messages" that end with what the assistant says')
         if chat[-1].get("reasoning_content"):
-            raise ValueError(f'{path}:{number} has "reasoning_content"; write it into "content", between the marks that '
-                             "the chat template has for a thought")
+            raise ValueError(f'{path}:{number} has "reasoning_content"; write it into "content", between the marks '
+                             "that the chat template has for a thought")
         chats.append(chat)
     if not chats:
         raise ValueError(f"{path} holds no conversations")

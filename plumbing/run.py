@@ -6,7 +6,6 @@ it comes again, bit for bit. A signal is heeded between two steps; a second one 
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from plumbing import show
 from plumbing.exits import Stopped
-from plumbing.files import finite_or_null, provenance, read_json, write_json, write_lines, write_whole
+from plumbing.files import digest, finite_or_null, provenance, read_json, write_json, write_lines, write_whole
 from plumbing.flags import Config, named
 from plumbing.measure import peak_memory
 from plumbing.processes import over_processes, processes
@@ -161,7 +160,7 @@ class Run:
         """Go on from the checkpoint, or begin. train, cold, held_out: rows of Pair.encode."""
         self.pair, self.optimizer = pair, optimizer
         asked = [(row["ids"], row["answer"]) for row in train], [(row["ids"], row["answer"]) for row in cold + held_out]
-        digests = [hashlib.sha256(repr(x).encode()).hexdigest() for x in asked]
+        digests = [digest(x) for x in asked]
         if self.state:
             self.go_on(digests)
         self.digests, self.state = digests, None

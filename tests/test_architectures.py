@@ -23,7 +23,8 @@ from teacher import Pair, split  # noqa: E402
 TABLE, VOCAB, SECONDS = Path(__file__).parent / "architectures.md", 48, 30
 SMALL = {                                               # of these a configuration is given what it has
     VOCAB: "vocab_size",
-    64: "max_position_embeddings n_positions n_ctx intermediate_size n_inner ffn_dim d_ff decoder_ffn_dim encoder_ffn_dim",
+    64: "max_position_embeddings n_positions n_ctx intermediate_size n_inner ffn_dim d_ff decoder_ffn_dim "
+        "encoder_ffn_dim",
     32: "hidden_size n_embd d_model moe_intermediate_size shared_expert_intermediate_size word_embed_proj_dim "
         "embedding_size",
     16: "mamba_d_head mamba_head_dim",
@@ -83,7 +84,8 @@ def tried(name):
     assert off < 0.05, f"sampled and scored are {off} nats apart"
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients and all(x.isfinite().all() for x in gradients)
-    return "works" + ", by its own logits" * parts.own_logits + ", sampled and scored .001 nats apart" * bool(off > 1e-3)
+    apart = ", sampled and scored over .001 nats apart" * bool(off > 1e-3)
+    return "works" + ", by its own logits" * parts.own_logits + apart
 
 
 def told(name):
@@ -113,7 +115,8 @@ def table():
     for name in NAMES:
         rows.setdefault(told(name), []).append(name)
     lines = [f"Tiny random models of transformers {transformers.__version__}, tried by `python "
-             "tests/test_architectures.py`: probed, written by, graded.", "", "| outcome | architectures |", "|---|---|"]
+             "tests/test_architectures.py`: probed, written by, graded.", "",
+             "| outcome | architectures |", "|---|---|"]
     for outcome, names in sorted(rows.items(), key=lambda row: ("works" not in row[0], -len(row[1]), row[0])):
         lines.append(f"| {outcome} ({len(names)}) | {', '.join(names)} |")
     return "\n".join(lines) + "\n"

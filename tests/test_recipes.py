@@ -398,8 +398,10 @@ def test_more_prompts_are_answered_where_they_are_new(tmp_path):
 # --- 5.1 conversations ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chat_template", [None, TEMPLATE.replace("if think", "if enable_thinking")])
-@pytest.mark.parametrize("thinking", ["default", "on"])
+SWITCHED = TEMPLATE.replace("if think", "if enable_thinking")
+
+
+@pytest.mark.parametrize("chat_template, thinking", [(None, "default"), (SWITCHED, "default"), (SWITCHED, "on")])
 def test_a_conversation_is_the_prompt_as_encoded_and_the_answer_with_its_end(tmp_path, chat_template, thinking):
     """trl#6359: the very ids that OPD would ask with, template and its switch included; no BOS within, one end."""
     pair, path = different(chat_template=chat_template), tmp_path / "c.jsonl"

@@ -385,7 +385,8 @@ def test_what_is_only_measured_leaves_no_gradient():
     graded(student, teacher, written())
     assert all(p.grad is None for p in student.parameters())
     teacher.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
-    pair = Pair(student, teacher, None, dict(eos_ids=[], merge_ends=False), (split(student, VOCAB), None), torch.device("cpu"))
+    pair = Pair(student, teacher, None, dict(eos_ids=[], merge_ends=False), (split(student, VOCAB), None),
+                torch.device("cpu"))
     pair.splits = (pair.splits[0], Split(teacher.base_model, None, False))
     given = []
     pair.grade(written(), lambda log_p, log_q, y: given.append(log_q) or {"loss": log_p[:, 0]}, with_teacher=False)
