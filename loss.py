@@ -11,6 +11,7 @@ Each takes log-probabilities (N, V) at N packed positions and returns one number
 The gradient flows to log_p alone. At k = V all four have the same (expected) gradient, that of Eq. 4
 (but for the support "difference", which is then empty).
 `in_chunks` evaluates any of them from hidden states without ever holding N x V logits.
+All tokens that end a response are one of the V, whichever the two models use: rollout.one_end, from teacher.Pair.grade.
 
 To copy: this file alone. Tensors only: no models, no files. Not here: forward KL, JSD, and top-k sums without
 renormalisation, whose gradient pays the student for moving its mass out of the set (tests/test_loss.py shows it).

@@ -212,8 +212,7 @@ def main(argv=None):
         command, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
         rows = prompts.load_prompts(asked.prompts)
         if command == "rollouts":
-            call = {name: x for name, x in vars(asked).items() if name not in ("out", "count", "device")}
-            files.check_call(asked.out, {**call, "prompts": files.digest(rows)})
+            files.check_call(asked.out, {**vars(asked), "prompts": files.digest(rows)})
         pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
                          trust_remote_code=asked.trust_remote_code, ends=asked.ends)
         if command == "rollouts":

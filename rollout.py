@@ -159,12 +159,11 @@ def draw(log_p, u, top_p=1.0):
 
 
 def one_end(logits, ends, temperature=1.0):
-    """Logits (..., V) in which all tokens `ends` (e,) that end a response are one event: the first has the probability
-    of all of them, softmax at that temperature, the others have none. With one end or none: the logits themselves.
+    """Logits (..., V) with all tokens `ends` (e,) that end a response as one event: the first has the mass of all.
 
-    Student and teacher of one family often end with different tokens (Qwen3-1.7B-Base <|endoftext|>, Qwen3-4B
-    <|im_end|>). Token by token each finds the other's end impossible, and the student is taught never to end.
-    Differs from the paper, whose pairs of 3.1 and 5.1 are of this kind, and whose code compares token by token.
+    Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base <|endoftext|>, Qwen3-4B
+    <|im_end|>: the paper's 3.1 and 5.1). Token by token each rules out the other's end, and the student is taught
+    never to end. Differs from the paper, which compares tokens. With one end nothing changes.
     """
     if len(ends) < 2:
         return logits

@@ -158,9 +158,6 @@ def micro_batches(attention_mask, budget):
         yield rows, slice(left, right)
 
 
-# --- the two together ----------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Pair:
     """Student and teacher over the V tokens that they share; the teacher is frozen. Pair.load or Pair.of makes one."""
@@ -176,13 +173,10 @@ class Pair:
 
     @classmethod
     def of(cls, student, teacher, student_tokenizer, teacher_tokenizer, *, merge_ends=True, **settings):
-        """Two models in eval mode and their tokenizers -> Pair; ValueError where they do not fit, see check_pair.
-
-        Any token that ends a response of one of them ends it, the student's own the first; merge_ends: see one_end.
-        """
+        """Two models in eval mode and their tokenizers -> Pair; ValueError where they do not fit, see check_pair."""
         vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
         eos = sorted(eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer),
-                     key=lambda i: (i != student_tokenizer.eos_token_id, i))
+                     key=lambda i: (i != student_tokenizer.eos_token_id, i))            # the student's own first
         return cls(student, teacher.requires_grad_(False), student_tokenizer,
                    dict(eos_ids=eos, merge_ends=merge_ends, pad_id=student_tokenizer.pad_token_id or 0,
                         vocab_size=vocab_size),

@@ -121,9 +121,9 @@ def check_call(path, call):
     if Path(path).exists():
         had = read_json(told) if told.exists() else {}
         for name, x in call.items():
-            if had.get(name) != x:
-                raise ValueError(f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; give "
-                                 "the same flags to go on, or take another --out")
+            if name not in ("out", "count", "device") and had.get(name) != x:
+                raise ValueError(f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; "
+                                 "give the same flags to go on, or take another --out")
     write_json(told, call)
 
 

@@ -1,6 +1,6 @@
 """Small inputs that once came out wrong, each after a public report (repository#number) or a reading of every line.
 
-Of their table those of one kind stand elsewhere: different ends in test_ends.py, answers in test_answers.py, verdicts in
+Those of one kind stand elsewhere: different ends in test_ends.py, answers in test_answers.py, verdicts in
 test_diagnose.py, architectures in test_architectures.py. tests/README.md maps them all.
 """
 import contextlib
@@ -17,6 +17,7 @@ from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
 from plumbing import measure
 from plumbing.answers import answered
 from plumbing.files import check_call
+from plumbing.flags import parse_analysis, parse_recipes
 from plumbing.models import load, pick_device, probe
 from plumbing.prompts import check_fits, encode, load_conversations, load_prompts, positions, questions
 from rollout import Rollout, rollout
@@ -40,8 +41,8 @@ def lines(path, *rows):
 
 @pytest.mark.parametrize("kind, how", [(MambaForCausalLM, MambaConfig), (FalconMambaForCausalLM, FalconMambaConfig)])
 def test_a_model_of_states_alone_samples_from_what_it_scores(kind, how):
-    """Case 2, transformers#46773, #32677: a mask of L + 1 columns reached a one-token input, and from the third token on
-    what was recorded was up to 8.5 nats off.
+    """Case 2, transformers#46773, #32677: a mask of L + 1 columns reached a one-token input, and from the third token
+    on what was recorded was up to 8.5 nats off.
     """
     torch.manual_seed(0)
     model = kind(how(vocab_size=48, hidden_size=32, state_size=8, num_hidden_layers=2, initializer_range=0.3,
@@ -55,8 +56,8 @@ def test_a_model_of_states_alone_samples_from_what_it_scores(kind, how):
 
 
 def test_a_text_that_crosses_the_original_length_of_longrope_is_refused():
-    """Case 3, transformers#33129, unsloth#1199: from that length on all positions turn otherwise, the first ones too, and
-    a short row read otherwise beside a long one.
+    """Case 3, transformers#33129, unsloth#1199: from that length on all positions turn otherwise, the first ones too,
+    and a short row read otherwise beside a long one.
     """
     rope = dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[4.0] * 4, rope_theta=1e4)
     config = Phi3Config(vocab_size=48, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
@@ -105,7 +106,7 @@ def test_reasoning_beside_the_content_is_refused_with_its_line(tmp_path):
 
 
 def test_both_models_finish_a_response_in_the_dtype_of_the_computation():
-    """Case 7: the student finished in float32 what the run computes in bfloat16: another student than the one trained."""
+    """Case 7: the student finished in float32 what the run computes in bfloat16: not the student that is trained."""
     pair, inside, seen = paired(), [], []
 
     @contextlib.contextmanager
@@ -207,7 +208,7 @@ def test_a_quantised_student_is_refused_before_it_is_loaded(tmp_path):
     told = json.loads((tmp_path / "config.json").read_text())
     quantised = {**told, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     (tmp_path / "config.json").write_text(json.dumps(quantised))
-    with pytest.raises(ValueError, match="quantised weights cannot be trained; take the checkpoint that they were made"):
+    with pytest.raises(ValueError, match="quantised weights cannot be trained; take the checkpoint that"):
         load(tmp_path, trainable=True)
 
 
@@ -226,3 +227,13 @@ def test_code_of_a_checkpoint_that_knows_no_cache_of_ours_is_refused(takes_all, 
             input_ids, attention_mask, position_ids, use_cache, logits_to_keep))
     with pytest.raises(ValueError, match=says):
         probe(model, "custom")
+
+
+@pytest.mark.parametrize("number", ["nan", "inf"])
+@pytest.mark.parametrize("parse, words", [
+    (parse_analysis, ["--student", "s", "--teacher", "t", "--temperature"]),
+    (parse_recipes, ["rollouts", "--student", "s", "--teacher", "t", "--prompts", __file__, "--temperature"])])
+def test_a_number_that_is_none_is_refused_by_every_command(parse, words, number):
+    """Case 12: analysis.py and recipes.py went on with it, to a traceback or a verdict."""
+    with pytest.raises(ValueError, match=f"--temperature {number}: must be (at least|above) 0"):
+        parse([*words, number])
