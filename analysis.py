@@ -127,18 +127,34 @@ BY_POSITION = ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")
 DEPTHS = (0.0, 0.25, 0.5, 0.75)         # of the student's response, where the teacher takes over (paper 6.1)
 INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED = VERDICTS = (
     "incompatible thinking (cold start first)", "nothing new to teach", "should work",
-    "harmful (the teacher is behind the student)", "undecided (prompts with answers are needed)")
+    "harmful (the teacher is behind the student)", "undecided (prompts with answers, or more of them, are needed)")
 SHARED_MASS = 0.8        # below it two models do not think alike. Paper: .97-.99 where distillation works,
                          # .3-.8 where it swings
+LEAD = 0.1               # of accuracy: a smaller one is not worth a run
+SHARE, GAIN = (0.0, 1.0), (-1.0, 1.0)                   # within which accuracies, and their differences, lie
 
 
-def estimate(x):
+def estimate(x, extremes=()):
     """Mean over prompts, NaN left out, and its standard error, None where undefined:
     (prompts,) -> {"mean", "standard_error"}.
+
+    extremes: SHARE or GAIN; the error is at least that as if one more prompt of each had been seen, since a few prompts
+    that agree prove nothing.
     """
     x = x[~x.isnan()].double()
-    return {"mean": x.mean().item() if len(x) else None,
-            "standard_error": (x.std() / len(x) ** 0.5).item() if len(x) > 1 else None}
+    errors = [(y.std() / len(y) ** 0.5).item() for y in (x, torch.cat([x, x.new_tensor(extremes)])) if len(x) > 1]
+    return {"mean": x.mean().item() if len(x) else None, "standard_error": max(errors, default=None)}
+
+
+def ahead(a, b):
+    """How far accuracy a (of plumbing.measure) is ahead of b, prompt by prompt: {"mean", "standard_error"}. Where one
+    does not know its prompts, as in results of earlier versions, the two errors are added up.
+    """
+    each = [torch.tensor(x["each"]).double() / x["samples"] * len(x["each"]) for x in (a, b) if "each" in x]
+    if len(each) == 2 and len(each[0]) == len(each[1]):
+        return estimate(each[0] - each[1], GAIN)
+    errors = [math.inf if x["standard_error"] is None else x["standard_error"] for x in (a, b)]
+    return {"mean": a["mean"] - b["mean"], "standard_error": math.hypot(*errors)}
 
 
 def by_position(grid, mask, width, over_processes=lambda x: x):
@@ -164,12 +180,17 @@ def plus_minus(x, form=".3f"):
 
 
 def gap_recovery(before, after, teacher):
-    """(after - before) / (teacher - before) of three accuracies (of estimate): float, or None where teacher and student
-    lie within two standard errors of each other, or have none, being of one prompt: the ratio then says nothing.
+    """(after - before) / (teacher - before) of three accuracies: float, or None where teacher and student lie within
+    two standard errors of each other, or have none, being of one prompt: the ratio then says nothing.
     """
-    gap = teacher["mean"] - before["mean"]
-    noise = math.hypot(*(math.inf if x["standard_error"] is None else x["standard_error"] for x in (teacher, before)))
-    return (after["mean"] - before["mean"]) / gap if abs(gap) > 2 * noise else None
+    gap = ahead(teacher, before)
+    return (after["mean"] - before["mean"]) / gap["mean"] if sure(gap) else None
+
+
+def sure(x):
+    """Is an estimate further from 0 than chance allows: 1 above, -1 below, else 0, and of one prompt, too."""
+    error = math.inf if x["standard_error"] is None else x["standard_error"]
+    return 0 if abs(x["mean"]) <= 2 * error else math.copysign(1, x["mean"])
 
 
 def continuation(pair, rows, responses, depths=DEPTHS, *, answered, n, **how):
@@ -206,6 +227,7 @@ def diagnose_pair(pair, rows, *, answered, k=16, n=2, max_new_tokens=128, temper
               "metrics": {name: estimate(x.view(len(rows), -1).nanmean(1).cpu()) for name, x in grid.items()
                           if name != "log_p"},
               "by_position": by_position(grid, r.response_mask, -(-max_new_tokens // BUCKETS))}
+    report["sampling_mismatch"] = torch.where(r.response_mask, grid["log_p"] - r.log_p, 0).abs().max().item()
     asked = [i for i, row in enumerate(rows) if row["answer"] is not None]
     if asked:
         some, how = [rows[i] for i in asked], dict(answered=answered, max_new_tokens=max_new_tokens)
@@ -221,9 +243,9 @@ def diagnose_pair(pair, rows, *, answered, k=16, n=2, max_new_tokens=128, temper
             if depth == depths[0] and not right.any() and not any(x.any() for x in finished[depth][1:3]):
                 break
         report["continuation"] = [
-            {"depth": depth, "tokens": tokens, "student": estimate(student), "teacher": estimate(teacher),
-             "gain": estimate(gain)} for depth, (gain, student, teacher, tokens) in finished.items()]
-        report["predicted_gain"] = estimate(torch.stack([gain for gain, *_ in finished.values()]).mean(0))
+            {"depth": depth, "tokens": tokens, "student": estimate(student, SHARE), "gain": estimate(gain, GAIN),
+             "teacher": estimate(teacher, SHARE)} for depth, (gain, student, teacher, tokens) in finished.items()]
+        report["predicted_gain"] = estimate(torch.stack([gain for gain, *_ in finished.values()]).mean(0), GAIN)
     report["verdict"], report["reasons"] = verdict(report)
     return report
 
@@ -231,11 +253,9 @@ def diagnose_pair(pair, rows, *, answered, k=16, n=2, max_new_tokens=128, temper
 def verdict(report):
     """One of VERDICTS and reasons in words, from compatibility and new capability at states that the student visits.
 
-    Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections.
+    Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections. That nothing was
+    seen decides nothing: "nothing new" takes an upper bound, two errors above the gain, below LEAD.
     """
-    def sure(x):        # further from 0 than chance allows: 1 above, -1 below, else 0
-        error = math.inf if x["standard_error"] is None else x["standard_error"]            # one prompt proves nothing
-        return 0 if abs(x["mean"]) <= 2 * error else math.copysign(1, x["mean"])
     metrics = {name: x["mean"] for name, x in report["metrics"].items()}
     mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
     compatible = mass >= SHARED_MASS
@@ -251,7 +271,8 @@ def verdict(report):
                 f"from the student's own beginnings, mean over depths, teacher - student is "
                 f"{plus_minus(gain, '+.3f')} (6.1)"]
     if first["student"]["mean"] == first["teacher"]["mean"] == 0:
-        reasons.append("neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens")
+        return UNDECIDED if compatible else INCOMPATIBLE, reasons + [
+            "neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens"]
     if sure(first["gain"]) < 0:
         return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
     if not compatible or sure(first["gain"]) > 0 > sure(gain):
@@ -259,39 +280,19 @@ def verdict(report):
             "the two part ways at states that the student visits (3.1); a cold start moves those (5.1)"]
     if sure(gain) < 0:
         return HARMFUL, reasons + ["where the student is, the teacher does worse (3.3)"]
-    if sure(gain) == 0:
+    error, m = gain["standard_error"] or math.inf, report["prompts"]
+    if sure(gain) == 0 and gain["mean"] + 2 * error < LEAD:
         return NOTHING_NEW, reasons + [
-            "a gain within two standard errors: size or another seed is no new knowledge (3.2)"]
+            f"{LEAD} or more would have shown: size or another seed is no new knowledge (3.2)"]
+    if sure(gain) == 0:
+        more = f"{math.ceil(m * (2 * error / LEAD) ** 2) - m} more" if error < math.inf else "more"
+        return UNDECIDED, reasons + [f"nothing is sure after {m} prompts: {more} would tell a gain of {LEAD} (--count)"]
     return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
-
-
-def coherence(chunks):
-    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g (c, V), h (c, H).
-
-    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they cancel
-    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) / sum |G_t|
-    cosine     the mean cosine between two different positions, each weighing the same; its null is 0
-    size       mean_t |G_t|, and positions, how many have a gradient at all
-    The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
-    """
-    total, units, norms = 0.0, 0.0, []
-    for g, h in chunks:
-        norm = g.norm(dim=-1) * h.norm(dim=-1)                                               # (c,) = |g h'|
-        unit = g / norm.clamp_min(1e-30).unsqueeze(-1)                                       # zero rows stay zero
-        total, units = total + g.T @ h, units + unit.T @ h                                   # (V, H)
-        norms.append(norm)
-    norms = torch.cat(norms).double()
-    n, size = int((norms > 0).sum()), norms.sum().item()
-    if n < 2:
-        raise ValueError("coherence needs two positions with a gradient")
-    return {"coherence": total.double().norm().item() / size, "null": norms.norm().item() / size,
-            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms),
-            "positions": n}
 
 
 def main(argv=None):
     from experiments import plot, tokens
-    from plumbing import files, flags, prompts
+    from plumbing import files, flags, prompts, show
     from plumbing.answers import answered
     from plumbing.exits import one_line
     with one_line("analysis.py"):
@@ -313,6 +314,8 @@ def main(argv=None):
         report = diagnose_pair(pair, rows, answered=answered, n=asked.n, eval_temperature=asked.eval_temperature,
                                eval_top_p=asked.eval_top_p, finishes=asked.finishes, **how)
         print(plot.diagnosis(report))
+        if said := show.mismatch(report, asked.dtype):
+            print(f"warning: {said}", file=sys.stderr)
         files.write_json(asked.out, {"student": asked.student, "teacher": asked.teacher, **report,
                                      **files.provenance()})
 

@@ -19,7 +19,7 @@
                 reward where a response first goes wrong stands beside it
 6.2 coherence   the gradients of single positions with the same three. The paper supposes that a failing teacher's are
                 large and cancel: holds for each of the two if, at step 0, where all three grade the same tokens, they
-                are larger than the successful teacher's, and their sum smaller beside them (analysis.coherence; the
+                are larger than the successful teacher's, and their sum smaller beside them (`coherence` below; the
                 mean cosine of two positions, which weighs small ones alike, may say otherwise: it is printed and drawn)
 6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4, 16, 32, all. Holds
                 if, after 100 steps, 1 ends below 16 of the same objective by more than noise, and no other does; the
@@ -128,7 +128,7 @@ def signal(student, teacher, world, seed, quick, slips):
         if at is not None and at < len(r.response_ids(i)):
             at_slips.append(reward[at].item())
     gradients = logit_gradients(pair, r, opd.objective(opd.Config()))
-    return {**analysis.coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
+    return {**coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
             "right": right.float().mean().item(), "reward": grid["reward"].nanmean().item(),
             "reward_at_slips": mean(at_slips) if at_slips else None}
 
@@ -152,6 +152,30 @@ def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=
             with torch.enable_grad():
                 loss = objective((z / temperature).log_softmax(-1), log_q, y).sum()
             yield torch.autograd.grad(loss, z)[0], torch.ones_like(z[:, :1]) if student.own_logits else h_p.float()
+
+
+def coherence(chunks):
+    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g (c, V), h (c, H).
+
+    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they cancel
+    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) / sum |G_t|
+    cosine     the mean cosine between two different positions, each weighing the same; its null is 0
+    size       mean_t |G_t|, and positions, how many have a gradient at all
+    The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
+    """
+    total, units, norms = 0.0, 0.0, []
+    for g, h in chunks:
+        norm = g.norm(dim=-1) * h.norm(dim=-1)                                               # (c,) = |g h'|
+        unit = g / norm.clamp_min(1e-30).unsqueeze(-1)                                       # zero rows stay zero
+        total, units = total + g.T @ h, units + unit.T @ h                                   # (V, H)
+        norms.append(norm)
+    norms = torch.cat(norms).double()
+    n, size = int((norms > 0).sum()), norms.sum().item()
+    if n < 2:
+        raise ValueError("coherence needs two positions with a gradient")
+    return {"coherence": total.double().norm().item() / size, "null": norms.norm().item() / size,
+            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms),
+            "positions": n}
 
 
 def depths(world, seed, quick):

@@ -130,16 +130,16 @@ def join(parts, key="runs"):
 
 def difference(ours, theirs, of=("accuracy_after",), than=None):
     """Mean over seeds of an accuracy of ours - one of theirs, and its noise: two standard errors, by the prompts of the
-    evaluation or by the spread between the seeds, whichever is larger.
+    evaluation, in pairs (analysis.ahead), or by the spread between the seeds, whichever is larger.
 
     of: its keys in each of ours; than: those in theirs, where they are others. Of several the mean in a run is taken,
     of their standard errors too: they are of the same prompts.
     """
     each, variances = [], []
     for a, b in zip(ours, theirs, strict=True):
-        mine, other = [a[key] for key in of], [b[key] for key in than or of]
-        each.append(mean(x["mean"] for x in mine) - mean(x["mean"] for x in other))
-        variances.append(sum(mean(x["standard_error"] for x in part) ** 2 for part in (mine, other)))
+        leads = [analysis.ahead(a[mine], b[other]) for mine in of for other in (than or [mine])]
+        each.append(mean(x["mean"] for x in leads))
+        variances.append(mean(x["standard_error"] for x in leads) ** 2)
     spread = stdev(each) ** 2 if len(each) > 1 else 0
     return mean(each), 2 * math.sqrt(max(mean(variances), spread) / len(each))
 

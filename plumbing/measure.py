@@ -1,11 +1,13 @@
 """plumbing/measure.py: a step's metrics from the grid of its positions; accuracy and distance on held-out prompts."""
 import resource
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
 
-from analysis import BUCKETS, by_position, estimate
+from analysis import BUCKETS, SHARE, by_position, estimate
+from plumbing import show
 from plumbing.answers import answered
 from plumbing.processes import gathered, over_processes, processes
 from recipes import is_degenerate
@@ -45,8 +47,8 @@ def broken(losses, r, rows, n):
 
 
 def accuracy(cfg, pair, rows, model):
-    """avg@eval_n of a model on the rows that have answers: -> {"mean", "standard_error", "samples", "truncated"}, None
-    where none has. The same draws for every model.
+    """avg@eval_n of a model on the rows that have answers: -> {"mean", "standard_error", "samples", "truncated",
+    "each": right answers to each of the prompts}, None where none has. The same draws for every model.
 
     The standard error is that of the mean over prompts, from the spread of the prompts' own means: the n answers to one
     prompt are not independent.
@@ -57,8 +59,8 @@ def accuracy(cfg, pair, rows, model):
     right, truncated = (over_processes(x.int().to(pair.device)).cpu() for x in answered(
         pair, rows, model=model, n=cfg.eval_n, max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
         temperature=cfg.eval_temperature, top_p=cfg.eval_top_p, seed=cfg.seed + 1, share=processes()))
-    return {**estimate(right.double().mean(1)), "samples": right.numel(),
-            "truncated": truncated.double().mean().item()}
+    return {**estimate(right.double().mean(1), SHARE), "samples": right.numel(),
+            "truncated": truncated.double().mean().item(), "each": right.sum(1).tolist()}
 
 
 def distance(cfg, pair, rows, per_position):
@@ -70,6 +72,8 @@ def distance(cfg, pair, rows, per_position):
     r.is_response &= not idle
     grid = pair.grade(r, per_position, temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature)
     found = means(grid, r, cfg.max_new_tokens)
+    if said := show.mismatch(found, cfg.dtype):
+        warnings.warn(said)
     if found["loss"] != found["loss"] or abs(found["loss"]) == float("inf"):
         raise FloatingPointError(f"held-out prompts, loss {found['loss']}: a model's output is not finite; look at the "
                                  "two checkpoints, or --resume with a lower --lr")

@@ -71,14 +71,20 @@ def collapse(history, window=5):
     return f"signs of collapse: {said}; lower --lr or --max-new-tokens, or begin with a cold start (paper 5.1, 6.1)"
 
 
+def mismatch(row, dtype):
+    """A sentence where log-probabilities as sampled and as scored are not the same but for rounding, else ""."""
+    off = row.get("sampling_mismatch") or 0.0
+    return (f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
+            * (off > MISMATCH[dtype]))
+
+
 def signs(history, dtype):
     """What is wrong with a run, by its last row and those before: {kind: a sentence, or None}."""
     row = history[-1]
-    off, repeats, apart = row["sampling_mismatch"] or 0.0, row["repetition_fraction"], history[0]["reverse_kl"] or 0.0
+    repeats, apart = row["repetition_fraction"], history[0]["reverse_kl"] or 0.0
     return {
         "collapse": collapse(history),
         "repetition": f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl" * (repeats > 0.5),
-        "mismatch": f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
-                    * (off > MISMATCH[dtype]),
+        "mismatch": mismatch(row, dtype),
         "apart": f"student and teacher begin {apart:.1f} nats a token apart: was the teacher trained with another "
                  "template? If not, begin with a cold start (paper 5.1)" * (apart > IMPLAUSIBLE)}

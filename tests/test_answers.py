@@ -11,7 +11,7 @@ from conftest import VOCAB, tiny, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import gap_recovery
+from analysis import ahead, estimate, gap_recovery
 from plumbing.answers import as_number, read_answer, same_answer
 from plumbing.flags import Config
 from plumbing.measure import accuracy
@@ -255,7 +255,8 @@ def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypat
                 (split(student, VOCAB), split(teacher, VOCAB)), torch.device("cpu"))
     rows = [{"ids": [i], "answer": answer} for i, answer in ((1, "1"), (2, "1"), (4, None), (3, "1"))]
     got = accuracy(Config(eval_n=2, max_new_tokens=2, eval_temperature=1.0, eval_top_p=1.0), pair, rows, student)
-    assert got == {"mean": 0.5, "standard_error": pytest.approx(0.5 / 3 ** 0.5), "samples": 6, "truncated": 1.0}
+    assert got == {"mean": 0.5, "standard_error": pytest.approx(0.5 / 3 ** 0.5), "samples": 6, "truncated": 1.0,
+                   "each": [2, 1, 0]}
     assert accuracy(Config(), pair, rows[2:3], student) is None           # no answer, no accuracy
 
 
@@ -266,6 +267,22 @@ def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
     assert gap_recovery(at(0.9), at(0.6), at(0.5)) == pytest.approx(0.75)
     assert gap_recovery(at(0.5), at(0.8), at(0.55)) is None
     assert gap_recovery(at(0.5), at(0.6), at(0.57)) == pytest.approx(10 / 7)       # 2 sqrt(2) .02 = .0566
+
+
+def test_accuracies_of_the_same_prompts_are_compared_in_pairs():
+    """Case 18: before, after and teacher answer the same prompts with the same draws. A teacher who solves each that
+    the student does, and a tenth more, is ahead beyond doubt; by two separate errors the gap was noise.
+    """
+    def of(each, **more):
+        return {**estimate(torch.tensor(each) / 2, (0.0, 1.0)), "samples": 2 * len(each), "each": each, **more}
+    before = of([2, 0] * 50)
+    teacher = of([2, 0] * 40 + [2, 2] * 10)
+    unpaired = [{name: x[name] for name in ("mean", "standard_error")} for x in (before, teacher)]
+    assert gap_recovery(before, teacher, teacher) == pytest.approx(1)
+    assert gap_recovery(unpaired[0], unpaired[1], unpaired[1]) is None
+    lead = ahead(teacher, before)
+    assert lead["mean"] == pytest.approx(0.1) and lead["standard_error"] == pytest.approx(0.0332, abs=1e-3)
+    assert ahead(unpaired[1], before)["standard_error"] > 0.06                              # one side does not know
 
 
 def history(**ends):

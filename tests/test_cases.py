@@ -4,6 +4,7 @@ Those of one kind stand elsewhere: different ends in test_ends.py, answers in te
 test_diagnose.py, architectures in test_architectures.py. tests/README.md maps them all.
 """
 import contextlib
+import io
 import json
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from tokenizers import processors
 from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM, Phi3Config
 
+import analysis
+import opd
 import recipes
 from analysis import continuation
 from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
@@ -237,3 +240,23 @@ def test_a_number_that_is_none_is_refused_by_every_command(parse, words, number)
     """Case 12: analysis.py and recipes.py went on with it, to a traceback or a verdict."""
     with pytest.raises(ValueError, match=f"--temperature {number}: must be (at least|above) 0"):
         parse([*words, number])
+
+
+def test_a_mismatch_is_told_at_once(world, tmp_path, monkeypatch):                          # noqa: F811
+    """Case 19: held_out_before knew it, the warning waited for step 1, and analysis.py never gave one."""
+    def off(*args, **how):
+        r = rollout(*args, **how)
+        r.log_p -= 0.5
+        return r
+    monkeypatch.setattr("teacher.rollout", off)
+    monkeypatch.setattr("opd.update", lambda *_: pytest.fail("a step was taken before it was said"))
+    with (pytest.warns(UserWarning, match="differ by up to 0.5 nats: this is not on-policy"),
+          pytest.raises(pytest.fail.Exception)):
+        opd.distil(config(world, tmp_path / "run"))
+    out, err = tmp_path / "d.json", io.StringIO()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        analysis.main(["--student", f"{world}/student", "--teacher", f"{world}/teacher", "--prompts",
+                       f"{world}/prompts.jsonl", "--count", "4", "--k", "4", "--max-new-tokens", "6",
+                       "--out", str(out)])
+    assert "warning: log-probabilities as sampled and as scored differ by up to 0.5 nats" in err.getvalue()
+    assert json.loads(out.read_text())["sampling_mismatch"] == pytest.approx(0.5, abs=1e-3)
