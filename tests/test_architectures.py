@@ -122,14 +122,19 @@ def table():
     return "\n".join(lines) + "\n"
 
 
+def working(made):
+    """The architectures of a table that work, however: set of str."""
+    return {name for line in made.splitlines() if line.startswith("| works") for name in
+            line.split("|")[2].strip().split(", ")}
+
+
 @pytest.mark.slow
 def test_every_architecture_works_or_is_refused_in_one_line():
     """Cases 2 and the crashes: none ends in a traceback, none is graded by other numbers than it was sampled with."""
     made = table()
     assert "TRACEBACK" not in made, made
-    assert "mamba" in made.split("| works (")[1].split("\n")[0].split(", ")
-    if f"transformers {transformers.__version__}," in TABLE.read_text():
-        assert made == TABLE.read_text()
+    assert "mamba" in working(made)
+    assert working(TABLE.read_text()) & NAMES.keys() <= working(made)           # of those that this transformers has
 
 
 if __name__ == "__main__":
