@@ -20,7 +20,7 @@ from analysis import diagnose  # noqa: E402
 from plumbing.models import probe  # noqa: E402
 from teacher import Pair, split  # noqa: E402
 
-TABLE, VOCAB, SECONDS = Path(__file__).parent / "architectures.md", 48, 30
+TABLE, VOCAB, SECONDS = Path(__file__).parent / "architectures.md", 48, 15
 SMALL = {                                               # of these a configuration is given what it has
     VOCAB: "vocab_size",
     64: "max_position_embeddings n_positions n_ctx intermediate_size n_inner ffn_dim d_ff decoder_ffn_dim "

@@ -282,6 +282,7 @@ def test_the_table_has_its_forty_cases():
     assert sum(map(len, KINDS.values())) >= 40
 
 
+@pytest.mark.slow
 def test_the_command_itself_says_it_in_one_line(world, tmp_path):
     """A process of its own: nothing that a library prints stands beside the line."""
     flags = dict(teacher=f"{world}/garbage")

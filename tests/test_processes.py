@@ -58,9 +58,8 @@ def gradients(cfg):
     return {**out, "cold": steps[0]}
 
 
-@pytest.mark.parametrize("change", [
-    dict(objective="full"),
-    pytest.param(dict(gradient_checkpointing=True, teacher="gemma3"), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [dict(objective="full"), dict(gradient_checkpointing=True, teacher="gemma3")])
 def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change):      # noqa: F811
     """trl#4105, easydistill#16 over processes: one denominator for all, whatever each of them got: five or six
     micro-batches of unlike sizes here; in the evaluation one process has nothing to do.

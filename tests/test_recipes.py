@@ -359,7 +359,8 @@ def cut(pair, folder, at_once, whole, row, torn):
                 file.write(line[:torn(line)])
 
 
-@pytest.mark.parametrize("at_once", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("at_once", [1, 3])
 @pytest.mark.parametrize("row, torn", [
     (0, lambda line: 0), (2, lambda line: 20), (4, len), (8, lambda line: 1), (10, len),
 ], ids=["0 clean", "2 torn", "4 without its end", "8 torn", "10 without its end"])

@@ -66,7 +66,8 @@ def pair_of(tokenizer, *, size=None, **shape):
     """Two tiny models over a tokenizer's words."""
     size = size or len(tokenizer)
     student, teacher = (tiny("llama", seed=seed, vocab_size=size, **shape) for seed in (0, 1))
-    ending = dict(eos_ids=[tokenizer.eos_token_id], merge_ends=True, pad_id=0, vocab_size=size)
+    ends = [i for i in [tokenizer.eos_token_id] if i is not None]
+    ending = dict(eos_ids=ends, merge_ends=True, pad_id=0, vocab_size=size)
     return Pair(student, teacher, tokenizer, ending,
                 (split(student, size), split(teacher, size)), torch.device("cpu"), contextlib.nullcontext)
 
