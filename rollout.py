@@ -45,7 +45,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     if not prompts or not all(prompts) or max_new_tokens < 1:
         raise ValueError("every prompt needs at least one token, and max_new_tokens must be at least 1")
     device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
-    seeds = seeds or torch.randint(2 ** 62, (len(prompts),), device="cpu").tolist()
+    seeds = seeds if seeds is not None else torch.randint(2 ** 62, (len(prompts),), device="cpu").tolist()
     u = torch.cat([torch.rand(n, T, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed))
                    for seed in seeds]).to(device)                                           # (B, T)
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
@@ -167,6 +167,7 @@ def one_end(logits, ends, temperature=1.0):
     """
     if len(ends) < 2:
         return logits
+    ends = torch.as_tensor(ends, device=logits.device)
     whole = (logits[..., ends] / temperature).logsumexp(-1, keepdim=True) * temperature
     return logits.index_fill(-1, ends[1:], -torch.inf).index_copy(-1, ends[:1], whole)
 

@@ -25,7 +25,8 @@ def log_probs(model, ids, attention_mask, is_response, *, vocab_size=None, ends=
     """log softmax(logits / T) at the states that predict the response tokens, packed row by row:
     (B, L) ids, (B, L) bool, (B, L) bool true at response tokens -> (N, V), nats, differentiable.
 
-    A model's opinion of a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response). ends: see one_end.
+    A model's opinion of a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response); of one by Pair.write,
+    to which all ends are one, with ends=pair.ending["eos_ids"].
     """
     logits = model(input_ids=ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask),
                    use_cache=False).logits                                                          # (B, L, V)

@@ -87,7 +87,7 @@ def test_what_is_sampled_is_what_is_scored(architecture, temperature):
     assert {response[-1] for response in said if len(response) < 8} == {A}                  # the student's own
     assert not {B, 9} & {token for response in said for token in response}
     plain = log_probs(student, r.ids, r.attention_mask, r.is_response, vocab_size=len(WORDS),
-                      ends=torch.tensor(ends), temperature=temperature)
+                      ends=pair.ending["eos_ids"], temperature=temperature)
     recorded, y = r.log_p[r.response_mask], r.ids[r.is_response]
     torch.testing.assert_close(plain.gather(-1, y.unsqueeze(-1)).squeeze(-1), recorded, rtol=0, atol=1e-4)
     graded = pair.grade(r, both, temperature=temperature, teacher_temperature=temperature)
