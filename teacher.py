@@ -165,7 +165,7 @@ class Pair:
     student: torch.nn.Module
     teacher: torch.nn.Module
     tokenizer: Callable      # the student's
-    ending: dict             # eos_ids, merge_ends, pad_id, vocab_size, in_flight: what every rollout is given
+    ending: dict             # eos_ids, merge_ends, pad_id, vocab_size, in_flight, decoder: for each rollout
     splits: tuple            # Split of the student, Split of the teacher
     device: torch.device
     autocast: Callable = contextlib.nullcontext      # -> context manager of the computation's dtype

@@ -41,6 +41,7 @@ from plumbing.flags import check_run
 from plumbing.processes import batch, one_of_several
 from plumbing.prompts import encode, encode_for, load_prompts, questions
 from plumbing.run import Run
+from plumbing.slots import fastest
 from rollout import left_pad, rollout
 
 GIB = 2 ** 30
@@ -107,7 +108,7 @@ def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
                                   num_return_sequences=n, pad_token_id=pad_id, eos_token_id=sorted(eos_ids) or None)
 
         def ours():
-            r = rollout(model, prompts, n=n, max_new_tokens=T, eos_ids=eos_ids, pad_id=pad_id,
+            r = rollout(model, prompts, n=n, max_new_tokens=T, eos_ids=eos_ids, pad_id=pad_id, decoder=fastest,
                         seeds=list(range(len(prompts))))
             return r.response_mask.sum(1).tolist()
 
@@ -148,7 +149,7 @@ def floor(name, model, prompts, pad_id):
     step = {}
     for rows in (1, len(prompts) * 4):
         short, long = (median(clock(lambda: rollout(model, (prompts * 4)[:rows], max_new_tokens=T, eos_ids=(),
-                                                    pad_id=pad_id))
+                                                    pad_id=pad_id, decoder=fastest))
                               for _ in range(3)) for T in (1, 17))
         step[rows] = (long - short) / 16
     return {"part": "floor", "model": name, "weights": weights, "bandwidth": bandwidth, "floor": weights / bandwidth,

@@ -37,6 +37,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing.slots import fastest  # noqa: E402
 from rollout import position_ids, rollout  # noqa: E402
 
 CONNECTORS = "so then next now thus hence well ok right let's".split()
@@ -187,7 +188,7 @@ def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
     """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n * samples,)."""
     prompts, answers = question(*problems(n, generator, digits), template)
     seeds = torch.randint(2 ** 62, (n,), generator=generator).tolist()
-    r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, seeds=seeds)
+    r = rollout(model, prompts, n=samples, max_new_tokens=96, eos_ids={ID["<eos>"]}, seeds=seeds, decoder=fastest)
     ends = [[ID["Answer:"], ID["0"] + answer, ID["<eos>"]] for answer in answers.repeat_interleave(samples).tolist()]
     return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from plumbing.exits import is_out_of_memory
+from plumbing.slots import fastest
 from rollout import position_ids, rollout
 from teacher import Pair, check_tokens
 
@@ -33,7 +34,7 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
     pair = Pair.of(student, teacher, mine, theirs, merge_ends=ends == "merged", chunk=chunk or None, autocast=(
         contextlib.nullcontext if dtype == "float32" else lambda: torch.autocast(device.type, dtypes[0])))
     pair.micro_batch_tokens = micro_batch_tokens or activations(student, device, dtypes[0].itemsize)
-    pair.ending["in_flight"] = in_flight or None
+    pair.ending.update(in_flight=in_flight or None, decoder=fastest)
     return pair
 
 
@@ -138,7 +139,7 @@ def probe(model, path):
           (log_p[:, :-1] - begun).abs().max())
     with refused(f"{path}: {type(model).__name__} cannot write"):
         r = rollout(model, [[5 % V, 3 % V, 6 % V, 4 % V], [7 % V, 3 % V]], n=2, max_new_tokens=8, seeds=[0, 1],
-                    eos_ids=range(0, V, 6))                                     # some end before the others
+                    eos_ids=range(0, V, 6), decoder=fastest)                    # some end before the others
         padded = read(r.ids, r.attention_mask)
         alone = [read(ids[mask].unsqueeze(0), mask[mask].unsqueeze(0))[0] for ids, mask in zip(r.ids, r.attention_mask)]
     keeps("reads a text otherwise where padding stands before it",

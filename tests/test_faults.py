@@ -27,7 +27,7 @@ import recipes
 import rollout
 import teacher
 from conftest import WORDS, Killed, tiny
-from plumbing import exits, files, measure, models, processes, prompts, run, show
+from plumbing import exits, files, measure, models, processes, prompts, run, show, slots
 from plumbing.run import LOGS, Run
 from test_opd import PROMPTS, config, ready, rows, weights, world                  # noqa: F401: a fixture
 
@@ -129,7 +129,7 @@ def signals_at(monkeypatch, owner, name, call, signum=signal.SIGINT, after=False
 
 
 @pytest.mark.parametrize("owner, name, call, after, steps", [
-    pytest.param(rollout.Slots, "feed", 30, False, None, id="in a rollout"),
+    pytest.param(slots.Slots, "feed", 30, False, None, id="in a rollout"),
     pytest.param(teacher.Pair, "grade", 4, False, 3, id="in grading"),
     pytest.param(torch.optim.AdamW, "step", 3, False, 3, id="before the update", marks=pytest.mark.slow),
     pytest.param(torch.optim.AdamW, "step", 3, True, 3, id="after the update"),
@@ -790,7 +790,7 @@ def bombs(draw):
              at_call(teacher, "rollout", 1, after=True),
              at_call(recipes, "is_degenerate", 2), at_call(torch.optim.AdamW, "step", 2),
              at_call(measure, "accuracy", 1)]
-    middle = [at_call(rollout.Slots, "feed", draw.randint(5, 9)),
+    middle = [at_call(slots.Slots, "feed", draw.randint(5, 9)),
               at_call(torch.Tensor, "backward", draw.randint(3, 6)),
               at_call(torch.optim.AdamW, "step", 2), at_call(torch.optim.AdamW, "step", 3, after=True), half_a_line(3),
               at_call(Run, "log", 3), at_call(Run, "log", 3, after=True),

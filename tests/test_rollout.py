@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import VOCAB, WINDOW, tiny
 
-import rollout as module
-from rollout import Slots, draw, left_pad, position_ids, rollout
+from plumbing.slots import fastest
+from rollout import Waves, draw, left_pad, position_ids, rollout
 from teacher import log_probs
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14]]                                # of uneven length
@@ -26,9 +26,9 @@ def some_seeds(count, seed=SEED):
     return torch.randint(2 ** 62, (count,), generator=seeded(seed)).tolist()
 
 
-def sample(model, prompts=PROMPTS, *, eos_ids=(), seed=SEED, n=3, seeds=None, **options):
+def sample(model, prompts=PROMPTS, *, eos_ids=(), seed=SEED, n=3, seeds=None, decoder=fastest, **options):
     return rollout(model, prompts, n=n, max_new_tokens=LENGTH, eos_ids=eos_ids,
-                   seeds=seeds or some_seeds(len(prompts), seed), **options)
+                   seeds=seeds or some_seeds(len(prompts), seed), decoder=decoder, **options)
 
 
 def responses(r):
@@ -127,14 +127,15 @@ def batches(model):
 
 
 @pytest.mark.parametrize("places", [1, 2, 3, 5])
-def test_a_response_does_not_depend_on_what_is_written_beside_it(model, places):
+@pytest.mark.parametrize("decoder", [Waves, fastest])
+def test_a_response_does_not_depend_on_what_is_written_beside_it(model, decoder, places):
     """The fast path is the plain one: few in flight, the next prompts joining at once or (Gemma 3's sliding windows) in
     waves, give the very tokens of all in flight, since a token's uniform number is its own (in float64, where kernels
     round alike enough)."""
     model = model.double()
     eos_ids = common(sample(model, MANY, n=2), 6)[1:]
     whole, seen = sample(model, MANY, n=2, eos_ids=eos_ids), batches(model)
-    few = sample(model, MANY, n=2, eos_ids=eos_ids, in_flight=2 * places + 1)
+    few = sample(model, MANY, n=2, eos_ids=eos_ids, in_flight=2 * places + 1, decoder=decoder)
     for field in ("ids", "attention_mask", "response_mask", "truncated"):
         assert torch.equal(getattr(few, field), getattr(whole, field)), field
     torch.testing.assert_close(few.log_p, whole.log_p)
@@ -167,11 +168,13 @@ def one_by_one(model, prompt, u, eos_ids, temperature):
 
 @pytest.mark.parametrize("in_flight", [None, 6])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_tokens_are_those_of_one_by_one_decoding(model, temperature, in_flight):
+@pytest.mark.parametrize("decoder", [Waves, fastest])
+def test_the_tokens_are_those_of_one_by_one_decoding(model, decoder, temperature, in_flight):
     """Rows leave, others join and take their places: every response is what a plain loop would have drawn for it."""
     model, seeds = model.double(), some_seeds(len(MANY))
     eos_ids = common(sample(model, MANY, n=2), 6)[1:]
-    r = sample(model, MANY, n=2, eos_ids=eos_ids, seeds=seeds, in_flight=in_flight, temperature=temperature)
+    r = sample(model, MANY, n=2, eos_ids=eos_ids, seeds=seeds, in_flight=in_flight, temperature=temperature,
+               decoder=decoder)
     for i, seed in enumerate(seeds):
         u = torch.rand(2, LENGTH, dtype=torch.float64, generator=seeded(seed))
         for j in range(2):
@@ -185,141 +188,6 @@ def test_one_prompt_at_least_is_in_flight():
     whole, seen = sample(model, MANY, n=3), batches(model)
     few = sample(model, MANY, n=3, in_flight=1)
     assert torch.equal(few.ids, whole.ids) and max(rows for rows, _ in seen) == 3
-
-
-def test_waiting_prompts_take_the_places_of_finished_rows():
-    """A queue, not waves: prompts are read while others are still being written, and each is read once."""
-    model = tiny("llama")
-    eos_ids, seen = common(sample(model, MANY), 8), batches(model)
-    r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
-    in_waves = sum(int(part.max()) for part in r.response_mask.sum(1).split(9))     # one for the prompts of each wave
-    assert len(seen) < in_waves
-    many = [[prompt] for prompt in range(3, 40)]
-    seen.clear()
-    sample(model, [prompt + [2] for prompt in many], n=1, eos_ids=eos_ids, in_flight=5)
-    assert sum(rows for rows, tokens in seen if tokens > 1) == len(many)            # each is read once
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_rows_that_have_left_leave_no_columns_behind(monkeypatch, in_place):
-    """However many prompts pass through few places, the cache is no wider than the prompts and one response."""
-    if not in_place:
-        monkeypatch.setattr(module, "DynamicLayer", object)                         # no layer is of that very type
-    model, widths = tiny("llama"), []
-    eos_ids = common(sample(model, MANY), 4)
-    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["attention_mask"].size(1)),
-                                    with_kwargs=True)
-    sample(model, [[token, 2] for token in range(3, 40)], n=1, eos_ids=eos_ids, in_flight=4)
-    assert max(widths) <= 2 + LENGTH < len(widths)
-
-
-@pytest.mark.parametrize("in_flight", [None, 6])
-def test_slots_are_the_plain_cache(monkeypatch, in_flight):
-    """Keys and values written where they belong, rows moved into the places of others = transformers' own cache."""
-    for architecture in ("llama", "qwen3", "gpt2"):
-        model = tiny(architecture).double()
-        eos_ids = common(sample(model, MANY), 6)
-        fast = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
-        with monkeypatch.context() as patch:
-            patch.setattr(Slots, "update", lambda *_: pytest.fail("not plain"))
-            patch.setattr(module, "DynamicLayer", object)                           # no layer is of that very type
-            plain = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight)
-        assert torch.equal(fast.ids, plain.ids) and torch.equal(fast.response_mask, plain.response_mask)
-        torch.testing.assert_close(fast.log_p, plain.log_p)
-
-
-def test_sliding_windows_go_through_the_cache_of_transformers(model, architecture, monkeypatch):
-    """Where a cache is more than keys and values, transformers keeps it; where it is not, Slots does, in each layer."""
-    updates, update = [], Slots.update
-    monkeypatch.setattr(Slots, "update", lambda self, keys, values, i, *args, **kwargs: (
-        updates.append(i) or update(self, keys, values, i, *args, **kwargs)))
-    sample(model)
-    assert updates == ([] if architecture == "gemma3" else [0, 1] * (LENGTH - 1))
-
-
-def slots_of(model, prompts, *, n=1, places):
-    ids, mask = left_pad(prompts, 0)
-    return Slots(model, ids, mask, n, places, ids.size(1) + LENGTH)
-
-
-@pytest.mark.parametrize("places, gone, reads", [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0),
-                                                 (9, 3, 3), (4, 4, 4)])
-@torch.no_grad()
-def test_the_next_prompts_are_read_where_a_quarter_of_the_places_is_free(places, gone, reads):
-    """Fewer would not pay for a forward of their own; what is read takes the free places, in order, and no more."""
-    slots = slots_of(tiny("llama"), [[token] for token in range(3, 20)], places=places)
-    slots.fill()
-    slots.fill()
-    assert slots.rows.tolist() == list(range(places))
-    slots.feed(torch.full((places,), 5), torch.zeros(places, dtype=torch.long), going=torch.arange(places) >= gone)
-    assert sorted(slots.rows.tolist()) == list(range(gone, places))
-    slots.fill()
-    assert sorted(slots.rows.tolist()) == list(range(gone, places + reads))
-
-
-@torch.no_grad()
-def played(slots, n, seed):
-    """Random tokens and departures until all prompts have been read and every row has left: yields the text
-    of each response after each step, [(row, its tokens)].
-    """
-    chance, texts = random.Random(seed), {}
-    slots.fill()
-    while len(slots.rows):
-        rows = slots.rows.tolist()
-        for row in rows:
-            texts.setdefault(row, []).append(chance.randrange(VOCAB))
-        y, t = (torch.tensor([f(texts[row]) for row in rows]) for f in (lambda x: x[-1], lambda x: len(x) - 1))
-        slots.feed(y, t, going=torch.tensor([len(texts[row]) < LENGTH and chance.random() < 0.8 for row in rows]))
-        yield [(row, texts[row]) for row in slots.rows.tolist()]
-        slots.fill()
-    assert sorted(texts) == list(range(len(slots.ids) * n))                                # each was written
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
-@pytest.mark.parametrize("seed, n, places", [(0, 1, 4), (1, 2, 3), (2, 3, 8)])
-def test_each_slot_holds_what_a_fresh_reading_of_its_text_gives(name, seed, n, places):
-    """Whatever comes and goes: the keys and values of a row, and its next logits, are those of its text read alone."""
-    model = tiny(name).double()
-    slots = slots_of(model, MANY, n=n, places=places)
-    P, checked = slots.ids.size(1), 0
-    for writing in played(slots, n, seed):
-        assert len(slots.logits) >= len(writing) == len(slots.rows) <= n * places
-        for i, (row, text) in enumerate(writing):
-            prompt = MANY[row // n]
-            with torch.no_grad():
-                alone = model(input_ids=torch.tensor([prompt + text]), use_cache=True)
-            torch.testing.assert_close(slots.logits[i], alone.logits[0, -1])
-            own = slice(P - len(prompt), P + len(text))
-            for buffers, layer in zip(slots.buffers, alone.cache.layers, strict=True):
-                for buffer, x in zip(buffers, (layer.keys, layer.values), strict=True):
-                    torch.testing.assert_close(buffer[i, :, own], x[0])
-            checked += 1
-    assert checked > 10 and all(x.isfinite().all() for x in sum(slots.buffers, []))        # a masked NaN is one too
-
-
-def test_buffers_stay_where_they_are(monkeypatch):
-    """One allocation a layer for keys and one for values: their addresses and shapes are the same at every step,
-    whoever leaves or joins, which is what a CUDA graph needs; what attention is given are views of them.
-    """
-    model, seen, made = tiny("llama"), [], []
-    init, update = Slots.__init__, Slots.update
-
-    def noted(self, keys, values, i, *args, **kwargs):
-        views = update(self, keys, values, i, *args, **kwargs)
-        seen.append((i, *((x.data_ptr(), x.shape) for x in self.buffers[i]), *(x.data_ptr() for x in views)))
-        return views
-    monkeypatch.setattr(Slots, "__init__", lambda self, *args, **kw: made.append(self) or init(self, *args, **kw))
-    monkeypatch.setattr(Slots, "update", noted)
-    eos_ids = common(sample(model, MANY), 6)
-    seen.clear()
-    made.clear()
-    r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
-    slots, = made
-    assert slots.begun == len(MANY) > 3 and len(r.response_mask.sum(1).unique()) > 2       # rows joined, rows left
-    assert len(set(seen)) == len(slots.buffers) == 2 < len(seen)
-    for _, keys, values, *views in set(seen):
-        assert views == [keys[0], values[0]] and keys[1] == values[1] == (9, 2, slots.columns, 8)
-    assert slots.columns == max(map(len, MANY)) + LENGTH
 
 
 @pytest.mark.parametrize("n, places", [(1, None), (3, 4), (2, 1)])
@@ -486,6 +354,15 @@ def test_without_an_eos_every_response_is_full_and_truncated(model):
     """No eos id at all is no error (trl#5725)."""
     r = sample(model)
     assert r.response_mask.all() and r.response_mask.size(1) == LENGTH and r.truncated.all()
+
+
+@pytest.mark.parametrize("in_flight", [None, 6])
+def test_what_stands_after_an_end_is_padding(model, in_flight):
+    """Ids of the padding, no probability, no mask."""
+    eos_ids = common(sample(model, MANY))
+    r = sample(model, MANY, eos_ids=eos_ids, in_flight=in_flight, pad_id=1)
+    after = ~r.response_mask
+    assert after.any() and (r.ids[:, -after.size(1):][after] == 1).all() and not r.log_p[after].any()
 
 
 def test_the_rectangle_is_as_wide_as_the_longest_response():
