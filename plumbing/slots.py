@@ -2,6 +2,7 @@
 
 On a GPU a token of eager transformers is some 80 launches a layer, whatever the number of rows, and takes longer to
 launch than to compute. A CUDA graph replays them all at once, on the addresses that it was captured with.
+To copy: with rollout.py.
 """
 import warnings
 

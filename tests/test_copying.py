@@ -117,6 +117,8 @@ assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["loss"] 
 COPIES = {                          # file -> what its header says, what goes with it, what a user would write
     "loss.py": ("To copy: this file alone.", [], LOSS),
     "rollout.py": ("To copy: this file alone.", [], ROLLOUT),
+    "plumbing/slots.py": ("To copy: with rollout.py.", ["rollout.py"], "from plumbing.slots import fastest\n"
+                          + ROLLOUT.replace("seeds=[0, 1]", "seeds=[0, 1], decoder=fastest")),
     "teacher.py": ("To copy: with loss.py and rollout.py.", ["loss.py", "rollout.py"], TEACHER),
     "analysis.py": ("To copy: this file alone.", [], ANALYSIS),
     "recipes.py": ("To copy: with analysis.py and plumbing/processes.py;", ["analysis.py", "plumbing/processes.py"],

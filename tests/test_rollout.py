@@ -1,7 +1,6 @@
 """Laws of rollout.py, on four architectures: what is drawn, what is recorded of it, where a response ends."""
 import copy
 import math
-import random
 import warnings
 
 import pytest
