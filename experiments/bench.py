@@ -34,6 +34,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lab import ROOT, join, opd, toy, write_text
+import gpu
 import loss
 import teacher
 from plumbing.files import provenance, write_json
@@ -368,7 +369,10 @@ def main():
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
     parser.add_argument("--report", nargs="+", help="run nothing: the table from results files of single parts, joined")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--device", help="cuda: another bench, at the size of Qwen2-1.5B on a GPU, see gpu.py")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)                      # of in_a_process
+    if "--device" in sys.argv:
+        return gpu.main(sys.argv[1:])
     flags = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

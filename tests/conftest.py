@@ -23,6 +23,7 @@ torch.set_num_threads(1)                                   # tiny tensors: a sec
 def pytest_configure(config):
     """Tests marked slow run where they are asked for: python -m pytest -m slow."""
     config.addinivalue_line("markers", "slow: needs a browser, or minutes")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; bash experiments/gpu.sh runs all of them")
     config.option.markexpr = config.option.markexpr or "not slow"
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.collectonly
     config.half = int(os.environ.get("HALF_OF_THE_TESTS", 0)) if whole else None
@@ -35,6 +36,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     if config.half is not None:
         items[:] = items[config.half::2]
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
 def pytest_sessionfinish(session):
