@@ -12,7 +12,7 @@ import json
 import lab
 import plot
 
-MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n") for name in ("findings", "bench")}
+MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n") for name in ("findings", "forecast", "bench")}
 PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
@@ -78,9 +78,10 @@ def table(results):
     return "\n".join([*lines, "", *(f"- {command}" for command in commands)]) + "\n"
 
 
-def bench(results):
-    """The lines that bench.py wrote, as a block of Markdown."""
-    return "```text\n" + (results / "bench.txt").read_text().strip() + "\n```\n"
+def printed(path, start=""):
+    """The lines that a script wrote, from the first that begins so, as a block of Markdown."""
+    text = "\n" + path.read_text().strip()
+    return "```text\n" + text[text.index(f"\n{start}") + 1:] + "\n```\n"
 
 
 def put(made, name, text):
@@ -97,7 +98,8 @@ def main():
     made = table(results)
     print(made)
     text = put(made, "findings", readme.read_text())
-    readme.write_text(put(bench(results), "bench", text))
+    text = put(printed(results / "forecast.txt", "Spearman"), "forecast", text)
+    readme.write_text(put(printed(results / "bench.txt"), "bench", text))
     for path in results.glob("*.json"):
         if path.stem in PAPER:
             getattr(plot, path.stem)(path, path.with_suffix(".svg"))

@@ -161,12 +161,13 @@ def test_the_table_of_findings_is_a_fresh_report():
 
 
 def test_what_else_the_page_shows_of_results_stands_there_to_the_letter():
-    """The bench's table whole; of recipe.txt and forecast.txt whole lines, in order. Every link leads to a file."""
-    assert report.put(report.bench(HERE / "results"), "bench", README) == README
-    for name in ("forecast", "recipe"):
-        block = README.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
-        lines = iter((HERE / "results" / f"{name}.txt").read_text().splitlines())
-        assert len(block) > 9 and all(line in lines for line in block if line)
+    """The bench's table whole, the forecast's from its summary on; of recipe.txt whole lines, in order. Every link leads
+    to a file."""
+    assert report.put(report.printed(HERE / "results" / "forecast.txt", "Spearman"), "forecast", README) == README
+    assert report.put(report.printed(HERE / "results" / "bench.txt"), "bench", README) == README
+    block = README.split("results/recipe.svg)\n```text\n")[1].split("```")[0].splitlines()
+    lines = iter((HERE / "results" / "recipe.txt").read_text().splitlines())
+    assert len(block) > 9 and all(line in lines for line in block if line)
     assert all((HERE / target).exists() for target in re.findall(r"\]\(([^)#]+)\)", README))
 
 
