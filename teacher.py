@@ -171,6 +171,8 @@ class Pair:
     autocast: Callable = contextlib.nullcontext      # -> context manager of the computation's dtype
     micro_batch_tokens: int = 16384                  # padded tokens in one forward and backward
     chunk: int | None = None                         # positions whose logits exist at a time
+    whole: Callable = contextlib.nullcontext         # -> context manager inside which a sharded student is whole
+    rounds: Callable = int                           # micro-batches here -> of the busiest process, if sharded
 
     @classmethod
     def of(cls, student, teacher, student_tokenizer, teacher_tokenizer, *, merge_ends=True, **settings):
@@ -203,7 +205,7 @@ class Pair:
         """
         draw, mine = torch.Generator().manual_seed(seed), slice(share[0], None, share[1])
         seeds = torch.randint(2 ** 62, (len(prompts),), device="cpu", generator=draw).tolist()
-        with self.autocast():
+        with self.autocast(), self.whole() if model in (None, self.student) else contextlib.nullcontext():
             return rollout(model or self.student, prompts[mine], seeds=seeds[mine], **self.ending, **how)
 
     def given(self, examples):
@@ -226,7 +228,9 @@ class Pair:
         ends = torch.tensor(self.ending["eos_ids"] * self.ending["merge_ends"], dtype=torch.long, device=self.device)
         p, q = (lambda h: one_end(student.head(h).float(), ends, temperature),
                 lambda h: one_end(teacher.head(h).float(), ends.to(h.device), teacher_temperature))
-        for rows, columns in micro_batches(r.attention_mask, self.micro_batch_tokens):
+        parts = [(*part, scale) for part in micro_batches(r.attention_mask, self.micro_batch_tokens)]
+        parts += [(*parts[0][:2], scale and 0 * scale)] * (self.rounds(len(parts)) - len(parts))        # of no weight
+        for rows, columns, scale in parts:
             ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))      # (b, L)
             with self.autocast():
                 with torch.no_grad():

@@ -138,11 +138,10 @@ def answered(pair, rows, *, model=None, starts=None, n=1, max_new_tokens, seed=0
     size = max(1, at_once // n)                                                         # like lengths: little padding
     for first in tqdm(range(0, len(order), size), desc="answers", leave=False, mininterval=1, disable=None):
         part = order[first:first + size]
-        mine = part[share[0]::share[1]]
-        if mine:
-            r = pair.write([rows[i]["ids"] + starts[i] for i in part], model=model, n=n, seed=seed + first, share=share,
-                           max_new_tokens=max(room[i] for i in part), **how)
-            for row in range(len(r.ids)):
-                i, j = mine[row // n], row % n
-                right[i, j], truncated[i, j] = judge(i, starts[i] + r.response_ids(row)[:room[i]])
+        mine, asked = part[share[0]::share[1]], part + part[:1] * (share[1] - len(part))    # who has none writes, too
+        r = pair.write([rows[i]["ids"] + starts[i] for i in asked], model=model, n=n, seed=seed + first, share=share,
+                       max_new_tokens=max(room[i] for i in part), **how)
+        for row in range(len(mine) * n):
+            i, j = mine[row // n], row % n
+            right[i, j], truncated[i, j] = judge(i, starts[i] + r.response_ids(row)[:room[i]])
     return right, truncated

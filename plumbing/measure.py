@@ -70,7 +70,8 @@ def distance(cfg, pair, rows, per_position):
     r = pair.write([row["ids"] for row in rows], max_new_tokens=cfg.max_new_tokens, temperature=cfg.temperature,
                    seed=cfg.seed + 2, share=(rank, world))
     r.is_response &= not idle
-    grid = pair.grade(r, per_position, temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature)
+    with pair.whole():
+        grid = pair.grade(r, per_position, temperature=cfg.temperature, teacher_temperature=cfg.teacher_temperature)
     found = means(grid, r, cfg.max_new_tokens)
     if said := show.mismatch(found, cfg.dtype):
         warnings.warn(said)

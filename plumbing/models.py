@@ -16,17 +16,18 @@ from teacher import Pair, check_tokens
 
 def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype="", teacher_device_map="",
               gradient_checkpointing=False, trust_remote_code=False, micro_batch_tokens=0, chunk=0, in_flight=0,
-              ends="merged"):
+              ends="merged", shard=False):
     """Two directories or hub names -> teacher.Pair. Raises ValueError where they cannot be read (load) or do not fit
     (teacher.check_pair); what costs least is looked at first.
 
     The student's weights are float32 whatever the dtype of the computation. micro_batch_tokens 0: see activations.
+    shard: cut them over all processes, see plumbing/shard.py; each reads all of them first, into the memory of its CPU.
     """
     device = pick_device(device)
     mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
     check_tokens(mine, theirs)
     dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
-    student = load(student, device=device, trust_remote_code=trust_remote_code, trainable=True)
+    student = load(student, device="cpu" if shard else device, trust_remote_code=trust_remote_code, trainable=True)
     teacher = load(teacher, device=device, dtype=dtypes[1], device_map=teacher_device_map or None,
                    trust_remote_code=trust_remote_code)
     if gradient_checkpointing:
@@ -35,6 +36,9 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
         contextlib.nullcontext if dtype == "float32" else lambda: torch.autocast(device.type, dtypes[0])))
     pair.micro_batch_tokens = micro_batch_tokens or activations(student, device, dtypes[0].itemsize)
     pair.ending.update(in_flight=in_flight or None, decoder=fastest)
+    if shard:
+        from plumbing.shard import shard_student                                # torch.distributed: half a second
+        shard_student(pair, device, dtypes[0])
     return pair
 
 

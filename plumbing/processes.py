@@ -54,7 +54,8 @@ def summed_gradients(model):
         for p, anywhere in zip(parameters, over_processes(used).tolist()):
             if anywhere:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
+                if not hasattr(p, "full_tensor"):                               # sharded: they are added up already
+                    dist.all_reduce(p.grad)
     return parameters
 
 

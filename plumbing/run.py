@@ -31,7 +31,7 @@ from teacher import Pair
 METRICS, TEXTS, COLD = LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
 STATE = "step cold_step skipped before logs warned seconds digests".split()                 # of a checkpoint
 MAY_DIFFER = {"resume", "steps", "out", "lr", "cold_start_lr", "eval_every", "save_every", "micro_batch_tokens",
-              "chunk", "in_flight", "gradient_checkpointing", "trust_remote_code", "device"}     # of a run that goes on
+              "chunk", "in_flight", "gradient_checkpointing", "shard", "trust_remote_code", "device"}     # on --resume
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -51,6 +51,9 @@ class Run:
         if min(cfg.batch_size, cfg.cold_start_batch_size) < processes()[1]:
             raise ValueError(f"--batch-size {cfg.batch_size}, --cold-start-batch-size {cfg.cold_start_batch_size}: "
                              f"each of the {processes()[1]} processes needs a prompt")
+        if cfg.shard and processes()[1] == 1:
+            raise ValueError("--shard cuts the student over several processes: start them with torchrun, or leave it "
+                             "out")
         if result.exists() and not (begun and cfg.resume and cfg.steps > read_json(result).get("steps", cfg.steps)):
             raise ValueError(f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
                              "more --steps")
@@ -149,7 +152,7 @@ class Run:
     def load_pair(self):
         """The two models as the flags say: -> teacher.Pair."""
         names = ("device dtype teacher_dtype teacher_device_map gradient_checkpointing trust_remote_code "
-                 "micro_batch_tokens chunk in_flight ends").split()
+                 "micro_batch_tokens chunk in_flight ends shard").split()
         pair = Pair.load(self.cfg.student, self.cfg.teacher, **{name: getattr(self.cfg, name) for name in names})
         if self.cfg.k > pair.ending["vocab_size"]:
             raise ValueError(f"--k {self.cfg.k}: the two models share {pair.ending['vocab_size']} tokens; take a "
@@ -180,6 +183,10 @@ class Run:
             warnings.warn("--resume: the prompts are not those of the steps before; the rest of the run takes them as "
                           "they are now")
         try:
+            if self.cfg.shard:
+                from plumbing.shard import cut, cut_moments
+                self.state["student"] = cut(self.state["student"], self.pair.student.state_dict())
+                self.state["optimizer"] = cut_moments(self.state["optimizer"], list(self.pair.student.parameters()))
             self.pair.student.load_state_dict(self.state["student"])
             self.optimizer.load_state_dict(self.state["optimizer"])
         except (RuntimeError, ValueError, KeyError):
@@ -196,17 +203,26 @@ class Run:
         """
         if self.in_a_row or not self.before:
             return
-        student = self.pair.student.state_dict()
-        if not torch.stack([x.isfinite().all() for x in student.values()]).all():
+        student, moments = self.pair.student.state_dict(), self.optimizer.state_dict()
+        mine = [x.to_local() if self.cfg.shard else x for x in student.values()]
+        if not over_processes(torch.stack([x.isfinite().all() for x in mine]).all().int(), dist.ReduceOp.MIN):
             raise FloatingPointError(f"step {self.step}: the update has left weights that are not finite; "
                                      f"{self.left()}, --resume with a lower --lr")
+        student, moments = self.whole(student), self.whole(moments)
         if self.first:
             self.path.parent.mkdir(exist_ok=True)
             state = {**{name: getattr(self, name) for name in STATE}, "config": dataclasses.asdict(self.cfg),
-                     "seconds": self.clock(), "student": student, "optimizer": self.optimizer.state_dict()}
+                     "seconds": self.clock(), "student": student, "optimizer": moments}
             write_whole(self.path, lambda file: torch.save(state, file))
             (self.out / METRICS).touch()                                        # of a run without a step, too
         self.saved = self.cold_step, self.step
+
+    def whole(self, state):
+        """A state_dict; of a sharded student a whole one, for the first process alone."""
+        if self.cfg.shard:
+            from plumbing.shard import joined                                   # half a second, for those who shard
+            state = joined(state, self.first)
+        return state
 
     def clock(self):
         return self.seconds + time.time() - self.started
@@ -266,13 +282,14 @@ class Run:
         """Save the student, and write result.json last: it stands for a complete run. -> what it holds."""
         result = {**self.before, **result, "steps": self.step, "skipped_steps": self.skipped, "seconds": self.clock(),
                   **provenance()}
+        student = self.whole(self.pair.student.state_dict())
         if self.first:
             tokenizer = self.pair.tokenizer
             self.pair.student.generation_config = transformers.GenerationConfig(  # an inherited one may be unsavable
                 eos_token_id=self.pair.ending["eos_ids"], bos_token_id=tokenizer.bos_token_id,
                 pad_token_id=tokenizer.pad_token_id)
             try:
-                self.pair.student.save_pretrained(self.out / "student")
+                self.pair.student.save_pretrained(self.out / "student", state_dict=student)
                 tokenizer.save_pretrained(self.out / "student")
             except Exception as error:                                          # safetensors has one of its own
                 raise OSError(f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes "

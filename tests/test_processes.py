@@ -39,6 +39,11 @@ def words(cfg):
             for word in ["--" + name.replace("_", "-")] + ([] if x is True else [str(x)])]
 
 
+def whole(p):
+    """The gradient of a parameter, of a sharded one put together."""
+    return (p.grad.full_tensor() if hasattr(p, "full_tensor") else p.grad).clone()
+
+
 def gradients(cfg):
     """Gradients and metrics of one update without its step, and of one of the cold start; held-out metrics."""
     (cfg, pair, train, held_out), out = ready(cfg), {}
@@ -47,25 +52,29 @@ def gradients(cfg):
     out["tokens"] = [r.response_ids(row) for row in range(len(r.ids))]
     total = over_processes(r.is_response.sum())
     grid = pair.grade(r, opd.per_position(cfg), scale=1 / total)
-    out["gradients"] = [p.grad.clone() for p in summed_gradients(pair.student)]
+    out["gradients"] = [whole(p) for p in summed_gradients(pair.student)]
+    out["norm"] = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
     out["measured"] = measure.means(grid, r, cfg.max_new_tokens)
     pair.student.zero_grad()
     out["held"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))["reverse_kl"]    # less than one each
     out["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
     optimizer = opd.adamw(cfg, pair.student)
-    optimizer.step = lambda: steps.append([p.grad.clone() for p in pair.student.parameters()])
+    optimizer.step = lambda: steps.append([whole(p) for p in pair.student.parameters()])
     out["cold_start"] = next(recipes.cold_start(pair, optimizer, EXAMPLES, steps=4, batch_size=3))
     return {**out, "cold": steps[0]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [dict(objective="full"), dict(gradient_checkpointing=True, teacher="gemma3")])
-def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change):      # noqa: F811
+@pytest.mark.parametrize("change, shard", [
+    (dict(objective="full"), False), (dict(gradient_checkpointing=True, teacher="gemma3"), False),
+    (dict(objective="full"), True), (dict(gradient_checkpointing=True, student="gemma3"), True)])
+def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change, shard):       # noqa: F811
     """trl#4105, easydistill#16 over processes: one denominator for all, whatever each of them got: five or six
-    micro-batches of unlike sizes here; in the evaluation one process has nothing to do.
+    micro-batches of unlike sizes here; in the evaluation one process has nothing to do. The same of a student that is
+    sharded, the gradients put together again.
     """
-    change = {**change, "teacher": f"{world}/{change.get('teacher', 'teacher')}"}
-    cfg = config(world, tmp_path / "two", micro_batch_tokens=9, **change)
+    change = {name: f"{world}/{x}" if name in ("student", "teacher") else x for name, x in change.items()}
+    cfg = config(world, tmp_path / "two", micro_batch_tokens=9, **change, shard=shard)
     done = start(__file__, "gradients", tmp_path, *words(cfg))
     assert done.returncode == 0, done.stderr
     one = gradients(config(world, tmp_path / "one", micro_batch_tokens=9, **change))
@@ -81,17 +90,19 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
         assert two["measured"]["by_position"]["tokens"] == one["measured"]["by_position"]["tokens"]
         assert two["held"] == pytest.approx(one["held"], rel=1e-5) and two["accuracy"] == one["accuracy"]
         assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
+        assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):       # noqa: F811
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path, shard):    # noqa: F811
     """A process killed in step 4 ends all of them in seconds, with a word; one that is told to stop in step 4 stops all
     of them after it; --resume then ends as the run that was not disturbed. The first process alone wrote: no line
     stands twice.
     """
     how = dict(steps=5, cold_start=4, cold_start_steps=2, cold_start_batch_size=2, cold_start_max_new_tokens=40,
                cold_start_temperature=1.0)
-    cfg = config(world, tmp_path / "two", **how)
+    cfg = config(world, tmp_path / "two", **how, shard=shard)
     died = start(__file__, "dies", tmp_path, *words(cfg))
     assert died.returncode
     assert "opd.py: stopped, as another process has died" in died.stderr
