@@ -67,16 +67,6 @@ def test_every_link_leads_to_a_file(name):
         assert target.startswith("http") or (ROOT / name).parent.joinpath(target).exists(), target
 
 
-def test_its_tables_are_those_that_the_scripts_wrote():
-    """Nobody types a number: what experiments/README.md shows of results/*.txt stands there to the letter."""
-    results, text = ROOT / "experiments" / "results", (ROOT / "experiments" / "README.md").read_text()
-    assert (results / "bench.txt").read_text().strip() in text
-    for name in ("forecast", "recipe"):                                         # of these a part: whole lines, in order
-        block = text.split(f"results/{name}.svg)\n```text\n")[1].split("```")[0].splitlines()
-        lines = iter((results / f"{name}.txt").read_text().splitlines())
-        assert len(block) > 9 and all(line in lines for line in block if line)
-
-
 def test_results_name_no_folder_of_one_machine():
     """A command is written down so that another machine can run it."""
     for file in (ROOT / "experiments" / "results").glob("*.json"):
