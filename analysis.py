@@ -285,8 +285,9 @@ def verdict(report):
         return NOTHING_NEW, reasons + [
             f"{LEAD} or more would have shown: size or another seed is no new knowledge (3.2)"]
     if sure(gain) == 0:
-        more = f"{math.ceil(m * (2 * error / LEAD) ** 2) - m} more" if error < math.inf else "more"
-        return UNDECIDED, reasons + [f"nothing is sure after {m} prompts: {more} would tell a gain of {LEAD} (--count)"]
+        nearer = max(gain["mean"], LEAD - gain["mean"])         # of the two that it may be: a gain, or less than LEAD
+        more = f"some {max(1, math.ceil(m * (2 * error / nearer) ** 2) - m)} more" if error < math.inf else "more"
+        return UNDECIDED, reasons + [f"nothing is sure after {m} prompts: {more} decide if it stays so (--count)"]
     return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
 
 

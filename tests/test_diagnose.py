@@ -536,9 +536,20 @@ def test_a_verdict_at_each_border(change, expected):
 def test_what_was_not_seen_is_undecided_and_says_what_it_would_take():
     """Case 16: a gain within two standard errors of 24 prompts was "nothing new to teach"."""
     verdict, reasons = analysis.verdict(report(alone=(0.05, 0.1), gain=(0.05, 0.1)))
-    assert verdict == UNDECIDED and "nothing is sure after 24 prompts: 72 more would tell a gain of 0.1" in reasons[-1]
+    assert verdict == UNDECIDED and "nothing is sure after 24 prompts: some 360 more decide if it stays so" in reasons[-1]
     verdict, reasons = analysis.verdict(report(student=0.0, alone=(0.0, 0.02), gain=(0.0, 0.02)))
     assert verdict == UNDECIDED and "neither solved a single one" in reasons[-1]
+
+
+@given(st.floats(-0.2, 0.2), st.floats(0.001, 0.3))
+def test_with_so_many_more_prompts_it_would_be_decided(mean, error):
+    """Some prompts, never less than one; as many more make an error at which the same gain is no longer undecided."""
+    verdict, reasons = analysis.verdict(report(gain=(mean, error)))
+    if verdict == UNDECIDED:
+        more = int(reasons[-1].split("some ")[1].split()[0])
+        assert more >= 1
+        smaller = error * (24 / (24 + more)) ** 0.5 * 0.999
+        assert analysis.verdict(report(gain=(mean, smaller)))[0] != UNDECIDED
 
 
 def test_a_few_prompts_that_agree_prove_nothing():
