@@ -293,32 +293,27 @@ def verdict(report):
 
 def main(argv=None):
     from experiments import plot, tokens
-    from plumbing import files, flags, prompts, show
-    from plumbing.answers import answered
+    from plumbing import answers, files, flags, prompts, show
     from plumbing.exits import one_line
     with one_line("analysis.py"):
         asked = flags.parse_analysis(sys.argv[1:] if argv is None else argv)
         if asked.run:
             return plot.runs(asked.run, asked.plot, asked.positions)
         from teacher import Pair
-        rows = prompts.questions_of(asked.prompts, asked.template, asked.seed)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(asked.seed)).tolist()
-        pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
-                         trust_remote_code=asked.trust_remote_code, micro_batch_tokens=asked.micro_batch_tokens,
-                         ends=asked.ends)
-        rows = pair.encode([rows[i] for i in order[:asked.count]], max_prompt_tokens=asked.max_prompt_tokens,
-                           new_tokens=asked.max_new_tokens, thinking=asked.thinking)
+        rows = prompts.some_questions(asked.prompts, asked.template, asked.seed, asked.count)
+        pair = Pair.load(asked.student, asked.teacher, **flags.of_pair(asked))
+        rows = prompts.encode_for(asked, pair, rows)
         how = {name: getattr(asked, name) for name in ("k", "max_new_tokens", "temperature", "seed")}
         if asked.tokens:
             tokens.write_page(pair, rows[:8], asked.tokens, **how)
             print(asked.tokens)
-        report = diagnose_pair(pair, rows, answered=answered, n=asked.n, eval_temperature=asked.eval_temperature,
-                               eval_top_p=asked.eval_top_p, finishes=asked.finishes, **how)
+        report = diagnose_pair(pair, rows, answered=answers.answered, n=asked.n, finishes=asked.finishes,
+                               eval_temperature=asked.eval_temperature, eval_top_p=asked.eval_top_p, **how)
         print(plot.diagnosis(report))
         if said := show.mismatch(report, asked.dtype):
             print(f"warning: {said}", file=sys.stderr)
-        files.write_json(asked.out, {"student": asked.student, "teacher": asked.teacher, **report,
-                                     **files.provenance()})
+        whose = {"student": asked.student, "teacher": asked.teacher}
+        files.write_json(asked.out, {**whose, **report, **files.provenance()})
 
 
 if __name__ == "__main__":

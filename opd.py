@@ -6,7 +6,7 @@
     each step:  1  take the next prompts of an endless shuffled list                     plumbing/processes.py
                 2  the student writes n responses to each, y ~ p(.|x)                    rollout.py
                 3  both models read them: log p, log q at the states it visited          teacher.py
-                4  reverse KL at every token, and its mean over the tokens of the step   loss.py
+                4  reverse KL at every token, its mean over the step's tokens, backward  loss.py
                 5  Eq. 6-10 from the same softmaxes                                      analysis.py
                 6  one AdamW update of the student
 

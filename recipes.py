@@ -213,8 +213,7 @@ def main(argv=None):
         rows = prompts.load_prompts(asked.prompts)
         if command == "rollouts":
             files.check_call(asked.out, {**vars(asked), "prompts": files.digest(rows)})
-        pair = Pair.load(asked.student, asked.teacher, device=asked.device, dtype=asked.dtype,
-                         trust_remote_code=asked.trust_remote_code, ends=asked.ends)
+        pair = Pair.load(asked.student, asked.teacher, **flags.of_pair(asked))
         if command == "rollouts":
             rows = prompts.encode_for(asked, pair, in_template(rows[:asked.count], asked.template))
             counts = files.append_answers(asked.out, lambda start: teacher_rollouts(

@@ -131,9 +131,9 @@ def diagnosis(report):
         "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
         "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
         "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
-    for name, title in titles.items():
+    for name in [*titles, *(name for name in r["metrics"] if name not in titles)]:
         x = r["metrics"][name]
-        lines.append(f"{title:32} " + (
+        lines.append(f"{titles.get(name, name):32} " + (
             "none shared" if x["mean"] is None else plus_minus(x, "9.4f")))
     if "continuation" in r:
         score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"

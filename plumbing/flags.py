@@ -6,6 +6,7 @@ A command's flags are the fields of a dataclass: Config (opd.py), DIAGNOSIS (ana
 import argparse
 import dataclasses
 import difflib
+import inspect
 import math
 import tempfile
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from loss import SUPPORTS
 from plumbing.files import check_file
-from plumbing.models import pick_device
+from plumbing.models import load_pair, pick_device
 from recipes import apply_template
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
@@ -162,6 +163,12 @@ class Parser(argparse.ArgumentParser):
             near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
             self.error(f"unknown flag {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
         return given, unknown
+
+
+def of_pair(flags):
+    """Those of a command's flags that Pair.load takes, by name."""
+    names = set(inspect.signature(load_pair).parameters) - {"student", "teacher"}
+    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name in names}
 
 
 def named(name):

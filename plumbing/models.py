@@ -2,6 +2,7 @@
 import contextlib
 import os
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
     student = load(student, device="cpu" if shard else device, trust_remote_code=trust_remote_code, trainable=True)
     teacher = load(teacher, device=device, dtype=dtypes[1], device_map=teacher_device_map or None,
                    trust_remote_code=trust_remote_code)
+    for surprise in surprises(mine, theirs):
+        warnings.warn(surprise)
     if gradient_checkpointing:
         checkpoint_layers(student)
     pair = Pair.of(student, teacher, mine, theirs, merge_ends=ends == "merged", chunk=chunk or None, autocast=(
@@ -40,6 +43,17 @@ def load_pair(student, teacher, *, device="auto", dtype="float32", teacher_dtype
         from plumbing.shard import shard_student                                # torch.distributed: half a second
         shard_student(pair, device, dtypes[0])
     return pair
+
+
+def surprises(mine, theirs):
+    """What two tokenizers of the same tokens do otherwise, in words."""
+    special, text = [set(tokenizer.all_special_tokens) for tokenizer in (mine, theirs)], next(iter(mine.get_vocab()))
+    if special[0] != special[1]:
+        yield f"special tokens of only one of the two: {sorted(special[0] ^ special[1])}"
+    if mine.chat_template != theirs.chat_template:
+        yield "chat templates differ: both models read the student's text"
+    if not mine.chat_template and mine(text).input_ids != theirs(text).input_ids:
+        yield f"the tokenizers encode {text!r} differently, by a BOS perhaps: both read the student's ids"
 
 
 def activations(model, device, width):

@@ -97,9 +97,10 @@ def questions(cfg):
     return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
 
 
-def questions_of(path, template, seed):
-    """The rows of a file, or additions without one, in a template."""
-    return in_template(load_prompts(path) if path else additions(512, seed), template)
+def some_questions(path, template, seed, count):
+    """The first `count` rows of a file, or of additions without one, shuffled by the seed, in a template."""
+    rows = in_template(load_prompts(path) if path else additions(512, seed), template)
+    return [rows[i] for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]]
 
 
 def encode(tokenizer, prompt, thinking="default"):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from plumbing import show
 from plumbing.exits import Stopped
 from plumbing.files import digest, finite_or_null, provenance, read_json, write_json, write_lines, write_whole
-from plumbing.flags import Config, named
+from plumbing.flags import Config, named, of_pair
 from plumbing.measure import peak_memory
 from plumbing.processes import over_processes, processes
 from teacher import Pair
@@ -151,9 +151,7 @@ class Run:
 
     def load_pair(self):
         """The two models as the flags say: -> teacher.Pair."""
-        names = ("device dtype teacher_dtype teacher_device_map gradient_checkpointing trust_remote_code "
-                 "micro_batch_tokens chunk in_flight ends shard").split()
-        pair = Pair.load(self.cfg.student, self.cfg.teacher, **{name: getattr(self.cfg, name) for name in names})
+        pair = Pair.load(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
         if self.cfg.k > pair.ending["vocab_size"]:
             raise ValueError(f"--k {self.cfg.k}: the two models share {pair.ending['vocab_size']} tokens; take a "
                              "smaller k")

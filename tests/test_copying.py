@@ -82,7 +82,7 @@ from analysis import auroc, diagnose, overlap_ratio
 torch.manual_seed(0)
 log_p, log_q = torch.randn(2, 30, 50).log_softmax(-1)
 found = diagnose(log_p, log_q, torch.randint(50, (30,)), 16)
-assert {name: x.shape for name, x in found.items()} == {name: (30,) for name in found} and len(found) == 11
+assert {name: x.shape for name, x in found.items()} == {name: (30,) for name in found} and "reverse_kl" in found
 assert torch.equal(found["overlap_ratio"], overlap_ratio(log_p, log_q, 16)) and 0 < found["overlap_ratio"].mean() < 1
 assert (diagnose(log_p, log_p, torch.zeros(30).long(), 16)["overlap_ratio"] == 1).all()
 assert auroc(torch.tensor([.1, .9]), torch.tensor([False, True])) == 1

@@ -15,16 +15,22 @@ from torch.profiler import ProfilerActivity, profile
 
 from analysis import diagnose
 from loss import SUPPORTS, full_vocab, in_chunks, sampled_token, token_sets, top_k, top_k_released
+from plumbing import flags
 
 OBJECTIVES = {                                             # name -> (log_p, log_q, y) -> (N,)
     "sampled": sampled_token,
     "full": lambda log_p, log_q, y: full_vocab(log_p, log_q),
     **{f"top-k {s}": lambda log_p, log_q, y, s=s: top_k(log_p, log_q, 3, s) for s in SUPPORTS},
-    **{f"released {s}": lambda log_p, log_q, y, s=s: top_k_released(log_p, log_q, 3, s) for s in SUPPORTS},
+    **{f"top-k-released {s}": lambda log_p, log_q, y, s=s: top_k_released(log_p, log_q, 3, s) for s in SUPPORTS},
 }
 each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
 each_support = pytest.mark.parametrize("support", SUPPORTS)
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10)
+
+
+def test_every_objective_of_the_command_line_is_held_to_these_laws():
+    """Who adds a divergence adds it to OBJECTIVES above."""
+    assert {name.split()[0] for name in OBJECTIVES} == set(flags.OBJECTIVES)
 
 
 @st.composite

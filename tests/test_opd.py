@@ -308,7 +308,7 @@ def test_a_prompt_that_stands_twice_is_on_one_side_only(world, tmp_path):
     (["--stepz", "3"], "did you mean --steps"),
     (["--steps", "0"], "--steps 0"),
     (["--steps", "many"], "--steps"),
-    (["--objective", "jsd"], "--objective"),
+    (["--objective", "mse"], "--objective"),
     (["--prompts", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     (["--lr", "-1"], "--lr -1.0"),
     (["--template", "latex"], "latex"),

@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES, TEMPLATE, VOCAB, WORDS, tiny, word_tokenizer
 
 from analysis import diagnose
 from loss import full_vocab, sampled_token, top_k
-from plumbing.models import checkpoint_layers, load
+from plumbing.models import checkpoint_layers, load, surprises
 from rollout import Rollout, left_pad, rollout
 from teacher import Pair, Split, check_pair, eos_ids, log_probs, micro_batches, split, states
 
@@ -122,18 +122,21 @@ def padding_with(token):
     return tokenizer
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"teacher": ending_with([2, 14])}, "student ends a response with ['[EOS]'], teacher with ['[EOS]', 'so']"),
-    ({"teacher_tokenizer": padding_with("so")}, "special tokens of only one of the two: ['[PAD]', 'so']"),
-    ({"teacher_tokenizer": word_tokenizer(chat_template=TEMPLATE)},
-     "chat templates differ: both models read the student's text"),
-], ids=["eos ids", "special tokens", "template"])
-def test_a_pair_that_works_but_may_surprise_is_warned_of(changes, message):
-    """Other eos ids (ms-swift#9526: length explosion), special tokens or templates:
-    the pair goes on, with one warning."""
+def test_a_pair_that_ends_otherwise_is_warned_of():
+    """Other eos ids (ms-swift#9526: length explosion): the pair goes on, with one warning."""
     with pytest.warns(UserWarning) as caught:
-        assert check_pair(**fitting(**changes)) == len(WORDS)
-    assert len(caught) == 1 and message in str(caught[0].message)
+        assert check_pair(**fitting(teacher=ending_with([2, 14]))) == len(WORDS)
+    assert len(caught) == 1
+    assert "student ends a response with ['[EOS]'], teacher with ['[EOS]', 'so']" in str(caught[0].message)
+
+
+@pytest.mark.parametrize("theirs, message", [
+    (padding_with("so"), "special tokens of only one of the two: ['[PAD]', 'so']"),
+    (word_tokenizer(chat_template=TEMPLATE), "chat templates differ: both models read the student's text")])
+def test_tokenizers_that_work_but_may_surprise_are_warned_of(theirs, message):
+    """Other special tokens, or another template, of the same tokens."""
+    assert list(surprises(word_tokenizer(), theirs)) == [message]
+    assert not list(surprises(word_tokenizer(), word_tokenizer()))
 
 
 @pytest.mark.parametrize("generation, config, token, expected", [
