@@ -256,26 +256,26 @@ def verdict(report):
     Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections. That nothing was
     seen decides nothing: "nothing new" takes an upper bound, two errors above the gain, below LEAD.
     """
-    metrics = {name: x["mean"] for name, x in report["metrics"].items()}
-    mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
-    compatible = mass >= SHARED_MASS
-    reasons = [f"the tokens that both find likely hold {mass:.3f} of the probability, "
-               f"{'at least' if compatible else 'below'} {SHARED_MASS} (4.1: .97 to .99 where it works; "
-               "5.1: as low as .3 where it does not)"]
-    if metrics["reverse_kl"] < 1e-6:
+    metrics = report["metrics"]
+    mass = min(metrics["overlap_mass_student"], metrics["overlap_mass_teacher"], key=lambda x: x["mean"])
+    apart = INCOMPATIBLE if sure({**mass, "mean": mass["mean"] - SHARED_MASS}) < 0 else UNDECIDED
+    reasons = [f"the tokens that both find likely hold {plus_minus(mass, '.3f')} of the probability, "
+               f"{'below' if mass['mean'] < SHARED_MASS else 'at least'} {SHARED_MASS} "
+               "(4.1: .97 to .99 where it works; 5.1: as low as .3 where it does not)"]
+    if metrics["reverse_kl"]["mean"] < 1e-6:
         return NOTHING_NEW, ["student and teacher agree at every state: there is no gradient (Eq. 4)"]
     if "continuation" not in report:
-        return (UNDECIDED if compatible else INCOMPATIBLE), reasons
+        return apart, reasons
     first, gain = report["continuation"][0], report["predicted_gain"]
     reasons += [f"on its own, teacher - student is {plus_minus(first['gain'], '+.3f')} in accuracy",
                 f"from the student's own beginnings, mean over depths, teacher - student is "
                 f"{plus_minus(gain, '+.3f')} (6.1)"]
     if first["student"]["mean"] == first["teacher"]["mean"] == 0:
-        return UNDECIDED if compatible else INCOMPATIBLE, reasons + [
+        return apart, reasons + [
             "neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens"]
     if sure(first["gain"]) < 0:
         return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
-    if not compatible or sure(first["gain"]) > 0 > sure(gain):
+    if apart == INCOMPATIBLE or sure(first["gain"]) > 0 > sure(gain):
         return INCOMPATIBLE, reasons + [
             "the two part ways at states that the student visits (3.1); a cold start moves those (5.1)"]
     if sure(gain) < 0:
@@ -286,7 +286,7 @@ def verdict(report):
             f"{LEAD} or more would have shown: size or another seed is no new knowledge (3.2)"]
     if sure(gain) == 0:
         nearer = max(gain["mean"], LEAD - gain["mean"])         # of the two that it may be: a gain, or less than LEAD
-        more = f"some {max(1, math.ceil(m * (2 * error / nearer) ** 2) - m)} more" if error < math.inf else "more"
+        more = f"at most {max(1, math.ceil(m * (2 * error / nearer) ** 2) - m)} more" if error < math.inf else "more"
         return UNDECIDED, reasons + [f"nothing is sure after {m} prompts: {more} decide if it stays so (--count)"]
     return SHOULD_WORK, reasons + ["alike enough to be followed, and better where the student is (3.1, 3.2)"]
 

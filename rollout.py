@@ -48,7 +48,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     seeds = seeds if seeds is not None else torch.randint(2 ** 62, (len(prompts),), device="cpu").tolist()
     u = torch.cat([torch.rand(n, T, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed))
                    for seed in seeds]).to(device)                                           # (B, T)
-    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    eos = torch.tensor(list(dict.fromkeys(eos_ids)), dtype=torch.long, device=device)       # each once, in order
     ids, mask = left_pad(prompts, pad_id, device)                                           # (m, P), (m, P)
     tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
@@ -131,9 +131,10 @@ def one_end(logits, ends, temperature=1.0):
     <|im_end|>: the paper's 3.1 and 5.1). Token by token each rules out the other's end, and the student is taught
     never to end. Differs from the paper, which compares tokens. With one end nothing changes.
     """
+    if not isinstance(ends, torch.Tensor):                                                  # each once
+        ends = torch.tensor(list(dict.fromkeys(ends)), dtype=torch.long, device=logits.device)
     if len(ends) < 2:
         return logits
-    ends = torch.as_tensor(ends, device=logits.device)
     whole = (logits[..., ends] / temperature).logsumexp(-1, keepdim=True) * temperature
     return logits.index_fill(-1, ends[1:], -torch.inf).index_copy(-1, ends[:1], whole)
 

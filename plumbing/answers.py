@@ -19,8 +19,11 @@ SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])\.?")                      # "\r
 SPACE = re.compile(r"(?<!\\)\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|\\?\$|~")  # the "\\ " of a matrix is none
 NO_SPACE = re.compile(r"(?<![\d,]) | (?!\d)")                              # any but those of "1 1/4" and "10, 100"
 SPELLINGS = ((r"\dfrac", r"\frac"), (r"\tfrac", r"\frac"), (r"^{\circ}", "°"), (r"^\circ", "°"), (r"\%", "%"),
-             ("{,}", ","), (r"\!", ""), ("\u2212", "-"))                   # \u2212: the minus of typesetters
-SEPARATOR = re.compile(r"(\\\\|\\[{}]|[()\[\],;&=<>])(?! ?0\d) ?")         # 1,05 stays whole: is it 1.05?
+             ("{,}", ","), (r"\!", ""), ("\u2212", "-"),                    # \u2212: the minus of typesetters
+             (r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\neq", r"\ne"), ("π", r"\pi"))
+DOLLARS = re.compile(r"\\\$ ?(-?\d[\d,.]*)")                               # \$180; a bare $ may open a formula
+BRACED = re.compile(r"(\^|_|\\sqrt) ?\{(\w)\}")                          # x^{2}, \sqrt{2}: one letter or digit
+SEPARATOR = re.compile(r"(\\\\|\\[{}]|\\(?:begin|end)\{\w+\}|[()\[\],;&=<>])(?! ?0\d) ?")     # 1,05 is it 1.05?
 
 # Numbers
 FRACTION = re.compile(r"\\frac(?:\{([+-]?\d{1,40})\}|(\d)) ?(?:\{(\d{1,40})\}|(\d))")       # \frac{-1}{2}, \frac12
@@ -28,8 +31,9 @@ NUMBER = re.compile(r"""(?P<sign>[+-]?)\ ?(?:(?P<whole>\d{1,40})\ (?=\d+/))?(?P<
     \d{1,40}/0{0,9}[1-9]\d{0,39}                                                            # 3/4, not 3/0
     | [1-9]\d{0,2}(?:,\d{3}){1,12}(?:\.\d{0,40})?                                           # 1,200.50
     | \d{1,40}(?:\.\d{0,40})? | \.\d{1,40})""", re.VERBOSE)                                 # 12, 12., 1.5, .5
-NAMES = """percent % | degree ° | dollar | cent | mile | yard | foot feet ft | inch inches in | km | meter | cm | kg |
-    gram | pound | liter | second | minute | hour | day | week | month | year | unit | mph"""  # 20 m may be a product
+NAMES = """percent % | degree ° | dollar | cent | mile | yard | foot feet ft | inch inches in | kilometer km | meter |
+    centimeter cm | kilogram kg | gram | pound lb | ounce oz | liter | second | minute | hour hr | day | week | month |
+    year | unit | mph"""                                                                    # 20 m may be a product
 UNITS = {name: names.split()[0] for names in NAMES.split("|") for name in names.split()}
 
 
@@ -72,7 +76,8 @@ def same_answer(said, want):
     Either may be a whole solution, as some files have them: its answer is read first.
 
     Equal: 5/4 and 1 1/4; B and \text{(B)}; Yes and yes; (0.5, 1) and \left(\frac12,1\right); 18 and $\boxed{18}$;
-    10 and "3 + 7 = 10 #### 10"; 20 and 20\text{ miles}. Different: 20 miles and 20 cm; 3 4 and 34; f(n) and f(N).
+    10 and "3 + 7 = 10 #### 10"; 20 and 20\text{ miles}; x^2 and x^{2}. Different: 20 miles and 20 cm; \$5 and 5 cents;
+    3 4 and 34; n and N.
     """
     if said is None or want is None:
         return False
@@ -88,12 +93,13 @@ def _plain(text):
 
     r"\left( \dfrac{1}{2}, 3 \right)" -> r"(\frac{1}{2}, 3)"      r"$20 \text{ miles}$" -> "20miles"      "(b)" -> "B"
     """
-    text = SIZE.sub("", TEXT.sub(r"\1", str(text)))
+    text = DOLLARS.sub(r"\1 dollars", SIZE.sub("", TEXT.sub(r"\1", str(text))))
     text = SPACE.sub(" ", re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", text))               # 1\,000 is a thousand
     text = NO_SPACE.sub("", " ".join(text.split()).strip("* ").rstrip(". "))
     for spelling, ours in SPELLINGS:
         text = text.replace(spelling, ours)
-    choice = re.fullmatch(r"\(?([A-Za-z])\)?", text)
+    text = BRACED.sub(r"\1\2", text)
+    choice = re.fullmatch(r"\(?([A-Ja-j])\)?", text)
     return choice[1].upper() if choice else text
 
 
@@ -110,7 +116,7 @@ def _quantity(text):
 
 def _same_piece(a, b):
     """Two plain texts the same: as they stand, as words without case, or as numbers (of one unit if both have one)."""
-    if a == b or len(a) > 1 and a.isalpha() and b.isalpha() and a.lower() == b.lower():
+    if a == b or a.lower() == b.lower() and a.isalpha() and (len(a) > 2 or a.lower() == "no"):
         return True
     a, b = _quantity(a), _quantity(b)
     return bool(a and b) and a[0] == b[0] and (a[1] == b[1] or not a[1] or not b[1])

@@ -1,5 +1,6 @@
 """plumbing/files.py: JSON and JSON lines, read with care and written whole."""
 import contextlib
+import fcntl
 import hashlib
 import json
 import math
@@ -57,7 +58,7 @@ def read_json(path):
 
 def write_json(path, value):
     """Whole or not at all; a list of numbers on one line."""
-    text = json.dumps(value, indent=1)
+    text = json.dumps(finite_or_null(value), indent=1)
     text = re.sub(r'\[\n([^][{}"]*)\n *\]', lambda found: f"[{' '.join(found[1].split())}]", text)
     write_whole(path, lambda file: file.write((text + "\n").encode()))
 
@@ -87,9 +88,13 @@ def write_whole(path, write):
         raise OSError(cause.errno, cause.strerror, str(path)) from None
 
 
-def finite_or_null(row):
-    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": 3} -> {"loss": None, "tokens": 3}."""
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in row.items()}
+def finite_or_null(x):
+    """JSON has no NaN, and 0 would be a lie: {"loss": nan, "tokens": [3]} -> {"loss": None, "tokens": [3]}."""
+    if isinstance(x, dict):
+        return {name: finite_or_null(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [finite_or_null(value) for value in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def digest(x):
@@ -115,13 +120,35 @@ def provenance():
             "processes": processes()[1]}
 
 
+def same(a, b):
+    """Two values of a flag the same: a path may be put another way."""
+    return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
+
+
+def alone(handle, path):
+    """Hold an open file or folder for this process, as long as it is open; ValueError where another one holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--out {path}: another process is at it; wait for it, or take another --out") from None
+    except OSError:
+        pass                                                                    # a file system without locks
+
+
 def check_call(path, call):
-    """ValueError where the file at path, which is to go on, was begun by another call: <path>.call.json tells."""
-    told = Path(f"{path}.call.json")
-    if Path(path).exists():
+    """ValueError where the file at path, which is to go on, was begun by another call, which <path>.call.json tells, or
+    has lost what was dropped.
+    """
+    told, there = Path(f"{path}.call.json"), [Path(f"{path}{end}").is_file() for end in ("", ".dropped.jsonl")]
+    if Path(path).is_dir():
+        raise ValueError(f"--out {path}: a folder; give a file in it")
+    if any(there) and not all(there):
+        raise ValueError(f"--out {path}: of it and {path}.dropped.jsonl one is gone, and both together tell how far it "
+                         "had come; remove the other to begin anew, or take another --out")
+    if any(there):
         had = read_json(told) if told.exists() else {}
         for name, x in call.items():
-            if name not in ("out", "count", "device") and had.get(name) != x:
+            if name not in ("out", "count", "device") and not same(x, had.get(name)):
                 raise ValueError(f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; "
                                  "give the same flags to go on, or take another --out")
     write_json(told, call)
@@ -134,14 +161,16 @@ def append_answers(path, batches):
     batches: start -> iterator. Both files are continued where they stop: an interrupted call asks for nothing twice.
     Of several processes the first one writes.
     """
-    path, dropped = Path(path), Path(f"{path}.dropped.jsonl")
-    kept, rest = (whole_lines(file) for file in (path, dropped))
-    counts = {"kept": len(kept), "unfinished": 0, "degenerate": 0}
-    for line in rest:
-        counts[json.loads(line)["why"]] += 1
-    counts, first = gathered([counts])[0], processes()[0] == 0              # what the first process has found there
+    path, dropped, first = Path(path), Path(f"{path}.dropped.jsonl"), processes()[0] == 0
+    counts = {"kept": 0, "unfinished": 0, "degenerate": 0}
     with (open(path if first else os.devnull, "a", encoding="utf-8") as kept,
           open(dropped if first else os.devnull, "a", encoding="utf-8") as rest):
+        if first:
+            alone(kept, path)
+            counts["kept"] = len(whole_lines(path))
+            for line in whole_lines(dropped):
+                counts[json.loads(line)["why"]] += 1
+        counts = gathered([counts])[0]                                      # what the first process has found there
         for answers in batches(sum(counts.values())):
             for answer in answers:
                 counts[answer["why"]] += 1
@@ -152,9 +181,7 @@ def append_answers(path, batches):
 
 
 def whole_lines(path):
-    """The lines of a file that may not exist; a last line without its end, torn by a kill, is cut off the file."""
-    if not path.exists():
-        return []
+    """The lines of a file; a last line without its end, torn by a kill, is cut off the file."""
     *lines, torn = path.read_bytes().split(b"\n")                   # bytes: a kill may fall within a character
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))

@@ -93,8 +93,8 @@ class Config:
                                    "install accelerate)", "", "auto", "balanced", "balanced_low_0", "sequential")
     gradient_checkpointing: bool = flag(False, "compute the student's layers again in the backward pass: one more "
                                         "forward, for long responses")
-    shard: bool = flag(False, "cut the student's weights, gradients and AdamW over the processes of torchrun: above some "
-                       "3e9 parameters they fit no GPU alone")
+    shard: bool = flag(False, "cut the student's weights, gradients and AdamW over the processes of torchrun: of more "
+                       "than some 3e9 parameters they fit no GPU alone")
     in_flight: int = flag(0, "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all",
                           **FROM_0)
     chunk: int = flag(0, "positions whose logits exist at a time; changes memory, not the result. 0: 32 MiB of logits "

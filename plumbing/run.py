@@ -5,7 +5,6 @@ it comes again, bit for bit. A signal is heeded between two steps; a second one 
 """
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -22,7 +21,8 @@ from tqdm import tqdm
 
 from plumbing import show
 from plumbing.exits import Stopped
-from plumbing.files import digest, finite_or_null, provenance, read_json, write_json, write_lines, write_whole
+from plumbing.files import (alone, digest, finite_or_null, provenance, read_json, same, write_json, write_lines,
+                            write_whole)
 from plumbing.flags import Config, named, of_pair
 from plumbing.measure import peak_memory
 from plumbing.processes import over_processes, processes
@@ -71,8 +71,6 @@ class Run:
 
     def read_checkpoint(self):
         """What the checkpoint holds; ValueError where it is none, or one of other flags that decide a result."""
-        def same(a, b):                                                         # a path may be put another way
-            return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             vars(self).update({name: state[name] for name in STATE})
@@ -97,13 +95,7 @@ class Run:
             if self.first:
                 folder = os.open(self.out, os.O_RDONLY)                         # the lock goes with its holder
                 stack.callback(os.close, folder)
-                try:
-                    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ValueError(f"--out {self.out}: another process is at this run; wait for it, or take another "
-                                     "--out") from None
-                except OSError:
-                    pass                                                        # a file system without locks
+                alone(folder, self.out)
             for signum in SIGNALS if threading.current_thread() is threading.main_thread() else ():
                 before = signal.getsignal(signum)
                 if signum != signal.SIGHUP or before != signal.SIG_IGN:         # nohup

@@ -36,7 +36,9 @@ def test_the_answer_is_the_last_box_or_what_follows_the_last_answer(text, answer
     ("7", "7"), ("7.0", "7"), ("1,200", "1200"), ("$-3$", "-3"), (r"\frac{3}{4}", "0.75"), (r"\dfrac34", "3/4"),
     ("12 .", "12"), ("+5", "5"), (r"\(12\)", "12"), (r"\[12\]", "12"), (r"90^{\circ}", "90"), (r"50\%", "50"),
     ("No", "no"), (r"\text{Yes}", "yes"), (r"2\sqrt{3}", r"2 \sqrt{3}"), (r"90^\circ", "90"), ("\u22124", "-4"),
-    ("007", "7"),
+    ("007", "7"), ("x^{2}", "x^2"), (r"2\sqrt3", r"2\sqrt{3}"), ("x_{1}", "x_1"), (r"x \leq 3", r"x\le 3"),
+    ("2π", r"2\pi"),
+    (r"\begin{pmatrix} 1.0 & \frac12 \end{pmatrix}", r"\begin{pmatrix} 1 & 1/2 \end{pmatrix}"),
 ])
 def test_equal_answers_are_equal_however_written(said, want):
     """Numbers compare as exact fractions, text without case and spacing."""
@@ -45,7 +47,7 @@ def test_equal_answers_are_equal_however_written(said, want):
 
 @pytest.mark.parametrize("said, want", [
     ("7", "8"), (None, "7"), ("", "7"), ("1/0", "1"), ("0.3333", "1/3"), ("seven", "7"), ("12", "1,200"), ("1,2", "12"),
-    ("9" * 400, "9" * 399),
+    ("9" * 400, "9" * 399), ("n", "N"), ("x", "X"), ("aB", "Ab"),
 ])
 def test_other_answers_are_not(said, want):
     """No rounding, no guessing, no exception."""
@@ -108,7 +110,9 @@ def test_the_size_of_a_fraction_means_nothing_anywhere(text):
 @pytest.mark.parametrize("said, want, right", [
     ("20", r"20\text{ miles}", True), ("20 miles", r"20\text{ miles}", True), (r"20 \mathrm{~mile}", "20", True),
     ("20 cm", "20 km", False), ("20 miles", "20%", False), ("90 degrees", r"90^\circ", True), ("$180", r"\$180", True),
-    ("7 feet", "7 ft", True), ("5 million", "5", False), ("2k", "2", False), ("4i", "4", False), ("5e", "5", False)])
+    ("7 feet", "7 ft", True), (r"\$5", "5 cents", False), (r"\$5", "5 dollars", True), (r"\$1,200", "1200", True),
+    ("5 cm", "5 centimeters", True), ("5 kg", "5", True), ("5 million", "5", False), ("2k", "2", False),
+    ("4i", "4", False), ("5e", "5", False)])
 def test_a_known_unit_may_be_left_out_but_not_changed(said, want, right):
     r"""MATH has 20\text{ miles}, and \$180; a letter after a number is a factor, a million is no unit."""
     assert same_answer(said, want) == same_answer(want, said) == right

@@ -17,9 +17,9 @@ import opd
 import recipes
 from analysis import continuation
 from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
-from plumbing import measure
+from plumbing import files, measure
 from plumbing.answers import answered
-from plumbing.files import check_call
+from plumbing.files import append_answers, check_call
 from plumbing.flags import parse_analysis, parse_recipes
 from plumbing.models import load, pick_device, probe
 from plumbing.prompts import check_fits, encode, load_conversations, load_prompts, positions, questions
@@ -129,13 +129,47 @@ def test_answers_of_another_call_are_not_gone_on_with(tmp_path):
     """Case 8: an --out that was there and other flags said "4 kept", and the files were the old ones."""
     path, call = tmp_path / "c.jsonl", dict(teacher="T", temperature=0.7, prompts="digest")
     check_call(path, call)
-    path.write_text("")
-    check_call(path, call)
+    append_answers(path, lambda start: [])
+    check_call(path, {**call, "count": 5})
     with pytest.raises(ValueError, match="was not begun with this --temperature; give the same flags to go on"):
         check_call(path, {**call, "temperature": 1.0})
     (tmp_path / "c.jsonl.call.json").unlink()
     with pytest.raises(ValueError, match="was not begun with this --teacher"):
         check_call(path, call)
+    (tmp_path / "c.jsonl.dropped.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="c.jsonl.dropped.jsonl one is gone, .* remove the other to begin anew"):
+        check_call(path, call)
+    with pytest.raises(ValueError, match="a folder; give a file in it"):
+        check_call(tmp_path, call)
+
+
+def test_a_path_put_another_way_is_the_same_call(tmp_path, monkeypatch):
+    """teacher and ./teacher, or its absolute path."""
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    append_answers(tmp_path / "c.jsonl", lambda start: [])
+    (tmp_path / "c.jsonl.call.json").write_text('{"teacher": "teacher"}')
+    check_call(tmp_path / "c.jsonl", dict(teacher=str(tmp_path / "teacher")))
+
+
+def test_two_calls_do_not_write_one_file(tmp_path):
+    """The second is told at once; every line would stand there twice."""
+    def batches(start):
+        with pytest.raises(ValueError, match="another process is at it"):
+            append_answers(tmp_path / "c.jsonl", lambda start: [])
+        return [[{"messages": [], "why": "kept"}]]
+    assert append_answers(tmp_path / "c.jsonl", batches)["kept"] == 1
+
+
+def test_a_torn_line_is_cut_off_by_the_first_process_alone(tmp_path, monkeypatch):
+    """The others would look at its length again and cut off a good line."""
+    path, cut = tmp_path / "c.jsonl", []
+    path.write_text('{"messages": []}\n{"mess')
+    monkeypatch.setattr(files.os, "truncate", lambda *_: cut.append(True))
+    monkeypatch.setattr(files, "gathered", lambda mine: [dict(kept=1, unfinished=0, degenerate=0)])
+    for rank in (1, 0):
+        monkeypatch.setattr(files, "processes", lambda: (rank, 2))
+        assert append_answers(path, lambda start: [])["kept"] == 1 and len(cut) == (rank == 0)
 
 
 def test_a_loop_that_ends_is_a_loop():

@@ -95,6 +95,15 @@ def test_what_is_sampled_is_what_is_scored(architecture, temperature):
     assert graded["reverse_kl"][r.response_mask].abs().max() < 1e-5
 
 
+def test_an_end_that_is_named_twice_counts_once():
+    """As where the list of a config and the end of its tokenizer are put together."""
+    z = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one_end(z, [2, 5, 2]), one_end(z, [2, 5])) and torch.equal(one_end(z, [2, 2]), z)
+    how = dict(max_new_tokens=4, seeds=[0], merge_ends=True, n=8)
+    twice, once = (rollout(tiny("llama"), [[5]], eos_ids=ends, **how) for ends in ([2, 5, 2], [2, 5]))
+    assert torch.equal(twice.ids, once.ids) and torch.equal(twice.log_p, once.log_p)
+
+
 def test_ends_that_are_not_merged_are_drawn_each():
     """--ends own, and `rollout` by itself: each end as it comes."""
     r = rollout(tiny("llama", spread=0.1), [[5]], n=400, max_new_tokens=8, eos_ids=[A, B], seeds=[0])

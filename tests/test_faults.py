@@ -274,7 +274,7 @@ def test_two_processes_do_not_write_one_run(world, tmp_path, monkeypatch):      
     other, plain, told = Run(config(world, tmp_path / "run", steps=2)), opd.update, []
 
     def meanwhile(*args):
-        with pytest.raises(ValueError, match="another process is at this run"):
+        with pytest.raises(ValueError, match="another process is at it; wait for it"):
             other.__enter__()
         told.append(True)
         return plain(*args)
@@ -658,6 +658,8 @@ def test_a_number_that_is_not_finite_becomes_null_and_keeps_its_name():
     assert files.finite_or_null(good) == good
     assert files.finite_or_null({**good, "loss": math.nan, "reward": -math.inf}) == {
         **good, "loss": None, "reward": None}
+    assert files.finite_or_null({"held_out": {"advantage": math.nan, "each": (1, math.inf)}}) == {
+        "held_out": {"advantage": None, "each": [1, None]}}
 
 
 def test_a_mean_without_an_error_does_not_look_like_a_sure_one():
