@@ -59,7 +59,7 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
         log_probs = (z / (temperature or 1.0)).log_softmax(-1)                              # (b, V)
         y = draw(log_probs, u[row, t], top_p) if temperature else log_probs.argmax(-1)      # (b,)
         tokens[row, t], log_p[row, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        ended[row] |= torch.isin(y, eos)
+        ended[row] |= (y.unsqueeze(-1) == eos).any(-1)
         writing.feed(y, going=~ended[row] & (t + 1 < T))
     ends = torch.isin(tokens, eos).long()                                                   # (B, T)
     written = ends.cumsum(1) == ends                # up to the first end, whatever a row that had ended wrote after it
