@@ -469,21 +469,18 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on real weights: a better teacher, and the two the other way round; mean, range of the seeds."""
+    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracy of each run."""
     plt, runs = opened(results, "real")
     if plt is None:
         return
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    pairs = {pair: [run for run in runs if run["pair"] == pair] for pair in ("success", "reverse")}
-    aligning(plt, grid.flat, {f"{pair}: the {learns} learns": (COLOURS[pair], pairs[pair])
-                              for pair, learns in (("success", "worse model"), ("reverse", "better one"))})
-    last = grid[1, 3]
-    for pair, mine in pairs.items():
-        for run in mine:
-            last.plot((0, run["steps"]), (run["text_before"], run["text_after"]), "o-", color=COLOURS[pair])
-    last.set(xlabel="step", ylabel="nats a token")
-    last.set_title("a text written by people", fontsize=9)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    colours = {"success": COLOURS["success"], "nothing new": COLOURS["bigger"], "other way": COLOURS["other"],
+               "cold start": COLOURS["weaker"], "intersection": COLOURS["reverse"]}
+    aligning(plt, grid.flat, {label: (colours[name], [run for run in runs if run["run"] == name]) for name, label in (
+        ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
+        ("other way", "copy that works the sums out in words"))})
+    bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
 
 
