@@ -243,7 +243,7 @@ def test_a_hundred_thousand_characters_take_no_time(part):
         read_answer(x)
         as_number(x)
         assert same_answer(x, x) and same_answer(x, "42") == same_answer("42", x)
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 6
 
 
 def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(monkeypatch):
