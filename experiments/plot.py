@@ -469,7 +469,7 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracy of each run."""
+    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracies."""
     plt, runs = opened(results, "real")
     if plt is None:
         return
@@ -500,6 +500,31 @@ def ends(results, out):
     left.set(xlabel="step", ylim=(0, 1), title="accuracy of the student")
     right.set(xlabel="step", ylim=(0, None), title="tokens a response")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    save(plt, figure, out)
+
+
+def followups(results, out):
+    """What later papers say: accuracy of each arm, responses cut off in long runs, accuracy against reverse KL."""
+    plt, runs = opened(results, "followups")
+    if plt is None:
+        return
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    bars(left, runs, {"all": COLOURS["success"], "16 prompts": COLOURS["weaker"], "1 prompt": COLOURS["weaker"],
+                      "first 30 %": COLOURS["bigger"], "sharp": COLOURS["reverse"], "fails": COLOURS["other"]})
+    for arm, colour, label in (("long", COLOURS["success"], "Eq. 5"),
+                               ("long sampled", COLOURS["bigger"], "sampled token")):
+        mine = [run for run in runs if run["arm"] == arm]
+        cut = [smooth(run["curves"]["truncated_fraction"], 7) for run in mine]
+        band(middle, mine[0]["curves"]["step"], cut, colour, label=label)
+    middle.set(xlabel="step", title="share of responses cut off", ylim=(0, None))
+    middle.legend(frameon=False, fontsize=8)
+    for arm, colour, label in (("all", COLOURS["success"], "success"), ("fails", COLOURS["other"], "failure")):
+        for i, run in enumerate(run for run in runs if run["arm"] == arm):
+            known = [(kl, x) for kl, x in zip(run["curves"]["reverse_kl"], run["curves"]["accuracy"]) if x is not None]
+            known = [(run["held_out_before"]["reverse_kl"], run["accuracy_before"]["mean"]), *known]
+            right.plot(*zip(*known), "o-", color=colour, markersize=3, linewidth=1, label=None if i else label)
+    right.set(xlabel="reverse KL, nats a token", xscale="log", ylabel="accuracy", ylim=(0, 1))
+    right.legend(frameon=False, fontsize=8)
     save(plt, figure, out)
 
 
