@@ -20,6 +20,7 @@ Criteria, fixed before the first run. Gains are those of accuracy, means over se
     python experiments/followups.py              three seeds; results/followups.{json,txt,svg}
     python experiments/followups.py --quick      one seed, few steps: does it run?
 """
+import math
 from statistics import mean
 
 import plot
@@ -54,7 +55,7 @@ def judge(runs):
     arms = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS}
     gains = {arm: mean(r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in mine)
              for arm, mine in arms.items()}
-    share = {arm: gains[arm] / gains["all"] for arm in ("16 prompts", "1 prompt", "first 30 %")}
+    share = {arm: gains[arm] / (gains["all"] or math.nan) for arm in ("16 prompts", "1 prompt", "first 30 %")}
     off, noise = difference(arms["sharp"], arms["all"])
     kl = [[mean(r["curves"]["reverse_kl"][part]) for part in (slice(ENDS), slice(-ENDS, None))] for r in arms["fails"]]
     lost = [r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in arms["fails"]]
