@@ -469,18 +469,21 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracies."""
+    """Figure 6 on real weights: a better teacher, and the two the other way round; mean, range of the seeds."""
     plt, runs = opened(results, "real")
     if plt is None:
         return
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    colours = {"success": COLOURS["success"], "nothing new": COLOURS["bigger"], "other way": COLOURS["other"],
-               "cold start": COLOURS["weaker"], "intersection": COLOURS["reverse"]}
-    aligning(plt, grid.flat, {label: (colours[name], [run for run in runs if run["run"] == name]) for name, label in (
-        ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
-        ("other way", "copy that works the sums out in words"))})
-    bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    pairs = {pair: [run for run in runs if run["pair"] == pair] for pair in ("success", "reverse")}
+    aligning(plt, grid.flat, {f"{pair}: the {learns} learns": (COLOURS[pair], pairs[pair])
+                              for pair, learns in (("success", "worse model"), ("reverse", "better one"))})
+    last = grid[1, 3]
+    for pair, mine in pairs.items():
+        for run in mine:
+            last.plot((0, run["steps"]), (run["text_before"], run["text_after"]), "o-", color=COLOURS[pair])
+    last.set(xlabel="step", ylabel="nats a token")
+    last.set_title("a text written by people", fontsize=9)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     save(plt, figure, out)
 
 
@@ -504,20 +507,15 @@ def ends(results, out):
 
 
 def followups(results, out):
-    """What later papers say: accuracy of each arm, responses cut off in long runs, accuracy against reverse KL."""
+    """What later papers say: accuracy of each arm, and against the reverse KL along success and failure."""
     plt, runs = opened(results, "followups")
     if plt is None:
         return
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     bars(left, runs, {"all": COLOURS["success"], "16 prompts": COLOURS["weaker"], "1 prompt": COLOURS["weaker"],
                       "first 30 %": COLOURS["bigger"], "sharp": COLOURS["reverse"], "fails": COLOURS["other"]})
-    for arm, colour, label in (("long", COLOURS["success"], "Eq. 5"),
-                               ("long sampled", COLOURS["bigger"], "sampled token")):
-        mine = [run for run in runs if run["arm"] == arm]
-        cut = [smooth(run["curves"]["truncated_fraction"], 7) for run in mine]
-        band(middle, mine[0]["curves"]["step"], cut, colour, label=label)
-    middle.set(xlabel="step", title="share of responses cut off", ylim=(0, None))
-    middle.legend(frameon=False, fontsize=8)
+    left.set_title("one setting changed at a time", fontsize=9)
+    right.set_title("accuracy along the reverse KL", fontsize=9)
     for arm, colour, label in (("all", COLOURS["success"], "success"), ("fails", COLOURS["other"], "failure")):
         for i, run in enumerate(run for run in runs if run["arm"] == arm):
             known = [(kl, x) for kl, x in zip(run["curves"]["reverse_kl"], run["curves"]["accuracy"]) if x is not None]
@@ -551,7 +549,8 @@ def bars(axes, runs, colours):
         axes.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
         axes.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
     axes.set_xticks(range(len(colours)), [
-        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ") for arm in colours], fontsize=8)
+        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ").replace(" prompt", "\nprompt")
+        for arm in colours], fontsize=8)
     axes.set(ylabel="accuracy after", ylim=(0, 1))
 
 

@@ -56,6 +56,12 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "ends start": "none, ours: its pairs of 3.1 and 5.1 end with different tokens",
         "ends merged": "none, ours",
         "ends own": "none, ours"},
+    "followups": {
+        "later one prompt": "2609.04172: one prompt gives 62 to 89 % of the gain",
+        "later first 30 %": "2605.27028, 2605.31490: the first 30 % of the tokens give nearly all",
+        "later sharp": "none, a control",
+        "later low KL": "2606.09471: a low KL need not mean success",
+        "later no end": "the sampled token is said to stop ending in long runs"},
     "forecast": {"forecast rank": "none, ours", "forecast promise": "none, ours"},
 }
 

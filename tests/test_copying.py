@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 MODELS = """
@@ -145,6 +147,7 @@ def started(tmp_path_factory):
         process.wait()
 
 
+@pytest.mark.slow
 def test_a_file_is_copied_with_what_its_header_names_and_nothing_else(tmp_path_factory):
     """In a fresh interpreter that cannot see this repository a user's few lines run, and say nothing."""
     with started(tmp_path_factory) as running:
