@@ -12,7 +12,8 @@ import json
 import lab
 import plot
 
-MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n") for name in ("findings", "forecast", "bench")}
+MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n")
+           for name in ("findings", "forecast", "bench")}
 PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",

@@ -46,7 +46,7 @@ def parts(student):
 
 @contextlib.contextmanager
 def whole(student):
-    """Inside, every process has all weights, in the dtype of the computation: they are gathered once for a rollout."""
+    """Inside, every process has all weights, gathered once: layers in the computation's dtype, the rest in float32."""
     for module in parts(student):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()

@@ -1,7 +1,7 @@
 """plumbing/slots.py: rollout.Waves, faster. Slots: rows that never move. Captured: a token of all rows in one launch.
 
-On a GPU a token of eager transformers is some 80 launches a layer, whatever the number of rows, and takes longer to
-launch than to compute. A CUDA graph replays them all at once, on the addresses that it was captured with.
+On a GPU a token of eager transformers is dozens of launches a layer, whatever the number of rows, which take longer
+than what they compute. A CUDA graph replays them all at once, on the addresses that it was captured with.
 To copy: with rollout.py.
 """
 import warnings

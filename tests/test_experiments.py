@@ -161,8 +161,8 @@ def test_the_table_of_findings_is_a_fresh_report():
 
 
 def test_what_else_the_page_shows_of_results_stands_there_to_the_letter():
-    """The bench's table whole, the forecast's from its summary on; of recipe.txt whole lines, in order. Every link leads
-    to a file."""
+    """The bench's table whole, the forecast's from its summary on; of recipe.txt whole lines, in order. Every link
+    leads to a file."""
     assert report.put(report.printed(HERE / "results" / "forecast.txt", "Spearman"), "forecast", README) == README
     assert report.put(report.printed(HERE / "results" / "bench.txt"), "bench", README) == README
     block = README.split("results/recipe.svg)\n```text\n")[1].split("```")[0].splitlines()

@@ -31,7 +31,7 @@ def paired(name, dtype, decoder):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["float32", "bfloat16"])
 def test_what_is_sampled_is_what_is_scored(name, dtype, off):
-    """Decoded by graphs, read whole: the same log-probabilities but for rounding, after the weights have changed, too."""
+    """Decoded by graphs, read whole: the same log-probabilities but for rounding, with changed weights, too."""
     pair = paired(name, dtype, Captured)
     for step in range(2):
         r = pair.write(PROMPTS, n=3, max_new_tokens=LENGTH, seed=step)

@@ -75,9 +75,9 @@ def test_rows_that_have_left_leave_no_columns_behind(decoder):
     assert max(widths) <= 2 + LENGTH < len(widths)
 
 
-def slots_of(model, prompts, *, n=1, places):
+def slots_of(model, prompts, *, n=1, places, decoder=Slots):
     ids, mask = left_pad(prompts, 0)
-    return Slots(model, ids, mask, n, places, LENGTH)
+    return decoder(model, ids, mask, n, places, LENGTH)
 
 
 @pytest.mark.parametrize("places, gone, reads", [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0),
@@ -155,6 +155,16 @@ def test_buffers_stay_where_they_are(monkeypatch):
     assert slots.columns == max(map(len, MANY)) + LENGTH
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_free_rows_of_a_graph_stay_within_the_cache(monkeypatch, seed):
+    """They are computed beside the others: at a column that there is, and to numbers."""
+    monkeypatch.setattr(Static, "every", 1)
+    slots = slots_of(tiny("llama"), MANY * 3, places=7, decoder=Static)
+    for _ in played(slots, 1, seed):
+        assert slots.at.max() < LENGTH and slots.logits.isfinite().all()
+    assert all(x.isfinite().all() for x in sum(slots.buffers, []))
+
+
 # --- what a graph needs --------------------------------------------------------------------------------------------
 
 
@@ -201,10 +211,12 @@ def test_what_cannot_be_captured_is_run_as_it_is_and_that_is_said(monkeypatch):
     def capture(self, step):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
     model = tiny("llama").double()
-    plain = sample(model, MANY, decoder=Slots)
+    eos_ids = common(sample(model, MANY), 4)                                # several numbers of rows, each a graph
+    plain = sample(model, MANY, eos_ids=eos_ids, decoder=Slots)
     monkeypatch.setattr(Captured, "capture", capture)
+    monkeypatch.setattr(Captured, "every", 1)
     with pytest.warns(UserWarning, match="LlamaForCausalLM is not captured in a CUDA graph.*capturing$") as said:
-        same_text(sample(model, MANY, decoder=Captured), plain)
+        same_text(sample(model, MANY, eos_ids=eos_ids, decoder=Captured), plain)
     assert len(said) == 1
 
 
