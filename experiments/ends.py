@@ -7,7 +7,7 @@
 
 A teacher that differs in this alone knows what it knew. What holds:
     start      merged: reverse KL and overlap ratio on held-out prompts are the ordinary pair's to 1e-6, in every seed
-    merged     its student ends within noise (two standard errors, lab.difference) of the ordinary one
+    merged     its student ends equal to the ordinary one (lab.equal: within noise, and noise included within .05)
     own        its student ends .3 or more below where it began, in every seed: it is taught never to end
 
     python experiments/ends.py              three seeds; results/ends.{json,txt,svg}
@@ -16,7 +16,7 @@ A teacher that differs in this alone knows what it knew. What holds:
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import plot
-from lab import difference, distil, main, models, told, toy, verdicts, write_text
+from lab import MARGIN, difference, distil, equal, main, models, told, toy, verdicts, write_text
 
 ARMS = {"ordinary": ("teacher", "merged"), "merged": ("teacher-unk", "merged"), "own": ("teacher-unk", "own")}
 
@@ -50,7 +50,7 @@ def judge(runs):
     gap, noise = difference(arms["merged"], arms["ordinary"])
     lost = [r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in arms["own"]]
     return [("ends start", "distances off by <= 1e-6", f"{off:.1e}", off <= 1e-6),
-            ("ends merged", "within noise of the ordinary pair", told(gap, noise), abs(gap) <= noise),
+            ("ends merged", f"within noise, and {MARGIN}, of the ordinary pair", told(gap, noise), equal(gap, noise)),
             ("ends own", "every seed loses .3 or more", ", ".join(f"{x:+.3f}" for x in lost), max(lost) <= -0.3)]
 
 

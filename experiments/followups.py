@@ -24,7 +24,7 @@ import math
 from statistics import mean
 
 import plot
-from lab import difference, distil, main, models, told, verdicts, write_text
+from lab import MARGIN, difference, distil, main, models, told, verdicts, write_text
 
 ARMS = {"all": {}, "16 prompts": {}, "1 prompt": {}, "first 30 %": dict(max_new_tokens=10),
         "sharp": dict(teacher_temperature=0.7), "long": dict(steps=400),
@@ -69,7 +69,7 @@ def judge(runs):
              share["1 prompt"] >= 0.5 and share["16 prompts"] >= 0.8),
             ("later first 30 %", ".8 of the gain of whole responses", f"{share['first 30 %']:.2f}",
              share["first 30 %"] >= 0.8),
-            ("later sharp", "|it - all| + noise < .05", told(off, noise), abs(off) + noise < 0.05),
+            ("later sharp", f"|it - all| + noise < {MARGIN}", told(off, noise), abs(off) + noise < MARGIN),
             ("later low KL", "where it fails KL halves, accuracy falls, each seed",
              "; ".join(f"{a:.2f} -> {b:.2f}, {c:+.3f}" for (a, b), c in zip(kl, lost)),
              all(b < a / 2 for a, b in kl) and max(lost) < 0),

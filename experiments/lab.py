@@ -25,6 +25,7 @@ CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass
           "time_update", "truncated_fraction", "accuracy")
 
 MADE_BY = ("commit", "dirty")     # the code, of the provenance
+MARGIN = 0.05    # of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take away
 EARLIER = []     # seconds of the runs, or parts of runs, that were found on the disk
 
 
@@ -142,6 +143,14 @@ def difference(ours, theirs, of=("accuracy_after",), than=None):
         variances.append(mean(x["standard_error"] for x in leads) ** 2)
     spread = stdev(each) ** 2 if len(each) > 1 else 0
     return mean(each), 2 * math.sqrt(max(mean(variances), spread) / len(each))
+
+
+def equal(off, noise):
+    """Whether a difference of accuracy means "as good": it is within its noise, and with its noise within MARGIN. This
+    is TOST, two one-sided tests of 2.5 % each, and asks besides for what "within noise" asked alone. So noise cannot
+    make a finding hold.
+    """
+    return abs(off) <= noise and abs(off) + noise < MARGIN
 
 
 def told(x, noise):

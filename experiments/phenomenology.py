@@ -8,7 +8,7 @@
     reverse         small, post-trained <- itself before its post-training    3.3     800
     reverse-bigger  small, post-trained <- the big one before its own         3.3     800
 
-What holds in the mean over seeds, noise being two standard errors:
+What holds in the mean over seeds, noise being two standard errors, and "within noise" lab.equal:
     thinking    3.1: weaker scores less than other, and its student more, and overlaps more with it at the start
     knowledge   3.2: success recovers .8 of its gap or more, bigger gains or loses no more than noise, and bigger starts
                 from the higher overlap. (The paper's bigger teacher scores higher than its student; this one does not)
@@ -28,7 +28,7 @@ import math
 from statistics import mean
 
 import plot
-from lab import analysis, difference, distil, main, models, opd, told, toy, verdicts, write_text
+from lab import MARGIN, analysis, difference, distil, equal, main, models, opd, told, toy, verdicts, write_text
 
 PAIRS = {"success": ("student", "teacher", 100), "bigger": ("student", "bigger", 100),
          "weaker": ("student", "weaker", 100), "other": ("student", "other", 100),
@@ -76,13 +76,13 @@ def judge(runs):
                  for r in arms["success"]]
     recovery = math.nan if None in recovered else mean(recovered)
     gain, noise = difference(arms["bigger"], arms["bigger"], than=("accuracy_before",))
-    lines.append(("3.2 knowledge", f"recovery >= .8, |gain| <= {noise:.3f}, overlap",
+    lines.append(("3.2 knowledge", f"recovery >= .8, |gain| <= {noise:.3f} (and + it < {MARGIN}), overlap",
                   f"{recovery:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
-                  recovery >= 0.8 and abs(gain) <= noise and overlap["bigger"] > overlap["success"]))
+                  recovery >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"]))
     ends = [difference(arms[pair], arms["reverse"], than=("accuracy_teacher",))
             for pair in ("reverse", "reverse-bigger")]
-    lines.append(("3.3 reverse", "both within noise of the student before", ", ".join(
-        told(off, noise) for off, noise in ends), all(abs(off) <= noise for off, noise in ends)))
+    lines.append(("3.3 reverse", f"both within noise, and {MARGIN}, of the student before", ", ".join(
+        told(off, noise) for off, noise in ends), all(equal(off, noise) for off, noise in ends)))
     given = difference(arms["reverse"], arms["reverse"], ("accuracy_before",), ("accuracy_teacher",))[0]
     lost = [difference(arms[pair], arms[pair], ("accuracy_before",), ("accuracy_after",))[0] / (given or math.nan)
             for pair in ("reverse", "reverse-bigger")]

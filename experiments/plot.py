@@ -8,7 +8,8 @@
     recipe         results/recipe.json: the cold start and its controls, the mixing of aligned prompts
     mechanism      results/mechanism.json: success and failure side by side, supports
     cost           results/cost.json: response budgets, depth, supports, coherence of the gradients
-    real           results/real.json: success and its reverse on real weights
+    real           results/real.json: success, failures and recovery on a real language model
+    again          results/again.json: one setting changed at a time on the same model
     overview       success, failure and recovery of several results in one picture
 
 Pictures need matplotlib, which is optional: without it the tables are still printed, and a line says what to install.
@@ -469,21 +470,35 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on real weights: a better teacher, and the two the other way round; mean, range of the seeds."""
+    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracy of each run."""
     plt, runs = opened(results, "real")
     if plt is None:
         return
     figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    pairs = {pair: [run for run in runs if run["pair"] == pair] for pair in ("success", "reverse")}
-    aligning(plt, grid.flat, {f"{pair}: the {learns} learns": (COLOURS[pair], pairs[pair])
-                              for pair, learns in (("success", "worse model"), ("reverse", "better one"))})
-    last = grid[1, 3]
-    for pair, mine in pairs.items():
-        for run in mine:
-            last.plot((0, run["steps"]), (run["text_before"], run["text_after"]), "o-", color=COLOURS[pair])
-    last.set(xlabel="step", ylabel="nats a token")
-    last.set_title("a text written by people", fontsize=9)
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    colours = {"success": COLOURS["success"], "nothing new": COLOURS["bigger"], "other way": COLOURS["other"],
+               "cold start": COLOURS["weaker"], "intersection": COLOURS["reverse"]}
+    aligning(plt, grid.flat, {label: (colours[name], [run for run in runs if run["run"] == name]) for name, label in (
+        ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
+        ("other way", "copy that works the sums out in words"))})
+    bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    save(plt, figure, out)
+
+
+def again(results, out):
+    """One setting changed at a time on the real model: the accuracy of each arm beside that before it."""
+    plt, runs = opened(results, "again")
+    if plt is None:
+        return
+    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
+    colours = {"success": COLOURS["success"], "sampled": COLOURS["weaker"], "full": COLOURS["weaker"],
+               "unaligned": COLOURS["bigger"], "long": COLOURS["bigger"], "first 30 %": COLOURS["bigger"],
+               "one prompt": COLOURS["bigger"], "other way": COLOURS["other"], "reverse": COLOURS["reverse"]}
+    bars(axes, [{**run, "arm": run["run"]} for run in runs], colours)
+    for place, name in enumerate(colours):
+        before = [run["accuracy_before"]["mean"] for run in runs if run["run"] == name]
+        axes.plot((place - 0.35, place + 0.35), [sum(before) / len(before)] * 2, "--", color="0.3", linewidth=0.9)
+    axes.set_title("one setting changed at a time (dashed: before)", fontsize=9)
     save(plt, figure, out)
 
 

@@ -1,85 +1,248 @@
-"""experiments/real.py: the paper's Figure 6 on real weights; any student and teacher, a GPU if there is one.
+"""experiments/real.py: a real language model learns a real skill from a post-trained copy of itself (paper 3, 4, 5, 6).
 
-    success    student <- teacher
-    reverse    teacher <- student: the better model learns from the worse one, with the same settings
+The base (SmolLM2-135M-Instruct; --base takes any chat model) is asked as a chat to add three digits, with two worked
+examples before: "5 + 6 + 9" -> "5 + 6 = 11, 11 + 9 = 20. Answer: 20". Its teachers are copies of it:
 
-Whether a model became better is asked of a text that neither of them wrote: nats a token on the held-out questions
-themselves, which nothing here trains on. What holds:
-    overlap   in the mean over seeds, first and last five steps compared, the ratio rises by .05 or more in success, and
-              the advantage and the entropy gap shrink to .75 of what they were
-    text      in every seed nats a token come nearer to those of the teacher, by a tenth of the distance or more: better
-              in success, worse in reverse. (Past the teacher and away from it counts against it)
+    expert    after rounds of expert iteration: it answers new questions, and is fine-tuned on its right answers (3.2)
+    copy      after as many rounds on its own answers, right or wrong, which teach it nothing new              (3.2)
+    words     fine-tuned until it is as good, on another way of working the same sums out: "six plus ..."      (3.1)
 
-    python experiments/real.py --student S --teacher T --prompts F.jsonl       results/real.{json,txt,svg}
+and its runs, all with the same settings, questions and seed:
 
---prompts: {"prompt": ...} a line; a fifth of them is held out. With --runs DIR the runs are kept, and one that was
-killed goes on from its checkpoint.
+    success        base <- expert
+    nothing new    base <- copy
+    other way      base <- words
+    cold start     base, fine-tuned on the answers of words first, <- words                                    (5.1)
+    intersection   base <- expert, only the tokens that both find likely                                       (4.2)
+
+Criteria, fixed before the first run of the script; three seeds. What is compared is compared prompt by prompt:
+    skill         the expert leads the base by .3 or more, and success makes up .8 of that lead or more, in every seed
+    masses        both overlap masses are .95 or more at the first step of success (the paper: .97 to .99 throughout)
+    overlap       the overlap ratio rises in success, first and last three steps, in every seed
+    nothing new   the gain is below a quarter of that of success
+    other way     the gain is below half of that of success, and a mass lies below .95 at the first step
+    cold start    ends above the other way without it by more than noise
+    intersection  ends within .05 of success, noise included (lab.equal asks for more: they may differ by so little)
+    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; told for words (6.2)
+
+    python experiments/real.py --base DIR_OR_HUB         results/real.{json,txt,svg}; an hour a seed on 2 cores
+
+With --runs DIR models and runs are kept, and what was killed goes on.
 """
+import json
 import math
+import random
+from statistics import mean
 
 import torch
-from torch.nn.functional import cross_entropy
 
 import plot
-from lab import main, opd, run, verdicts, write_text
-from mechanism import ends
-from plumbing.models import load, load_tokenizer, pick_device
-from plumbing.prompts import questions
+from lab import MARGIN, analysis, difference, main, run, verdicts, write_text
+from plumbing.answers import answered, read_answer, same_answer
+from plumbing.prompts import load_prompts
+from recipes import cold_start
+from teacher import Pair
 
-NEEDED = {"student": "directory of the weaker model", "teacher": "directory of the better one",
-          "prompts": "JSON lines with questions"}
-SETTINGS = dict(batch_size=8, max_new_tokens=32, lr=3e-5, steps=100, eval_n=1)      # minutes a run on two cores
+NEEDED = {"base": "directory or hub name of a chat model that follows worked examples, and adds badly"}
+NEW_TOKENS, HELD_OUT, ROUNDS, SAMPLES = 48, 64, 3, 160
+MICRO = 700                                                             # tokens in a forward: .8 of the default's time
+SETTINGS = dict(steps=12, batch_size=16, max_new_tokens=NEW_TOKENS, lr=1e-5, eval_n=6, eval_temperature=1.0,
+                eval_top_p=1.0, eval_max_new_tokens=NEW_TOKENS, device="auto", micro_batch_tokens=MICRO)
+COLD = dict(cold_start=96, cold_start_steps=6, cold_start_lr=3e-5, cold_start_temperature=1.0, cold_start_top_p=1.0)
+RUNS = {"success": ("expert", {}), "nothing new": ("copy", {}), "other way": ("words", {}),
+        "cold start": ("words", COLD), "intersection": ("expert", dict(support="intersection"))}
+WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
+    twenty-seven""".split()
+ENDS = 3                                                                # steps at either end that are averaged
 
 
-def seed_runs(seed, world, scratch, quick, student, teacher, prompts):
-    made = []
-    for pair, (learns, grades) in {"success": (student, teacher), "reverse": (teacher, student)}.items():
-        out = scratch / f"{pair}-{seed}"
-        settings = {**SETTINGS, **(dict(steps=10, max_new_tokens=8) if quick else {}), "student": learns,
-                    "teacher": grades, "prompts": prompts, "seed": seed, "out": str(out)}
-        texts = [row["prompt"] for row in questions(opd.Config(**settings))[2] if isinstance(row["prompt"], str)]
-        made.append({"pair": pair, "seed": seed, **run(**settings), "text_before": nats(learns, texts),
-                     "text_teacher": nats(grades, texts), "text_after": nats(out / "student", texts)})
+# --- the questions -------------------------------------------------------------------------------------------------
+
+
+def steps_of(a, b, c):
+    return f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}. Answer: {a + b + c}"
+
+
+def in_words(a, b, c):
+    ab, abc = a + b, a + b + c
+    return (f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[ab]}, {WORDS[ab]} plus {WORDS[c]} is {WORDS[abc]}. "
+            f"Answer: {abc}")
+
+
+EXAMPLES = ((5, 6, 9), (3, 8, 4))
+PLAIN, WORDY = ("Add.", "{} + {} + {}"), ("You are a careful accountant.", "What is the sum of {}, {} and {}?")
+
+
+def question(digits, template=PLAIN):
+    """A row as load_prompts gives it: the chat, with two worked examples, and the sum."""
+    system, asks = template
+    chat = [{"role": "system", "content": system}]
+    for example in EXAMPLES:
+        chat += [{"role": "user", "content": asks.format(*example)},
+                 {"role": "assistant", "content": steps_of(*example)}]
+    return {"prompt": [*chat, {"role": "user", "content": asks.format(*digits)}], "answer": str(sum(digits))}
+
+
+def write_questions(world, seed):
+    """All 729 sums of three digits from 1 to 9 but the examples, shuffled: world/eval.jsonl and prompts.jsonl, the
+    latter in other words too (wordy.jsonl), and its first alone (one.jsonl).
+    """
+    sums = [(a, b, c) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
+    sums = [digits for digits in sums if digits not in EXAMPLES]
+    random.Random(seed).shuffle(sums)
+    for name, part, template in (("eval", sums[:HELD_OUT], PLAIN), ("prompts", sums[HELD_OUT:], PLAIN),
+                                 ("wordy", sums[HELD_OUT:], WORDY), ("one", sums[HELD_OUT:HELD_OUT + 1], PLAIN)):
+        (world / f"{name}.jsonl").write_text("".join(json.dumps(question(x, template)) + "\n" for x in part))
+
+
+# --- the teachers --------------------------------------------------------------------------------------------------
+
+
+def fine_tune(pair, examples, seed):
+    """One epoch over [(prompt ids, response ids)] in batches of 16."""
+    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=3e-5)
+    for _ in cold_start(pair, optimizer, examples, steps=math.ceil(len(examples) / 16), lr=3e-5, batch_size=16,
+                        seed=seed):
+        pass
+
+
+def expert_iteration(pair, rows, rounds, seed, samples=SAMPLES, keep=same_answer):
+    """Let the student of a pair answer new rows (of Pair.encode) each round, and fine-tune it on the finished answers
+    for which keep(what it says, what is right) holds.
+    """
+    draw = random.Random(seed)
+    for number in range(rounds):
+        chosen = draw.sample(rows, min(samples, len(rows)))
+        r = pair.write([row["ids"] for row in chosen], max_new_tokens=NEW_TOKENS, seed=seed + number)
+        said = [r.response_ids(i) for i in range(len(chosen))]
+        good = [(row["ids"], ids) for row, ids, cut in zip(chosen, said, r.truncated.tolist()) if not cut and keep(
+            read_answer(pair.tokenizer.decode(ids, skip_special_tokens=True)), row["answer"])]
+        print(f"round {number + 1}: {len(good)} of {len(chosen)} answers kept", flush=True)
+        if good:
+            fine_tune(pair, good, seed + number)
+
+
+def spoken(pair, rows, seed, count=SAMPLES):
+    """Fine-tune the student of a pair on sums worked out in words."""
+    chosen = random.Random(seed).sample(rows, min(count, len(rows)))
+    end = pair.tokenizer.eos_token_id
+    fine_tune(pair, [(row["ids"], pair.tokenizer(in_words(*map(int, row["prompt"][-1]["content"].split(" + "))),
+                                                 add_special_tokens=False).input_ids + [end]) for row in chosen], seed)
+
+
+def teachers(base, world, seed, quick):
+    """world/{expert,copy,words}, made where they are not there."""
+    for name in ("expert", "copy", "words"):
+        if (world / name / "tokenizer_config.json").exists():
+            continue
+        pair = Pair.load(base, base, micro_batch_tokens=MICRO)
+        rows = pair.encode(load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS)
+        rounds, samples = (1, 16) if quick else (ROUNDS, SAMPLES)
+        if name == "words":
+            spoken(pair, rows, seed, samples)
+            if not quick:
+                expert_iteration(pair, rows, rounds - 1, seed)                  # until it is as good
+        else:
+            expert_iteration(pair, rows, rounds, seed, samples, *([lambda said, right: True] if name == "copy" else []))
+        pair.student.save_pretrained(world / name)
+        pair.tokenizer.save_pretrained(world / name)
+
+
+# --- the runs ------------------------------------------------------------------------------------------------------
+
+
+def distilled(name, student, teacher, world, scratch, seed, quick, **how):
+    """A run of SETTINGS and what `how` says, or what is there of it in scratch: its result, its curves."""
+    settings = {**SETTINGS, "prompts": str(world / "prompts.jsonl"), **how}
+    if quick:
+        settings.update(steps=2, batch_size=4, max_new_tokens=8, eval_n=1, eval_max_new_tokens=8)
+        if "cold_start" in how:
+            settings.update(cold_start=8, cold_start_steps=1)
+    return {"run": name, "seed": seed, **run(**settings, student=str(student), teacher=str(teacher), seed=seed,
+                                             eval=str(world / "eval.jsonl"),
+                                             out=str(scratch / f"{name.replace(' ', '-')}-{seed}"))}
+
+
+def seed_runs(seed, world, scratch, quick, base):
+    world.mkdir(parents=True, exist_ok=True)
+    write_questions(world, seed)
+    teachers(base, world, seed, quick)
+    made = [distilled(name, base, world / teacher, world, scratch, seed, quick, **how)
+            for name, (teacher, how) in RUNS.items()]
+    for teacher in ("expert", "words"):
+        pair = Pair.load(base, world / teacher, micro_batch_tokens=MICRO)
+        rows = pair.encode(load_prompts(world / "eval.jsonl")[:4 if quick else 32], max_prompt_tokens=512,
+                           new_tokens=NEW_TOKENS)
+        found = analysis.diagnose_pair(pair, rows, answered=answered, n=2, max_new_tokens=NEW_TOKENS, seed=seed,
+                                       eval_temperature=1.0, eval_top_p=1.0)
+        made.append({"run": f"diagnosis, {teacher}", "seed": seed, **{name: found.get(name) for name in (
+            "verdict", "auroc", "predicted_gain")}, "metrics": found["metrics"]})
     return made
 
 
-@torch.no_grad()
-def nats(path, texts):
-    """Mean over the tokens of the texts, each by itself and its first left out, of -log p(token | those before it)."""
-    model, tokenizer, total, count = load(path, device=pick_device("auto")), load_tokenizer(path), 0.0, 0
-    for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(model.device)   # (1, L)
-        if ids.size(1) > 1:
-            logits = model(input_ids=ids).logits[0, :-1]                                                     # (L-1, V)
-            total += cross_entropy(logits.float(), ids[0, 1:], reduction="sum").item()
-            count += ids.size(1) - 1
-    return total / count
+def of(runs, name):
+    return [r for r in runs if r["run"] == name]
+
+
+def gain(runs):
+    """What the student gained, in each seed."""
+    return [r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in runs]
+
+
+def first(runs, name):
+    """A metric at the first step, in each seed."""
+    return [r["curves"][name][0] for r in runs]
 
 
 def judge(runs):
     """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    good, bad = ([r for r in runs if r["pair"] == pair] for pair in ("success", "reverse"))
-    a, b = ends(good, "overlap_ratio")
-    shrunk = {name: ends(good, name) for name in ("overlap_token_advantage", "entropy_gap")}
-    way = [[1 - abs(r["text_after"] - r["text_teacher"]) / (abs(r["text_before"] - r["text_teacher"]) or math.nan)
-            for r in part] for part in (good, bad)]
-    return [("Fig. 6 overlap", "rises by .05, advantage and gap to .75",
-             f"{a:.3f} -> {b:.3f}, " + ", ".join(f"{c:.3f} -> {d:.3f}" for c, d in shrunk.values()),
-             b - a >= 0.05 and all(abs(d) <= 0.75 * abs(c) for c, d in shrunk.values())),
-            ("3.3 text", "a tenth of the way to the teacher, both",
-             "; ".join(", ".join(f"{x:+.2f}" for x in part) for part in way), min(*way[0], *way[1]) >= 0.1)]
+    good, nothing, other, cold, shared = (of(runs, name) for name in RUNS)
+    leads = [r["accuracy_teacher"]["mean"] - r["accuracy_before"]["mean"] for r in good]
+    recovered = [a / (b or math.nan) for a, b in zip(gain(good), leads)]
+    masses = {who: [min(first(part, f"overlap_mass_{side}")[i] for side in ("student", "teacher"))
+                    for i in range(len(part))] for who, part in (("success", good), ("other way", other))}
+    rise = [mean(r["curves"]["overlap_ratio"][-ENDS:]) - mean(r["curves"]["overlap_ratio"][:ENDS]) for r in good]
+    better, noise = difference(cold, other)
+    off, spread = difference(shared, good)
+    auroc = {name: [r["auroc"] for r in of(runs, f"diagnosis, {name}")] for name in ("expert", "words")}
+
+    def each(values, form="+.3f"):
+        return ", ".join("none" if x is None else format(x, form) for x in values)
+    return [
+        ("real skill", "lead >= .3, .8 of it made up, each seed", f"lead {each(leads)}; of it {each(recovered, '.2f')}",
+         min(leads) >= 0.3 and min(recovered) >= 0.8),
+        ("real masses", "both >= .95 at the first step", each(masses["success"], ".3f"),
+         min(masses["success"]) >= 0.95),
+        ("real overlap", "the ratio rises, each seed", each(rise), min(rise) > 0),
+        ("real nothing new", "gain < a quarter of success's", f"{each(gain(nothing))} against {each(gain(good))}",
+         mean(gain(nothing)) < mean(gain(good)) / 4),
+        ("real other way", "gain < half of success's, a mass < .95",
+         f"{each(gain(other))}; masses {each(masses['other way'], '.3f')}",
+         mean(gain(other)) < mean(gain(good)) / 2 and max(masses["other way"]) < 0.95),
+        ("real cold start", f"above the other way by > {noise:.3f}", f"{better:+.3f}", better > noise),
+        ("real intersection", f"|it - success| + noise < {MARGIN}", f"{off:+.3f} (noise {spread:.3f})",
+         abs(off) + spread < MARGIN),
+        ("real reward", "AUROC > .6 with expert, each seed",
+         f"{each(auroc['expert'], '.3f')}; with words {each(auroc['words'], '.3f')}",
+         all(x is not None and x > 0.6 for x in auroc["expert"]))]
 
 
 def report(made, out):
-    lines = [f"{'pair':8} {'seed':>4} {'nats a token of text (teacher)':>30} {'overlap':>14} {'reverse KL':>15} "
-             f"{'masses':>13} {'s':>5}"]
+    lines = [f"{'run':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} {'reverse KL':>15} "
+             f"{'masses, first step':>18} {'s':>5}"]
     for r in made["runs"]:
+        if "curves" not in r:
+            lines.append(f"{r['run']:18} {r['seed']:4d} {r['verdict']}; AUROC "
+                         f"{'none' if r['auroc'] is None else format(r['auroc'], '.3f')}")
+            continue
         a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(f"{r['pair']:8} {r['seed']:4d} {r['text_before']:8.3f} -> {r['text_after']:8.3f} "
-                     f"({r['text_teacher']:7.3f}) "
+        lines.append(f"{r['run']:13} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
+                     f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
                      f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
                      f"{a['reverse_kl']:6.3f} -> {b['reverse_kl']:.3f} "
-                     f"{b['overlap_mass_student']:6.3f} {b['overlap_mass_teacher']:.3f} {r['seconds']:5.0f}")
+                     f"{r['curves']['overlap_mass_student'][0]:10.3f} {r['curves']['overlap_mass_teacher'][0]:.3f} "
+                     f"{r['seconds']:7.0f}")
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.real(out.with_suffix(".json"), out.with_suffix(".svg"))
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import again
 import cost
 import lab
 import mechanism
@@ -16,9 +17,10 @@ import real
 import recipe
 import report
 import toy
-from conftest import Killed, ROOT, WORDS, tiny, word_tokenizer
+from conftest import Killed, ROOT, TEMPLATE, WORDS, tiny, word_tokenizer
 from loss import full_vocab, top_k
 from plumbing.flags import check
+from plumbing.prompts import load_prompts
 from teacher import Pair, log_probs
 
 HERE = ROOT / "experiments"
@@ -135,9 +137,9 @@ def test_results_of_several_commands_are_joined_once(tmp_path):
 
 def test_what_an_experiment_needs_is_asked_for_before_anything_runs(monkeypatch, capsys):
     """One line, exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["real.py", "--student", "S"])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--student", "S"])
     with pytest.raises(SystemExit, match="2"):
-        lab.main("real", "", None, None, {"student": "", "teacher": "", "prompts": ""})
+        lab.main("x", "", None, None, {"student": "", "teacher": "", "prompts": ""})
     assert "--teacher, --prompts: needed" in capsys.readouterr().err
 
 
@@ -290,12 +292,41 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
     assert len(expected) == 2 and len(places) > 1
 
 
-@pytest.mark.parametrize("after, holds", [
-    (3.9, True), (3.1, True), (2.9, True), (3.95, False), (4.1, False), (1.9, False)])
-def test_a_text_is_nearer_to_the_teacher_or_it_is_not(after, holds):
-    """On real weights: from 4 nats towards 3, by a tenth or more; away from it, or as far beyond it, is no gain."""
-    curves = {"overlap_ratio": [0.4] * 10, "overlap_token_advantage": [-0.1] * 10, "entropy_gap": [1.0] * 10}
-    whole = {"pair": "reverse", "text_before": 3.0, "text_after": 3.5, "text_teacher": 4.0, "curves": curves}
-    damaged = {"pair": "success", "text_before": 4.0, "text_after": after, "text_teacher": 3.0, "curves": curves}
-    (_, _, _, figure), (_, _, _, text) = real.judge([damaged, whole])
-    assert text is holds and not figure
+@pytest.mark.slow
+def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
+    """A tiny one with random weights: three teachers, all runs, both diagnoses, both judges; a second script takes what
+    the first has run.
+    """
+    model = tiny("llama", vocab_size=len(WORDS))
+    model.config.max_position_embeddings = 256
+    model.save_pretrained(tmp_path / "base")
+    word_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path / "base")
+    world, runs = tmp_path / "world", tmp_path / "runs"
+    for script, shared in ((real, 0), (again, 2)):
+        before = len(lab.EARLIER)
+        made = script.seed_runs(0, world, runs, True, tmp_path / "base")
+        assert {run["run"] for run in made} >= set(script.RUNS)
+        assert sum(seconds > 0 for seconds in lab.EARLIER[before:]) == shared
+        lab.write({"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}, tmp_path / "out",
+                  lab.CURVES, script.report)
+
+
+def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
+    """All 727 once, none of them an example; the same ones in other words; what is held out is in neither."""
+    real.write_questions(tmp_path, 3)
+    rows = {name: load_prompts(tmp_path / f"{name}.jsonl") for name in ("eval", "prompts", "wordy", "one")}
+    asked = {name: [row["prompt"][-1]["content"] for row in part] for name, part in rows.items()}
+    assert len(set(asked["eval"] + asked["prompts"])) == 727 and "5 + 6 + 9" not in asked["eval"] + asked["prompts"]
+    digits = re.findall(r"\d", asked["prompts"][0])
+    assert asked["one"] == asked["prompts"][:1]
+    assert asked["wordy"][0] == "What is the sum of {}, {} and {}?".format(*digits)
+    for row in rows["wordy"]:
+        assert sum(map(int, re.findall(r"\d", row["prompt"][-1]["content"]))) == int(row["answer"])
+    assert real.steps_of(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
+    assert real.in_words(9, 9, 9) == "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
+
+
+def test_equal_is_more_than_not_different():
+    """Within noise, and the noise within the margin: neither a noisy run nor a small but sure difference will do."""
+    assert lab.equal(0.01, 0.02) and lab.equal(-0.01, 0.02)
+    assert not lab.equal(0.03, 0.02) and not lab.equal(0.01, 0.045) and not lab.equal(-0.04, 0.2)
