@@ -158,7 +158,7 @@ def distilled(name, student, teacher, world, scratch, seed, quick, **how):
     if quick:
         settings.update(steps=2, batch_size=4, max_new_tokens=8, eval_n=1, eval_max_new_tokens=8)
         if "cold_start" in how:
-            settings.update(cold_start=8, cold_start_steps=1)
+            settings.update(cold_start=8, cold_start_steps=1, cold_start_max_new_tokens=NEW_TOKENS)
     return {"run": name, "seed": seed, **run(**settings, student=str(student), teacher=str(teacher), seed=seed,
                                              eval=str(world / "eval.jsonl"),
                                              out=str(scratch / f"{name.replace(' ', '-')}-{seed}"))}

@@ -1,4 +1,4 @@
-"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world, three seeds; five in results.
+"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world; three seeds, five in results.
 
 5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family: the pair that fails.
     opd                       200 steps of OPD

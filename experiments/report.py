@@ -1,10 +1,10 @@
-"""experiments/report.py: the table of findings, from results/*.json. Nobody types a number of ours.
+"""experiments/report.py: the tables of findings, from results/*.json. Nobody types a number of ours.
 
-    python experiments/report.py      prints it, puts it and the bench's table into experiments/README.md, each between
-                                      its two markers, and draws the figures
+    python experiments/report.py      writes results/findings.md: every criterion and what was found; puts the findings,
+                                      one line each, and the tables of scripts, forecast and bench into
+                                      experiments/README.md, each between its two markers; draws the figures
 
-A finding stands beside what the paper says (section 3 to 6 of arXiv 2604.13016; its numbers are single runs). What ours
-means is in the script's first lines, where its criterion is, and every seed is in results/<script>.txt.
+What a criterion means is in its script's first lines, and every seed is in results/<script>.txt.
 """
 import importlib
 import json
@@ -13,7 +13,7 @@ import lab
 import plot
 
 MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n")
-           for name in ("findings", "forecast", "bench")}
+           for name in ("findings", "scripts", "forecast", "bench")}
 PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
@@ -51,8 +51,23 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "6.3 support": "AIME24 .454 sampled, .446 top-1, .473 top-4, .458 top-16",
         "2.2 estimators": "none"},
     "real": {
-        "Fig. 6 overlap": ".72 -> .91 in success",
-        "3.3 text": "the student regresses all the way to the level of its worse teacher"},
+        "real skill": "gap recovery above .8 where the teacher is the student after RL (4.1)",
+        "real masses": ".97 to .99 throughout",
+        "real overlap": ".72 -> .91 in success",
+        "real nothing new": "recovery .05 and .16 from a teacher of the same pipeline",
+        "real other way": "student .15 of mean accuracy with the stronger teacher, .20 with the weaker",
+        "real cold start": ".36 -> .40 with it, .12 -> .26 without",
+        "real intersection": "Overlap Top-k equals Student Top-k",
+        "real reward": "AUROC .733 with the teacher that succeeds, .751 with the one that fails"},
+    "again": {
+        "again 2.2 estimators": "none",
+        "again 3.3 reverse": "from .54 to .30-.34, the score of its earlier self .28",
+        "again 3.3 lost": ".77 and .92 of it",
+        "again 5.2 template": ".51 -> .54, recovery 80 -> 85 %",
+        "again 6.1 long": "10K and 15K collapse near step 200",
+        "again one prompt": "2609.04172: one prompt gives 62 to 89 % of the gain",
+        "again first 30 %": "2605.27028, 2605.31490: the first 30 % of the tokens give nearly all",
+        "again low KL": "2606.09471: a low KL need not mean success"},
     "ends": {
         "ends start": "none, ours: its pairs of 3.1 and 5.1 end with different tokens",
         "ends merged": "none, ours",
@@ -67,22 +82,92 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
 }
 
 
-def table(results):
-    """Markdown, a row a finding; a script without results yet is left out."""
-    lines = ["| finding | paper | criterion | ours, mean over seeds | holds |", "|---|---|---|---|---|"]
-    commands = []
-    for script, paper in PAPER.items():
-        path = results / f"{script}.json"
-        if not path.exists():
-            continue
-        made = json.loads(path.read_text())
-        for name, criterion, found, holds in importlib.import_module(script).judge(made["runs"]):
-            cells = (name, paper[name], criterion, found, "yes" if holds else "**no**")
-            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
-        seeds = len({run["seed"] for run in made["runs"]})
-        commands.append(f"`python experiments/{script}.py`: {seeds} seeds, {made['seconds']} s on {made['threads']} "
-                        f"thread(s), commit {made['commit']}")
-    return "\n".join([*lines, "", *(f"- {command}" for command in commands)]) + "\n"
+FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " between them), what it means for a run
+    ("3.1", "a weaker teacher that thinks alike wins", "3.1 thinking", "real other way",
+     "compare overlap masses before scores"),
+    ("3.2", "only what is new can be learnt", "3.2 knowledge", "real skill; real nothing new",
+     "take a teacher that was post-trained further, not one that is only larger"),
+    ("3.3", "the student falls back to an earlier self", "3.3 reverse; 3.3 lost", "again 3.3 reverse; again 3.3 lost",
+     "it becomes its teacher, for better or worse"),
+    ("4.1", "success: overlap rises, the gaps close", "4.1 overlap; 4.1 advantage; 4.1 gap; 4.1 largest",
+     "real overlap", "watch the overlap ratio"),
+    ("4.1", "shared tokens hold 97 % of the mass", "4.1 masses", "real masses",
+     "masses far below it at the first step: cold start first"),
+    ("4.1", "failure begins with a small loss", "4.1 small loss", "", "a small loss is no success"),
+    ("4.2", "the shared tokens are enough", "4.2 overlap; 4.2 overlap, raw; 4.2 fluent; 4.2 fluent, raw",
+     "real intersection", "keep the student's own k: its private mistakes are outside"),
+    ("4.2", "tokens not shared teach less", "4.2 others", "", "the same"),
+    ("5.1", "a cold start rescues a failing pair", "5.1 opd; 5.1 sft 100; 5.1 sft 100 + opd; 5.1 cold start; "
+     "5.1 cold start T.7", "real cold start", "do it, at temperature 1, and go on with OPD"),
+    ("5.2", "the teacher's template helps", "5.2 template", "again 5.2 template", "use it where you know it"),
+    ("5.2", "the teacher's own prompts help", "5.2 content", "", "mix them with others, a quarter to three quarters"),
+    ("6.1", "short responses teach little", "6.1 short", "", "leave room to finish"),
+    ("6.1", "long ones collapse, from the end", "6.1 long; 6.1 backwards", "again 6.1 long",
+     "seen only where responses grow"),
+    ("6.1", "deep in a response the teacher helps less", "6.1 depth", "", "but no less than slips alone explain"),
+    ("6.2", "a failing teacher's mean reward ranks answers too", "6.2 global", "real reward",
+     "a low AUROC is a warning"),
+    ("6.2", "a failing teacher's gradients cancel", "6.2 coherence, bigger; 6.2 coherence, other", "",
+     "they do not: they lead somewhere wrong"),
+    ("6.3", "only the single likeliest token is too few", "6.3 support", "", "k from 4 to 32, or all"),
+    ("2.2", "Eq. 3, 4 and 5 end alike", "2.2 estimators", "again 2.2 estimators", "Eq. 5 stops a little short"),
+    ("ours", "unlike ends ruin, merged ends mend", "ends start; ends merged; ends own", "", "leave `--ends merged`"),
+    ("ours", "the diagnosis ranks gains beforehand", "forecast rank; forecast promise", "",
+     "run `analysis.py` before you train"),
+    ("2609.04172", "one prompt gives most of the gain", "later one prompt", "again one prompt", "take many prompts"),
+    ("2605.27028", "the first 30 % of tokens suffice", "later first 30 %", "again first 30 %", "leave room to finish"),
+    ("2606.09471", "a low KL can go with failure", "later low KL", "again low KL", "look at accuracy, not at the loss"),
+    ("a control", "a sharpened teacher teaches the same", "later sharp", "", "a sharper teacher taught more"),
+    ("said", "the sampled token stops ending", "later no end", "", "not seen in 400 steps"))
+
+
+def results_of(results):
+    """{script: its results file}, of those that have one."""
+    return {script: json.loads(path.read_text()) for script in PAPER if (path := results / f"{script}.json").exists()}
+
+
+def judged(made):
+    """[(name, criterion, found, holds)] of all scripts."""
+    return [line for script, results in made.items() for line in importlib.import_module(script).judge(results["runs"])]
+
+
+def row(*cells):
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
+
+
+def criteria(made):
+    """A row a criterion: the paper's number, the criterion, what was found, whether it holds."""
+    paper = {name: said for names in PAPER.values() for name, said in names.items()}
+    return "\n".join([row("finding", "paper", "criterion", "ours, mean over seeds", "holds"), "|---|---|---|---|---|"] + [
+        row(name, paper[name], criterion, found, "yes" if holds else "**no**")
+        for name, criterion, found, holds in judged(made)]) + "\n"
+
+
+def summed_up(names, holds):
+    """One word for several criteria, "; " between their names: all hold, none, or some."""
+    held = [holds[name] for name in names.split("; ") if name in holds]
+    if not held:
+        return ""
+    return "holds" if all(held) else "partly" if any(held) else "**does not**"
+
+
+def findings(made):
+    """A row a finding: the claim, whether it holds on the toy and on the real model, what it means."""
+    holds = {name: held for name, _, _, held in judged(made)}
+    return "\n".join([row("", "claim", "toy", "real model", "what it means for you"), "|---|---|---|---|---|"] + [
+        row(section, claim, summed_up(toy, holds), summed_up(real, holds), means)
+        for section, claim, toy, real, means in FINDINGS]) + "\n"
+
+
+def scripts(made):
+    """A row a script: what it asks, by its first line, and what it took; all of it on two cores."""
+    lines = [row("script", "what it asks", "seeds", "seconds of one thread", "commit"), "|---|---|---|---|---|"]
+    for script, results in made.items():
+        asks = importlib.import_module(script).__doc__.splitlines()[0].split(": ", 1)[1].rstrip(".")
+        lines.append(row(f"[{script}.py]({script}.py)", asks, str(len({run["seed"] for run in results["runs"]})),
+                         f"{results['seconds'] * results['threads']:,}", results["commit"]))
+    hours = sum(results["seconds"] * results["threads"] for results in made.values()) / 7200
+    return "\n".join(lines) + f"\n\nAll of them: {hours:.1f} hours on 2 cores, two side by side with one thread each.\n"
 
 
 def printed(path, start=""):
@@ -102,14 +187,16 @@ def put(made, name, text):
 
 def main():
     readme, results = lab.ROOT / "experiments" / "README.md", lab.ROOT / "experiments" / "results"
-    made = table(results)
-    print(made)
-    text = put(made, "findings", readme.read_text())
-    text = put(printed(results / "forecast.txt", "Spearman"), "forecast", text)
-    readme.write_text(put(printed(results / "bench.txt"), "bench", text))
-    for path in results.glob("*.json"):
-        if path.stem in PAPER:
-            getattr(plot, path.stem)(path, path.with_suffix(".svg"))
+    made, text = results_of(results), readme.read_text()
+    (results / "findings.md").write_text(criteria(made))
+    for name, table in (("findings", findings(made)), ("scripts", scripts(made)),
+                        ("forecast", printed(results / "forecast.txt", "Spearman")),
+                        ("bench", printed(results / "bench.txt"))):
+        text = put(table, name, text)
+    readme.write_text(text)
+    print(findings(made))
+    for script in made:
+        getattr(plot, script)(results / f"{script}.json", results / f"{script}.svg")
     plot.overview(results, results / "overview.svg")
 
 
