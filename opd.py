@@ -90,7 +90,7 @@ def fine_tune(cfg, run, pair, optimizer, asked, held_out):
     steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
     for row in tqdm(cold_start(pair, optimizer, examples, steps=steps, lr=cfg.cold_start_lr, seed=cfg.seed,
                                batch_size=cfg.cold_start_batch_size, start=run.cold_step),
-                    total=steps, initial=run.cold_step, desc="cold start", mininterval=1):
+                    total=steps, initial=run.cold_step, desc="cold start", mininterval=1, disable=None):
         run.log_cold_start(row, steps)
     run.before["accuracy_cold_start"] = measure.accuracy(cfg, pair, held_out, pair.student)
     run.before["held_out_cold_start"] = measure.distance(cfg, pair, held_out, per_position(cfg))
@@ -113,7 +113,8 @@ def distil(cfg):
             fine_tune(cfg, run, pair, optimizer, cold, held_out)
             optimizer = run.optimizer = adamw(cfg, pair.student)
             run.save_when_due(0, cfg.steps)
-        for step in tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc="distil", mininterval=1):
+        for step in tqdm(range(run.step, cfg.steps), initial=run.step, total=cfg.steps, desc="distil", mininterval=1,
+                         disable=None):                                 # no bar where stderr is no terminal
             chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]              # 1
             r, row = update(cfg, pair, optimizer, chosen, step)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:

@@ -34,12 +34,11 @@ NAMES = {"success": "post-trained teacher, same family", "bigger": "bigger teach
          "reverse": "post-trained student, its earlier self as teacher",
          "reverse-bigger": "post-trained student, the bigger one as teacher"}
 COLUMNS = (        # of the table of a run: metric, title, format
-    ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
-    ("overlap_ratio", "overlap", "7.3f"),
-    ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"),
-    ("overlap_token_advantage", "adv.", "8.4f"), ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"),
-    ("reward", "reward", "8.4f"), ("response_length", "length", "7.1f"), ("grad_norm", "|grad|", "7.3f"),
-    ("accuracy", "accuracy", "8.3f"))
+    ("step", "step", "5d"), ("loss", "loss", "7.4f"), ("reverse_kl", "rev. KL", "7.4f"),
+    ("overlap_ratio", "overlap", "7.3f"), ("overlap_mass_student", "mass p", "6.3f"),
+    ("overlap_mass_teacher", "mass q", "6.3f"), ("overlap_token_advantage", "adv.", "7.4f"),
+    ("entropy_gap", "H gap", "6.3f"), ("response_length", "length", "6.1f"), ("grad_norm", "|grad|", "6.3f"),
+    ("accuracy", "accuracy", "8.3f"))              # 80 columns together
 PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or "log", upper limit, metric, teacher's
     ("accuracy", "share of answers", 0, 1, "accuracy", None),
     ("overlap ratio (Eq. 6)", "share of the top k", 0, 1, "overlap_ratio", None),

@@ -173,7 +173,7 @@ def fit(model, batches, steps, lr, what):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps)))
-    for ids, mask, is_response in tqdm(batches, total=steps, desc=what, mininterval=1):
+    for ids, mask, is_response in tqdm(batches, total=steps, desc=what, mininterval=1, disable=None):
         logits = model(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask),
                        use_cache=False).logits[:, :-1]                            # (n, L-1, V)
         target = is_response[:, 1:]                                               # (n, L-1)

@@ -29,31 +29,33 @@ def flag(default, why, *choices, group=None, **range_):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run depends on. Each field is a flag; the text says why the default is what it is."""
-    student: str = flag("", "directory or hub name of the model that learns", group="the pair and the prompts")
+    """On-policy distillation: the student writes, the teacher grades every token. Why a default is what it is stands
+    beside it.
+    """
+    student: str = flag("", "directory or hub name of the model that learns", group="what matters first")
     teacher: str = flag("", "directory or hub name of the model that grades; same tokens as the student")
     prompts: str = flag("", FILE + ' {"prompt": ..., "answer": ...}; without it, additions of two numbers')
     eval: str = flag("", FILE + " to measure on; without it, a fifth of the prompts (64 at most), not trained on")
     out: str = flag("runs/opd", "directory of the run")
     preset: str = flag("", "settings of the toy world or of the paper (section 6); flags win over it",
                        "", "toy", "paper")
-    resume: bool = flag(False, "go on from the checkpoint in --out")
+    steps: int = flag(100, "updates; enough to see which way a run goes. The paper's figures show 200", **FROM_0)
+    batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU", **COUNT)
+    max_new_tokens: int = flag(128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)", **COUNT)
+    lr: float = flag(3e-5, "learning rate, constant; worked here at 0.1 B and 8 rollouts a step. Paper: 1e-6, 256",
+                     **POSITIVE)
 
     objective: str = flag("top-k", "Eq. 5, 4, 3, or what the authors' code descends", *OBJECTIVES,
-                          group="what is learned, and how fast (2.2)")
-    k: int = flag(16, "the paper's; larger gained nothing, 1 was worse (6.3); also the k of the overlap metrics",
+                          group="what is learned (2.2)")
+    k: int = flag(16, "likeliest tokens that loss and overlap metrics look at; the paper's. Larger gained nothing, 1 "
+                  "was worse (6.3)",
                   **COUNT)
     support: str = flag("student", "whose k likeliest tokens the top-k loss looks at (4.2)", *SUPPORTS)
     ends: str = flag("merged", "tokens that end a response are one event, whichever student and teacher use; own: each "
                      "its own, as in the authors' code: where they differ, the student is taught never to end",
                      "merged", "own")
-    steps: int = flag(100, "enough to see which way a run goes; the paper's figures show 200", **FROM_0)
-    batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU", **COUNT)
     n: int = flag(1, "rollouts a prompt; the paper takes 4, issue 22 of its code reports no clear gain over 1", **COUNT)
-    max_new_tokens: int = flag(128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)", **COUNT)
     max_prompt_tokens: int = flag(1024, "longer prompts are dropped and counted, never cut; the paper's", **COUNT)
-    lr: float = flag(3e-5, "constant, no warm-up; worked here at 0.1 B and 8 rollouts a step. Paper: 1e-6, 256",
-                     **POSITIVE)
     temperature: float = flag(1.0, "of the student, when it writes and when it is scored; the paper's", **POSITIVE)
     teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's", **POSITIVE)
     seed: int = flag(0, "of the prompts' order and of all sampling", low=0, high=2 ** 31 - 1)
@@ -82,14 +84,15 @@ class Config:
     eval_temperature: float = flag(0.7, "the paper's", **FROM_0)
     eval_top_p: float = flag(0.95, "the paper's", above=0, high=1)
     eval_max_new_tokens: int = flag(0, "0: as max_new_tokens; the paper takes 31,744", **FROM_0)
+    resume: bool = flag(False, "go on from the checkpoint in --out")
     save_every: int = flag(25, "steps between checkpoints", **COUNT)
 
-    device: str = flag("auto", "auto: cuda where there is one, else cpu", group="machine and memory")
+    device: str = flag("auto", "cuda where there is one, else cpu; or the name of one", group="machine and memory")
     dtype: str = flag("float32", "of the computation; the student's weights stay float32: bfloat16 loses small updates",
                       "float32", "bfloat16")
     teacher_dtype: str = flag("", "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
                               "", "float32", "bfloat16", "float16")
-    teacher_device_map: str = flag("", "auto: a teacher larger than one GPU, placed on several by transformers (pip "
+    teacher_device_map: str = flag("", "for a teacher larger than one GPU, placed on several by transformers (pip "
                                    "install accelerate)", "", "auto", "balanced", "balanced_low_0", "sequential")
     gradient_checkpointing: bool = flag(False, "compute the student's layers again in the backward pass: one more "
                                         "forward, for long responses")
@@ -165,6 +168,11 @@ class Parser(argparse.ArgumentParser):
         return given, unknown
 
 
+def narrow(prog):
+    """The layout of --help: two screens of 50 lines and 100 columns for opd.py's."""
+    return argparse.HelpFormatter(prog, max_help_position=27)
+
+
 def of_pair(flags):
     """Those of a command's flags that Pair.load takes, by name."""
     names = set(inspect.signature(load_pair).parameters) - {"student", "teacher"}
@@ -177,15 +185,16 @@ def named(name):
 
 def parse(cls, words, prog):
     """Words of a command line -> an instance of a dataclass of flags, checked; a preset fills in what was not given."""
-    parser = group = Parser(prog=prog, description=cls.__doc__.splitlines()[0], allow_abbrev=False,
-                            argument_default=argparse.SUPPRESS)
+    parser = group = Parser(prog=prog, usage=f"{prog} [flags]", description=cls.__doc__,
+                            allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=narrow)
     for f in dataclasses.fields(cls):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        kinds = {bool: dict(action="store_true"), tuple: dict(action="append")}
-        how = kinds.get(f.type, dict(type=f.type, choices=f.metadata["choices"],
-                                     metavar=None if f.metadata["choices"] else f.type.__name__.upper()))
-        why = f"{f.metadata['why']} (default: {f.default!r})".replace("%", "%%")
-        group.add_argument(named(f.name), help=why, **how)
+        choices = f.metadata["choices"]
+        kinds = {bool: dict(action="store_true"), tuple: dict(action="append", metavar="X")}
+        how = kinds.get(f.type, dict(type=f.type, choices=choices, metavar="N" if f.type is int else "X"))
+        why = ", ".join(filter(None, choices or ())) + ": " * bool(choices) + f.metadata["why"]
+        why += f" [{f.default}]" if f.default not in ("", False, ()) else ""
+        group.add_argument(named(f.name), help=why.replace("%", "%%"), **how)
     given = vars(parser.parse_args(words))
     return check(cls(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
 

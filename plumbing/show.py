@@ -5,12 +5,11 @@ WITHIN_NOISE = "teacher and student are within noise of each other"
 IMPLAUSIBLE = 5.0                                  # nats: the other family of the toy begins below 4
 MISMATCH = {"float32": 0.01, "bfloat16": 1.0}      # nats: rounding stays well below; another softmax does not
 COLUMNS = (                                        # of the readable line: metric, title, format
-    ("step", "step", "5d"), ("loss", "loss", "8.4f"), ("reverse_kl", "rev. KL", "8.4f"),
-    ("overlap_ratio", "overlap", "8.3f"),
-    ("overlap_mass_student", "mass p", "7.4f"), ("overlap_mass_teacher", "mass q", "7.4f"),
-    ("overlap_token_advantage", "adv.", "8.4f"), ("entropy_gap", "H gap", "7.4f"), ("entropy_student", "H p", "6.3f"),
-    ("reward", "reward", "8.4f"), ("response_length", "length", "7.1f"), ("truncated_fraction", "cut", "5.2f"),
-    ("grad_norm", "|grad|", "7.3f"))
+    ("step", "step", "5d"), ("loss", "loss", "7.4f"), ("reverse_kl", "rev. KL", "7.4f"),
+    ("overlap_ratio", "overlap", "7.3f"), ("overlap_mass_student", "mass p", "6.3f"),
+    ("overlap_mass_teacher", "mass q", "6.3f"), ("overlap_token_advantage", "adv.", "7.4f"),
+    ("entropy_gap", "H gap", "6.3f"), ("response_length", "length", "6.1f"), ("truncated_fraction", "cut", "4.2f"),
+    ("grad_norm", "|grad|", "6.3f"))               # 80 columns together
 
 
 def columns():

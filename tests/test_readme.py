@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config
+from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config, parse
 from test_opd import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +32,19 @@ def test_the_main_command_parses():
     flags = line.split()[2:]
     assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {"prompts.jsonl", "eval.jsonl"}
     assert flags[::2] == [word for word in flags if word.startswith("--")]
+
+
+def test_help_is_two_screens_and_begins_with_what_matters(monkeypatch, capsys):
+    """100 lines of 100 columns; every flag has a reason; the first group has ten."""
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="0"):
+        parse(Config, ["--help"], "opd.py")
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 100 and max(map(len, said.splitlines())) <= 100
+    groups = {part.splitlines()[0]: re.findall(r"^  (--[a-z-]+)", part, re.MULTILINE) for part in said.split("\n\n")}
+    assert len(groups["what matters first:"]) == 10
+    assert {flag for group in groups.values() for flag in group} == {
+        "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
 
 
 def test_its_commands_are_those_that_ci_runs():
