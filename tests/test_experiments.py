@@ -17,6 +17,7 @@ import real
 import recipe
 import report
 import toy
+import tour
 from conftest import Killed, ROOT, TEMPLATE, WORDS, tiny, word_tokenizer
 from loss import full_vocab, top_k
 from plumbing.flags import check
@@ -340,3 +341,18 @@ def test_equal_is_more_than_not_different():
     """Within noise, and the noise within the margin: neither a noisy run nor a small but sure difference will do."""
     assert lab.equal(0.01, 0.02) and lab.equal(-0.01, 0.02)
     assert not lab.equal(0.03, 0.02) and not lab.equal(0.01, 0.045) and not lab.equal(-0.04, 0.2)
+
+
+def test_the_tour_names_lines_that_are_there(tmp_path, capsys):
+    """Eight stops, each with a claim of a section; a decorated function is found where it is written."""
+    assert len(tour.STOPS) == 8
+    for claim, call, read, _ in tour.STOPS:
+        assert re.match(r"\d(\.\d)? ", claim) and call
+        for function in read:
+            file, line, name = re.match(r"(\w+\.py):(\d+) (\S+)", tour.where(function)).groups()
+            lines = (ROOT / file).read_text().splitlines()[int(line) - 1:]
+            assert f"def {name.split('.')[-1]}(" in "".join(lines[:2]), name     # a decorator may stand above
+    for words, said in ((["--models", str(tmp_path)], "experiments/toy.py --all"), (["9"], "has no")):
+        with pytest.raises(SystemExit, match="2"):
+            tour.main(words)
+        assert said in capsys.readouterr().err
