@@ -153,7 +153,8 @@ def diagnosis(report):
             lines.append(f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
                          f"{b['overlap_ratio'][i]:9.3f} {b['entropy_student'][i]:11.3f} "
                          f"{b['entropy_teacher'][i]:11.3f}")
-    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *(f"  - {reason}" for reason in r["reasons"])])
+    reasons = [textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ") for reason in r["reasons"]]
+    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *reasons])
 
 
 def outcome(run):

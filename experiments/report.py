@@ -2,11 +2,13 @@
 
     python experiments/report.py      writes results/findings.md: every criterion and what was found; puts the findings,
                                       one line each, and the tables of scripts, forecast and bench into
-                                      experiments/README.md, each between its two markers; draws the figures
+                                      experiments/README.md, each between its two markers; puts opd.update into
+                                      README.md; draws the figures
 
 What a criterion means is in its script's first lines, and every seed is in results/<script>.txt.
 """
 import importlib
+import inspect
 import json
 
 import lab
@@ -14,6 +16,7 @@ import plot
 
 MARKERS = {name: (f"<!-- the {name} -->\n", f"<!-- end of the {name} -->\n")
            for name in ("findings", "scripts", "forecast", "bench")}
+STEP = "<!-- the step -->\n```python\n"                    # of README.md
 PAPER = {   # script -> verdict of its judge -> what the paper has
     "phenomenology": {
         "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
@@ -194,6 +197,9 @@ def main():
                         ("bench", printed(results / "bench.txt"))):
         text = put(table, name, text)
     readme.write_text(text)
+    front = lab.ROOT / "README.md"
+    before, _, rest = front.read_text().partition(STEP)
+    front.write_text(before + STEP + inspect.getsource(lab.opd.update) + rest[rest.index("```\n"):])
     print(findings(made))
     for script in made:
         getattr(plot, script)(results / f"{script}.json", results / f"{script}.svg")

@@ -1,11 +1,13 @@
 """The READMEs say what the code does: commands parse, metrics are defined, numbers are the scripts', links lead on."""
 import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
 
+import opd
 from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config, parse
 from test_opd import METRICS
 
@@ -53,6 +55,11 @@ def test_its_commands_are_those_that_ci_runs():
     assert markers == ["the main command", "the test command"]
     for marker in markers:
         assert len(re.findall(f"<!-- {marker} -->\n```sh\npython3 [^`]+\n```\n", README)) == 1, marker
+
+
+def test_the_step_that_it_shows_is_the_one_that_runs():
+    """Pasted whole; report.py does it."""
+    assert f"<!-- the step -->\n```python\n{inspect.getsource(opd.update)}```\n" in README
 
 
 def test_it_is_short():
