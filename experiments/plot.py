@@ -163,11 +163,11 @@ def outcome(run):
     if result is None:
         of = f" of {run['config']['steps']}" if run["config"] else ""
         return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
-    if result["accuracy_after"] is None:
+    if result.get("accuracy_after") is None:
         return "accuracy not measured: the held-out prompts have no answers"
     said = [f"{name} {plus_minus(result[key])}" for name, key in (
         ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
-    recovered = result["gap_recovery"]
+    recovered = result.get("gap_recovery")
     return f"accuracy {', '.join(said)}; gap recovery " + (
         "not given, teacher and student are within noise of each other" if recovered is None else f"{recovered:.2f}")
 

@@ -169,7 +169,11 @@ def append_answers(path, batches):
             alone(kept, path)
             counts["kept"] = len(whole_lines(path))
             for line in whole_lines(dropped):
-                counts[json.loads(line)["why"]] += 1
+                try:
+                    counts[json.loads(line)["why"]] += 1
+                except (ValueError, KeyError, TypeError):
+                    raise ValueError(f"{dropped}: {line[:60]!r} is no line of recipes.py; restore the file, or take "
+                                     "another --out") from None
         counts = gathered([counts])[0]                                      # what the first process has found there
         for answers in batches(sum(counts.values())):
             for answer in answers:

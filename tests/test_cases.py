@@ -125,6 +125,15 @@ def test_both_models_finish_a_response_in_the_dtype_of_the_computation():
     assert set(seen) == {(True, 1), (False, 1)}
 
 
+@pytest.mark.parametrize("line", ["{}", "[]", "no JSON", '{"why": "bored"}'])
+def test_a_dropped_answer_without_a_reason_is_one_line(tmp_path, line):
+    """The file was edited by hand: named, nothing written over."""
+    (tmp_path / "c.jsonl.dropped.jsonl").write_text(line + "\n")
+    with pytest.raises(ValueError, match="c.jsonl.dropped.jsonl: .* is no line of recipes.py; restore the file"):
+        append_answers(tmp_path / "c.jsonl", lambda start: [])
+    assert (tmp_path / "c.jsonl.dropped.jsonl").read_text() == line + "\n"
+
+
 def test_answers_of_another_call_are_not_gone_on_with(tmp_path):
     """Case 8: an --out that was there and other flags said "4 kept", and the files were the old ones."""
     path, call = tmp_path / "c.jsonl", dict(teacher="T", temperature=0.7, prompts="digest")

@@ -48,6 +48,15 @@ def steps(text):
     return [int(line.split()[0]) for line in text.splitlines() if line[:5].strip().isdigit()]
 
 
+def test_a_result_of_an_earlier_version_is_shown_as_far_as_it_goes(tmp_path, capsys):
+    """Without a gap recovery, and without accuracies: a sentence, no KeyError."""
+    for name, gone, said in (("a", ("gap_recovery",), "gap recovery not given"),
+                             ("b", ("gap_recovery", "accuracy_after"), "accuracy not measured")):
+        result = {key: x for key, x in FINISHED.items() if key not in gone}
+        plot.runs([write(tmp_path / name, [row(1)], result)])
+        assert said in capsys.readouterr().out
+
+
 def test_a_finished_run_is_a_table_and_what_came_of_it(success, capsys):
     """First and last step, the evaluated one with its accuracy, columns under their titles, accuracies and recovery."""
     plot.runs([success])
