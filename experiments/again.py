@@ -11,7 +11,7 @@ the same.
     long           responses of up to 144 tokens, of which a solution takes 27                          (6.1)
     first 30 %     responses of 8 tokens; measured at 48                            (arXiv 2605.27028, 2605.31490)
     one prompt     the same question 16 times a step                                               (2609.04172)
-    other way      base <- words, the pair that fails                                  (real.py; for 2606.09471)
+    other way      base <- backwards, the pair that fails                              (real.py; for 2606.09471)
 
 Criteria, fixed before the first run, those of the toy where it has one; three seeds, paired prompt by prompt:
     2.2 estimators  sampled and success both end equal to full (lab.equal: within noise, and .05 noise included)
@@ -37,7 +37,7 @@ RUNS = {    # name -> (student, teacher, settings)
     "full": ("base", "expert", dict(objective="full")), "reverse": ("expert", "base", {}),
     "unaligned": ("base", "expert", dict(prompts="wordy.jsonl")),
     "long": ("base", "expert", dict(max_new_tokens=144)), "first 30 %": ("base", "expert", dict(max_new_tokens=8)),
-    "one prompt": ("base", "expert", dict(prompts="one.jsonl")), "other way": ("base", "words", {})}
+    "one prompt": ("base", "expert", dict(prompts="one.jsonl")), "other way": ("base", "backwards", {})}
 
 
 def seed_runs(seed, world, scratch, quick, base):

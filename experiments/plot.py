@@ -479,7 +479,7 @@ def real(results, out):
                "cold start": COLOURS["weaker"], "intersection": COLOURS["reverse"]}
     aligning(plt, grid.flat, {label: (colours[name], [run for run in runs if run["run"] == name]) for name, label in (
         ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
-        ("other way", "copy that works the sums out in words"))})
+        ("other way", "copy that works the sums out from the right"))})
     bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)

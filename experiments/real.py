@@ -5,14 +5,14 @@ examples before: "5 + 6 + 9" -> "5 + 6 = 11, 11 + 9 = 20. Answer: 20". Its teach
 
     expert    after rounds of expert iteration: it answers new questions, and is fine-tuned on its right answers (3.2)
     copy      after as many rounds on its own answers, right or wrong, which teach it nothing new              (3.2)
-    words     fine-tuned until it is as good, on another way of working the same sums out: "six plus ..."      (3.1)
+    backwards fine-tuned on the same sums worked out from the right, "9 + 6 = 15, ...", then as expert          (3.1)
 
 and its runs, all with the same settings, questions and seed:
 
     success        base <- expert
     nothing new    base <- copy
-    other way      base <- words
-    cold start     base, fine-tuned on the answers of words first, <- words                                    (5.1)
+    other way      base <- backwards
+    cold start     base, fine-tuned on the answers of backwards first, <- backwards                            (5.1)
     intersection   base <- expert, only the tokens that both find likely                                       (4.2)
 
 Criteria, fixed before the first run of the script; three seeds. What is compared is compared prompt by prompt:
@@ -23,11 +23,12 @@ Criteria, fixed before the first run of the script; three seeds. What is compare
     other way     the gain is below half of that of success, and a mass lies below .95 at the first step
     cold start    ends above the other way without it by more than noise
     intersection  ends within .05 of success, noise included (lab.equal asks for more: they may differ by so little)
-    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; told for words (6.2)
+    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; the other's is told (6.2)
 
     python experiments/real.py --base DIR_OR_HUB         results/real.{json,txt,svg}; an hour a seed on 2 cores
 
-With --runs DIR models and runs are kept, and what was killed goes on.
+With --runs DIR models and runs are kept, and what was killed goes on. (A teacher that works the sums out in words was
+tried first, on seed 5: after 320 examples it was right .25 of the time, and no better teacher.)
 """
 import json
 import math
@@ -49,11 +50,8 @@ MICRO = 700                                                             # tokens
 SETTINGS = dict(steps=12, batch_size=16, max_new_tokens=NEW_TOKENS, lr=1e-5, eval_n=6, eval_temperature=1.0,
                 eval_top_p=1.0, eval_max_new_tokens=NEW_TOKENS, device="auto", micro_batch_tokens=MICRO)
 COLD = dict(cold_start=96, cold_start_steps=6, cold_start_lr=3e-5, cold_start_temperature=1.0, cold_start_top_p=1.0)
-RUNS = {"success": ("expert", {}), "nothing new": ("copy", {}), "other way": ("words", {}),
-        "cold start": ("words", COLD), "intersection": ("expert", dict(support="intersection"))}
-WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
-    twenty-seven""".split()
+RUNS = {"success": ("expert", {}), "nothing new": ("copy", {}), "other way": ("backwards", {}),
+        "cold start": ("backwards", COLD), "intersection": ("expert", dict(support="intersection"))}
 ENDS = 3                                                                # steps at either end that are averaged
 
 
@@ -64,10 +62,8 @@ def steps_of(a, b, c):
     return f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}. Answer: {a + b + c}"
 
 
-def in_words(a, b, c):
-    ab, abc = a + b, a + b + c
-    return (f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[ab]}, {WORDS[ab]} plus {WORDS[c]} is {WORDS[abc]}. "
-            f"Answer: {abc}")
+def backwards(a, b, c):
+    return f"{c} + {b} = {b + c}, {b + c} + {a} = {a + b + c}. Answer: {a + b + c}"
 
 
 EXAMPLES = ((5, 6, 9), (3, 8, 4))
@@ -123,24 +119,24 @@ def expert_iteration(pair, rows, rounds, seed, samples=SAMPLES, keep=same_answer
             fine_tune(pair, good, seed + number)
 
 
-def spoken(pair, rows, seed, count=SAMPLES):
-    """Fine-tune the student of a pair on sums worked out in words."""
+def taught(pair, rows, seed, count=SAMPLES):
+    """Fine-tune the student of a pair on sums worked out from the right."""
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))
     end = pair.tokenizer.eos_token_id
-    fine_tune(pair, [(row["ids"], pair.tokenizer(in_words(*map(int, row["prompt"][-1]["content"].split(" + "))),
+    fine_tune(pair, [(row["ids"], pair.tokenizer(backwards(*map(int, row["prompt"][-1]["content"].split(" + "))),
                                                  add_special_tokens=False).input_ids + [end]) for row in chosen], seed)
 
 
 def teachers(base, world, seed, quick):
-    """world/{expert,copy,words}, made where they are not there."""
-    for name in ("expert", "copy", "words"):
+    """world/{expert,copy,backwards}, made where they are not there."""
+    for name in ("expert", "copy", "backwards"):
         if (world / name / "tokenizer_config.json").exists():
             continue
         pair = Pair.load(base, base, micro_batch_tokens=MICRO)
         rows = pair.encode(load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS)
         rounds, samples = (1, 16) if quick else (ROUNDS, SAMPLES)
-        if name == "words":
-            spoken(pair, rows, seed, samples)
+        if name == "backwards":
+            taught(pair, rows, seed, samples)
             if not quick:
                 expert_iteration(pair, rows, rounds - 1, seed)                  # until it is as good
         else:
@@ -170,7 +166,7 @@ def seed_runs(seed, world, scratch, quick, base):
     teachers(base, world, seed, quick)
     made = [distilled(name, base, world / teacher, world, scratch, seed, quick, **how)
             for name, (teacher, how) in RUNS.items()]
-    for teacher in ("expert", "words"):
+    for teacher in ("expert", "backwards"):
         pair = Pair.load(base, world / teacher, micro_batch_tokens=MICRO)
         rows = pair.encode(load_prompts(world / "eval.jsonl")[:4 if quick else 32], max_prompt_tokens=512,
                            new_tokens=NEW_TOKENS)
@@ -205,7 +201,7 @@ def judge(runs):
     rise = [mean(r["curves"]["overlap_ratio"][-ENDS:]) - mean(r["curves"]["overlap_ratio"][:ENDS]) for r in good]
     better, noise = difference(cold, other)
     off, spread = difference(shared, good)
-    auroc = {name: [r["auroc"] for r in of(runs, f"diagnosis, {name}")] for name in ("expert", "words")}
+    auroc = {name: [r["auroc"] for r in of(runs, f"diagnosis, {name}")] for name in ("expert", "backwards")}
 
     def each(values, form="+.3f"):
         return ", ".join("none" if x is None else format(x, form) for x in values)
@@ -224,7 +220,7 @@ def judge(runs):
         ("real intersection", f"|it - success| + noise < {MARGIN}", f"{off:+.3f} (noise {spread:.3f})",
          abs(off) + spread < MARGIN),
         ("real reward", "AUROC > .6 with expert, each seed",
-         f"{each(auroc['expert'], '.3f')}; with words {each(auroc['words'], '.3f')}",
+         f"{each(auroc['expert'], '.3f')}; with backwards {each(auroc['backwards'], '.3f')}",
          all(x is not None and x > 0.6 for x in auroc["expert"]))]
 
 

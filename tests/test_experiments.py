@@ -334,7 +334,7 @@ def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path
     for row in rows["wordy"]:
         assert sum(map(int, re.findall(r"\d", row["prompt"][-1]["content"]))) == int(row["answer"])
     assert real.steps_of(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
-    assert real.in_words(9, 9, 9) == "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
+    assert real.backwards(5, 6, 9) == "9 + 6 = 15, 15 + 5 = 20. Answer: 20"
 
 
 def test_equal_is_more_than_not_different():
