@@ -23,7 +23,7 @@ Criteria, fixed before the first run of the script; three seeds. What is compare
     other way     the gain is below half of that of success, and a mass lies below .95 at the first step
     cold start    ends above the other way without it by more than noise
     intersection  ends within .05 of success, noise included (lab.equal asks for more: they may differ by so little)
-    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; the other's is told (6.2)
+    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; the other's is told
 
     python experiments/real.py --base DIR_OR_HUB         results/real.{json,txt,svg}; an hour a seed on 2 cores
 
