@@ -1,6 +1,6 @@
 """experiments/tokens.py: a few responses to read, every token tinted by what the teacher thinks of it (paper 2.2, 6.2).
 
-    reward at a token y_t    log q(y_t|s_t) - log p(y_t|s_t), nats: red below 0, green above, full tint from 2 nats on
+    reward at a token y_t    log q(y_t|s_t) - log p(y_t|s_t), nats: orange and underlined below 0, blue above, full tint from 2 nats on
     sequence mean reward     its mean over a response, the paper's Figure 14; it says little about a single token
 
 The page is ours, the paper has none. It is one file and fetches nothing: its own content policy forbids it. What a
@@ -166,8 +166,8 @@ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{dige
 <title>What the teacher thinks of every token</title><style>{STYLE}</style></head><body><main>
 <h1>What the teacher thinks of every token</h1>{names}
 <p>The student wrote, the teacher graded: the reward of a token y is log q(y) − log p(y), p the student, q the teacher.
-<span class=neg style=--a:.6>Red, underlined</span>: the teacher finds it less likely than the student does.
-<span class=pos style=--a:.6>Green</span>: more likely.{at}</p>
+<span class=neg style=--a:.6>Orange, underlined</span>: the teacher finds it less likely than the student does.
+<span class=pos style=--a:.6>Blue</span>: more likely.{at}</p>
 <p class=scale>{scale} <b>nats</b></p>
 <p>−1 nat: 2.7 times less likely to the teacher; −2 nats: 7.4 times. Point at a token, tap it, or Tab to a text and use
 the arrow keys; Escape closes.</p>{fewer}
@@ -180,11 +180,11 @@ the arrow keys; Escape closes.</p>{fewer}
 
 STYLE = """
 :root { --page: #fbfaf8; --ink: #1c1c1e; --soft: #66666c; --line: #dddad4; --card: #fff; --bar: #cfdcf0;
-  --neg: 205 45 35; --neg-max: .5; --pos: 60 190 120; --pos-max: .5; --edge: 165 20 20;
+  --neg: 230 120 20; --neg-max: .55; --pos: 60 150 225; --pos-max: .55; --edge: 160 60 0;
   --right: #146c43; --wrong: #b3261e; --cut: #7a5200 }
 @media (prefers-color-scheme: dark) { :root { --page: #16171a; --ink: #e8e6e3; --soft: #9c9ca4; --line: #35363c;
-  --card: #232429; --bar: #35496b; --neg: 225 50 45; --neg-max: .6; --pos: 70 200 130; --pos-max: .42;
-  --edge: 255 120 110; --right: #6fd6a0; --wrong: #ff9b93; --cut: #f0c263 } }
+  --card: #232429; --bar: #35496b; --neg: 215 100 10; --neg-max: .6; --pos: 40 130 215; --pos-max: .55;
+  --edge: 255 170 90; --right: #6fd6a0; --wrong: #ff9b93; --cut: #f0c263 } }
 * { box-sizing: border-box }
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
 main { max-width: 50rem; margin: 0 auto; padding: 1.5rem 1rem 22rem; overflow-wrap: anywhere }
@@ -209,8 +209,8 @@ section > .prompt, details { border-left: 3px solid var(--line); padding-left: .
 .neg { background: rgb(var(--neg) / calc(var(--a) * var(--neg-max)));
   box-shadow: inset 0 -2px rgb(var(--edge) / var(--a)) }
 .pos { background: rgb(var(--pos) / calc(var(--a) * var(--pos-max))) }
-.nl::before { content: "↵"; color: var(--soft); opacity: .6 }
-.text > span:empty::before { content: "▯"; color: var(--soft) }
+.nl::before { content: "↵" }
+.text > span:empty::before { content: "▯" }
 .text .sp { background: radial-gradient(circle at 50% 58%, rgb(125 125 130 / .75) .05em, transparent .07em) }
 .scale > span { display: inline-block; padding: .1em .6em; font-size: .85rem }
 #card { position: absolute; width: min(23rem, 100vw - 1rem); padding: .7rem .8rem; border: 1px solid var(--line);
@@ -325,5 +325,6 @@ document.addEventListener('keydown', event => {
   select(to);
 });
 addEventListener('hashchange', follow);
+addEventListener('resize', () => open && show(open, pinned));                  // a phone that is turned
 follow();
 """

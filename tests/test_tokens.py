@@ -151,7 +151,7 @@ def test_every_token_is_on_the_page_once_and_in_order(page):
 
 
 def test_the_tint_follows_the_reward(page):
-    """Red below 0, green above, the strength |log q(y) - log p(y)| / 2 up to 1, as two plain forward passes give it."""
+    """One class below 0, another above, the strength |log q(y) - log p(y)| / 2 up to 1, as two plain forward passes give it."""
     pair, seen = plain_pair(), set()
     for row, spans, cards in zip(ROWS, page.texts, page.data["responses"]):
         y = torch.tensor([card[0] for card in cards])
