@@ -479,7 +479,7 @@ def real(results, out):
                "cold start": COLOURS["weaker"], "intersection": COLOURS["reverse"]}
     aligning(plt, grid.flat, {label: (colours[name], [run for run in runs if run["run"] == name]) for name, label in (
         ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
-        ("other way", "copy that works the sums out from the right"))})
+        ("other way", "copy that works the sums out from the right"))}, window=1)
     bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
@@ -541,8 +541,10 @@ def followups(results, out):
     save(plt, figure, out)
 
 
-def aligning(plt, grid, groups):
-    """Panels of Figure 6, and |p - q| of 4.1, with a band a group: {label: (colour, runs, one a seed)}."""
+def aligning(plt, grid, groups, window=7):
+    """Panels of Figure 6, and |p - q| of 4.1, with a band a group: {label: (colour, runs, one a seed)}. window: steps
+    that are averaged.
+    """
     panels = [panel for panel in PANELS if panel[4] in (
         "overlap_ratio", "overlap_mass_student", "overlap_token_advantage", "entropy_gap", "loss", "grad_norm")]
     panels.insert(4, ("|p - q| at the token of largest advantage", "probability", 0, None, "largest_gap", None))
@@ -550,7 +552,7 @@ def aligning(plt, grid, groups):
         for label, (colour, mine) in groups.items():
             for name, style in zip(names, ("-", "--")):
                 if name:
-                    band(axes, mine[0]["curves"]["step"], [smooth(run["curves"][name], 7) for run in mine], colour,
+                    band(axes, mine[0]["curves"]["step"], [smooth(run["curves"][name], window) for run in mine], colour,
                          style, label if style == "-" else None)
         axes.set_title(title, fontsize=9)
         axes.set(xlabel="step", ylabel=unit)
