@@ -58,7 +58,7 @@ def update(cfg, pair, optimizer, asked, step):
                    temperature=cfg.temperature, share=processes(),
                    seed=cfg.seed * 1_000_003 + step + 3)                # seed + 1 and + 2 are those of measure.py
     written = time.perf_counter()
-    total = over_processes(r.is_response.sum())                         # one denominator, whatever the cut
+    total = over_processes(r.is_response.sum())                         # the mean over all response tokens of the step
     grid = pair.grade(r, per_position(cfg), scale=1 / total, temperature=cfg.temperature,               # 3, 4, 5
                       teacher_temperature=cfg.teacher_temperature)      # {name: (B, T)}; backward: loss.in_chunks
     norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()                                  # 6

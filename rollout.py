@@ -49,20 +49,21 @@ def rollout(model, prompts, *, n=1, max_new_tokens, temperature=1.0, top_p=1.0, 
     u = torch.cat([torch.rand(n, T, dtype=torch.float64, device="cpu", generator=torch.Generator().manual_seed(seed))
                    for seed in seeds]).to(device)                                           # (B, T)
     eos = torch.tensor(list(dict.fromkeys(eos_ids)), dtype=torch.long, device=device)       # each once, in order
+    merged = eos if merge_ends else eos[:0]                                                 # those that are one event
     ids, mask = left_pad(prompts, pad_id, device)                                           # (m, P), (m, P)
     tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     writing = (decoder or Waves)(model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), max_new_tokens=T)
     while len(writing.row):
         row, t = writing.row, writing.t                                 # (b,) who is writing, and at which token
-        z = one_end(writing.logits[:, :vocab_size].float(), eos[:len(eos) * merge_ends], temperature or 1.0)    # (b, V)
+        z = one_end(writing.logits[:, :vocab_size].float(), merged, temperature or 1.0)        # (b, V)
         log_probs = (z / (temperature or 1.0)).log_softmax(-1)                              # (b, V)
         y = draw(log_probs, u[row, t], top_p) if temperature else log_probs.argmax(-1)      # (b,)
         tokens[row, t], log_p[row, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
         ended[row] |= (y.unsqueeze(-1) == eos).any(-1)
         writing.feed(y, going=~ended[row] & (t + 1 < T))
-    ends = torch.isin(tokens, eos).long()                                                   # (B, T)
-    written = ends.cumsum(1) == ends                # up to the first end, whatever a row that had ended wrote after it
+    is_end = torch.isin(tokens, eos).long()                                                 # (B, T)
+    written = is_end.cumsum(1) == is_end            # up to the first end, whatever a row that had ended wrote after it
     T = int(written.sum(1).max())
     tokens, log_p, written = (x[:, :T] for x in (tokens.where(written, pad_id), log_p.where(written, 0), written))
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)                   # (B, P), (B, P)
@@ -129,7 +130,8 @@ def one_end(logits, ends, temperature=1.0):
 
     Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base <|endoftext|>, Qwen3-4B
     <|im_end|>: the paper's 3.1 and 5.1). Token by token each rules out the other's end, and the student is taught
-    never to end. Differs from the paper, which compares tokens. With one end nothing changes.
+    never to end. Differs from the paper, which compares tokens. With one end nothing changes. The temperature only
+    tells how to add the masses up: these are logits still, to be divided by it.
     """
     if not isinstance(ends, torch.Tensor):                                                  # each once
         ends = torch.tensor(list(dict.fromkeys(ends)), dtype=torch.long, device=logits.device)

@@ -216,19 +216,21 @@ class Pair:
         changes nothing of it. None: measure only. Without the teacher log_q is None.
         """
         (student, teacher), out = self.splits, {}
-        ends = torch.tensor(self.ending["eos_ids"] * self.ending["merge_ends"], dtype=torch.long, device=self.device)
-        p, q = (lambda h: one_end(student.head(h).float(), ends, temperature),
-                lambda h: one_end(teacher.head(h).float(), ends.to(h.device), teacher_temperature))
+        ends = self.ending["eos_ids"] if self.ending["merge_ends"] else []
+        ends = torch.tensor(ends, dtype=torch.long, device=self.device)
+        head_p, head_q = (lambda h: one_end(student.head(h).float(), ends, temperature),
+                          lambda h: one_end(teacher.head(h).float(), ends.to(h.device), teacher_temperature))
         parts = [(*part, scale) for part in micro_batches(r.attention_mask, self.micro_batch_tokens)]
-        parts += [(*parts[0][:2], scale and 0 * scale)] * (self.rounds(len(parts)) - len(parts))        # of no weight
-        for rows, columns, scale in parts:
+        idle = self.rounds(len(parts)) - len(parts)             # a sharded student: every process calls it as often
+        parts += [(*parts[0][:2], scale and 0 * scale)] * idle
+        for rows, columns, weight in parts:
             ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))      # (b, L)
             with self.autocast():
                 with torch.no_grad():
                     h_q = states(teacher.trunk, ids, mask, is_response) if with_teacher else None           # (N, H')
-                with torch.set_grad_enabled(scale is not None):
+                with torch.set_grad_enabled(weight is not None):
                     h_p = states(student.trunk, ids, mask, is_response)                                     # (N, H)
-                values = in_chunks(per_position, h_p, h_q, p, q, ids[is_response], scale=scale,
+                values = in_chunks(per_position, h_p, h_q, head_p, head_q, ids[is_response], scale=weight,
                                    temperature=temperature, teacher_temperature=teacher_temperature, chunk=self.chunk)
             for name, x in values.items():                                      # (N, ...), packed row by row
                 empty = math.nan if x.is_floating_point() else 0

@@ -491,6 +491,15 @@ def test_any_head_learns_in_chunks_what_it_learns_eagerly(kind, chunk):
         assert all(g.any() for g in expected[1].values()) and len(expected[1]) == 3
 
 
+def test_states_and_tokens_go_in_pairs():
+    """A y that was too short had gone unnoticed by a loss that does not look at it."""
+    h_p, h_q, head_p, head_q, y = heads_and_states()
+    for states, teachers, tokens in ((h_p, h_q, y[1:]), (h_p[1:], h_q, y), (h_p, h_q[1:], y)):
+        with pytest.raises(ValueError, match="states of the student and .* of the teacher for .* tokens"):
+            in_chunks(lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, states, teachers, head_p, head_q,
+                      tokens)
+
+
 def test_what_is_only_measured_leaves_no_gradient():
     """Without a scale nothing is learned, whatever asks for it, and no graph is made; what comes out is constant."""
     h_p, h_q, head_p, head_q, y = heads_and_states()
