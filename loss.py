@@ -20,8 +20,7 @@ import torch
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
 FLOOR = -1e4                  # nats: stands for log 0, so that a token ruled out on one side is dear but finite
-CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk: 32 MiB (glibc keeps what is smaller), 1 GiB, or a
-                                               # row more; at least 128 rows, as each chunk reads the whole head once
+CHUNK = {"cpu": 2 ** 23, "cuda": 2 ** 28}      # logits of a chunk, 32 MiB and 1 GiB; of at least 128 positions
 
 
 def sampled_token(log_p, log_q, y):
@@ -96,21 +95,17 @@ def in_chunks(per_position, h_p, h_q, head_p, head_q, y, *, scale=None, temperat
               chunk=None):
     """Evaluate per_position over N packed positions, a chunk at a time; logits exist for one chunk only, in float32.
 
-        losses = in_chunks(lambda log_p, log_q, y: {"loss": top_k(log_p, log_q)}, h_p, h_q, student.lm_head,
-                           teacher.lm_head, y, scale=1 / len(y))["loss"]      # (N,); the mean's gradient is in .grad
+        in_chunks(lambda log_p, log_q, y: {"loss": top_k(log_p, log_q)}, h_p, h_q, head_p, head_q, y, scale=1 / len(y))
 
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}; "loss" among them is what may be learned from.
     h_p (N, H), h_q (N, H'): hidden states of student and teacher; without h_q log_q is None. y (N,): sampled tokens.
-    head_p, head_q: any modules or functions (c, H) -> (c, V), called once a chunk: what a head adds up from trainable
-    parts (LoRA's W + B A) it adds up within the call. -> {name: (N,)}, constants.
-    `scale` calls backward for you: the gradient of scale * (sum of the losses) is added to .grad of whatever h_p and
-    head_p depend on; without it nothing is learned. A chunk's gradient is taken while its logits are there, and only
-    its part in h_p is kept for the one backward pass through the trunk. chunk: positions; by default those of CHUNK
-    logits, so that a small example is a single chunk. Raises ValueError where h_p, h_q and y differ in length.
+    head_p, head_q: any modules or functions (c, H) -> (c, V). What a head adds up from trainable parts (LoRA's W + B A)
+    it adds up within the call, of which each chunk is one. chunk: positions, by default those of CHUNK logits.
+    `scale` calls backward for you: scale * (sum of the losses) leaves its gradient in whatever h_p and head_p depend
+    on, a chunk's while its logits are there; of it only the part in h_p is kept, for one pass through the trunk.
     """
     if len(h_p) != len(y) or h_q is not None and len(h_q) != len(y):
-        raise ValueError(f"{len(h_p)} states of the student and {len(h_p if h_q is None else h_q)} of the teacher for "
-                         f"{len(y)} tokens")
+        raise ValueError(f"h_p, h_q and y must be as long, one entry a position; y has {len(y)}")
     if chunk is None:
         V = head_p(h_p[:1].detach()).size(-1)
         chunk = max(128, -(-CHUNK.get(h_p.device.type, 2 ** 28) // V))                   # rounded up
