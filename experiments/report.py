@@ -91,37 +91,40 @@ FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " b
     ("3.2", "only what is new can be learnt", "3.2 knowledge", "real skill; real nothing new",
      "take a teacher that was post-trained further, not one that is only larger"),
     ("3.3", "the student falls back to an earlier self", "3.3 reverse; 3.3 lost", "again 3.3 reverse; again 3.3 lost",
-     "it becomes its teacher, for better or worse"),
+     "the student becomes its teacher, for better or worse"),
     ("4.1", "success: overlap rises, the gaps close", "4.1 overlap; 4.1 advantage; 4.1 gap; 4.1 largest",
      "real overlap", "watch the overlap ratio"),
     ("4.1", "shared tokens hold 97 % of the mass", "4.1 masses", "real masses",
      "masses far below it at the first step: cold start first"),
-    ("4.1", "failure begins with a small loss", "4.1 small loss", "", "a small loss is no success"),
+    ("4.1", "where nothing new is taught the loss begins small", "4.1 small loss", "", "a small loss is no success"),
     ("4.2", "the shared tokens are enough", "4.2 overlap; 4.2 overlap, raw; 4.2 fluent; 4.2 fluent, raw",
-     "real intersection", "keep the student's own k: its private mistakes are outside"),
-    ("4.2", "tokens not shared teach less", "4.2 others", "", "the same"),
+     "real intersection", "keep the student's own k: the mistakes that only it makes are outside"),
+    ("4.2", "tokens that are not shared teach less", "4.2 others", "", "the same"),
     ("5.1", "a cold start rescues a failing pair", "5.1 opd; 5.1 sft 100; 5.1 sft 100 + opd; 5.1 cold start; "
      "5.1 cold start T.7", "real cold start", "do it, at temperature 1, and go on with OPD"),
-    ("5.2", "the teacher's template helps", "5.2 template", "again 5.2 template", "use it where you know it"),
+    ("5.2", "the teacher's template helps", "5.2 template", "again 5.2 template",
+     "use it where you know it: small gains, as in the paper"),
     ("5.2", "the teacher's own prompts help", "5.2 content", "", "mix them with others, a quarter to three quarters"),
     ("6.1", "short responses teach little", "6.1 short", "", "leave room to finish"),
     ("6.1", "long ones collapse, from the end", "6.1 long; 6.1 backwards", "again 6.1 long",
-     "seen only where responses grow"),
-    ("6.1", "deep in a response the teacher helps less", "6.1 depth", "", "but no less than slips alone explain"),
+     "not to be seen here: responses do not grow"),
+    ("6.1", "deep in a response the teacher helps less", "6.1 depth", "", "as much less as chance slips explain"),
     ("6.2", "a failing teacher's mean reward ranks answers too", "6.2 global", "real reward",
      "a low AUROC is a warning"),
-    ("6.2", "a failing teacher's gradients cancel", "6.2 coherence, bigger; 6.2 coherence, other", "",
+    ("6.2", "hypothesis: a failing teacher's gradients cancel", "6.2 coherence, bigger; 6.2 coherence, other", "",
      "they do not: they lead somewhere wrong"),
     ("6.3", "only the single likeliest token is too few", "6.3 support", "", "k from 4 to 32, or all"),
-    ("2.2", "Eq. 3, 4 and 5 end alike", "2.2 estimators", "again 2.2 estimators", "Eq. 5 stops a little short"),
+    ("ours", "Eq. 3, 4 and 5 end alike", "2.2 estimators", "again 2.2 estimators",
+     "Eq. 5 stops a little short of Eq. 4 in long runs"),
     ("ours", "unlike ends ruin, merged ends mend", "ends start; ends merged; ends own", "", "leave `--ends merged`"),
     ("ours", "the diagnosis ranks gains beforehand", "forecast rank; forecast promise", "",
      "run `analysis.py` before you train"),
     ("2609.04172", "one prompt gives most of the gain", "later one prompt", "again one prompt", "take many prompts"),
     ("2605.27028", "the first 30 % of tokens suffice", "later first 30 %", "again first 30 %", "leave room to finish"),
-    ("2606.09471", "a low KL can go with failure", "later low KL", "again low KL", "look at accuracy, not at the loss"),
-    ("a control", "a sharpened teacher teaches the same", "later sharp", "", "a sharper teacher taught more"),
-    ("said", "the sampled token stops ending", "later no end", "", "not seen in 400 steps"))
+    ("2606.09471", "where a run fails its KL may halve", "later low KL", "again low KL",
+     "look at accuracy: the KL falls while it collapses"),
+    ("ours", "a sharpened teacher teaches the same", "later sharp", "", "a sharper teacher taught more"),
+    ("ours", "the sampled token stops ending in long runs", "later no end", "", "not seen in 400 steps"))
 
 
 def results_of(results):
@@ -141,9 +144,9 @@ def row(*cells):
 def criteria(made):
     """A row a criterion: the paper's number, the criterion, what was found, whether it holds."""
     paper = {name: said for names in PAPER.values() for name, said in names.items()}
-    return "\n".join([row("finding", "paper", "criterion", "ours, mean over seeds", "holds"), "|---|---|---|---|---|"] + [
-        row(name, paper[name], criterion, found, "yes" if holds else "**no**")
-        for name, criterion, found, holds in judged(made)]) + "\n"
+    head = [row("finding", "paper", "criterion", "ours, mean over seeds", "holds"), "|---|---|---|---|---|"]
+    return "\n".join(head + [row(name, paper[name], criterion, found, "yes" if holds else "**no**")
+                             for name, criterion, found, holds in judged(made)]) + "\n"
 
 
 def summed_up(names, holds):
