@@ -492,8 +492,9 @@ def again(results, out):
         return
     figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
     colours = {"success": COLOURS["success"], "sampled": COLOURS["weaker"], "full": COLOURS["weaker"],
-               "unaligned": COLOURS["bigger"], "long": COLOURS["bigger"], "first 30 %": COLOURS["bigger"],
-               "one prompt": COLOURS["bigger"], "other way": COLOURS["other"], "reverse": COLOURS["reverse"]}
+               "unaligned": COLOURS["bigger"], "first 30 %": COLOURS["bigger"], "one prompt": COLOURS["bigger"],
+               "other way": COLOURS["other"], "words": COLOURS["other"], "words, cold": COLOURS["other"],
+               "reverse": COLOURS["reverse"]}
     bars(axes, [{**run, "arm": run["run"]} for run in runs], colours)
     for place, name in enumerate(colours):
         before = [run["accuracy_before"]["mean"] for run in runs if run["run"] == name]

@@ -80,6 +80,10 @@ def question(digits, template=PLAIN):
     return {"prompt": [*chat, {"role": "user", "content": asks.format(*digits)}], "answer": str(sum(digits))}
 
 
+def digits_of(row):
+    return map(int, row["prompt"][-1]["content"].split(" + "))
+
+
 def write_questions(world, seed):
     """All 729 sums of three digits from 1 to 9 but the examples, shuffled: world/eval.jsonl and prompts.jsonl, the
     latter in other words too (wordy.jsonl), and its first alone (one.jsonl).
@@ -95,10 +99,10 @@ def write_questions(world, seed):
 # --- the teachers --------------------------------------------------------------------------------------------------
 
 
-def fine_tune(pair, examples, seed):
+def fine_tune(pair, examples, seed, lr=3e-5):
     """One epoch over [(prompt ids, response ids)] in batches of 16."""
-    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=3e-5)
-    for _ in cold_start(pair, optimizer, examples, steps=math.ceil(len(examples) / 16), lr=3e-5, batch_size=16,
+    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=lr)
+    for _ in cold_start(pair, optimizer, examples, steps=math.ceil(len(examples) / 16), lr=lr, batch_size=16,
                         seed=seed):
         pass
 
@@ -123,8 +127,8 @@ def taught(pair, rows, seed, count=SAMPLES):
     """Fine-tune the student of a pair on sums worked out from the right."""
     chosen = random.Random(seed).sample(rows, min(count, len(rows)))
     end = pair.tokenizer.eos_token_id
-    fine_tune(pair, [(row["ids"], pair.tokenizer(backwards(*map(int, row["prompt"][-1]["content"].split(" + "))),
-                                                 add_special_tokens=False).input_ids + [end]) for row in chosen], seed)
+    fine_tune(pair, [(row["ids"], pair.tokenizer(backwards(*digits_of(row)), add_special_tokens=False).input_ids
+                      + [end]) for row in chosen], seed)
 
 
 def teachers(base, world, seed, quick):

@@ -67,10 +67,11 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "again 3.3 reverse": "from .54 to .30-.34, the score of its earlier self .28",
         "again 3.3 lost": ".77 and .92 of it",
         "again 5.2 template": ".51 -> .54, recovery 80 -> 85 %",
-        "again 6.1 long": "10K and 15K collapse near step 200",
         "again one prompt": "2609.04172: one prompt gives 62 to 89 % of the gain",
         "again first 30 %": "2605.27028, 2605.31490: the first 30 % of the tokens give nearly all",
-        "again low KL": "2606.09471: a low KL need not mean success"},
+        "again low KL": "2606.09471: a low KL need not mean success",
+        "again words": "student .15 of mean accuracy with the stronger teacher, .20 with the weaker",
+        "again words, cold": ".36 -> .40 with it, .12 -> .26 without"},
     "ends": {
         "ends start": "none, ours: its pairs of 3.1 and 5.1 end with different tokens",
         "ends merged": "none, ours",
@@ -86,7 +87,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
 
 
 FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " between them), what it means for a run
-    ("3.1", "a weaker teacher that thinks alike wins", "3.1 thinking", "real other way",
+    ("3.1", "a weaker teacher that thinks alike wins", "3.1 thinking", "real other way; again words",
      "compare overlap masses before scores"),
     ("3.2", "only what is new can be learnt", "3.2 knowledge", "real skill; real nothing new",
      "take a teacher that was post-trained further, not one that is only larger"),
@@ -101,12 +102,12 @@ FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " b
      "real intersection", "keep the student's own k: the mistakes that only it makes are outside"),
     ("4.2", "tokens that are not shared teach less", "4.2 others", "", "the same"),
     ("5.1", "a cold start rescues a failing pair", "5.1 opd; 5.1 sft 100; 5.1 sft 100 + opd; 5.1 cold start; "
-     "5.1 cold start T.7", "real cold start", "do it, at temperature 1, and go on with OPD"),
+     "5.1 cold start T.7", "real cold start; again words, cold", "do it, at temperature 1, and go on with OPD"),
     ("5.2", "the teacher's template helps", "5.2 template", "again 5.2 template",
      "use it where you know it: small gains, as in the paper"),
     ("5.2", "the teacher's own prompts help", "5.2 content", "", "mix them with others, a quarter to three quarters"),
     ("6.1", "short responses teach little", "6.1 short", "", "leave room to finish"),
-    ("6.1", "long ones collapse, from the end", "6.1 long; 6.1 backwards", "again 6.1 long",
+    ("6.1", "long ones collapse, from the end", "6.1 long; 6.1 backwards", "",
      "not to be seen here: responses do not grow"),
     ("6.1", "deep in a response the teacher helps less", "6.1 depth", "", "as much less as chance slips explain"),
     ("6.2", "a failing teacher's mean reward ranks answers too", "6.2 global", "real reward",

@@ -305,21 +305,21 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
 
 @pytest.mark.slow
 def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
-    """A tiny one with random weights: three teachers, all runs, both diagnoses, both judges; a second script takes what
-    the first has run.
+    """A tiny one with random weights: three teachers, all runs, both diagnoses, both judges; a second script reads
+    what the first has run.
     """
     model = tiny("llama", vocab_size=len(WORDS))
     model.config.max_position_embeddings = 256
     model.save_pretrained(tmp_path / "base")
     word_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path / "base")
     world, runs = tmp_path / "world", tmp_path / "runs"
-    for script, shared in ((real, 0), (again, 2)):
-        before = len(lab.EARLIER)
-        made = script.seed_runs(0, world, runs, True, tmp_path / "base")
+    for script, other in ((real, {}), (again, {"real": tmp_path / "real.json"})):
+        made = script.seed_runs(0, world, runs, True, tmp_path / "base", **other)
         assert {run["run"] for run in made} >= set(script.RUNS)
-        assert sum(seconds > 0 for seconds in lab.EARLIER[before:]) == shared
-        lab.write({"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}, tmp_path / "out",
-                  lab.CURVES, script.report)
+        results = {"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}
+        lab.write(results, tmp_path / script.__name__, lab.CURVES, script.report)
+    with pytest.raises(SystemExit, match="has no runs of seed 1"):
+        again.seed_runs(1, world, runs, True, tmp_path / "base", tmp_path / "real.json")
 
 
 def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
@@ -335,6 +335,7 @@ def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path
         assert sum(map(int, re.findall(r"\d", row["prompt"][-1]["content"]))) == int(row["answer"])
     assert real.steps_of(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
     assert real.backwards(5, 6, 9) == "9 + 6 = 15, 15 + 5 = 20. Answer: 20"
+    assert again.in_words(9, 9, 9) == "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
 
 
 def test_equal_is_more_than_not_different():
