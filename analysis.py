@@ -128,8 +128,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75)         # of the student's response, where the t
 INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED = VERDICTS = (
     "incompatible thinking (cold start first)", "nothing new to teach", "should work",
     "harmful (the teacher is behind the student)", "undecided (prompts with answers, or more of them, are needed)")
-SHARED_MASS = 0.8        # below it two models do not think alike. Paper: .97-.99 where distillation works,
-                         # .3-.8 where it swings
+SHARED_MASS = 0.8        # below it two models do not think alike; paper: .97-.99 where it works, .3-.8 where it swings
 LEAD = 0.1               # of accuracy: a smaller one is not worth a run
 SHARE, GAIN = (0.0, 1.0), (-1.0, 1.0)                   # within which accuracies, and their differences, lie
 
@@ -262,17 +261,19 @@ def verdict(report):
     reasons = [f"the tokens that both find likely hold {plus_minus(mass, '.3f')} of the probability, "
                f"{'below' if mass['mean'] < SHARED_MASS else 'at least'} {SHARED_MASS} "
                "(4.1: .97 to .99 where it works; 5.1: as low as .3 where it does not)"]
+    if report.get("truncated_fraction", 0) > 0.5:
+        reasons += ["most responses were cut off: take a higher --max-new-tokens"]
     if metrics["reverse_kl"]["mean"] < 1e-6:
         return NOTHING_NEW, ["student and teacher agree at every state: there is no gradient (Eq. 4)"]
     if "continuation" not in report:
         return apart, reasons
     first, gain = report["continuation"][0], report["predicted_gain"]
     reasons += [f"on its own, teacher - student is {plus_minus(first['gain'], '+.3f')} in accuracy",
-                f"from the student's own beginnings, mean over depths, teacher - student is "
-                f"{plus_minus(gain, '+.3f')} (6.1)"]
+                f"finishing what the student began, mean over depths, it is {plus_minus(gain, '+.3f')} (6.1)"]
     if first["student"]["mean"] == first["teacher"]["mean"] == 0:
         return apart, reasons + [
-            "neither solved a single one of these prompts: take easier ones, or a higher --max-new-tokens"]
+            'neither solved one of these prompts: an answer stands after "Answer:" or in \\boxed{} (--template answer asks '
+            "for it); else take easier ones, or a higher --max-new-tokens"]
     if sure(first["gain"]) < 0:
         return HARMFUL, reasons + ["distillation copies the teacher's distribution, its mistakes included (3.3)"]
     if apart == INCOMPATIBLE or sure(first["gain"]) > 0 > sure(gain):
@@ -306,14 +307,13 @@ def main(argv=None):
         how = {name: getattr(asked, name) for name in ("k", "max_new_tokens", "temperature", "seed")}
         if asked.tokens:
             tokens.write_page(pair, rows[:8], asked.tokens, **how)
-            print(asked.tokens)
         report = diagnose_pair(pair, rows, answered=answers.answered, n=asked.n, finishes=asked.finishes,
                                eval_temperature=asked.eval_temperature, eval_top_p=asked.eval_top_p, **how)
         print(plot.diagnosis(report))
         if said := show.mismatch(report, asked.dtype):
             print(f"warning: {said}", file=sys.stderr)
-        whose = {"student": asked.student, "teacher": asked.teacher}
-        files.write_json(asked.out, {**whose, **report, **files.provenance()})
+        files.write_json(asked.out, dict(student=asked.student, teacher=asked.teacher, **report, **files.provenance()))
+        print(f"\n{asked.out}" + f", {asked.tokens}" * bool(asked.tokens))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ COLUMNS = (        # of the table of a run: metric, title, format
     ("step", "step", "5d"), ("loss", "loss", "7.4f"), ("reverse_kl", "rev. KL", "7.4f"),
     ("overlap_ratio", "overlap", "7.3f"), ("overlap_mass_student", "mass p", "6.3f"),
     ("overlap_mass_teacher", "mass q", "6.3f"), ("overlap_token_advantage", "adv.", "7.4f"),
-    ("entropy_gap", "H gap", "6.3f"), ("response_length", "length", "6.1f"), ("grad_norm", "|grad|", "6.3f"),
-    ("accuracy", "accuracy", "8.3f"))              # 80 columns together
+    ("entropy_gap", "H gap", "6.3f"), ("response_length", "length", "6.1f"), ("truncated_fraction", "cut", "4.2f"),
+    ("grad_norm", "|grad|", "6.3f"), ("accuracy", "acc.", "5.3f"))      # 82 columns; accuracy where it was measured
 PANELS = (         # of Figure 6: title, unit, lower limit (None: the data's) or "log", upper limit, metric, teacher's
     ("accuracy", "share of answers", 0, 1, "accuracy", None),
     ("overlap ratio (Eq. 6)", "share of the top k", 0, 1, "overlap_ratio", None),
@@ -115,8 +115,9 @@ def table(run):
     """What a run logged, at about ten of its steps, and what came of it: str."""
     rows, config = run["rows"], run["config"] or {}
     lines = [run["path"] + (": {student} <- {teacher}, {objective}, k = {k}".format(**config) if config else "")]
-    lines.append(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS))
-    lines += [" ".join(cell(row.get(name), form) for name, _, form in COLUMNS).rstrip() for row in some(rows, 10)]
+    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
+    lines.append(" ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in columns))
+    lines += [" ".join(cell(row.get(name), form) for name, _, form in columns).rstrip() for row in some(rows, 10)]
     return "\n".join(lines + [outcome(run)])
 
 
@@ -129,7 +130,7 @@ def diagnosis(report):
         "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
         "overlap_mass_student": "overlap mass, student, Eq. 9", "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
         "overlap_token_advantage": "overlap-token advantage, Eq. 7", "entropy_student": "entropy, student",
-        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap, Eq. 8",
+        "entropy_teacher": "entropy, teacher", "entropy_gap": "entropy gap |H(q) - H(p)|, Eq. 8",
         "largest_gap": "largest gap, 4.1", "reverse_kl": "reverse KL", "reward": "mean reward"}
     for name in [*titles, *(name for name in r["metrics"] if name not in titles)]:
         x = r["metrics"][name]
@@ -165,10 +166,9 @@ def outcome(run):
         return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
     if result.get("accuracy_after") is None:
         return "accuracy not measured: the held-out prompts have no answers"
-    said = [f"{name} {plus_minus(result[key])}" for name, key in (
-        ("before", "accuracy_before"), ("after", "accuracy_after"), ("teacher", "accuracy_teacher"))]
+    before, after, teacher = (plus_minus(result[f"accuracy_{who}"]) for who in ("before", "after", "teacher"))
     recovered = result.get("gap_recovery")
-    return f"accuracy {', '.join(said)}; gap recovery " + (
+    return f"accuracy {before} -> {after}, teacher {teacher}; gap recovery " + (
         "not given, teacher and student are within noise of each other" if recovered is None else f"{recovered:.2f}")
 
 
@@ -470,7 +470,7 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on a real language model: success beside what fails, mean and range of the seeds; accuracy of each run."""
+    """Figure 6 on a real language model: success beside other teachers, mean and range of the seeds; all accuracies."""
     plt, runs = opened(results, "real")
     if plt is None:
         return

@@ -67,13 +67,14 @@ class Config:
                            "which sees other ones (5.1)", **FROM_0)
     cold_start_file: str = flag("", FILE + ' {"messages": [...]} for it, in place of asking the teacher')
     cold_start_steps: int = flag(0, "updates of that fine-tuning; 0: one epoch, as in the paper", **FROM_0)
-    cold_start_batch_size: int = flag(16, "responses in one of them; the paper takes 64", **COUNT)
-    cold_start_lr: float = flag(1e-5, "its highest; warm-up .05, then a cosine; the paper's", **POSITIVE)
+    cold_start_batch_size: int = flag(16, "responses in one of these updates; the paper takes 64", **COUNT)
+    cold_start_lr: float = flag(1e-5, "highest learning rate of that fine-tuning: warm-up .05, then a cosine; the "
+                                "paper's", **POSITIVE)
     cold_start_max_new_tokens: int = flag(0, "of the teacher's responses; 0: as max_new_tokens; paper: 12,288",
                                           **FROM_0)
     cold_start_temperature: float = flag(0.7, "the teacher's when it answers; the paper's. On the toy 1 ended as well "
                                          "in the mean, and was never far behind (experiments/recipe.py)", **FROM_0)
-    cold_start_top_p: float = flag(0.95, "of the same; the paper's", above=0, high=1)
+    cold_start_top_p: float = flag(0.95, "of the teacher when it answers; the paper's", above=0, high=1)
     aligned_prompts: str = flag("", FILE + " like what the teacher was post-trained on, to mix with --prompts (5.2)")
     aligned_fraction: float = flag(0.5, "their share of the mixture; on the toy .25 to .75 did alike, 0 and 1 worse. "
                                    "The paper advises to mix and gives no share", low=0, high=1)
@@ -81,8 +82,8 @@ class Config:
     eval_every: int = flag(0, "steps between evaluations; 0: before and after only", group="measuring and saving",
                            **FROM_0)
     eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16", **COUNT)
-    eval_temperature: float = flag(0.7, "the paper's", **FROM_0)
-    eval_top_p: float = flag(0.95, "the paper's", above=0, high=1)
+    eval_temperature: float = flag(0.7, "of the answers that are measured; the paper's", **FROM_0)
+    eval_top_p: float = flag(0.95, "of the same; the paper's", above=0, high=1)
     eval_max_new_tokens: int = flag(0, "0: as max_new_tokens; the paper takes 31,744", **FROM_0)
     resume: bool = flag(False, "go on from the checkpoint in --out")
     save_every: int = flag(25, "steps between checkpoints", **COUNT)
@@ -139,7 +140,7 @@ DIAGNOSIS = command(
     out=flag("diagnose.json", "where the report goes"),
     tokens=flag("", "an .html file: a few responses, every token tinted by its reward"),
     run=flag((), "directory of a run; may be given several times, side by side", group="after: what happened?"),
-    plot=flag("", "an .svg file: the paper's Figure 6, every metric against the step"),
+    plot=flag("", "an .svg file: the paper's Figure 6, every metric against the step (pip install matplotlib)"),
     positions=flag("", "an .svg file: entropies, reward and overlap by output position and step (Fig. 13)"))
 ROLLOUTS = command(
     "rollouts: the teacher answers every prompt, for a cold start (5.1)", BOTH + "template",
@@ -185,7 +186,7 @@ def named(name):
 
 def parse(cls, words, prog):
     """Words of a command line -> an instance of a dataclass of flags, checked; a preset fills in what was not given."""
-    parser = group = Parser(prog=prog, usage=f"{prog} [flags]", description=cls.__doc__,
+    parser = group = Parser(prog=prog, usage=f"{prog} --student S --teacher T [flags]", description=cls.__doc__,
                             allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=narrow)
     for f in dataclasses.fields(cls):
         group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
@@ -193,7 +194,7 @@ def parse(cls, words, prog):
         kinds = {bool: dict(action="store_true"), tuple: dict(action="append", metavar="X")}
         how = kinds.get(f.type, dict(type=f.type, choices=choices, metavar="N" if f.type is int else "X"))
         why = ", ".join(filter(None, choices or ())) + ": " * bool(choices) + f.metadata["why"]
-        why += f" [{f.default}]" if f.default not in ("", False, ()) else ""
+        why += "" if f.default is False or f.default in ("", ()) else f" [{f.default}]"
         group.add_argument(named(f.name), help=why.replace("%", "%%"), **how)
     given = vars(parser.parse_args(words))
     return check(cls(**{**PRESETS.get(given.get("preset", ""), {}), **given}))

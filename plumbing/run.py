@@ -43,6 +43,7 @@ class Run:
         self.path, self.started, self.signal, self.saved = self.out / "checkpoint" / "state.pt", time.time(), None, None
         self.step, self.cold_step, self.skipped, self.in_a_row, self.seconds = 0, 0, 0, 0, 0.0
         self.before, self.logs, self.warned, self.state = {}, {name: [] for name in LOGS}, [], None
+        self.titled = False                                                     # of the readable lines
         self.look_at_out()
 
     def look_at_out(self):
@@ -156,6 +157,9 @@ class Run:
         digests = [digest(x) for x in asked]
         if self.state:
             self.go_on(digests)
+        if self.first:
+            print(f"{len(train)} prompts to learn from, {len(held_out)} held out"
+                  + f"; going on after step {self.step}" * bool(self.state), flush=True)
         self.digests, self.state = digests, None
         if self.first:
             (self.out / "result.json").unlink(missing_ok=True)
@@ -248,7 +252,8 @@ class Run:
             for ids, mask, cut in list(zip(r.ids, r.attention_mask, r.truncated))[:2]:
                 self.append(TEXTS, {"step": self.step, "truncated": bool(cut),
                                     "text": self.pair.tokenizer.decode(ids[mask])})
-            tqdm.write(show.columns() * (self.step == 1) + show.line(row))
+            tqdm.write(show.columns() * (not self.titled) + show.line(row))
+            self.titled = True
         for kind, sign in show.signs(self.logs[METRICS], self.cfg.dtype).items():
             if sign and kind not in self.warned:
                 self.warned.append(kind)

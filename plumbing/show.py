@@ -13,8 +13,9 @@ COLUMNS = (                                        # of the readable line: metri
 
 
 def columns():
-    """The titles of the readable lines of a run."""
-    return " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS) + "\n"
+    """The titles of the readable lines of a run, and what a line is."""
+    titles = " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS)
+    return f"each line is one step, a mean over its response tokens; the columns: plumbing/README.md\n{titles}\n"
 
 
 def line(row):
@@ -24,19 +25,22 @@ def line(row):
 
 
 def summary(result):
-    """What a person wants to know when a run ends, in three lines."""
+    """What a person wants to know when a run ends, in four lines: before -> after. +- is one standard error."""
     before, after, lines = result["held_out_before"], result["held_out_after"], []
     if result["accuracy_after"]:
-        said = [f"{name} {plus_minus(result[key])}" for name, key in
-                (("student before", "accuracy_before"), ("after the cold start", "accuracy_cold_start"),
-                 ("after", "accuracy_after"), ("teacher", "accuracy_teacher")) if key in result]
+        way = [plus_minus(result["accuracy_before"]), plus_minus(result["accuracy_after"])]
+        if result.get("accuracy_cold_start"):
+            way.insert(1, f"{plus_minus(result['accuracy_cold_start'])} (cold start)")
         recovered = result["gap_recovery"]
-        lines = ["accuracy       " + ", ".join(said), "gap recovery   " + (
+        lines = [f"accuracy       {' -> '.join(way)}, teacher {plus_minus(result['accuracy_teacher'])}",
+                 "gap recovery   " + (
             f"{recovered:.2f} of the way from student to teacher" if recovered is not None
             else "not given: " + WITHIN_NOISE)]
     lines.append(f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio "
-                 f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}, overlap mass "
-                 f"{after['overlap_mass_student']:.4f} and {after['overlap_mass_teacher']:.4f}")
+                 f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}")
+    lines.append("overlap mass   " + ", ".join(
+        f"{who} {before[f'overlap_mass_{who}']:.3f} -> {after[f'overlap_mass_{who}']:.3f}"
+        for who in ("student", "teacher")))
     if result["skipped_steps"]:
         lines.append(f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; "
                      "metrics.jsonl names their prompts")

@@ -744,7 +744,7 @@ def test_a_run_with_a_cold_start_leaves_what_it_promises(world, uninterrupted):
     cold = {row["prompt"] for row in questions(config(world, **COLD))[1]}
     assert {json.loads(line)["messages"][0]["content"] for line in kept} <= cold
     assert {"accuracy_before", "accuracy_cold_start", "accuracy_after", "held_out_cold_start"} <= result.keys()
-    assert result["held_out_cold_start"] != result["held_out_before"] and "after the cold start" in show.summary(result)
+    assert result["held_out_cold_start"] != result["held_out_before"] and "(cold start)" in show.summary(result)
     assert {row["lr"] for row in metrics} == {1e-3}
 
 
