@@ -286,11 +286,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
+    print(f"making {'five' if flags.all else 'three'} models in {flags.out}, some {4 if flags.all else 2} minutes on 2 "
+          "cores", flush=True)
     for name, model in make_all(Path(flags.out), flags.seed, flags.all).items():
         r, correct = attempt(model, 512, torch.Generator().manual_seed(flags.seed))
         said = " ".join(WORDS[i] for i in r.response_ids(0)[:-1])
         print(f"{flags.out}/{name}: {sum(p.numel() for p in model.parameters()) / 1e3:.0f}K parameters, "
-              f"{correct.float().mean():.2f} correct, says: {said}")
+              f"{correct.float().mean():.2f} right of 512 problems; says: {said}")
 
 
 if __name__ == "__main__":
