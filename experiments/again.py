@@ -36,7 +36,7 @@ from statistics import mean
 
 import plot
 from lab import difference, equal, main, told, verdicts, write_text
-from plumbing.answers import read_answer, same_answer
+from plumbing.answers import answered
 from plumbing.prompts import load_prompts
 from real import MICRO, NEW_TOKENS, SAMPLES, digits_of, distilled, fine_tune, first, gain, of, teachers, write_questions
 from teacher import Pair
@@ -71,9 +71,7 @@ def teach_words(base, world, seed, quick):
                           + [pair.tokenizer.eos_token_id]) for row in draw.sample(rows, 16 if quick else SAMPLES)],
                   seed + number, lr=1e-4)
         asked = draw.sample(rows, 48)
-        r = pair.write([row["ids"] for row in asked], max_new_tokens=NEW_TOKENS, seed=seed + number)
-        right = mean(same_answer(read_answer(pair.tokenizer.decode(r.response_ids(i))), row["answer"])
-                     for i, row in enumerate(asked))
+        right = answered(pair, asked, max_new_tokens=NEW_TOKENS, seed=seed + number)[0].float().mean()
         print(f"words, round {number + 1}: {right:.2f} right", flush=True)
         if right >= 0.8:
             break

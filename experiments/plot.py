@@ -481,6 +481,7 @@ def real(results, out):
         ("success", "post-trained copy of the student"), ("nothing new", "copy trained on its own answers, unselected"),
         ("other way", "copy that works the sums out from the right"))}, window=1)
     bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
+    plt.setp(grid[1, 3].get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     save(plt, figure, out)
 
@@ -557,6 +558,7 @@ def aligning(plt, grid, groups, window=7):
                          style, label if style == "-" else None)
         axes.set_title(title, fontsize=9)
         axes.set(xlabel="step", ylabel=unit)
+        axes.locator_params(axis="x", integer=True)
         limit(plt, axes, low, high)
 
 
