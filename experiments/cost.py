@@ -16,7 +16,8 @@
 6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds, and with the two
                 that fail: the bigger one of the same pipeline (the paper's case), which teaches nothing, and the other
                 family's, which ruins the student. Holds if all are .6 or more, and those no more than .1 behind. The
-                reward where a response first goes wrong stands beside it
+                reward where a response first goes wrong stands beside it. (6.2 success: the first alone, as in real.py;
+                judged after the runs)
 6.2 coherence   the gradients of single positions with the same three. The paper supposes that a failing teacher's are
                 large and cancel: holds for each of the two if, at step 0, where all three grade the same tokens, they
                 are larger than the successful teacher's, and their sum smaller beside them (`coherence` below; the
@@ -258,6 +259,7 @@ def judge(runs):
     lines.append(("6.2 global", "AUROC all >= .6, failing ones not .1 behind", ", ".join(
         f"{pair} {x:.3f}" for pair, x in areas.items()),
         min(areas.values()) >= 0.6 and min(areas.values()) >= areas["success"] - 0.1))
+    lines.append(("6.2 success", "AUROC > .6", f"{areas['success']:.3f}", areas["success"] > 0.6))
     now = {pair: [mean(r[name] for r in of("signal", pair, "before")) for name in ("size", "coherence", "cosine")]
            for pair in TEACHERS}
     for pair in ("bigger", "other"):
