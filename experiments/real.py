@@ -24,6 +24,9 @@ Criteria, fixed before the first run of the script; three seeds. What is compare
     cold start    ends above the other way without it by more than noise
     intersection  ends within .05 of success, noise included (lab.equal asks for more: they may differ by so little)
     reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; the other's is told
+Judged after the runs, by the toy's criteria (mechanism.py):
+    gaps          overlap-token advantage, entropy gap and largest gap halve in success
+    small loss    loss and gradient norm of nothing new begin below half of those of success
 
     python experiments/real.py --base DIR_OR_HUB         results/real.{json,txt,svg}; an hour a seed on 2 cores
 
@@ -203,6 +206,9 @@ def judge(runs):
     masses = {who: [min(first(part, f"overlap_mass_{side}")[i] for side in ("student", "teacher"))
                     for i in range(len(part))] for who, part in (("success", good), ("other way", other))}
     rise = [mean(r["curves"]["overlap_ratio"][-ENDS:]) - mean(r["curves"]["overlap_ratio"][:ENDS]) for r in good]
+    gaps = {name: [mean(mean(r["curves"][name][part]) for r in good) for part in (slice(ENDS), slice(-ENDS, None))]
+            for name in ("overlap_token_advantage", "entropy_gap", "largest_gap")}
+    begins = {name: [mean(first(part, name)) for part in (nothing, good)] for name in ("loss", "grad_norm")}
     better, noise = difference(cold, other)
     off, spread = difference(shared, good)
     auroc = {name: [r["auroc"] for r in of(runs, f"diagnosis, {name}")] for name in ("expert", "backwards")}
@@ -215,6 +221,11 @@ def judge(runs):
         ("real masses", "both >= .95 at the first step", each(masses["success"], ".3f"),
          min(masses["success"]) >= 0.95),
         ("real overlap", "the ratio rises, each seed", each(rise), min(rise) > 0),
+        ("real gaps", "halve in success", "; ".join("{:+.4f} -> {:+.4f}".format(*ends) for ends in gaps.values()),
+         all(abs(b) < abs(a) / 2 for a, b in gaps.values())),
+        ("real small loss", "nothing new's loss and gradient < half of success's",
+         "; ".join("{:.3f} against {:.3f}".format(*two) for two in begins.values()),
+         all(a < b / 2 for a, b in begins.values())),
         ("real nothing new", "gain < a quarter of success's", f"{each(gain(nothing))} against {each(gain(good))}",
          mean(gain(nothing)) < mean(gain(good)) / 4),
         ("real other way", "gain < half of success's, a mass < .95",
