@@ -148,4 +148,5 @@ def report(made, out):
 
 if __name__ == "__main__":
     main("again", __doc__.splitlines()[0], seed_runs, report, NEEDED,
-         curves=("step", "reverse_kl", "loss", "overlap_mass_student", "overlap_mass_teacher", "truncated_fraction"))
+         curves=("step", "reverse_kl", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher",
+                 "truncated_fraction"))

@@ -487,20 +487,29 @@ def real(results, out):
 
 
 def again(results, out):
-    """One setting changed at a time on the real model: the accuracy of each arm beside that before it."""
+    """Four teachers' overlap ratios on the real model, and one setting changed at a time: accuracy after and before."""
     plt, runs = opened(results, "again")
     if plt is None:
         return
-    figure, axes = plt.subplots(figsize=(8, 3.4), layout="constrained")
-    colours = {"success": COLOURS["success"], "sampled": COLOURS["weaker"], "full": COLOURS["weaker"],
-               "unaligned": COLOURS["bigger"], "first 30 %": COLOURS["bigger"], "one prompt": COLOURS["bigger"],
-               "other way": COLOURS["other"], "words": COLOURS["other"], "words, cold": COLOURS["other"],
-               "reverse": COLOURS["reverse"]}
-    bars(axes, [{**run, "arm": run["run"]} for run in runs], colours)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 2), layout="constrained")
+    for name, colour, label in (("success", COLOURS["success"], "after expert iteration"),
+                                ("other way", COLOURS["bigger"], "from right to left"),
+                                ("words", COLOURS["other"], "in words"),
+                                ("words, cold", COLOURS["weaker"], "in words, after a cold start")):
+        mine = [run["curves"] for run in runs if run["run"] == name]
+        band(left, mine[0]["step"], [curves["overlap_ratio"] for curves in mine], colour, label=label)
+    left.set(xlabel="step", ylim=(0, 1), title="overlap ratio (Eq. 6), by teacher")
+    left.locator_params(axis="x", integer=True)
+    left.legend(frameon=False, fontsize=8)
+    colours = {"success": COLOURS["success"], "sampled": COLOURS["success"], "full": COLOURS["success"],
+               "unaligned": COLOURS["reverse"], "first 30 %": COLOURS["reverse"], "one prompt": COLOURS["reverse"],
+               "other way": COLOURS["bigger"], "words": COLOURS["other"], "words, cold": COLOURS["weaker"],
+               "reverse": SPARE[4]}
+    bars(right, [{**run, "arm": run["run"]} for run in runs], colours)
     for place, name in enumerate(colours):
         before = [run["accuracy_before"]["mean"] for run in runs if run["run"] == name]
-        axes.plot((place - 0.35, place + 0.35), [sum(before) / len(before)] * 2, "--", color="0.3", linewidth=0.9)
-    axes.set_title("one setting changed at a time (dashed: before)", fontsize=9)
+        right.plot((place - 0.35, place + 0.35), [sum(before) / len(before)] * 2, "--", color="0.3", linewidth=0.9)
+    right.set_title("one setting changed at a time (dashed: before)")
     save(plt, figure, out)
 
 
@@ -569,7 +578,7 @@ def bars(axes, runs, colours):
         axes.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
         axes.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
     axes.set_xticks(range(len(colours)), [
-        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ").replace(" prompt", "\nprompt")
+        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ").replace(" prompt", "\nprompt").replace("first ", "first\n")
         for arm in colours], fontsize=8)
     axes.set(ylabel="accuracy after", ylim=(0, 1))
 
