@@ -578,8 +578,7 @@ def bars(axes, runs, colours):
         axes.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
         axes.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
     axes.set_xticks(range(len(colours)), [
-        arm.replace(" + ", "\n+ ").replace(", ", ",\n").replace(" T", "\nT ").replace(" prompt", "\nprompt").replace("first ", "first\n")
-        for arm in colours], fontsize=8)
+        re.sub(r"(?<=,) | (?=\+|T|prompt|30 %)", "\n", arm) for arm in colours], fontsize=8)
     axes.set(ylabel="accuracy after", ylim=(0, 1))
 
 
