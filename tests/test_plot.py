@@ -64,7 +64,8 @@ def test_a_finished_run_is_a_table_and_what_came_of_it(success, capsys):
     assert {1, 4, 12} <= set(steps(text)) and len(steps(text)) <= 10
     lines = text.splitlines()
     titles, evaluated = lines[1], next(line for line in lines if line.startswith("    4"))
-    assert titles.split()[-1] == "acc." and "cut" not in titles and evaluated.endswith("0.625") and len(evaluated) == len(titles)
+    assert titles.split()[-1] == "acc." and "cut" not in titles
+    assert evaluated.endswith("0.625") and len(evaluated) == len(titles)
     assert lines[-1].startswith("accuracy 0.250 +- 0.020 -> 0.750 +- ?, teacher 0.875 +- 0.010; ")
     assert lines[-1].endswith("; gap recovery 0.80")
 
