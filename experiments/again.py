@@ -11,7 +11,8 @@ success (base <- expert) and other way (base <- a teacher that works the sums ou
     one prompt     the same question 16 times a step                                                       (2609.04172)
     words          base <- a copy that is fine-tuned on the sums in words, "Five plus six is eleven, ...", until it is
                    right .8 of the time: a way that the base does not have                                 (3.1)
-    words, cold    the same after a cold start on its answers                                              (5.1)
+    words, cold    the same after a cold start on its answers: 160 of them, 10 updates                     (5.1)
+    long cold      the same after one of 480 answers, twice through, 60 updates                             (5.1)
 
 Criteria, fixed before the first run, those of the toy where it has one; three seeds, paired prompt by prompt:
     2.2 estimators  sampled and success both end equal to full (lab.equal: within noise, and .05 noise included)
@@ -23,6 +24,8 @@ Criteria, fixed before the first run, those of the toy where it has one; three s
     low KL          other way and words, where accuracy falls: the held-out reverse KL ends below half of what it was
     words           a mass lies below .95 at the first step, and the gain is below half of that of success
     words, cold     ends above words by more than noise
+Added when seed 0 had shown that 10 updates teach the words and not the sums (.06 right after them), before it was run:
+    long cold       ends above words by more than noise
 
     python experiments/again.py --base DIR_OR_HUB --real experiments/results/real.json   results/again.{json,txt,svg}
 
@@ -49,7 +52,8 @@ RUNS = {    # name -> (student, teacher, settings)
     "reverse": ("expert", "base", {}), "unaligned": ("base", "expert", dict(prompts="wordy.jsonl")),
     "first 30 %": ("base", "expert", dict(max_new_tokens=8)),
     "one prompt": ("base", "expert", dict(prompts="one.jsonl")), "words": ("base", "words", {}),
-    "words, cold": ("base", "words", COLD)}
+    "words, cold": ("base", "words", COLD),
+    "long cold": ("base", "words", {**COLD, "cold_start": 480, "cold_start_steps": 60})}
 WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
     twenty-seven""".split()
@@ -111,7 +115,7 @@ def judge(runs):
     falls = [(r["held_out_before"]["reverse_kl"], r["held_out_after"]["reverse_kl"], lead)
              for name in ("other way", "words") for r, lead in zip(arms[name], gains[name]) if lead < 0]
     masses = [min(pair) for pair in zip(*(first(arms["words"], f"overlap_mass_{x}") for x in ("student", "teacher")))]
-    better, doubt = difference(arms["words, cold"], arms["words"])
+    rescued = {name: difference(arms[name], arms["words"]) for name in ("words, cold", "long cold")}
 
     def each(values):
         return ", ".join(f"{x:+.3f}" for x in values)
@@ -129,7 +133,8 @@ def judge(runs):
         ("again words", "a mass < .95, gain < half of success's",
          f"{each(gains['words'])} against {each(gains['success'])}; masses {each(masses)}",
          max(masses) < 0.95 and mean(gains["words"]) < mean(gains["success"]) / 2),
-        ("again words, cold", "above words by more than noise", told(better, doubt), better > doubt)]
+        *((f"again {name}", "above words by more than noise", told(better, noise), better > noise)
+          for name, (better, noise) in rescued.items())]
 
 
 def report(made, out):

@@ -74,7 +74,8 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
         "again first 30 %": "2605.27028, 2605.31490: the first 30 % of the tokens give nearly all",
         "again low KL": "2606.09471: a low KL need not mean success",
         "again words": "student .15 of mean accuracy with the stronger teacher, .20 with the weaker",
-        "again words, cold": ".36 -> .40 with it, .12 -> .26 without"},
+        "again words, cold": ".36 -> .40 with it, .12 -> .26 without",
+        "again long cold": ".36 -> .40 with it, .12 -> .26 without"},
     "ends": {
         "ends start": "none, ours: its pairs of 3.1 and 5.1 end with different tokens",
         "ends merged": "none, ours",
@@ -108,7 +109,7 @@ FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " b
      "real intersection", "where they hold .98, yes; else the mistakes that only the student makes are outside"),
     ("4.2", "tokens that are not shared teach less", "4.2 others", "", "the same"),
     ("5.1", "a cold start rescues a failing pair", "5.1 opd; 5.1 sft 100; 5.1 sft 100 + opd; 5.1 cold start",
-     "again words, cold", "do it, and go on with OPD"),
+     "again words, cold; again long cold", "do it, and go on with OPD"),
     ("5.1", "and beats fine-tuning on answers drawn at T .7", "5.1 cold start T.7", "", "draw the answers at T 1"),
     ("5.1", "it helps a pair that does not fail, too", "", "real cold start", "a little"),
     ("5.2", "the teacher's template helps", "5.2 template", "again 5.2 template",
