@@ -29,7 +29,7 @@ Added when seed 0 had shown that 10 updates teach the words and not the sums (.0
 
     python experiments/again.py --base DIR_OR_HUB --real experiments/results/real.json   results/again.{json,txt,svg}
 
-An hour a seed on 2 cores. 6.1's long budgets need no run: hardly a response of success is cut off at 48 tokens.
+Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of success is cut off at 48 tokens.
 """
 import json
 import math

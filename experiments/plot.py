@@ -496,7 +496,7 @@ def again(results, out):
                                 ("other way", COLOURS["bigger"], "from right to left"),
                                 ("words", COLOURS["other"], "in words"),
                                 ("words, cold", COLOURS["weaker"], "in words, after a cold start"),
-                                ("long cold", SPARE[0], "in words, after a longer one")):
+                                ("long cold", SPARE[1], "in words, after a longer one")):
         mine = [run["curves"] for run in runs if run["run"] == name]
         band(left, mine[0]["step"], [curves["overlap_ratio"] for curves in mine], colour, label=label)
     left.set(xlabel="step", ylim=(0, 1), title="overlap ratio (Eq. 6), by teacher")
@@ -505,7 +505,7 @@ def again(results, out):
     colours = {"success": COLOURS["success"], "sampled": COLOURS["success"], "full": COLOURS["success"],
                "unaligned": COLOURS["reverse"], "first 30 %": COLOURS["reverse"], "one prompt": COLOURS["reverse"],
                "other way": COLOURS["bigger"], "words": COLOURS["other"], "words, cold": COLOURS["weaker"],
-               "long cold": SPARE[0], "reverse": SPARE[4]}
+               "long cold": SPARE[1], "reverse": SPARE[4]}
     bars(right, [{**run, "arm": run["run"]} for run in runs], colours)
     for place, name in enumerate(colours):
         before = [run["accuracy_before"]["mean"] for run in runs if run["run"] == name]
