@@ -11,8 +11,7 @@ success (base <- expert) and other way (base <- a teacher that works the sums ou
     one prompt     the same question 16 times a step                                                       (2609.04172)
     words          base <- a copy that is fine-tuned on the sums in words, "Five plus six is eleven, ...", until it is
                    right .8 of the time: a way that the base does not have                                 (3.1)
-    words, cold    the same after a cold start on its answers: 160 of them, 10 updates                     (5.1)
-    long cold      the same after one of 480 answers, twice through, 60 updates                             (5.1)
+    words, cold    the same after a cold start on its answers                                              (5.1)
 
 Criteria, fixed before the first run, those of the toy where it has one; three seeds, paired prompt by prompt:
     2.2 estimators  sampled and success both end equal to full (lab.equal: within noise, and .05 noise included)
@@ -24,12 +23,11 @@ Criteria, fixed before the first run, those of the toy where it has one; three s
     low KL          other way and words, where accuracy falls: the held-out reverse KL ends below half of what it was
     words           a mass lies below .95 at the first step, and the gain is below half of that of success
     words, cold     ends above words by more than noise
-Added when seed 0 had shown that 10 updates teach the words and not the sums (.06 right after them), before it was run:
-    long cold       ends above words by more than noise
 
     python experiments/again.py --base DIR_OR_HUB --real experiments/results/real.json   results/again.{json,txt,svg}
 
-Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of success is cut off at 48 tokens.
+Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of success is cut off at
+48 tokens.
 """
 import json
 import math
@@ -52,8 +50,7 @@ RUNS = {    # name -> (student, teacher, settings)
     "reverse": ("expert", "base", {}), "unaligned": ("base", "expert", dict(prompts="wordy.jsonl")),
     "first 30 %": ("base", "expert", dict(max_new_tokens=8)),
     "one prompt": ("base", "expert", dict(prompts="one.jsonl")), "words": ("base", "words", {}),
-    "words, cold": ("base", "words", COLD),
-    "long cold": ("base", "words", {**COLD, "cold_start": 480, "cold_start_steps": 60})}
+    "words, cold": ("base", "words", COLD)}
 WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
     twenty-seven""".split()
@@ -83,11 +80,16 @@ def teach_words(base, world, seed, quick):
     pair.tokenizer.save_pretrained(world / "words")
 
 
+def runs_of(path, seed, names, script):
+    """The runs of these names in the results of another script; SystemExit where one is missing."""
+    found = [run for run in json.loads(Path(path).read_text())["runs"] if run["seed"] == seed and run["run"] in names]
+    if len(found) < len(names):
+        raise SystemExit(f"{path} has no runs of seed {seed}: python experiments/{script} --seeds {seed} makes them")
+    return found
+
+
 def seed_runs(seed, world, scratch, quick, base, real):
-    shared = [run for run in json.loads(Path(real).read_text())["runs"] if run["seed"] == seed
-              and run["run"] in SHARED]
-    if len(shared) < len(SHARED):
-        raise SystemExit(f"{real} has no runs of seed {seed}: python experiments/real.py --seeds {seed} makes them")
+    shared = runs_of(real, seed, SHARED, "real.py")
     world.mkdir(parents=True, exist_ok=True)
     write_questions(world, seed)
     teachers(base, world, seed, quick)
@@ -115,7 +117,7 @@ def judge(runs):
     falls = [(r["held_out_before"]["reverse_kl"], r["held_out_after"]["reverse_kl"], lead)
              for name in ("other way", "words") for r, lead in zip(arms[name], gains[name]) if lead < 0]
     masses = [min(pair) for pair in zip(*(first(arms["words"], f"overlap_mass_{x}") for x in ("student", "teacher")))]
-    rescued = {name: difference(arms[name], arms["words"]) for name in ("words, cold", "long cold")}
+    better, doubt = difference(arms["words, cold"], arms["words"])
 
     def each(values):
         return ", ".join(f"{x:+.3f}" for x in values)
@@ -133,8 +135,7 @@ def judge(runs):
         ("again words", "a mass < .95, gain < half of success's",
          f"{each(gains['words'])} against {each(gains['success'])}; masses {each(masses)}",
          max(masses) < 0.95 and mean(gains["words"]) < mean(gains["success"]) / 2),
-        *((f"again {name}", "above words by more than noise", told(better, noise), better > noise)
-          for name, (better, noise) in rescued.items())]
+        ("again words, cold", "above words by more than noise", told(better, doubt), better > doubt)]
 
 
 def report(made, out):
@@ -153,5 +154,4 @@ def report(made, out):
 
 if __name__ == "__main__":
     main("again", __doc__.splitlines()[0], seed_runs, report, NEEDED,
-         curves=("step", "reverse_kl", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher",
-                 "truncated_fraction"))
+         curves=("step", "reverse_kl", "loss", "overlap_mass_student", "overlap_mass_teacher", "truncated_fraction"))

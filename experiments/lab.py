@@ -119,14 +119,13 @@ def write(made, out, curves, report):
 
 
 def join(parts, key="runs"):
-    """Results of several commands as one: the runs one after the other, commands and commits listed, seconds summed."""
+    """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
     commands = [part["command"] for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
-    if len({part["threads"] for part in parts}) > 1:
-        raise SystemExit("these results come from different numbers of threads")
+    if len({(part["commit"], part["threads"]) for part in parts}) > 1:
+        raise SystemExit("these results come from different commits, or numbers of threads")
     return {**parts[0], "command": " ; ".join(commands),
-            "commit": ", ".join(dict.fromkeys(part["commit"] for part in parts)),          # a run names its own
             "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
 
 

@@ -487,30 +487,45 @@ def real(results, out):
 
 
 def again(results, out):
-    """Four teachers' overlap ratios on the real model, and one setting changed at a time: accuracy after and before."""
-    plt, runs = opened(results, "again")
+    """One setting changed at a time on the real model; the overlap ratio with four teachers."""
+    overlap_and_accuracy(results, out, "again", {
+        "success": (COLOURS["success"], "after expert iteration"),
+        "other way": (COLOURS["bigger"], "from right to left"),
+        "words": (COLOURS["other"], "in words"), "words, cold": (COLOURS["weaker"], "in words, after a cold start")},
+        {"success": COLOURS["success"], "sampled": COLOURS["success"], "full": COLOURS["success"],
+         "unaligned": COLOURS["reverse"], "first 30 %": COLOURS["reverse"], "one prompt": COLOURS["reverse"],
+         "other way": COLOURS["bigger"], "words": COLOURS["other"], "words, cold": COLOURS["weaker"],
+         "reverse": SPARE[4]})
+
+
+def longer(results, out):
+    """A teacher in words, after no cold start, a short one and a long one."""
+    arms = {"words": (COLOURS["other"], "no cold start"), "words, cold": (COLOURS["weaker"], "10 updates"),
+            "long cold": (SPARE[1], "60 updates")}
+    overlap_and_accuracy(results, out, "longer", arms, {name: colour for name, (colour, _) in arms.items()})
+
+
+def overlap_and_accuracy(results, out, name, followed, colours):
+    """The held-out overlap ratio before and after OPD of the runs followed, {run: (colour, label)}, and all accuracies
+    {run: colour}, before, after a cold start, and after OPD.
+    """
+    plt, runs = opened(results, name)
     if plt is None:
         return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), width_ratios=(1, 2), layout="constrained")
-    for name, colour, label in (("success", COLOURS["success"], "after expert iteration"),
-                                ("other way", COLOURS["bigger"], "from right to left"),
-                                ("words", COLOURS["other"], "in words"),
-                                ("words, cold", COLOURS["weaker"], "in words, after a cold start"),
-                                ("long cold", SPARE[1], "in words, after a longer one")):
-        mine = [run["curves"] for run in runs if run["run"] == name]
-        band(left, mine[0]["step"], [curves["overlap_ratio"] for curves in mine], colour, label=label)
-    left.set(xlabel="step", ylim=(0, 1), title="overlap ratio (Eq. 6), by teacher")
-    left.locator_params(axis="x", integer=True)
+    for arm, (colour, label) in followed.items():
+        mine = [run for run in runs if run["run"] == arm]
+        ends = [[run.get("held_out_cold_start", run["held_out_before"]), run["held_out_after"]] for run in mine]
+        band(left, (0, mine[0]["steps"]), [[x["overlap_ratio"] for x in two] for two in ends], colour, label=label)
+    left.set(xlabel="step of OPD", ylim=(0, 1), title="overlap ratio (Eq. 6), held out")
     left.legend(frameon=False, fontsize=8)
-    colours = {"success": COLOURS["success"], "sampled": COLOURS["success"], "full": COLOURS["success"],
-               "unaligned": COLOURS["reverse"], "first 30 %": COLOURS["reverse"], "one prompt": COLOURS["reverse"],
-               "other way": COLOURS["bigger"], "words": COLOURS["other"], "words, cold": COLOURS["weaker"],
-               "long cold": SPARE[1], "reverse": SPARE[4]}
     bars(right, [{**run, "arm": run["run"]} for run in runs], colours)
-    for place, name in enumerate(colours):
-        before = [run["accuracy_before"]["mean"] for run in runs if run["run"] == name]
-        right.plot((place - 0.35, place + 0.35), [sum(before) / len(before)] * 2, "--", color="0.3", linewidth=0.9)
-    right.set_title("one setting changed at a time (dashed: before)")
+    for place, arm in enumerate(colours):
+        for when, style in (("accuracy_before", "--"), ("accuracy_cold_start", ":")):
+            levels = [run[when]["mean"] for run in runs if run["run"] == arm and run.get(when)]
+            if levels:
+                right.plot((place - 0.35, place + 0.35), [sum(levels) / len(levels)] * 2, style, color="0.3")
+    right.set_title("accuracy (dashed: before; dotted: after the cold start)")
     save(plt, figure, out)
 
 

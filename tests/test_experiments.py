@@ -11,6 +11,7 @@ import torch
 import again
 import cost
 import lab
+import longer
 import mechanism
 import opd
 import real
@@ -128,11 +129,10 @@ def test_results_of_several_commands_are_joined_once(tmp_path):
     parts = [{"command": f"x.py --seeds {seed}", "commit": "c", "threads": 1, "seconds": 2, "runs": [{"seed": seed}]}
              for seed in (0, 1)]
     made = lab.join(parts)
-    later = lab.join([*parts, {**parts[1], "command": "later", "commit": "d"}])
-    assert made["commit"] == "c" and later["commit"] == "c, d"
     assert [run["seed"] for run in made["runs"]] == [0, 1] and made["seconds"] == 4
     assert made["command"] == "x.py --seeds 0 ; x.py --seeds 1"
-    for other, why in ((parts[0], "twice"), ({**parts[1], "threads": 2}, "threads")):
+    for other, why in ((parts[0], "twice"), ({**parts[1], "commit": "d"}, "commits"),
+                       ({**parts[1], "threads": 2}, "threads")):
         with pytest.raises(SystemExit, match=why):
             lab.join([parts[0], other])
 
@@ -150,7 +150,7 @@ def test_results_say_where_they_come_from(path):
     """Command, commit of a clean tree, seconds; a figure that a page can carry."""
     made = json.loads(path.read_text())
     assert path.stem in made["command"] and made["seconds"] > 0 and made["threads"] > 0
-    assert {len(commit) for commit in made["commit"].split(", ")} == {12} and path.with_suffix(".txt").exists()
+    assert len(made["commit"]) == 12 and path.with_suffix(".txt").exists()
     if path.stem != "bench":
         assert len({run["seed"] for run in made["runs"]}) >= 3
         assert path.with_suffix(".svg").stat().st_size < 150_000
@@ -306,21 +306,24 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
 
 @pytest.mark.slow
 def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
-    """A tiny one with random weights: three teachers, all runs, both diagnoses, both judges; a second script reads
-    what the first has run.
+    """A tiny one with random weights: three teachers, all runs, both diagnoses, three judges; the later scripts read
+    what the earlier have run.
     """
     model = tiny("llama", vocab_size=len(WORDS))
     model.config.max_position_embeddings = 256
     model.save_pretrained(tmp_path / "base")
     word_tokenizer(chat_template=TEMPLATE).save_pretrained(tmp_path / "base")
     world, runs = tmp_path / "world", tmp_path / "runs"
-    for script, other in ((real, {}), (again, {"real": tmp_path / "real.json"})):
+    for script, other in ((real, {}), (again, {"real": tmp_path / "real.json"}),
+                          (longer, {"again": tmp_path / "again.json"})):
         made = script.seed_runs(0, world, runs, True, tmp_path / "base", **other)
         assert {run["run"] for run in made} >= set(script.RUNS)
         results = {"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}
         lab.write(results, tmp_path / script.__name__, lab.CURVES, script.report)
     with pytest.raises(SystemExit, match="has no runs of seed 1"):
         again.seed_runs(1, world, runs, True, tmp_path / "base", tmp_path / "real.json")
+    with pytest.raises(SystemExit, match="again.json has no runs of seed 1"):
+        longer.seed_runs(1, world, runs, True, tmp_path / "base", tmp_path / "again.json")
 
 
 def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
