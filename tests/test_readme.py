@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import again
+import longer
 import opd
 from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config, parse
 from test_opd import METRICS
@@ -24,7 +25,7 @@ def test_every_flag_that_it_names_exists(name):
     known = {"--" + f.name.replace("_", "-") for f in fields} | {"--help", "--all"}
     for file in ("experiments/bench.py", "experiments/lab.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
-    known |= {f"--{flag}" for flag in again.NEEDED}
+    known |= {f"--{flag}" for flag in (*again.NEEDED, *longer.NEEDED)}
     prose = re.sub(r"```text.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)        # without tables of results
     prose = re.sub(r"torchrun .*? -- ", "", prose)                              # and without flags of another's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
