@@ -92,7 +92,7 @@ PAPER = {   # script -> verdict of its judge -> what the paper has
 
 FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " between them), what it means for a run
     ("3.1", "a weaker teacher that thinks alike wins", "3.1 thinking", "real other way; again words",
-     "compare overlap masses before scores"),
+     "compare overlap ratio and masses before scores"),
     ("3.2", "only what is new can be learnt", "3.2 knowledge", "real skill; real nothing new",
      "take a teacher that was post-trained further, not one that is only larger"),
     ("3.3", "a worse teacher undoes post-training", "3.3 lost", "again 3.3 lost",
@@ -121,7 +121,7 @@ FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " b
      "not to be seen here: the responses of a run that works do not grow"),
     ("6.1", "deep in a response the teacher helps less", "6.1 depth", "", "no more than must be: late, few mistakes are left to avoid"),
     ("6.2", "a good teacher's mean reward ranks answers", "6.2 success", "real reward", "it can sort answers"),
-    ("6.2", "a failing teacher's does so too", "6.2 global", "", "a low AUROC is a warning"),
+    ("6.2", "a failing teacher's does so too", "6.2 global", "", "a low AUROC is a warning, a high one no promise: .70 to .89 with a real one"),
     ("6.2", "hypothesis: a failing teacher's gradients cancel", "6.2 coherence, bigger; 6.2 coherence, other", "",
      "they do not: they lead somewhere wrong"),
     ("6.3", "only the single likeliest token is too few", "6.3 support", "", "k from 4 to 32, or all"),
@@ -129,7 +129,7 @@ FINDINGS = (    # section, claim, criteria on the toy, on the real model ("; " b
      "on the toy Eq. 5 stops a little short of Eq. 4 in long runs"),
     ("ours", "unlike ends ruin, merged ends mend", "ends start; ends merged; ends own", "", "leave `--ends merged`"),
     ("ours", "the diagnosis ranks gains beforehand", "forecast rank; forecast promise", "",
-     "run `analysis.py` before you train"),
+     "run `analysis.py` before you train; one of three real teachers it promised failed"),
     ("2609.04172", "one prompt gives most of the gain", "later one prompt", "again one prompt", "take many prompts"),
     ("2605.27028", "the first 30 % of tokens suffice", "later first 30 %", "again first 30 %", "leave room to finish"),
     ("2606.09471", "where a run fails its KL may halve", "later low KL", "again low KL",
