@@ -847,7 +847,7 @@ def main(world, folder, how):
                 break
     while how == "by clock" and kills < 20:
         if (killed / "result.json").exists():                           # then another from the start
-            killed.rename(folder / f"killed before {kills}")
+            killed.rename(folder / f"killed, {len(list(folder.iterdir()))}")
         kills += start(killed, (0, draw.uniform(0, 0.4) * duration)) == -signal.SIGKILL
     if not (killed / "result.json").exists():
         assert start(killed) == 0
