@@ -11,7 +11,7 @@ Asked after again.py's first seed was seen, with that script's criterion; three 
 
     python experiments/longer.py --base DIR_OR_HUB --again experiments/results/again.json    results/longer.{json,...}
 
-Half an hour a seed, of one thread, where --worlds has the teachers of again.py. More answers and more updates are not
+Some 37 minutes a seed, of one thread, where --worlds has the teachers of again.py. More answers and more updates are not
 told apart, and neither are they from fine-tuning alone: the accuracy right after it is printed.
 """
 import plot
@@ -21,6 +21,7 @@ from real import distilled, of, write_questions
 
 NEEDED = {"base": "the chat model of real.py", "again": "results file of again.py, of the same seeds and more"}
 SHARED = ("words", "words, cold")                                       # runs of again.py
+MEASURED = ("held_out_before", "held_out_cold_start", "held_out_after")
 RUNS = {"long cold": {**COLD, "cold_start": 480, "cold_start_steps": 60}}
 
 
@@ -43,13 +44,13 @@ def report(made, out):
     lines = [f"{'run':11} {'seed':>4} {'before':>7} {'cold start':>10} {'after':>7} {'teacher':>8} {'recovery':>8} "
              f"{'reverse KL':>24}"]
     for r in made["runs"]:
-        started, b = r.get("accuracy_cold_start"), r["held_out_after"]
+        started = r.get("accuracy_cold_start")
+        distances = [f"{r[when]['reverse_kl']:.3f}" for when in MEASURED if when in r]
         lines.append(f"{r['run']:11} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
                      f"{started['mean'] if started else '':{'10.3f' if started else '>10'}} "
                      f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
                      f"{'-' if r['gap_recovery'] is None else format(r['gap_recovery'], '.2f'):>8} "
-                     f"{r['held_out_before']['reverse_kl']:8.3f} -> "
-                     f"{r.get('held_out_cold_start', r['held_out_before'])['reverse_kl']:.3f} -> {b['reverse_kl']:.3f}")
+                     f"{' -> '.join(distances):>24}")
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.longer(out.with_suffix(".json"), out.with_suffix(".svg"))
 
