@@ -12,6 +12,7 @@
 To copy: with analysis.py and plumbing/processes.py; `pair` is a teacher.Pair, or has its `write`, `given`, `grade`.
 Not here: a filter by correctness (the paper has none); embeddings (the paper's copies are found by them, ours by text).
 """
+
 import math
 import sys
 import unicodedata
@@ -29,8 +30,8 @@ TEMPLATES = {
     "none": "{question}",
     # DAPO's, the student's in the paper
     "answer": "Solve the following math problem step by step. The last line of your response should be of the form "
-              "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
-              'Remember to put your answer on its own line after "Answer:".',
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{question}\n\n"
+    'Remember to put your answer on its own line after "Answer:".',
     # that of the teacher JustRL. The authors' released data has a literal \boxed{{}} here, an escape left over
     "boxed": "{question} Please reason step by step, and put your final answer within \\boxed{}.",
 }
@@ -40,16 +41,23 @@ def apply_template(question, template):
     """Put a question into a template, by name or as a string with {question} in it, else ValueError: str -> str."""
     form = TEMPLATES.get(template, template)
     if "{question}" not in form:
-        raise ValueError(f"template {template!r} is none of {', '.join(TEMPLATES)} and has no {{question}} in it")
+        raise ValueError(
+            f"template {template!r} is none of {', '.join(TEMPLATES)} and has no {{question}} in it"
+        )
     return form.replace("{question}", question)
 
 
 def in_template(rows, template):
     """Put every question, of a chat the last message, into a template: list of {"prompt", ...} -> new rows."""
+
     def put(prompt):
         if isinstance(prompt, str):
             return apply_template(prompt, template)
-        return [*prompt[:-1], {**prompt[-1], "content": apply_template(prompt[-1]["content"], template)}]
+        return [
+            *prompt[:-1],
+            {**prompt[-1], "content": apply_template(prompt[-1]["content"], template)},
+        ]
+
     return [{**row, "prompt": put(row["prompt"])} for row in rows]
 
 
@@ -63,31 +71,47 @@ def mix_prompts(aligned, others, fraction, generator):
         raise ValueError(f"the aligned fraction {fraction} is outside 0..1")
     aligned = list({same_question(row["prompt"]): row for row in aligned}.values())
     known = {same_question(row["prompt"]) for row in aligned}
-    others = list({key: row for row in others if (key := same_question(row["prompt"])) not in known}.values())
-    size = next((size for size in range(len(aligned) + len(others), 0, -1)
-                 if round(fraction * size) <= len(aligned) and size - round(fraction * size) <= len(others)), 0)
+    others = list(
+        {key: row for row in others if (key := same_question(row["prompt"])) not in known}.values()
+    )
+    size = next(
+        (
+            size
+            for size in range(len(aligned) + len(others), 0, -1)
+            if round(fraction * size) <= len(aligned)
+            and size - round(fraction * size) <= len(others)
+        ),
+        0,
+    )
     if not size or fraction and not aligned or fraction < 1 and not others:
-        raise ValueError(f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed "
-                         f"at a fraction of {fraction}")
+        raise ValueError(
+            f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed "
+            f"at a fraction of {fraction}"
+        )
 
     def some(rows, count):
         return [rows[i] for i in torch.randperm(len(rows), generator=generator)[:count].tolist()]
+
     mixed = some(aligned, round(fraction * size)) + some(others, size - round(fraction * size))
     return some(mixed, size)
 
 
 def same_question(prompt, template="none"):
     """A key that prompts share which differ in case, spacing, Unicode form, template or system prompt alone: str."""
+
     def bare(text):
         return "".join(unicodedata.normalize("NFKC", text).casefold().split())
+
     if not isinstance(prompt, str):
-        *earlier, last = [message["content"] for message in prompt if message["role"] != "system"] or [""]
+        *earlier, last = [
+            message["content"] for message in prompt if message["role"] != "system"
+        ] or [""]
         return "".join(map(bare, earlier)) + same_question(last, template)
     text = bare(prompt)
     for form in (*TEMPLATES.values(), TEMPLATES.get(template, template)):
         before, _, after = map(bare, form.partition("{question}"))
         if before + after and text.startswith(before) and text.endswith(after):
-            text = text[len(before):len(text) - len(after)]
+            text = text[len(before) : len(text) - len(after)]
     return text
 
 
@@ -98,15 +122,30 @@ def alignment(pair, rows, *, k=16, n=1, max_new_tokens=128, temperature=1.0, see
     each a mean over the tokens of n responses. score = mass * confidence. This ranking is ours, not the paper's.
     """
     out = []
-    for start in tqdm(range(0, len(rows), at_once), desc="alignment", mininterval=1, leave=False, disable=None):
-        r = pair.write([row["ids"] for row in rows[start:start + at_once]], n=n, max_new_tokens=max_new_tokens,
-                       temperature=temperature, seed=seed + start)
-        grid = pair.grade(r, lambda *x: diagnose(*x, k), temperature=temperature)           # {name: (B, T)}
-        mass, mass_q, confidence = (x.view(-1, n * x.size(1)).nanmean(1) for x in (                      # (B/n,) each
-            grid["overlap_mass_student"], grid["overlap_mass_teacher"], grid["entropy_teacher"].neg().exp()))
+    for start in tqdm(
+        range(0, len(rows), at_once), desc="alignment", mininterval=1, leave=False, disable=None
+    ):
+        r = pair.write(
+            [row["ids"] for row in rows[start : start + at_once]],
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed + start,
+        )
+        grid = pair.grade(r, lambda *x: diagnose(*x, k), temperature=temperature)  # {name: (B, T)}
+        mass, mass_q, confidence = (
+            x.view(-1, n * x.size(1)).nanmean(1)
+            for x in (  # (B/n,) each
+                grid["overlap_mass_student"],
+                grid["overlap_mass_teacher"],
+                grid["entropy_teacher"].neg().exp(),
+            )
+        )
         mass = torch.minimum(mass, mass_q)
-        out += [dict(zip(("mass", "confidence", "score"), x))
-                for x in torch.stack([mass, confidence, mass * confidence], 1).tolist()]
+        out += [
+            dict(zip(("mass", "confidence", "score"), x))
+            for x in torch.stack([mass, confidence, mass * confidence], 1).tolist()
+        ]
     return out
 
 
@@ -118,9 +157,13 @@ def select(pair, rows, encode, *, templates=("none",), keep=0.5, sample=32, **ho
     share `keep` becomes "aligned". encode: rows -> rows with "ids", as of Pair.encode; how: options of alignment.
     Ours, not the paper's, which knows its teacher's prompts.
     """
+
     def scored(rows, template):
         encoded = encode(in_template([{**row, "row": row} for row in rows], template))
-        return [{**e["row"], "alignment": a} for e, a in zip(encoded, alignment(pair, encoded, **how))]
+        return [
+            {**e["row"], "alignment": a} for e, a in zip(encoded, alignment(pair, encoded, **how))
+        ]
+
     means = {}
     for template in templates:
         some = [row["alignment"]["score"] for row in scored(rows[:sample], template)]
@@ -146,13 +189,17 @@ def is_degenerate(text_or_ids, *, loops=4, shortest=16, longest_period=32, gram=
     items = text_or_ids.split() if isinstance(text_or_ids, str) else list(text_or_ids)
     for period in range(1, min(longest_period, len(items) // loops) + 1):
         span = max(period * loops, shortest)
-        if len(items) >= span and all(items[-i] == items[-i - period] for i in range(1, span - period + 1)):
+        if len(items) >= span and all(
+            items[-i] == items[-i - period] for i in range(1, span - period + 1)
+        ):
             return True
-    grams = [tuple(items[i:i + gram]) for i in range(len(items) - gram + 1)]
+    grams = [tuple(items[i : i + gram]) for i in range(len(items) - gram + 1)]
     return len(items) >= gram * 8 and len(set(grams)) < (1 - repeated) * len(grams)
 
 
-def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, start=0, at_once=64):
+def teacher_rollouts(
+    pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95, seed=0, start=0, at_once=64
+):
     """One response of the teacher to each row (of Pair.encode) from row `start` on: yields, some rows at a time, lists
     of {"messages": [..., {"role": "assistant", "content": text}], "why"}.
 
@@ -161,20 +208,35 @@ def teacher_rollouts(pair, rows, *, max_new_tokens, temperature=0.7, top_p=0.95,
     """
     starts = range(start - start % at_once, len(rows) if start < len(rows) else 0, at_once)
     for first in tqdm(starts, desc="teacher's responses", mininterval=1, disable=None):
-        part, said = rows[first:first + at_once], []
+        part, said = rows[first : first + at_once], []
         if share(part):
-            r = pair.write([row["ids"] for row in part], model=pair.teacher, max_new_tokens=max_new_tokens,
-                           temperature=temperature, top_p=top_p, seed=seed * 1_000_003 + first, share=processes())
+            r = pair.write(
+                [row["ids"] for row in part],
+                model=pair.teacher,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed * 1_000_003 + first,
+                share=processes(),
+            )
         for i, row in enumerate(share(part)):
             ids, cut, prompt = r.response_ids(i), r.truncated[i], row["prompt"]
-            text = pair.tokenizer.decode(ids if cut else ids[:-1])                          # marks of thinking stay
+            text = pair.tokenizer.decode(ids if cut else ids[:-1])  # marks of thinking stay
             chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            why = "unfinished" if cut else "degenerate" if is_degenerate(ids[:-1]) or not text.strip() else "kept"
+            why = (
+                "unfinished"
+                if cut
+                else "degenerate"
+                if is_degenerate(ids[:-1]) or not text.strip()
+                else "kept"
+            )
             said.append({"messages": [*chat, {"role": "assistant", "content": text}], "why": why})
-        yield gathered(said)[max(0, start - first):]
+        yield gathered(said)[max(0, start - first) :]
 
 
-def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0):
+def cold_start(
+    pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_size=64, seed=0, start=0
+):
     """Fine-tune the student on [(prompt ids, response ids)], response tokens only: yields a row of metrics an update.
 
     lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. The loss is the mean
@@ -182,8 +244,10 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
     `start` goes on with the optimizer of a run that was cut. A step whose gradient is not finite is no update: its row
     has "skipped", the reason and the examples by number.
     """
-    def negative_log_likelihood(log_p, _, y):                                               # (c, V), (c,) -> (c,)
+
+    def negative_log_likelihood(log_p, _, y):  # (c, V), (c,) -> (c,)
         return {"loss": -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)}
+
     warm = max(1, math.ceil(warmup * steps))
     for step in range(start, steps):
         cosine = 0.5 * (1 + math.cos(math.pi * max(0, step - warm) / max(1, steps - warm)))
@@ -191,15 +255,26 @@ def cold_start(pair, optimizer, examples, *, steps, lr=1e-5, warmup=0.05, batch_
             group["lr"] = lr * min(1, (step + 1) / warm) * cosine
         chosen = batch(len(examples), step, batch_size, seed)
         r = pair.given([examples[i] for i in share(chosen)])
-        total = over_processes(r.response_mask.sum())                           # one denominator, whatever the cut
-        losses = pair.grade(r, negative_log_likelihood, scale=1 / total, with_teacher=False)["loss"]        # (b, T)
+        total = over_processes(r.response_mask.sum())  # one denominator, whatever the cut
+        losses = pair.grade(r, negative_log_likelihood, scale=1 / total, with_teacher=False)[
+            "loss"
+        ]  # (b, T)
         loss = (over_processes(losses[r.response_mask].sum()) / total).item()
         norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()
-        row = {"step": step + 1, "loss": loss, "grad_norm": norm, "lr": group["lr"], "tokens": int(total)}
+        row = {
+            "step": step + 1,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": group["lr"],
+            "tokens": int(total),
+        }
         if math.isfinite(norm):
             optimizer.step()
         else:
-            row["skipped"] = {"why": f"loss {loss}, gradient norm {norm}", "examples": sorted(i + 1 for i in chosen)}
+            row["skipped"] = {
+                "why": f"loss {loss}, gradient norm {norm}",
+                "examples": sorted(i + 1 for i in chosen),
+            }
         optimizer.zero_grad()
         yield row
 
@@ -208,6 +283,7 @@ def main(argv=None):
     from plumbing import files, flags, prompts
     from plumbing.exits import one_line
     from teacher import Pair
+
     with one_line("recipes.py"):
         command, asked = flags.parse_recipes(sys.argv[1:] if argv is None else argv)
         rows = prompts.load_prompts(asked.prompts)
@@ -215,15 +291,37 @@ def main(argv=None):
             files.check_call(asked.out, {**vars(asked), "prompts": files.digest(rows)})
         pair = Pair.load(asked.student, asked.teacher, **flags.of_pair(asked))
         if command == "rollouts":
-            rows = prompts.encode_for(asked, pair, in_template(rows[:asked.count], asked.template))
-            counts = files.append_answers(asked.out, lambda start: teacher_rollouts(
-                pair, rows, seed=asked.seed, max_new_tokens=asked.max_new_tokens, temperature=asked.temperature,
-                top_p=asked.top_p, start=start))
-            return print("{kept} responses in {out}; {unfinished} unfinished and {degenerate} degenerate ones in "
-                         "{out}.dropped.jsonl".format(out=asked.out, **counts))
-        prompts.write_selection(asked.out, select(
-            pair, rows, lambda some: prompts.encode_for(asked, pair, some), templates=asked.templates.split(","),
-            keep=asked.keep, k=asked.k, n=asked.n, max_new_tokens=asked.max_new_tokens, seed=asked.seed))
+            rows = prompts.encode_for(asked, pair, in_template(rows[: asked.count], asked.template))
+            counts = files.append_answers(
+                asked.out,
+                lambda start: teacher_rollouts(
+                    pair,
+                    rows,
+                    seed=asked.seed,
+                    max_new_tokens=asked.max_new_tokens,
+                    temperature=asked.temperature,
+                    top_p=asked.top_p,
+                    start=start,
+                ),
+            )
+            return print(
+                "{kept} responses in {out}; {unfinished} unfinished and {degenerate} degenerate ones in "
+                "{out}.dropped.jsonl".format(out=asked.out, **counts)
+            )
+        prompts.write_selection(
+            asked.out,
+            select(
+                pair,
+                rows,
+                lambda some: prompts.encode_for(asked, pair, some),
+                templates=asked.templates.split(","),
+                keep=asked.keep,
+                k=asked.k,
+                n=asked.n,
+                max_new_tokens=asked.max_new_tokens,
+                seed=asked.seed,
+            ),
+        )
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ Criteria, fixed before the first run, those of the toy where it has one; three s
 Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of success is cut off at
 48 tokens.
 """
+
 import json
 import math
 import random
@@ -37,28 +38,56 @@ from statistics import mean
 
 import plot
 from lab import difference, equal, main, told, verdicts, write_text
+from real import (
+    MICRO,
+    NEW_TOKENS,
+    SAMPLES,
+    digits_of,
+    distilled,
+    fine_tune,
+    first,
+    gain,
+    of,
+    teachers,
+    write_questions,
+)
+
 from plumbing.answers import answered
 from plumbing.prompts import load_prompts
-from real import MICRO, NEW_TOKENS, SAMPLES, digits_of, distilled, fine_tune, first, gain, of, teachers, write_questions
 from teacher import Pair
 
-NEEDED = {"base": "the chat model of real.py", "real": "results file of real.py, of the same seeds and more"}
-SHARED = ("success", "other way")                                       # runs of real.py
-COLD = dict(cold_start=160, cold_start_steps=10, cold_start_lr=1e-4, cold_start_temperature=1.0, cold_start_top_p=1.0)
-RUNS = {    # name -> (student, teacher, settings)
-    "sampled": ("base", "expert", dict(objective="sampled")), "full": ("base", "expert", dict(objective="full")),
-    "reverse": ("expert", "base", {}), "unaligned": ("base", "expert", dict(prompts="wordy.jsonl")),
+NEEDED = {
+    "base": "the chat model of real.py",
+    "real": "results file of real.py, of the same seeds and more",
+}
+SHARED = ("success", "other way")  # runs of real.py
+COLD = dict(
+    cold_start=160,
+    cold_start_steps=10,
+    cold_start_lr=1e-4,
+    cold_start_temperature=1.0,
+    cold_start_top_p=1.0,
+)
+RUNS = {  # name -> (student, teacher, settings)
+    "sampled": ("base", "expert", dict(objective="sampled")),
+    "full": ("base", "expert", dict(objective="full")),
+    "reverse": ("expert", "base", {}),
+    "unaligned": ("base", "expert", dict(prompts="wordy.jsonl")),
     "first 30 %": ("base", "expert", dict(max_new_tokens=8)),
-    "one prompt": ("base", "expert", dict(prompts="one.jsonl")), "words": ("base", "words", {}),
-    "words, cold": ("base", "words", COLD)}
+    "one prompt": ("base", "expert", dict(prompts="one.jsonl")),
+    "words": ("base", "words", {}),
+    "words, cold": ("base", "words", COLD),
+}
 WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
     seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
     twenty-seven""".split()
 
 
 def in_words(a, b, c):
-    return (f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[a + b]}, {WORDS[a + b]} plus {WORDS[c]} is "
-            f"{WORDS[a + b + c]}. Answer: {a + b + c}")
+    return (
+        f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[a + b]}, {WORDS[a + b]} plus {WORDS[c]} is "
+        f"{WORDS[a + b + c]}. Answer: {a + b + c}"
+    )
 
 
 def teach_words(base, world, seed, quick):
@@ -66,13 +95,27 @@ def teach_words(base, world, seed, quick):
     if (world / "words" / "tokenizer_config.json").exists():
         return
     pair, draw = Pair.load(base, base, micro_batch_tokens=MICRO), random.Random(seed)
-    rows = pair.encode(load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS)
+    rows = pair.encode(
+        load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS
+    )
     for number in range(1 if quick else 12):
-        fine_tune(pair, [(row["ids"], pair.tokenizer(in_words(*digits_of(row)), add_special_tokens=False).input_ids
-                          + [pair.tokenizer.eos_token_id]) for row in draw.sample(rows, 16 if quick else SAMPLES)],
-                  seed + number, lr=1e-4)
+        fine_tune(
+            pair,
+            [
+                (
+                    row["ids"],
+                    pair.tokenizer(in_words(*digits_of(row)), add_special_tokens=False).input_ids
+                    + [pair.tokenizer.eos_token_id],
+                )
+                for row in draw.sample(rows, 16 if quick else SAMPLES)
+            ],
+            seed + number,
+            lr=1e-4,
+        )
         asked = draw.sample(rows, 48)
-        right = answered(pair, asked, max_new_tokens=NEW_TOKENS, seed=seed + number)[0].float().mean()
+        right = (
+            answered(pair, asked, max_new_tokens=NEW_TOKENS, seed=seed + number)[0].float().mean()
+        )
         print(f"words, round {number + 1}: {right:.2f} right", flush=True)
         if right >= 0.8:
             break
@@ -82,9 +125,15 @@ def teach_words(base, world, seed, quick):
 
 def runs_of(path, seed, names, script):
     """The runs of these names in the results of another script; SystemExit where one is missing."""
-    found = [run for run in json.loads(Path(path).read_text())["runs"] if run["seed"] == seed and run["run"] in names]
+    found = [
+        run
+        for run in json.loads(Path(path).read_text())["runs"]
+        if run["seed"] == seed and run["run"] in names
+    ]
     if len(found) < len(names):
-        raise SystemExit(f"{path} has no runs of seed {seed}: python experiments/{script} --seeds {seed} makes them")
+        raise SystemExit(
+            f"{path} has no runs of seed {seed}: python experiments/{script} --seeds {seed} makes them"
+        )
     return found
 
 
@@ -113,45 +162,102 @@ def judge(runs):
     given = difference(reverse, reverse, ("accuracy_before",), ("accuracy_teacher",))[0]
     lost = -mean(gains["reverse"]) / (given or math.nan)
     ahead, spread = difference(arms["success"], arms["unaligned"])
-    share = {name: mean(gains[name]) / (mean(gains["success"]) or math.nan) for name in ("one prompt", "first 30 %")}
-    falls = [(r["held_out_before"]["reverse_kl"], r["held_out_after"]["reverse_kl"], lead)
-             for name in ("other way", "words") for r, lead in zip(arms[name], gains[name]) if lead < 0]
-    masses = [min(pair) for pair in zip(*(first(arms["words"], f"overlap_mass_{x}") for x in ("student", "teacher")))]
+    share = {
+        name: mean(gains[name]) / (mean(gains["success"]) or math.nan)
+        for name in ("one prompt", "first 30 %")
+    }
+    falls = [
+        (r["held_out_before"]["reverse_kl"], r["held_out_after"]["reverse_kl"], lead)
+        for name in ("other way", "words")
+        for r, lead in zip(arms[name], gains[name])
+        if lead < 0
+    ]
+    masses = [
+        min(pair)
+        for pair in zip(
+            *(first(arms["words"], f"overlap_mass_{x}") for x in ("student", "teacher"))
+        )
+    ]
     better, doubt = difference(arms["words, cold"], arms["words"])
 
     def each(values):
         return ", ".join(f"{x:+.3f}" for x in values)
+
     return [
-        ("again 2.2 estimators", "same end as Eq. 4", ", ".join(f"{name} {told(*x)}" for name, x in against.items()),
-         all(equal(*x) for x in against.values())),
+        (
+            "again 2.2 estimators",
+            "same end as Eq. 4",
+            ", ".join(f"{name} {told(*x)}" for name, x in against.items()),
+            all(equal(*x) for x in against.values()),
+        ),
         ("again 3.3 reverse", "ends equal to its teacher", told(off, noise), equal(off, noise)),
         ("again 3.3 lost", ">= .8 of what it had gained", f"{lost:.2f}", lost >= 0.8),
         ("again 5.2 template", "success above unaligned", told(ahead, spread), ahead > spread),
-        ("again one prompt", "half of the gain of success", f"{share['one prompt']:.2f}", share["one prompt"] >= 0.5),
-        ("again first 30 %", ".8 of the gain of success", f"{share['first 30 %']:.2f}", share["first 30 %"] >= 0.8),
-        ("again low KL", "where accuracy falls KL halves", "; ".join(
-            f"{a:.2f} -> {b:.2f}, {x:+.3f}" for a, b, x in falls) or "accuracy falls nowhere",
-         bool(falls) and all(b < a / 2 for a, b, _ in falls)),
-        ("again words", "a mass < .95, gain < half of success's",
-         f"{each(gains['words'])} against {each(gains['success'])}; masses {each(masses)}",
-         max(masses) < 0.95 and mean(gains["words"]) < mean(gains["success"]) / 2),
-        ("again words, cold", "above words by more than noise", told(better, doubt), better > doubt)]
+        (
+            "again one prompt",
+            "half of the gain of success",
+            f"{share['one prompt']:.2f}",
+            share["one prompt"] >= 0.5,
+        ),
+        (
+            "again first 30 %",
+            ".8 of the gain of success",
+            f"{share['first 30 %']:.2f}",
+            share["first 30 %"] >= 0.8,
+        ),
+        (
+            "again low KL",
+            "where accuracy falls KL halves",
+            "; ".join(f"{a:.2f} -> {b:.2f}, {x:+.3f}" for a, b, x in falls)
+            or "accuracy falls nowhere",
+            bool(falls) and all(b < a / 2 for a, b, _ in falls),
+        ),
+        (
+            "again words",
+            "a mass < .95, gain < half of success's",
+            f"{each(gains['words'])} against {each(gains['success'])}; masses {each(masses)}",
+            max(masses) < 0.95 and mean(gains["words"]) < mean(gains["success"]) / 2,
+        ),
+        (
+            "again words, cold",
+            "above words by more than noise",
+            told(better, doubt),
+            better > doubt,
+        ),
+    ]
 
 
 def report(made, out):
-    lines = [f"{'run':11} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} {'reverse KL':>15} "
-             f"{'cut off':>7} {'s':>5}"]
+    lines = [
+        f"{'run':11} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} {'reverse KL':>15} "
+        f"{'cut off':>7} {'s':>5}"
+    ]
     for r in made["runs"]:
         a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(f"{r['run']:11} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-                     f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
-                     f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
-                     f"{a['reverse_kl']:6.3f} -> {b['reverse_kl']:.3f} {b['truncated_fraction']:7.3f} "
-                     f"{r['seconds']:5.0f}")
+        lines.append(
+            f"{r['run']:11} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
+            f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
+            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
+            f"{a['reverse_kl']:6.3f} -> {b['reverse_kl']:.3f} {b['truncated_fraction']:7.3f} "
+            f"{r['seconds']:5.0f}"
+        )
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.again(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
-    main("again", __doc__.splitlines()[0], seed_runs, report, NEEDED,
-         curves=("step", "reverse_kl", "loss", "overlap_mass_student", "overlap_mass_teacher", "truncated_fraction"))
+    main(
+        "again",
+        __doc__.splitlines()[0],
+        seed_runs,
+        report,
+        NEEDED,
+        curves=(
+            "step",
+            "reverse_kl",
+            "loss",
+            "overlap_mass_student",
+            "overlap_mass_teacher",
+            "truncated_fraction",
+        ),
+    )

@@ -1,20 +1,21 @@
 """experiments/bench.py: what a step costs, beside what people would use instead. Ratios, side by side, alternating.
 
-    rollout   tokens a second against generate and generate_batch (continuous batching) of transformers: same model,
-              prompts and sampling, n = 4; lengths as they come ("uneven") and all alike ("even"); and the time of a
-              token against the time that reading the weights once takes on this machine
-    loss      peak memory and time of in_chunks against whole tensors and plain autograd, growing N and vocabulary
-    step      seconds by phase and peak memory of opd.py, one setting changed at a time
-    processes the toy's step in two processes of one thread beside one process of one thread and of two
-    trl       the whole step against TRL's DistillationTrainer, in an environment of its own
+rollout   tokens a second against generate and generate_batch (continuous batching) of transformers: same model,
+          prompts and sampling, n = 4; lengths as they come ("uneven") and all alike ("even"); and the time of a
+          token against the time that reading the weights once takes on this machine
+loss      peak memory and time of in_chunks against whole tensors and plain autograd, growing N and vocabulary
+step      seconds by phase and peak memory of opd.py, one setting changed at a time
+processes the toy's step in two processes of one thread beside one process of one thread and of two
+trl       the whole step against TRL's DistillationTrainer, in an environment of its own
 
-    python experiments/bench.py                          on a toy pair, made first
-    python experiments/bench.py --student S --teacher T --prompts F.jsonl --max-new-tokens 256       and on another
-    python experiments/bench.py --trl PYTHON             a python that has trl and datasets
-    python experiments/bench.py --quick                  does it run?
-    python experiments/bench.py --report A.json B.json   parts that ran one by one
-    results/bench.{json,txt}
+python experiments/bench.py                          on a toy pair, made first
+python experiments/bench.py --student S --teacher T --prompts F.jsonl --max-new-tokens 256       and on another
+python experiments/bench.py --trl PYTHON             a python that has trl and datasets
+python experiments/bench.py --quick                  does it run?
+python experiments/bench.py --report A.json B.json   parts that ran one by one
+results/bench.{json,txt}
 """
+
 import argparse
 import json
 import logging
@@ -29,12 +30,12 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import gpu
 import torch
 import transformers
+from lab import ROOT, join, opd, toy, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from lab import ROOT, join, opd, toy, write_text
-import gpu
 import loss
 import teacher
 from plumbing.files import provenance, write_json
@@ -45,12 +46,12 @@ from plumbing.run import Run
 from plumbing.slots import fastest
 from rollout import left_pad, rollout
 
-GIB = 2 ** 30
+GIB = 2**30
 PARTS = ("rollout", "loss", "step", "processes", "trl")
-VOCABULARIES = (50_000, 152_000, 262_000)         # about those of GPT-2, Qwen 2.5 and 3, Gemma 3
+VOCABULARIES = (50_000, 152_000, 262_000)  # about those of GPT-2, Qwen 2.5 and 3, Gemma 3
 POSITIONS = (512, 1024, 2048, 4096, 8192)
-WIDTH = 256                                       # hidden size in the loss part
-EAGER = 6                                         # N x V tensors that eager holds; what would not fit is left out
+WIDTH = 256  # hidden size in the loss part
+EAGER = 6  # N x V tensors that eager holds; what would not fit is left out
 
 
 def alternate(arms, repeats):
@@ -78,10 +79,19 @@ def clock(f):
 
 def in_a_process(python, what, *, processes=1, threads=None, **how):
     """`what` of this file in a fresh process, or several, for a peak of memory of its own: -> its result."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
-    run = subprocess.run([python, *torchrun * (processes > 1), __file__, "--one", what, json.dumps(how)],
-                         env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
-                         capture_output=True, text=True)
+    torchrun = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        "--",
+    ]
+    run = subprocess.run(
+        [python, *torchrun * (processes > 1), __file__, "--one", what, json.dumps(how)],
+        env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
+        capture_output=True,
+        text=True,
+    )
     if run.returncode:
         raise RuntimeError(f"{what} {how}: {run.stderr[-2000:]}")
     return json.loads(run.stdout.splitlines()[-1])
@@ -99,44 +109,83 @@ def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
     """model: a directory; prompts: a file; batched: generate_batch too: -> results, one an arm and kind of length."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    prompts = [encode(tokenizer, row["prompt"]) for row in load_prompts(prompts)[:4 if quick else 16]]
+    prompts = [
+        encode(tokenizer, row["prompt"]) for row in load_prompts(prompts)[: 4 if quick else 16]
+    ]
     pad_id, n = tokenizer.pad_token_id or 0, 4
     rows = []
     for kind, eos_ids in (("uneven", teacher.eos_ids(model, tokenizer)), ("even", set())):
         T = max_new_tokens if eos_ids else max_new_tokens // 4
         lengths = {}
-        config = GenerationConfig(do_sample=True, temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=T,
-                                  num_return_sequences=n, pad_token_id=pad_id, eos_token_id=sorted(eos_ids) or None)
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            max_new_tokens=T,
+            num_return_sequences=n,
+            pad_token_id=pad_id,
+            eos_token_id=sorted(eos_ids) or None,
+        )
 
         def ours():
-            r = rollout(model, prompts, n=n, max_new_tokens=T, eos_ids=eos_ids, pad_id=pad_id, decoder=fastest,
-                        seeds=list(range(len(prompts))))
+            r = rollout(
+                model,
+                prompts,
+                n=n,
+                max_new_tokens=T,
+                eos_ids=eos_ids,
+                pad_id=pad_id,
+                decoder=fastest,
+                seeds=list(range(len(prompts))),
+            )
             return r.response_mask.sum(1).tolist()
 
         def theirs():
             torch.manual_seed(0)
             ids, mask = left_pad(prompts, pad_id)
-            out = model.generate(ids, attention_mask=mask.long(), generation_config=config)[:, ids.size(1):]
+            out = model.generate(ids, attention_mask=mask.long(), generation_config=config)[
+                :, ids.size(1) :
+            ]
             ends = torch.isin(out, torch.tensor(sorted(eos_ids), dtype=torch.long))
             return torch.where(ends.any(1), ends.int().argmax(1) + 1, out.size(1)).tolist()
 
         def continuous():
             torch.manual_seed(0)
             out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
-            model.set_attn_implementation("sdpa")                   # it leaves its own behind
+            model.set_attn_implementation("sdpa")  # it leaves its own behind
             return [len(x.generated_tokens) for x in out.values()]
 
         def rate(arm, f):
             started = time.perf_counter()
             lengths[arm] = f()
             return sum(lengths[arm]) / (time.perf_counter() - started)
-        arms = {"ours": ours, "generate": theirs, **({"generate_batch": continuous} if batched else {})}
+
+        arms = {
+            "ours": ours,
+            "generate": theirs,
+            **({"generate_batch": continuous} if batched else {}),
+        }
         model.generation_config = config
-        rates = alternate({arm: partial(rate, arm, f) for arm, f in arms.items()}, 1 if quick else 3)
+        rates = alternate(
+            {arm: partial(rate, arm, f) for arm, f in arms.items()}, 1 if quick else 3
+        )
         for arm in rates:
-            rows.append({"part": "rollout", "model": name, "lengths": kind, "arm": arm, "sequences": len(prompts) * n,
-                         "tokens": sum(lengths[arm]), "longest": max(lengths[arm]), "tokens_per_second": rates[arm],
-                         "ratio": [a / b for a, b in zip(rates["ours"], rates[arm] * len(rates["ours"]))]})
+            rows.append(
+                {
+                    "part": "rollout",
+                    "model": name,
+                    "lengths": kind,
+                    "arm": arm,
+                    "sequences": len(prompts) * n,
+                    "tokens": sum(lengths[arm]),
+                    "longest": max(lengths[arm]),
+                    "tokens_per_second": rates[arm],
+                    "ratio": [
+                        a / b for a, b in zip(rates["ours"], rates[arm] * len(rates["ours"]))
+                    ],
+                }
+            )
     return rows + [floor(name, model, prompts, pad_id)]
 
 
@@ -144,37 +193,66 @@ def floor(name, model, prompts, pad_id):
     """The time of one more token, at one row and at all, beside that of reading every weight once."""
     once = {id(p): p for p in model.parameters()}
     if not model.config.tie_word_embeddings:
-        del once[id(model.get_input_embeddings().weight)]           # of this one a row is read
-    weights, memory = sum(p.numel() * p.element_size() for p in once.values()), torch.ones(2 ** 28)
+        del once[id(model.get_input_embeddings().weight)]  # of this one a row is read
+    weights, memory = sum(p.numel() * p.element_size() for p in once.values()), torch.ones(2**28)
     bandwidth = memory.numel() * 4 / median(clock(memory.sum) for _ in range(5))
     step = {}
     for rows in (1, len(prompts) * 4):
-        short, long = (median(clock(lambda: rollout(model, (prompts * 4)[:rows], max_new_tokens=T, eos_ids=(),
-                                                    pad_id=pad_id, decoder=fastest))
-                              for _ in range(3)) for T in (1, 17))
+        short, long = (
+            median(
+                clock(
+                    lambda: rollout(
+                        model,
+                        (prompts * 4)[:rows],
+                        max_new_tokens=T,
+                        eos_ids=(),
+                        pad_id=pad_id,
+                        decoder=fastest,
+                    )
+                )
+                for _ in range(3)
+            )
+            for T in (1, 17)
+        )
         step[rows] = (long - short) / 16
-    return {"part": "floor", "model": name, "weights": weights, "bandwidth": bandwidth, "floor": weights / bandwidth,
-            "seconds_a_token": step}
+    return {
+        "part": "floor",
+        "model": name,
+        "weights": weights,
+        "bandwidth": bandwidth,
+        "floor": weights / bandwidth,
+        "seconds_a_token": step,
+    }
 
 
 # --- loss ----------------------------------------------------------------------------------------------------------
 
 
-OBJECTIVES = {"top-k": lambda log_p, log_q, y: loss.top_k(log_p, log_q, 16),
-              "full": lambda log_p, log_q, y: loss.full_vocab(log_p, log_q), "sampled": loss.sampled_token}
+OBJECTIVES = {
+    "top-k": lambda log_p, log_q, y: loss.top_k(log_p, log_q, 16),
+    "full": lambda log_p, log_q, y: loss.full_vocab(log_p, log_q),
+    "sampled": loss.sampled_token,
+}
 
 
 def loss_inputs(N, V):
     torch.manual_seed(0)
     heads = [torch.nn.Linear(WIDTH, V, bias=False) for _ in range(2)]
     heads[1].requires_grad_(False)
-    return torch.randn(N, WIDTH, requires_grad=True), torch.randn(N, WIDTH), *heads, torch.randint(V, (N,))
+    return (
+        torch.randn(N, WIDTH, requires_grad=True),
+        torch.randn(N, WIDTH),
+        *heads,
+        torch.randint(V, (N,)),
+    )
 
 
 def learn(arm, objective, inputs):
     """Loss and gradients by in_chunks, or by whole tensors and plain autograd."""
+
     def per_position(log_p, log_q, y):
         return {"loss": OBJECTIVES[objective](log_p, log_q, y)}
+
     h_p, h_q, head_p, head_q, y = inputs
     h_p.grad = head_p.weight.grad = None
     if arm == "ours":
@@ -194,18 +272,37 @@ def loss_memory(arm, objective, N, V):
 
 def bench_loss(quick):
     rows = []
-    for V in VOCABULARIES[:1 if quick else None]:
-        for N in POSITIONS[:1 if quick else None]:
+    for V in VOCABULARIES[: 1 if quick else None]:
+        for N in POSITIONS[: 1 if quick else None]:
             for objective in OBJECTIVES if V == 152_000 and N in (1024, 4096, 8192) else ("top-k",):
                 for arm in ("ours", "eager") if EAGER * N * V * 4 < 16 * GIB else ("ours",):
                     how = dict(arm=arm, objective=objective, N=N, V=V)
-                    rows.append({"part": "loss", **how, "bytes": in_a_process(sys.executable, "loss", **how)})
+                    rows.append(
+                        {
+                            "part": "loss",
+                            **how,
+                            "bytes": in_a_process(sys.executable, "loss", **how),
+                        }
+                    )
         for objective in OBJECTIVES if V <= 152_000 else ():
             inputs = loss_inputs(256 if quick else 1024, V)
-            times = alternate({arm: partial(clock, partial(learn, arm, objective, inputs))
-                               for arm in ("ours", "eager")}, 1 if quick else 3)
-            rows.append({"part": "loss time", "objective": objective, "N": len(inputs[4]), "V": V, "seconds": times,
-                         "ratio": [a / b for a, b in zip(times["ours"], times["eager"])]})
+            times = alternate(
+                {
+                    arm: partial(clock, partial(learn, arm, objective, inputs))
+                    for arm in ("ours", "eager")
+                },
+                1 if quick else 3,
+            )
+            rows.append(
+                {
+                    "part": "loss time",
+                    "objective": objective,
+                    "N": len(inputs[4]),
+                    "V": V,
+                    "seconds": times,
+                    "ratio": [a / b for a, b in zip(times["ours"], times["eager"])],
+                }
+            )
     return rows
 
 
@@ -218,7 +315,7 @@ def our_step(steps, **settings):
     Of the phases "teacher" is the teacher's trunk, and "update" all that comes after the rollout but that.
     """
     cfg, rows, spent = opd.Config(**settings, out=tempfile.mkdtemp() + "/run"), [], []
-    with one_of_several(cfg.device), Run(check_run(cfg)) as run:                            # as opd.distil begins
+    with one_of_several(cfg.device), Run(check_run(cfg)) as run:  # as opd.distil begins
         asked = questions(cfg)[0]
         pair = run.load_pair()
         train, optimizer = encode_for(cfg, pair, asked), opd.adamw(cfg, pair.student)
@@ -229,38 +326,79 @@ def our_step(steps, **settings):
             h = graded_by.trunk(ids, mask)
             spent.append(time.perf_counter() - started)
             return h
+
         pair.splits = (student, graded_by._replace(trunk=trunk))
         for step in range(steps + 1):
             chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]
             spent.clear()
             started = time.perf_counter()
             row = opd.update(cfg, pair, optimizer, chosen, step)[1]
-            rows.append({**row, "seconds": time.perf_counter() - started, "time_teacher": sum(spent),
-                         "time_update": row["time_update"] - sum(spent)})
-    return {**{name: median(row[name] for row in rows[1:])
-               for name in ("seconds", "time_rollout", "time_teacher", "time_update", "tokens")}, "bytes": peak()}
+            rows.append(
+                {
+                    **row,
+                    "seconds": time.perf_counter() - started,
+                    "time_teacher": sum(spent),
+                    "time_update": row["time_update"] - sum(spent),
+                }
+            )
+    return {
+        **{
+            name: median(row[name] for row in rows[1:])
+            for name in ("seconds", "time_rollout", "time_teacher", "time_update", "tokens")
+        },
+        "bytes": peak(),
+    }
 
 
 def trl_step(steps, student, teacher, prompts, batch_size, max_new_tokens, lr):
     """The same of TRL: reverse KL (beta 1) on what the student samples from its full softmax, float32."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
+
     tokenizer = AutoTokenizer.from_pretrained(student, padding_side="left")
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}] if tokenizer.chat_template else row["prompt"]}
-            for row in load_prompts(prompts)]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}]
+            if tokenizer.chat_template
+            else row["prompt"]
+        }
+        for row in load_prompts(prompts)
+    ]
     config = DistillationConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=batch_size, max_completion_length=max_new_tokens,
-        beta=1.0, temperature=1.0, top_p=1.0, top_k=0, max_steps=steps + 1, learning_rate=lr, warmup_steps=0,
-        lr_scheduler_type="constant", save_strategy="no", report_to=[], bf16=False, use_cpu=True, disable_tqdm=True,
-        gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"},
-        teacher_model_init_kwargs={"dtype": "float32"})
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=batch_size,
+        max_completion_length=max_new_tokens,
+        beta=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_steps=steps + 1,
+        learning_rate=lr,
+        warmup_steps=0,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to=[],
+        bf16=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": "float32"},
+        teacher_model_init_kwargs={"dtype": "float32"},
+    )
     marks = []
 
     class Clock(transformers.TrainerCallback):
         def on_step_begin(self, *args, **options):
             marks.append(time.perf_counter())
-    trainer = DistillationTrainer(model=student, teacher_model=teacher, args=config, processing_class=tokenizer,
-                                  train_dataset=Dataset.from_list(rows), callbacks=[Clock()])
+
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=config,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[Clock()],
+    )
     trainer.train()
     marks.append(time.perf_counter())
     return {"seconds": median(b - a for a, b in zip(marks[1:], marks[2:])), "bytes": peak()}
@@ -270,12 +408,28 @@ def bench_step(pairs, quick):
     rows = []
     for name, pair in pairs.items():
         B, T = pair["batch_size"], pair["max_new_tokens"]
-        for what, change in (("as it is", {}), ("twice the prompts", {"batch_size": 2 * B}), ("n = 4", {"n": 4}),
-                             ("a quarter of the length", {"max_new_tokens": T // 4}), ("k = 64", {"k": 64}),
-                             ("full vocabulary", {"objective": "full"}), ("sampled token", {"objective": "sampled"})
-                             )[:2 if quick else None]:
-            rows.append({"part": "step", "model": name, "what": what, **in_a_process(
-                sys.executable, "step", steps=10 if name == "toy" and not quick else 2, **{**pair, **change})})
+        for what, change in (
+            ("as it is", {}),
+            ("twice the prompts", {"batch_size": 2 * B}),
+            ("n = 4", {"n": 4}),
+            ("a quarter of the length", {"max_new_tokens": T // 4}),
+            ("k = 64", {"k": 64}),
+            ("full vocabulary", {"objective": "full"}),
+            ("sampled token", {"objective": "sampled"}),
+        )[: 2 if quick else None]:
+            rows.append(
+                {
+                    "part": "step",
+                    "model": name,
+                    "what": what,
+                    **in_a_process(
+                        sys.executable,
+                        "step",
+                        steps=10 if name == "toy" and not quick else 2,
+                        **{**pair, **change},
+                    ),
+                }
+            )
     return rows
 
 
@@ -283,17 +437,43 @@ def bench_processes(pair, quick):
     """Tokens a second of the toy, per process as many prompts as before ("weak"), and as many in all ("strong")."""
     rows = []
     for B in (64,) if quick else (64, 256):
+
         def rate(processes, threads, batch_size):
-            step = in_a_process(sys.executable, "step", processes=processes, threads=threads, steps=2 if quick else 20,
-                                **{**pair, "batch_size": batch_size})
+            step = in_a_process(
+                sys.executable,
+                "step",
+                processes=processes,
+                threads=threads,
+                steps=2 if quick else 20,
+                **{**pair, "batch_size": batch_size},
+            )
             return step["tokens"] / step["seconds"]
-        arms = {"one process, one thread": partial(rate, 1, 1, B), "one process, two threads": partial(rate, 1, 2, B),
-                "two processes": partial(rate, 2, 1, B), "two processes, each as many": partial(rate, 2, 1, 2 * B)}
-        made = alternate({arm: f for arm, f in arms.items() if not quick or "thread" not in arm or "one thread" in arm},
-                         1 if quick else 5)
+
+        arms = {
+            "one process, one thread": partial(rate, 1, 1, B),
+            "one process, two threads": partial(rate, 1, 2, B),
+            "two processes": partial(rate, 2, 1, B),
+            "two processes, each as many": partial(rate, 2, 1, 2 * B),
+        }
+        made = alternate(
+            {
+                arm: f
+                for arm, f in arms.items()
+                if not quick or "thread" not in arm or "one thread" in arm
+            },
+            1 if quick else 5,
+        )
         for arm, rates in made.items():
-            rows.append({"part": "processes", "model": "toy", "batch_size": B, "arm": arm, "tokens_per_second": rates,
-                         "ratio": [a / b for a, b in zip(rates, made["one process, one thread"])]})
+            rows.append(
+                {
+                    "part": "processes",
+                    "model": "toy",
+                    "batch_size": B,
+                    "arm": arm,
+                    "tokens_per_second": rates,
+                    "ratio": [a / b for a, b in zip(rates, made["one process, one thread"])],
+                }
+            )
     return rows
 
 
@@ -301,10 +481,24 @@ def bench_trl(python, pairs, quick):
     rows = []
     for name, pair in pairs.items():
         steps = 2 if quick else 20 if name == "toy" else 3
-        made = alternate({"ours": lambda: in_a_process(sys.executable, "step", steps=steps, **pair),
-                          "trl": lambda: in_a_process(python, "trl", steps=steps, **pair)}, 1 if quick else 3)
-        rows.append({"part": "trl", "model": name, **{f"{arm} {x}": [run[x] for run in made[arm]]
-                                                      for arm in made for x in ("seconds", "bytes")}})
+        made = alternate(
+            {
+                "ours": lambda: in_a_process(sys.executable, "step", steps=steps, **pair),
+                "trl": lambda: in_a_process(python, "trl", steps=steps, **pair),
+            },
+            1 if quick else 3,
+        )
+        rows.append(
+            {
+                "part": "trl",
+                "model": name,
+                **{
+                    f"{arm} {x}": [run[x] for run in made[arm]]
+                    for arm in made
+                    for x in ("seconds", "bytes")
+                },
+            }
+        )
     return rows
 
 
@@ -320,57 +514,98 @@ def report(rows):
     lines = []
     for r in rows:
         if r["part"] == "rollout":
-            lines.append(f"rollout {r['model']:5} {r['lengths']:6} {r['sequences']:4d} sequences, mean "
-                         f"{r['tokens'] / r['sequences']:5.1f}, longest {r['longest']:4d}: {r['arm']:14} "
-                         f"{median(r['tokens_per_second']):7.0f} tokens/s, ours is {spread(r['ratio'])} times as fast")
+            lines.append(
+                f"rollout {r['model']:5} {r['lengths']:6} {r['sequences']:4d} sequences, mean "
+                f"{r['tokens'] / r['sequences']:5.1f}, longest {r['longest']:4d}: {r['arm']:14} "
+                f"{median(r['tokens_per_second']):7.0f} tokens/s, ours is {spread(r['ratio'])} times as fast"
+            )
         if r["part"] == "floor":
-            lines.append(f"decode {r['model']}: {r['weights'] / 1e6:.1f} MB of weights at {r['bandwidth'] / 1e9:.1f} "
-                         f"GB/s take {r['floor'] * 1e3:.2f} ms; a token takes " + ", ".join(
-                             f"{s * 1e3:.2f} ms at {rows} rows ({r['floor'] / s:.0%} of the floor's speed)"
-                             for rows, s in r["seconds_a_token"].items()))
+            lines.append(
+                f"decode {r['model']}: {r['weights'] / 1e6:.1f} MB of weights at {r['bandwidth'] / 1e9:.1f} "
+                f"GB/s take {r['floor'] * 1e3:.2f} ms; a token takes "
+                + ", ".join(
+                    f"{s * 1e3:.2f} ms at {rows} rows ({r['floor'] / s:.0%} of the floor's speed)"
+                    for rows, s in r["seconds_a_token"].items()
+                )
+            )
     for objective in OBJECTIVES:
         for V in VOCABULARIES:
-            mine = {(r["arm"], r["N"]): r["bytes"] / 2 ** 20 for r in rows
-                    if r["part"] == "loss" and r["V"] == V and r["objective"] == objective}
+            mine = {
+                (r["arm"], r["N"]): r["bytes"] / 2**20
+                for r in rows
+                if r["part"] == "loss" and r["V"] == V and r["objective"] == objective
+            }
             if mine:
-                lines.append(f"loss {objective:7} V = {V:6d}: peak MiB " + "; ".join(
-                    f"{arm} " + ", ".join(f"N {N}: {size:.0f}" for (a, N), size in mine.items() if a == arm)
-                    for arm in ("ours", "eager")))
+                lines.append(
+                    f"loss {objective:7} V = {V:6d}: peak MiB "
+                    + "; ".join(
+                        f"{arm} "
+                        + ", ".join(
+                            f"N {N}: {size:.0f}" for (a, N), size in mine.items() if a == arm
+                        )
+                        for arm in ("ours", "eager")
+                    )
+                )
     for r in rows:
         if r["part"] == "loss time":
-            lines.append(f"loss {r['objective']:7} V = {r['V']:6d}: N {r['N']}: {median(r['seconds']['ours']):.2f} s, "
-                         f"{spread(r['ratio'])} of eager's time")
+            lines.append(
+                f"loss {r['objective']:7} V = {r['V']:6d}: N {r['N']}: {median(r['seconds']['ours']):.2f} s, "
+                f"{spread(r['ratio'])} of eager's time"
+            )
         elif r["part"] == "step":
-            lines.append(f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = rollout {r['time_rollout']:.3f} "
-                         f"+ teacher {r['time_teacher']:.3f} + update {r['time_update']:.3f}; "
-                         f"{r['tokens'] / r['seconds']:6.0f} tokens/s, peak {r['bytes'] / 1e9:.2f} GB")
+            lines.append(
+                f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = rollout {r['time_rollout']:.3f} "
+                f"+ teacher {r['time_teacher']:.3f} + update {r['time_update']:.3f}; "
+                f"{r['tokens'] / r['seconds']:6.0f} tokens/s, peak {r['bytes'] / 1e9:.2f} GB"
+            )
         elif r["part"] == "processes":
-            lines.append(f"processes toy, {r['batch_size']:3d} prompts, {r['arm']:27}: "
-                         f"{median(r['tokens_per_second']):6.0f} tokens/s, {spread(r['ratio'])} times the first's")
+            lines.append(
+                f"processes toy, {r['batch_size']:3d} prompts, {r['arm']:27}: "
+                f"{median(r['tokens_per_second']):6.0f} tokens/s, {spread(r['ratio'])} times the first's"
+            )
         elif r["part"] == "trl":
             faster = [a / b for a, b in zip(r["trl seconds"], r["ours seconds"])]
             smaller = [a / b for a, b in zip(r["ours bytes"], r["trl bytes"])]
-            lines.append(f"trl {r['model']}: ours {median(r['ours seconds']):.3f} s a step, TRL "
-                         f"{median(r['trl seconds']):.3f} s: {spread(faster)} times as fast, {spread(smaller)} of its "
-                         f"peak memory ({median(r['ours bytes']) / 1e9:.2f} and {median(r['trl bytes']) / 1e9:.2f} GB)")
+            lines.append(
+                f"trl {r['model']}: ours {median(r['ours seconds']):.3f} s a step, TRL "
+                f"{median(r['trl seconds']):.3f} s: {spread(faster)} times as fast, {spread(smaller)} of its "
+                f"peak memory ({median(r['ours bytes']) / 1e9:.2f} and {median(r['trl bytes']) / 1e9:.2f} GB)"
+            )
     return lines
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
-    parser.add_argument("--world", help="directory of a toy world, made if it is not there (default: a temporary one)")
+    parser.add_argument(
+        "--world",
+        help="directory of a toy world, made if it is not there (default: a temporary one)",
+    )
     for name in ("student", "teacher", "prompts"):
         parser.add_argument(f"--{name}", help="of a second pair")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="of the second pair's rollouts")
-    parser.add_argument("--generate-batch", nargs="*", default=["toy"], help="pairs for which it is timed too "
-                        "(default: toy; on a CPU it takes minutes and 10 GB)")
-    parser.add_argument("--trl", help="a python with trl and datasets; without it that part is left out")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="of the second pair's rollouts"
+    )
+    parser.add_argument(
+        "--generate-batch",
+        nargs="*",
+        default=["toy"],
+        help="pairs for which it is timed too (default: toy; on a CPU it takes minutes and 10 GB)",
+    )
+    parser.add_argument(
+        "--trl", help="a python with trl and datasets; without it that part is left out"
+    )
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
-    parser.add_argument("--report", nargs="+", help="run nothing: the table from results files of single parts, joined")
+    parser.add_argument(
+        "--report",
+        nargs="+",
+        help="run nothing: the table from results files of single parts, joined",
+    )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--device", help="cuda: another bench, at the size of Qwen2-1.5B on a GPU, see gpu.py")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)                      # of in_a_process
+    parser.add_argument(
+        "--device", help="cuda: another bench, at the size of Qwen2-1.5B on a GPU, see gpu.py"
+    )
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # of in_a_process
     if "--device" in sys.argv:
         return gpu.main(sys.argv[1:])
     flags = parser.parse_args()
@@ -380,7 +615,9 @@ def main():
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     if flags.one:
         what, how = flags.one[0], json.loads(flags.one[1])
-        return print(json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how)))
+        return print(
+            json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how))
+        )
     if flags.report:
         made = join([json.loads(Path(path).read_text()) for path in flags.report], "rows")
         write_json(Path(flags.out) / "bench.json", made)
@@ -392,23 +629,51 @@ def main():
     if not (world / "teacher" / "config.json").exists():
         toy.make_all(world)
     preset = {name: opd.PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}
-    pairs = {"toy": dict(student=str(world / "student"), teacher=str(world / "teacher"),
-                         prompts=str(world / "prompts.jsonl"), **preset)}
+    pairs = {
+        "toy": dict(
+            student=str(world / "student"),
+            teacher=str(world / "teacher"),
+            prompts=str(world / "prompts.jsonl"),
+            **preset,
+        )
+    }
     long = {"toy": preset["max_new_tokens"], "real": flags.max_new_tokens}
     if flags.student:
-        pairs["real"] = dict(student=flags.student, teacher=flags.teacher, prompts=flags.prompts, batch_size=8,
-                             max_new_tokens=64, lr=3e-5)
-    rows, out = [], Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench"   # quick's numbers mean nothing
+        pairs["real"] = dict(
+            student=flags.student,
+            teacher=flags.teacher,
+            prompts=flags.prompts,
+            batch_size=8,
+            max_new_tokens=64,
+            lr=3e-5,
+        )
+    rows, out = (
+        [],
+        Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench",
+    )  # quick's numbers mean nothing
     out.parent.mkdir(parents=True, exist_ok=True)
     for part in flags.parts:
         print(f"--- {part}", flush=True)
-        rows += {"rollout": lambda: [row for name, pair in pairs.items() for row in bench_rollout(
-                     name, pair["teacher"], pair["prompts"], long[name], name in flags.generate_batch, flags.quick)],
-                 "loss": lambda: bench_loss(flags.quick), "step": lambda: bench_step(pairs, flags.quick),
-                 "processes": lambda: bench_processes(pairs["toy"], flags.quick),
-                 "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []}[part]()
+        rows += {
+            "rollout": lambda: [
+                row
+                for name, pair in pairs.items()
+                for row in bench_rollout(
+                    name,
+                    pair["teacher"],
+                    pair["prompts"],
+                    long[name],
+                    name in flags.generate_batch,
+                    flags.quick,
+                )
+            ],
+            "loss": lambda: bench_loss(flags.quick),
+            "step": lambda: bench_step(pairs, flags.quick),
+            "processes": lambda: bench_processes(pairs["toy"], flags.quick),
+            "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else [],
+        }[part]()
         made = {**provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
-        write_json(out.with_suffix(".json"), made)                                     # what is measured is not lost
+        write_json(out.with_suffix(".json"), made)  # what is measured is not lost
     write_text("\n".join(report(rows)), made, out)
 
 

@@ -35,23 +35,47 @@
     python experiments/cost.py              three seeds; results/cost.{json,txt,svg}
     python experiments/cost.py --quick      one seed, few steps: does it run?
 """
+
 import math
 from statistics import mean
 
-import torch
-
 import plot
-from lab import MARGIN, analysis, difference, distil, equal, main, models, opd, told, toy, verdicts, write_text
+import torch
+from lab import (
+    MARGIN,
+    analysis,
+    difference,
+    distil,
+    equal,
+    main,
+    models,
+    opd,
+    told,
+    toy,
+    verdicts,
+    write_text,
+)
+
 from plumbing.answers import answered, read_answer, same_answer
 from plumbing.prompts import load_prompts
 from teacher import Pair, micro_batches, states
 
 BUDGETS = (8, 16, 24, 32, 48, 96, 192)
-SUPPORTS = {"sampled": dict(objective="sampled"), "top-1, released": dict(objective="top-k-released", k=1),
-            "top-16, released": dict(objective="top-k-released"), "top-4": dict(k=4), "top-16": {},
-            "top-32": dict(k=32), "full": dict(objective="full")}
-ESTIMATORS = {"Eq. 3, sampled": SUPPORTS["sampled"], "Eq. 4, full": SUPPORTS["full"],
-              "Eq. 5, top-16": SUPPORTS["top-16"], "released, top-16": SUPPORTS["top-16, released"]}
+SUPPORTS = {
+    "sampled": dict(objective="sampled"),
+    "top-1, released": dict(objective="top-k-released", k=1),
+    "top-16, released": dict(objective="top-k-released"),
+    "top-4": dict(k=4),
+    "top-16": {},
+    "top-32": dict(k=32),
+    "full": dict(objective="full"),
+}
+ESTIMATORS = {
+    "Eq. 3, sampled": SUPPORTS["sampled"],
+    "Eq. 4, full": SUPPORTS["full"],
+    "Eq. 5, top-16": SUPPORTS["top-16"],
+    "released, top-16": SUPPORTS["top-16, released"],
+}
 LONGER = ("sampled", "full", "top-16", "top-16, released")
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
 
@@ -62,16 +86,35 @@ def seed_runs(seed, world, scratch, quick):
 
     def run(part, arm, teacher="teacher", **settings):
         out = scratch / f"{part}-{arm}-{settings.get('steps', steps)}-{seed}"
-        settings = {**dict(seed=seed, steps=steps, eval_every=steps // 4, eval_n=1 if quick else 4,
-                           eval_max_new_tokens=96), **settings}
+        settings = {
+            **dict(
+                seed=seed,
+                steps=steps,
+                eval_every=steps // 4,
+                eval_n=1 if quick else 4,
+                eval_max_new_tokens=96,
+            ),
+            **settings,
+        }
         found = distil(world / "student", world / teacher, world, out, **settings)
         curves = found.pop("curves")
-        runs.append({"part": part, "arm": arm, "seed": seed, **found, "passed": passed(plot.read_rows(out)),
-                     "accuracies": [x for x in curves["accuracy"] if x is not None],
-                     "overlap": curves["overlap_ratio"][-1], "length": curves["response_length"][-1],
-                     "cut_off": max(curves["truncated_fraction"]), "largest_grad_norm": max(curves["grad_norm"]),
-                     "time_update": mean(curves["time_update"])})
+        runs.append(
+            {
+                "part": part,
+                "arm": arm,
+                "seed": seed,
+                **found,
+                "passed": passed(plot.read_rows(out)),
+                "accuracies": [x for x in curves["accuracy"] if x is not None],
+                "overlap": curves["overlap_ratio"][-1],
+                "length": curves["response_length"][-1],
+                "cut_off": max(curves["truncated_fraction"]),
+                "largest_grad_norm": max(curves["grad_norm"]),
+                "time_update": mean(curves["time_update"]),
+            }
+        )
         return out / "student"
+
     for budget in BUDGETS:
         run("length", str(budget), max_new_tokens=budget)
     for arm, settings in SUPPORTS.items():
@@ -81,16 +124,29 @@ def seed_runs(seed, world, scratch, quick):
     for pair, teacher in TEACHERS.items():
         for when, after in (("before", 0), ("half-way", steps // 2), ("after", steps)):
             student = run("coherence", pair, teacher, steps=after) if after else world / "student"
-            runs.append({"part": "signal", "arm": pair, "when": when, "seed": seed,
-                         **signal(student, world / teacher, world, seed, quick, slips=when == "before")})
-    runs.append({"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)})
-    runs += [{"part": "estimator", "arm": arm, "seed": seed, **found}
-             for arm, found in gradient_noise(world, seed, quick).items()]
+            runs.append(
+                {
+                    "part": "signal",
+                    "arm": pair,
+                    "when": when,
+                    "seed": seed,
+                    **signal(student, world / teacher, world, seed, quick, slips=when == "before"),
+                }
+            )
+    runs.append(
+        {"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)}
+    )
+    runs += [
+        {"part": "estimator", "arm": arm, "seed": seed, **found}
+        for arm, found in gradient_noise(world, seed, quick).items()
+    ]
     return runs
 
 
 def encoded(pair, world, count):
-    return pair.encode(load_prompts(world / "prompts.jsonl")[:count], max_prompt_tokens=64, new_tokens=192)
+    return pair.encode(
+        load_prompts(world / "prompts.jsonl")[:count], max_prompt_tokens=64, new_tokens=192
+    )
 
 
 def load(student, teacher):
@@ -106,9 +162,18 @@ def passed(rows, nats=1.5):
     quarter = max(len(row["tokens"]) for row in rows) // 4
     for name, part in (("front", slice(quarter)), ("back", slice(3 * quarter, None))):
         counts = [sum(row["tokens"][part]) for row in rows]
-        totals = [sum(n * h for n, h in zip(row["tokens"][part], row["entropy_student"][part]) if n) for row in rows]
-        found[name] = next((step for step, (count, total) in enumerate(zip(counts, totals), 1)
-                            if count >= max(counts) / 4 and total > nats * count), None)
+        totals = [
+            sum(n * h for n, h in zip(row["tokens"][part], row["entropy_student"][part]) if n)
+            for row in rows
+        ]
+        found[name] = next(
+            (
+                step
+                for step, (count, total) in enumerate(zip(counts, totals), 1)
+                if count >= max(counts) / 4 and total > nats * count
+            ),
+            None,
+        )
     return found
 
 
@@ -120,19 +185,32 @@ def signal(student, teacher, world, seed, quick, slips):
     pair, count = load(student, teacher), 16 if quick else 256
     rows = encoded(pair, world, count)
     r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
-    grid = pair.grade(r, lambda *x: analysis.diagnose(*x, 16))                              # {name: (B, T)}
-    right = torch.tensor([same_answer(read_answer(pair.tokenizer.decode(
-        r.response_ids(i), skip_special_tokens=True)), rows[i // 4]["answer"]) for i in range(len(r.ids))])
+    grid = pair.grade(r, lambda *x: analysis.diagnose(*x, 16))  # {name: (B, T)}
+    right = torch.tensor(
+        [
+            same_answer(
+                read_answer(pair.tokenizer.decode(r.response_ids(i), skip_special_tokens=True)),
+                rows[i // 4]["answer"],
+            )
+            for i in range(len(r.ids))
+        ]
+    )
     at_slips = []
     for i, reward in enumerate(grid["reward"] if slips else ()):
-        digits = [int(word[1]) for word in rows[i // 4]["prompt"].split()[1:-1]]                # "Add a3 b7 :" -> 3, 7
+        digits = [
+            int(word[1]) for word in rows[i // 4]["prompt"].split()[1:-1]
+        ]  # "Add a3 b7 :" -> 3, 7
         at = toy.first_slip(r.response_ids(i), digits, len(digits))
         if at is not None and at < len(r.response_ids(i)):
             at_slips.append(reward[at].item())
     gradients = logit_gradients(pair, r, opd.objective(opd.Config()))
-    return {**coherence(gradients), "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
-            "right": right.float().mean().item(), "reward": grid["reward"].nanmean().item(),
-            "reward_at_slips": mean(at_slips) if at_slips else None}
+    return {
+        **coherence(gradients),
+        "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
+        "right": right.float().mean().item(),
+        "reward": grid["reward"].nanmean().item(),
+        "reward_at_slips": mean(at_slips) if at_slips else None,
+    }
 
 
 def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, chunk=1024):
@@ -144,16 +222,26 @@ def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=
     """
     student, teacher = pair.splits
     for rows, columns in micro_batches(r.attention_mask, pair.micro_batch_tokens):
-        ids, mask, is_response = (x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response))       # (b, L)
+        ids, mask, is_response = (
+            x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response)
+        )  # (b, L)
         with torch.no_grad(), pair.autocast():
-            h_p, h_q = (states(s.trunk, ids, mask, is_response) for s in (student, teacher))         # (N, H), (N, H')
+            h_p, h_q = (
+                states(s.trunk, ids, mask, is_response) for s in (student, teacher)
+            )  # (N, H), (N, H')
         for h_p, h_q, y in zip(*(x.split(chunk) for x in (h_p, h_q, ids[is_response]))):
             with torch.no_grad(), pair.autocast():
-                z, log_q = student.head(h_p).float(), (teacher.head(h_q).float() / teacher_temperature).log_softmax(-1)
-            z = z.requires_grad_()                                                                  # (c, V)
+                z, log_q = (
+                    student.head(h_p).float(),
+                    (teacher.head(h_q).float() / teacher_temperature).log_softmax(-1),
+                )
+            z = z.requires_grad_()  # (c, V)
             with torch.enable_grad():
                 loss = objective((z / temperature).log_softmax(-1), log_q, y).sum()
-            yield torch.autograd.grad(loss, z)[0], torch.ones_like(z[:, :1]) if student.own_logits else h_p.float()
+            yield (
+                torch.autograd.grad(loss, z)[0],
+                torch.ones_like(z[:, :1]) if student.own_logits else h_p.float(),
+            )
 
 
 def coherence(chunks):
@@ -167,17 +255,21 @@ def coherence(chunks):
     """
     total, units, norms = 0.0, 0.0, []
     for g, h in chunks:
-        norm = g.norm(dim=-1) * h.norm(dim=-1)                                               # (c,) = |g h'|
-        unit = g / norm.clamp_min(1e-30).unsqueeze(-1)                                       # zero rows stay zero
-        total, units = total + g.T @ h, units + unit.T @ h                                   # (V, H)
+        norm = g.norm(dim=-1) * h.norm(dim=-1)  # (c,) = |g h'|
+        unit = g / norm.clamp_min(1e-30).unsqueeze(-1)  # zero rows stay zero
+        total, units = total + g.T @ h, units + unit.T @ h  # (V, H)
         norms.append(norm)
     norms = torch.cat(norms).double()
     n, size = int((norms > 0).sum()), norms.sum().item()
     if n < 2:
         raise ValueError("coherence needs two positions with a gradient")
-    return {"coherence": total.double().norm().item() / size, "null": norms.norm().item() / size,
-            "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)), "size": size / len(norms),
-            "positions": n}
+    return {
+        "coherence": total.double().norm().item() / size,
+        "null": norms.norm().item() / size,
+        "cosine": (units.double().norm().item() ** 2 - n) / (n * (n - 1)),
+        "size": size / len(norms),
+        "positions": n,
+    }
 
 
 def depths(world, seed, quick):
@@ -187,12 +279,25 @@ def depths(world, seed, quick):
     pair = load(world / "student", world / "teacher")
     rows = encoded(pair, world, 16 if quick else 512)
     r = pair.write([row["ids"] for row in rows], max_new_tokens=96, seed=seed)
-    found = analysis.continuation(pair, rows, [r.response_ids(i) for i in range(len(rows))], answered=answered, n=4,
-                                  max_new_tokens=96, seed=seed)
+    found = analysis.continuation(
+        pair,
+        rows,
+        [r.response_ids(i) for i in range(len(rows))],
+        answered=answered,
+        n=4,
+        max_new_tokens=96,
+        seed=seed,
+    )
     s, t = (found[0.0][model].mean().item() for model in (1, 2))
-    return [{"depth": depth, "tokens": tokens, **analysis.estimate(gain),
-             "even": s ** depth * (t ** (1 - depth) - s ** (1 - depth))}
-            for depth, (gain, _, _, tokens) in found.items()]
+    return [
+        {
+            "depth": depth,
+            "tokens": tokens,
+            **analysis.estimate(gain),
+            "even": s**depth * (t ** (1 - depth) - s ** (1 - depth)),
+        }
+        for depth, (gain, _, _, tokens) in found.items()
+    ]
 
 
 def gradient_noise(world, seed, quick):
@@ -203,12 +308,16 @@ def gradient_noise(world, seed, quick):
     batches, size = (2, 8) if quick else (8, 64)
     rows = encoded(pair, world, batches * size)
     for batch in range(batches):
-        prompts = [row["ids"] for row in rows[batch * size:(batch + 1) * size]]
+        prompts = [row["ids"] for row in rows[batch * size : (batch + 1) * size]]
         r = pair.write(prompts, max_new_tokens=96, seed=1000 * seed + batch)
         for arm, settings in ESTIMATORS.items():
-            total = sum(g.T @ h for g, h in logit_gradients(pair, r, opd.objective(opd.Config(**settings))))
-            made.setdefault(arm, []).append(total / r.response_mask.sum())                   # (V, H)
-    return expectations({arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full")
+            total = sum(
+                g.T @ h for g, h in logit_gradients(pair, r, opd.objective(opd.Config(**settings)))
+            )
+            made.setdefault(arm, []).append(total / r.response_mask.sum())  # (V, H)
+    return expectations(
+        {arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full"
+    )
 
 
 def expectations(made, exact):
@@ -217,14 +326,19 @@ def expectations(made, exact):
     size: its norm; cosine: of it with that of the exact estimator's; noise: the variance of G over the square of size.
     All from inner products of different batches, in which noise cancels: it does not pass for an angle.
     """
+
     def across(a, b):
         products = a @ b.T
         return ((products.sum() - products.trace()) / (len(a) * (len(a) - 1))).item()
+
     found = {}
     for arm, g in made.items():
         ours, theirs = across(g, g), across(made[exact], made[exact])
-        found[arm] = {"noise": g.square().sum().item() / len(g) / ours - 1, "size": math.sqrt(max(0, ours)),
-                      "cosine": across(g, made[exact]) / math.sqrt(max(1e-30, ours * theirs))}
+        found[arm] = {
+            "noise": g.square().sum().item() / len(g) / ours - 1,
+            "size": math.sqrt(max(0, ours)),
+            "cosine": across(g, made[exact]) / math.sqrt(max(1e-30, ours * theirs)),
+        }
     return found
 
 
@@ -239,72 +353,149 @@ def judge(runs):
 
     def of(part, arm, when=None):
         return arms[part, arm, when]
+
     lines = []
     for name, budget in (("short", BUDGETS[0]), ("long", BUDGETS[-1])):
         gain, noise = difference(of("length", "48"), of("length", str(budget)))
         lines.append((f"6.1 {name}", f"48 better than {budget}", told(gain, noise), gain > noise))
-    fails = {r["seed"]: r["passed"] for r in of("coherence", "other")}.values()               # of the longer run
-    lines.append(("6.1 backwards", "back before front, every seed", ", ".join(
-        f"step {x['back']} and {x['front']}" for x in fails),
-        all(x["back"] is not None and (x["front"] is None or x["back"] < x["front"]) for x in fails)))
-    each = list(zip(*(r["depths"] for r in of("depth", "success"))))                         # a depth, its seeds
+    fails = {r["seed"]: r["passed"] for r in of("coherence", "other")}.values()  # of the longer run
+    lines.append(
+        (
+            "6.1 backwards",
+            "back before front, every seed",
+            ", ".join(f"step {x['back']} and {x['front']}" for x in fails),
+            all(
+                x["back"] is not None and (x["front"] is None or x["back"] < x["front"])
+                for x in fails
+            ),
+        )
+    )
+    each = list(zip(*(r["depths"] for r in of("depth", "success"))))  # a depth, its seeds
     gains = [mean(x["mean"] for x in seeds) for seeds in each]
     noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
     even = [mean(x["even"] for x in seeds) for seeds in each]
-    lines.append(("6.1 depth", "falls, to a quarter or less", ", ".join(f"{x:+.3f}" for x in gains)
-                  + f" (noise of the last {noise:.3f}; even slips: {', '.join(f'{x:+.3f}' for x in even)})",
-                  gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4))
-    areas = {pair: mean(math.nan if r["auroc"] is None else r["auroc"] for r in of("signal", pair, "before"))
-             for pair in TEACHERS}
-    lines.append(("6.2 global", "AUROC all >= .6, failing ones not .1 behind", ", ".join(
-        f"{pair} {x:.3f}" for pair, x in areas.items()),
-        min(areas.values()) >= 0.6 and min(areas.values()) >= areas["success"] - 0.1))
+    lines.append(
+        (
+            "6.1 depth",
+            "falls, to a quarter or less",
+            ", ".join(f"{x:+.3f}" for x in gains)
+            + f" (noise of the last {noise:.3f}; even slips: {', '.join(f'{x:+.3f}' for x in even)})",
+            gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4,
+        )
+    )
+    areas = {
+        pair: mean(
+            math.nan if r["auroc"] is None else r["auroc"] for r in of("signal", pair, "before")
+        )
+        for pair in TEACHERS
+    }
+    lines.append(
+        (
+            "6.2 global",
+            "AUROC all >= .6, failing ones not .1 behind",
+            ", ".join(f"{pair} {x:.3f}" for pair, x in areas.items()),
+            min(areas.values()) >= 0.6 and min(areas.values()) >= areas["success"] - 0.1,
+        )
+    )
     lines.append(("6.2 success", "AUROC > .6", f"{areas['success']:.3f}", areas["success"] > 0.6))
-    now = {pair: [mean(r[name] for r in of("signal", pair, "before")) for name in ("size", "coherence", "cosine")]
-           for pair in TEACHERS}
+    now = {
+        pair: [
+            mean(r[name] for r in of("signal", pair, "before"))
+            for name in ("size", "coherence", "cosine")
+        ]
+        for pair in TEACHERS
+    }
     for pair in ("bigger", "other"):
-        lines.append((f"6.2 coherence, {pair}", "larger, and less coherent", " against ".join(
-            "|G| {:.3f}, coherence {:.3f} (cosine {:.3f})".format(*now[x]) for x in (pair, "success")),
-            now[pair][0] > now["success"][0] and now[pair][1] < now["success"][1]))
-    against = {arm: difference(of("support", arm), of("support", "top-16" + ", released" * arm.endswith("released")))
-               for arm in SUPPORTS if not arm.startswith("top-16")}
-    early, against["sampled"] = against["sampled"], difference(of("longer", "sampled"), of("longer", "top-16"))
-    lines.append(("6.3 support", "only top-1 below top-16", ", ".join(
-        f"{arm} {told(*x)}" for arm, x in against.items()) + f"; sampled after 100 steps {told(*early)}",
-        all(x < -noise if arm.startswith("top-1,") else x >= -noise and x - noise > -MARGIN
-            for arm, (x, noise) in against.items())))
-    ends = {arm: difference(of("longer", arm), of("longer", "full")) for arm in LONGER if arm != "full"}
-    lines.append(("2.2 estimators", "same end as Eq. 4", ", ".join(f"{arm} {told(*x)}" for arm, x in ends.items()),
-        all(equal(*x) for x in ends.values())))
+        lines.append(
+            (
+                f"6.2 coherence, {pair}",
+                "larger, and less coherent",
+                " against ".join(
+                    "|G| {:.3f}, coherence {:.3f} (cosine {:.3f})".format(*now[x])
+                    for x in (pair, "success")
+                ),
+                now[pair][0] > now["success"][0] and now[pair][1] < now["success"][1],
+            )
+        )
+    against = {
+        arm: difference(
+            of("support", arm), of("support", "top-16" + ", released" * arm.endswith("released"))
+        )
+        for arm in SUPPORTS
+        if not arm.startswith("top-16")
+    }
+    early, against["sampled"] = (
+        against["sampled"],
+        difference(of("longer", "sampled"), of("longer", "top-16")),
+    )
+    lines.append(
+        (
+            "6.3 support",
+            "only top-1 below top-16",
+            ", ".join(f"{arm} {told(*x)}" for arm, x in against.items())
+            + f"; sampled after 100 steps {told(*early)}",
+            all(
+                x < -noise if arm.startswith("top-1,") else x >= -noise and x - noise > -MARGIN
+                for arm, (x, noise) in against.items()
+            ),
+        )
+    )
+    ends = {
+        arm: difference(of("longer", arm), of("longer", "full")) for arm in LONGER if arm != "full"
+    }
+    lines.append(
+        (
+            "2.2 estimators",
+            "same end as Eq. 4",
+            ", ".join(f"{arm} {told(*x)}" for arm, x in ends.items()),
+            all(equal(*x) for x in ends.values()),
+        )
+    )
     return lines
 
 
 def report(made, out):
-    lines = [f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>7} "
-             f"{'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} {'update s':>8}"]
+    lines = [
+        f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>7} "
+        f"{'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} {'update s':>8}"
+    ]
     for r in made["runs"]:
         if r["part"] in ("length", "support", "longer"):
-            lines.append(f"{r['part']:8} {r['arm']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-                         f"{r['accuracy_after']['mean']:7.3f} "
-                         f"{min(r['accuracies'] + [r['accuracy_after']['mean']]):7.3f} {r['overlap']:7.3f} "
-                         f"{r['length']:7.1f} {r['cut_off']:16.3f} {r['largest_grad_norm']:14.3f} "
-                         f"{r['time_update']:8.3f}")
+            lines.append(
+                f"{r['part']:8} {r['arm']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
+                f"{r['accuracy_after']['mean']:7.3f} "
+                f"{min(r['accuracies'] + [r['accuracy_after']['mean']]):7.3f} {r['overlap']:7.3f} "
+                f"{r['length']:7.1f} {r['cut_off']:16.3f} {r['largest_grad_norm']:14.3f} "
+                f"{r['time_update']:8.3f}"
+            )
     for r in made["runs"]:
         if r["part"] == "signal":
-            at_slips = f", at first slips {r['reward_at_slips'] or math.nan:.3f}" if r["when"] == "before" else ""
-            lines.append(f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
-                         f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
-                         f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
-                         f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}"
-                         + at_slips)
+            at_slips = (
+                f", at first slips {r['reward_at_slips'] or math.nan:.3f}"
+                if r["when"] == "before"
+                else ""
+            )
+            lines.append(
+                f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
+                f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
+                f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
+                f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}"
+                + at_slips
+            )
     for r in made["runs"]:
         if r["part"] == "depth":
-            lines.append(f"depth    seed {r['seed']}: " + ", ".join(
-                f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} ({x['even']:+.3f})"
-                for x in r["depths"]))
+            lines.append(
+                f"depth    seed {r['seed']}: "
+                + ", ".join(
+                    f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} ({x['even']:+.3f})"
+                    for x in r["depths"]
+                )
+            )
         if r["part"] == "estimator":
-            lines.append(f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
-                         f"cosine with Eq. 4 {r['cosine']:.4f}")
+            lines.append(
+                f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
+                f"cosine with Eq. 4 {r['cosine']:.4f}"
+            )
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.cost(out.with_suffix(".json"), out.with_suffix(".svg"))
 

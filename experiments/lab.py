@@ -1,4 +1,5 @@
 """experiments/lab.py: what the experiments share: their flags, one distillation, and how results are written down."""
+
 import argparse
 import dataclasses
 import json
@@ -14,26 +15,53 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import analysis  # noqa: E402
-import opd  # noqa: E402
 import plot  # noqa: E402
 import toy  # noqa: E402
+
+import analysis  # noqa: E402
+import opd  # noqa: E402
 from plumbing import files  # noqa: E402
 
-CURVES = ("step", "loss", "overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "overlap_token_advantage",
-          "entropy_gap", "largest_gap", "entropy_student", "reverse_kl", "reward", "response_length", "grad_norm",
-          "time_update", "truncated_fraction", "accuracy")
+CURVES = (
+    "step",
+    "loss",
+    "overlap_ratio",
+    "overlap_mass_student",
+    "overlap_mass_teacher",
+    "overlap_token_advantage",
+    "entropy_gap",
+    "largest_gap",
+    "entropy_student",
+    "reverse_kl",
+    "reward",
+    "response_length",
+    "grad_norm",
+    "time_update",
+    "truncated_fraction",
+    "accuracy",
+)
 
-MADE_BY = ("commit", "dirty")     # the code, of the provenance
-MARGIN = 0.05    # of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take away
-EARLIER = []     # seconds of the runs, or parts of runs, that were found on the disk
+MADE_BY = ("commit", "dirty")  # the code, of the provenance
+MARGIN = 0.05  # of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take away
+EARLIER = []  # seconds of the runs, or parts of runs, that were found on the disk
 
 
 def distil(student, teacher, world, out, **settings):
     """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves."""
-    return run(**{**opd.PRESETS["toy"], **dict(
-        student=str(student), teacher=str(teacher), prompts=str(world / "prompts.jsonl"), device="cpu",
-        eval=str(world / "eval.jsonl"), out=str(out)), **settings})
+    return run(
+        **{
+            **opd.PRESETS["toy"],
+            **dict(
+                student=str(student),
+                teacher=str(teacher),
+                prompts=str(world / "prompts.jsonl"),
+                device="cpu",
+                eval=str(world / "eval.jsonl"),
+                out=str(out),
+            ),
+            **settings,
+        }
+    )
 
 
 def run(**settings):
@@ -44,11 +72,21 @@ def run(**settings):
     """
     out, cfg = Path(settings["out"]), opd.Config(**settings)
     had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
-    asked = {**dataclasses.asdict(cfg), **{name: x for name, x in files.provenance().items() if name in MADE_BY}}
+    asked = {
+        **dataclasses.asdict(cfg),
+        **{name: x for name, x in files.provenance().items() if name in MADE_BY},
+    }
     for name in ("steps", "resume", "micro_batch_tokens"):
         del asked[name]
-    if had and any(had.get(name) != value for name, value in asked.items()) or result and result["steps"] > cfg.steps:
-        raise SystemExit(f"{out} holds a run of other settings or of another commit; take another --runs")
+    if (
+        had
+        and any(had.get(name) != value for name, value in asked.items())
+        or result
+        and result["steps"] > cfg.steps
+    ):
+        raise SystemExit(
+            f"{out} holds a run of other settings or of another commit; take another --runs"
+        )
     started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:
         opd.distil(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists()))
@@ -74,14 +112,28 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
     for flag, text in (own or {}).items():
         parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--worlds", help="directory for the models, kept and used again (default: --runs, or else a "
-                        "temporary one)")
-    parser.add_argument("--runs", help="directory for the runs, kept; one that was killed goes on from its checkpoint "
-                        "(default: a temporary one)")
+    parser.add_argument(
+        "--worlds",
+        help="directory for the models, kept and used again (default: --runs, or else a "
+        "temporary one)",
+    )
+    parser.add_argument(
+        "--runs",
+        help="directory for the runs, kept; one that was killed goes on from its checkpoint "
+        "(default: a temporary one)",
+    )
     parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
-    parser.add_argument("--quick", action="store_true", help="one seed, models and runs of a few steps: does it run?")
-    parser.add_argument("--report", nargs="*", help="run nothing: table, verdicts and figure from the results file, or "
-                        "from several (of seeds that ran side by side), which are joined into one")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, models and runs of a few steps: does it run?",
+    )
+    parser.add_argument(
+        "--report",
+        nargs="*",
+        help="run nothing: table, verdicts and figure from the results file, or "
+        "from several (of seeds that ran side by side), which are joined into one",
+    )
     flags = parser.parse_args()
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
@@ -89,7 +141,12 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
     out = Path(flags.out) / name
     out.parent.mkdir(parents=True, exist_ok=True)
     if flags.report is not None:
-        made = join([json.loads(Path(path).read_text()) for path in flags.report or [out.with_suffix(".json")]])
+        made = join(
+            [
+                json.loads(Path(path).read_text())
+                for path in flags.report or [out.with_suffix(".json")]
+            ]
+        )
         return write(made, out, curves, report)
     given = {flag: getattr(flags, flag) for flag in own or {}}
     missing = [f"--{flag}" for flag, value in given.items() if not value]
@@ -106,7 +163,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
             runs += seed_runs(seed, world, Path(flags.runs or scratch), flags.quick, **given)
     made = {**origin, "seconds": round(time.perf_counter() - started + sum(EARLIER)), "runs": runs}
     if flags.quick:
-        out = Path(tempfile.mkdtemp()) / name                   # its numbers mean nothing
+        out = Path(tempfile.mkdtemp()) / name  # its numbers mean nothing
     write(made, out, curves, report)
 
 
@@ -125,8 +182,12 @@ def join(parts, key="runs"):
         raise SystemExit("the same results twice")
     if len({(part["commit"], part["threads"]) for part in parts}) > 1:
         raise SystemExit("these results come from different commits, or numbers of threads")
-    return {**parts[0], "command": " ; ".join(commands),
-            "seconds": sum(part["seconds"] for part in parts), key: [run for part in parts for run in part[key]]}
+    return {
+        **parts[0],
+        "command": " ; ".join(commands),
+        "seconds": sum(part["seconds"] for part in parts),
+        key: [run for part in parts for run in part[key]],
+    }
 
 
 def difference(ours, theirs, of=("accuracy_after",), than=None):
@@ -166,8 +227,10 @@ def models(world, seed):
 def verdicts(judged):
     """What a judge found, [(name, criterion, what was found, does it hold)], as lines with columns."""
     name, criterion = (max(len(line[i]) for line in judged) for i in (0, 1))
-    return [f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {'holds' if line[3] else 'DOES NOT HOLD'}"
-            for line in judged]
+    return [
+        f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {'holds' if line[3] else 'DOES NOT HOLD'}"
+        for line in judged
+    ]
 
 
 def write_text(text, made, out):

@@ -24,30 +24,70 @@ it are tried for the four pairs of 100 steps.
     python experiments/phenomenology.py              three seeds; results/phenomenology.{json,txt,svg}
     python experiments/phenomenology.py --quick      one seed, few steps: does it run?
 """
+
 import math
 from statistics import mean
 
 import plot
-from lab import MARGIN, analysis, difference, distil, equal, main, models, opd, told, toy, verdicts, write_text
+from lab import (
+    MARGIN,
+    analysis,
+    difference,
+    distil,
+    equal,
+    main,
+    models,
+    opd,
+    told,
+    toy,
+    verdicts,
+    write_text,
+)
 
-PAIRS = {"success": ("student", "teacher", 100), "bigger": ("student", "bigger", 100),
-         "weaker": ("student", "weaker", 100), "other": ("student", "other", 100),
-         "reverse": ("student-rl", "student", 800), "reverse-bigger": ("student-rl", "bigger", 800)}
-CHECKED = ("success", "bigger", "weaker", "other")            # at other learning rates too
+PAIRS = {
+    "success": ("student", "teacher", 100),
+    "bigger": ("student", "bigger", 100),
+    "weaker": ("student", "weaker", 100),
+    "other": ("student", "other", 100),
+    "reverse": ("student-rl", "student", 800),
+    "reverse-bigger": ("student-rl", "bigger", 800),
+}
+CHECKED = ("success", "bigger", "weaker", "other")  # at other learning rates too
 
 
 def seed_runs(seed, world, scratch, quick):
     models(world, seed)
     if not (world / "weaker" / "tokenizer_config.json").exists():
-        toy.make(world / "weaker", start=world / "bigger", house_style=True, rounds=toy.ROUNDS // 4, seed=10 * seed + 6)
+        toy.make(
+            world / "weaker",
+            start=world / "bigger",
+            house_style=True,
+            rounds=toy.ROUNDS // 4,
+            seed=10 * seed + 6,
+        )
     runs = []
 
     def run(pair, name, lr):
         student, teacher, steps = PAIRS[pair]
         steps = 5 if quick else steps
-        runs.append({"pair": name, "seed": seed, **distil(
-            world / student, world / teacher, world, scratch / f"{name}-{seed}", steps=steps, lr=lr,
-            eval_every=max(1, steps // 5), eval_n=1 if quick else 4, seed=seed)})
+        runs.append(
+            {
+                "pair": name,
+                "seed": seed,
+                **distil(
+                    world / student,
+                    world / teacher,
+                    world,
+                    scratch / f"{name}-{seed}",
+                    steps=steps,
+                    lr=lr,
+                    eval_every=max(1, steps // 5),
+                    eval_n=1 if quick else 4,
+                    seed=seed,
+                ),
+            }
+        )
+
     lr = opd.PRESETS["toy"]["lr"]
     for pair in PAIRS:
         run(pair, pair, lr)
@@ -64,47 +104,93 @@ def judge(runs):
 
     def over_seeds(pair, value):
         return mean(map(value, arms[pair]))
-    after, score = ({pair: over_seeds(pair, lambda r: r[key]["mean"]) for pair in PAIRS}
-                    for key in ("accuracy_after", "accuracy_teacher"))
-    overlap = {pair: over_seeds(pair, lambda r: r["held_out_before"]["overlap_ratio"]) for pair in PAIRS}
-    lines = [("3.1 thinking", "weaker teacher, better student, more overlap",
-              f"teachers {score['weaker']:.3f} and {score['other']:.3f}, students {after['weaker']:.3f} and "
-              f"{after['other']:.3f}, overlap {overlap['weaker']:.3f} and {overlap['other']:.3f}",
-              score["weaker"] < score["other"] and after["weaker"] > after["other"]
-              and overlap["weaker"] > overlap["other"])]
-    recovered = [analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
-                 for r in arms["success"]]
+
+    after, score = (
+        {pair: over_seeds(pair, lambda r: r[key]["mean"]) for pair in PAIRS}
+        for key in ("accuracy_after", "accuracy_teacher")
+    )
+    overlap = {
+        pair: over_seeds(pair, lambda r: r["held_out_before"]["overlap_ratio"]) for pair in PAIRS
+    }
+    lines = [
+        (
+            "3.1 thinking",
+            "weaker teacher, better student, more overlap",
+            f"teachers {score['weaker']:.3f} and {score['other']:.3f}, students {after['weaker']:.3f} and "
+            f"{after['other']:.3f}, overlap {overlap['weaker']:.3f} and {overlap['other']:.3f}",
+            score["weaker"] < score["other"]
+            and after["weaker"] > after["other"]
+            and overlap["weaker"] > overlap["other"],
+        )
+    ]
+    recovered = [
+        analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
+        for r in arms["success"]
+    ]
     recovery = math.nan if None in recovered else mean(recovered)
     gain, noise = difference(arms["bigger"], arms["bigger"], than=("accuracy_before",))
-    lines.append(("3.2 knowledge", f"recovery >= .8, |gain| <= {noise:.3f} (and + it < {MARGIN}), overlap",
-                  f"{recovery:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
-                  recovery >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"]))
-    ends = [difference(arms[pair], arms["reverse"], than=("accuracy_teacher",))
-            for pair in ("reverse", "reverse-bigger")]
-    lines.append(("3.3 reverse", f"both within noise, and {MARGIN}, of the student before", ", ".join(
-        told(off, noise) for off, noise in ends), all(equal(off, noise) for off, noise in ends)))
-    given = difference(arms["reverse"], arms["reverse"], ("accuracy_before",), ("accuracy_teacher",))[0]
-    lost = [difference(arms[pair], arms[pair], ("accuracy_before",), ("accuracy_after",))[0] / (given or math.nan)
-            for pair in ("reverse", "reverse-bigger")]
-    lines.append(("3.3 lost", "both >= .8 of post-training's gain (added later)", ", ".join(f"{x:.2f}" for x in lost),
-                  min(lost) >= 0.8))
+    lines.append(
+        (
+            "3.2 knowledge",
+            f"recovery >= .8, |gain| <= {noise:.3f} (and + it < {MARGIN}), overlap",
+            f"{recovery:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
+            recovery >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"],
+        )
+    )
+    ends = [
+        difference(arms[pair], arms["reverse"], than=("accuracy_teacher",))
+        for pair in ("reverse", "reverse-bigger")
+    ]
+    lines.append(
+        (
+            "3.3 reverse",
+            f"both within noise, and {MARGIN}, of the student before",
+            ", ".join(told(off, noise) for off, noise in ends),
+            all(equal(off, noise) for off, noise in ends),
+        )
+    )
+    given = difference(
+        arms["reverse"], arms["reverse"], ("accuracy_before",), ("accuracy_teacher",)
+    )[0]
+    lost = [
+        difference(arms[pair], arms[pair], ("accuracy_before",), ("accuracy_after",))[0]
+        / (given or math.nan)
+        for pair in ("reverse", "reverse-bigger")
+    ]
+    lines.append(
+        (
+            "3.3 lost",
+            "both >= .8 of post-training's gain (added later)",
+            ", ".join(f"{x:.2f}" for x in lost),
+            min(lost) >= 0.8,
+        )
+    )
     return lines
 
 
 def report(made, out):
-    lines = [f"{'pair':16} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} "
-             f"{'overlap':>14} {'reverse KL':>17} {'masses at the end':>18} {'s':>5}"]
+    lines = [
+        f"{'pair':16} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} "
+        f"{'overlap':>14} {'reverse KL':>17} {'masses at the end':>18} {'s':>5}"
+    ]
     for r in made["runs"]:
         a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(f"{r['pair']:16} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
-                     f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-                     f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
-                     f"{a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
-                     f"{b['overlap_mass_student']:9.4f} {b['overlap_mass_teacher']:.4f} {r['seconds']:5.0f}")
+        lines.append(
+            f"{r['pair']:16} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
+            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
+            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
+            f"{a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
+            f"{b['overlap_mass_student']:9.4f} {b['overlap_mass_teacher']:.4f} {r['seconds']:5.0f}"
+        )
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.phenomenology(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
-    main("phenomenology", __doc__.splitlines()[0], seed_runs, report,
-         curves=("step", "overlap_ratio", "reverse_kl", "accuracy"))
+    main(
+        "phenomenology",
+        __doc__.splitlines()[0],
+        seed_runs,
+        report,
+        curves=("step", "overlap_ratio", "reverse_kl", "accuracy"),
+    )

@@ -28,12 +28,14 @@ templates.
     python experiments/recipe.py              results/recipe.{json,txt,svg}
     python experiments/recipe.py --quick      one seed, few steps: does it run?
 """
+
 import math
 import random
 from statistics import mean
 
 import plot
 from lab import analysis, difference, distil, main, models, told, toy, verdicts, write_text
+
 from plumbing.answers import answered
 from plumbing.prompts import load_prompts
 from recipes import in_template, select
@@ -54,23 +56,43 @@ def seed_runs(seed, world, scratch, quick):
 def cold_starts(seed, world, scratch, quick):
     models(world, seed)
     few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
-    cold, control = dict(cold_start=few, cold_start_steps=sft), dict(cold_start_steps=sft + opd_steps, steps=0)
+    cold, control = (
+        dict(cold_start=few, cold_start_steps=sft),
+        dict(cold_start_steps=sft + opd_steps, steps=0),
+    )
     sharp, runs = dict(cold_start_temperature=0.7, cold_start_top_p=0.95), []
-    for arm, settings in (("opd", {}),
-                          ("sft 100 + opd", cold),
-                          ("sft 100 T.7 + opd", {**cold, **sharp}),
-                          ("sft 300", dict(control, cold_start=few)),
-                          ("sft 300, fresh", dict(control, cold_start=4 * few - 1)),
-                          ("sft 300 T.7", dict(control, cold_start=few, **sharp)),
-                          ("sft 300 T.7, fresh", dict(control, cold_start=4 * few - 1, **sharp))):
-        result = distil(world / "student", world / "other", world, scratch / f"{arm}-{seed}", seed=seed,
-                        eval_n=1 if quick else 4, eval_every=max(1, opd_steps // 5), **{"steps": opd_steps, **settings})
+    for arm, settings in (
+        ("opd", {}),
+        ("sft 100 + opd", cold),
+        ("sft 100 T.7 + opd", {**cold, **sharp}),
+        ("sft 300", dict(control, cold_start=few)),
+        ("sft 300, fresh", dict(control, cold_start=4 * few - 1)),
+        ("sft 300 T.7", dict(control, cold_start=few, **sharp)),
+        ("sft 300 T.7, fresh", dict(control, cold_start=4 * few - 1, **sharp)),
+    ):
+        result = distil(
+            world / "student",
+            world / "other",
+            world,
+            scratch / f"{arm}-{seed}",
+            seed=seed,
+            eval_n=1 if quick else 4,
+            eval_every=max(1, opd_steps // 5),
+            **{"steps": opd_steps, **settings},
+        )
         runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
         if arm.endswith("+ opd"):
             kept = ("accuracy_teacher", "accuracy_before", "held_out_before", "commit")
-            runs.append({"part": "5.1", "arm": arm.removesuffix(" + opd"), "seed": seed,
-                         **{name: result[name] for name in kept}, "accuracy_after": result["accuracy_cold_start"],
-                         "held_out_after": result["held_out_cold_start"]})
+            runs.append(
+                {
+                    "part": "5.1",
+                    "arm": arm.removesuffix(" + opd"),
+                    "seed": seed,
+                    **{name: result[name] for name in kept},
+                    "accuracy_after": result["accuracy_cold_start"],
+                    "held_out_after": result["held_out_cold_start"],
+                }
+            )
     return runs
 
 
@@ -84,8 +106,16 @@ def prompts(seed, world, scratch, quick):
         both = dict(templates=(toy.PLAIN, toy.POLITE))
         toy.make(world / "student", seed=100 * seed + 71, **both)
         toy.make(world / "bigger", size="large", seed=100 * seed + 72, **both)
-        toy.make(world / "teacher", start=world / "bigger", house_style=True, rounds=toy.ROUNDS, seed=100 * seed + 73,
-                 post_template=toy.POLITE, post_digits=LOW, rehearse=True)
+        toy.make(
+            world / "teacher",
+            start=world / "bigger",
+            house_style=True,
+            rounds=toy.ROUNDS,
+            seed=100 * seed + 73,
+            post_template=toy.POLITE,
+            post_digits=LOW,
+            rehearse=True,
+        )
         for name, digits, number in (("low", LOW, 1), ("high", HIGH, 2), (".", (0, 9), 3)):
             (world / name).mkdir(exist_ok=True)
             toy.write_questions(world / name, seed=100 * seed + number, digits=digits)
@@ -93,21 +123,45 @@ def prompts(seed, world, scratch, quick):
 
     def arm(template, fraction):
         out = scratch / f"{template}-{fraction}-{seed}"
-        result = distil(world / "student", world / "teacher", world, out, seed=seed, steps=steps,
-                        eval_n=1 if quick else 2, template=TEMPLATES[template],
-                        prompts=str(world / "high" / "prompts.jsonl"),
-                        aligned_prompts=str(world / "low" / "prompts.jsonl"), aligned_fraction=fraction)
+        result = distil(
+            world / "student",
+            world / "teacher",
+            world,
+            out,
+            seed=seed,
+            steps=steps,
+            eval_n=1 if quick else 2,
+            template=TEMPLATES[template],
+            prompts=str(world / "high" / "prompts.jsonl"),
+            aligned_prompts=str(world / "low" / "prompts.jsonl"),
+            aligned_fraction=fraction,
+        )
         del result["curves"]
-        runs.append({"part": "5.2", "arm": f"{template} template, {fraction:.2f} aligned content", "seed": seed,
-                     "template": template, "fraction": fraction, **result,
-                     "accuracies": accuracies(out / "student", world, seed, quick)})
+        runs.append(
+            {
+                "part": "5.2",
+                "arm": f"{template} template, {fraction:.2f} aligned content",
+                "seed": seed,
+                "template": template,
+                "fraction": fraction,
+                **result,
+                "accuracies": accuracies(out / "student", world, seed, quick),
+            }
+        )
+
     for fraction in FRACTIONS:
         arm("aligned", fraction)
     for fraction in (0.0, 1.0):
         arm("unaligned", fraction)
     for model in ("student", "teacher"):
-        runs.append({"part": "5.2", "arm": model, "seed": seed,
-                     "accuracies": accuracies(world / model, world, seed, quick)})
+        runs.append(
+            {
+                "part": "5.2",
+                "arm": model,
+                "seed": seed,
+                "accuracies": accuracies(world / model, world, seed, quick),
+            }
+        )
     runs.append({"part": "5.2", "arm": "selection", "seed": seed, **selection(world, seed, quick)})
     return runs
 
@@ -117,25 +171,45 @@ def accuracies(model, world, seed, quick):
     pair, out = Pair.load(model, model, device="cpu"), {}
     for template, text in TEMPLATES.items():
         for digits in (".", "low", "high"):
-            rows = in_template(load_prompts(world / digits / "eval.jsonl")[:16 if quick else 256], text)
+            rows = in_template(
+                load_prompts(world / digits / "eval.jsonl")[: 16 if quick else 256], text
+            )
             rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
-            right, truncated = answered(pair, rows, n=4, max_new_tokens=96, seed=seed)                      # (rows, 4)
+            right, truncated = answered(pair, rows, n=4, max_new_tokens=96, seed=seed)  # (rows, 4)
             out[f"{template}, {'all' if digits == '.' else digits}"] = {
-                **analysis.estimate(right.double().mean(1)), "samples": right.numel(),
-                "truncated": truncated.double().mean().item()}
+                **analysis.estimate(right.double().mean(1)),
+                "samples": right.numel(),
+                "truncated": truncated.double().mean().item(),
+            }
     return out
 
 
 def selection(world, seed, quick):
     """What recipes.select finds in a pool whose halves are known to us and not to it."""
     pair = Pair.load(world / "student", world / "teacher", device="cpu")
-    pool = [{**row, "low": name == "low"} for name in ("low", "high")
-            for row in load_prompts(world / name / "prompts.jsonl")[:16 if quick else 256]]
+    pool = [
+        {**row, "low": name == "low"}
+        for name in ("low", "high")
+        for row in load_prompts(world / name / "prompts.jsonl")[: 16 if quick else 256]
+    ]
     random.Random(seed).shuffle(pool)
-    chosen = select(pair, pool, lambda rows: pair.encode(rows, max_prompt_tokens=64, new_tokens=96),
-                    templates=(toy.PLAIN, toy.POLITE), keep=0.5, sample=64, n=4, max_new_tokens=96, seed=seed)
-    return {"templates": chosen["templates"], "template_found": chosen["template"] == toy.POLITE,
-            "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"]) / len(chosen["aligned"])}
+    chosen = select(
+        pair,
+        pool,
+        lambda rows: pair.encode(rows, max_prompt_tokens=64, new_tokens=96),
+        templates=(toy.PLAIN, toy.POLITE),
+        keep=0.5,
+        sample=64,
+        n=4,
+        max_new_tokens=96,
+        seed=seed,
+    )
+    return {
+        "templates": chosen["templates"],
+        "template_found": chosen["template"] == toy.POLITE,
+        "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"])
+        / len(chosen["aligned"]),
+    }
 
 
 # --- the report ----------------------------------------------------------------------------------------------------
@@ -149,27 +223,56 @@ def report(made, out):
 
 def judge(runs):
     """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it hold)]."""
-    cold = {arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"]) for arm in plot.ARMS}
+    cold = {
+        arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
+        for arm in plot.ARMS
+    }
     lines = []
-    for arm, sign, bound in (("opd", "<", 0.2), ("sft 100", "<", 0.5), ("sft 100 + opd", ">=", 0.8)):
+    for arm, sign, bound in (
+        ("opd", "<", 0.2),
+        ("sft 100", "<", 0.5),
+        ("sft 100 + opd", ">=", 0.8),
+    ):
         recovered = [recovery(r) for r in cold[arm]]
         value = math.nan if None in recovered else mean(recovered)
-        lines.append((f"5.1 {arm}", f"gap recovery {sign} {bound}", f"{value:.3f}",
-                      value < bound if sign == "<" else value >= bound))
+        lines.append(
+            (
+                f"5.1 {arm}",
+                f"gap recovery {sign} {bound}",
+                f"{value:.3f}",
+                value < bound if sign == "<" else value >= bound,
+            )
+        )
     for T in ("", " T.7"):
         controls = ("opd", f"sft 300{T}", f"sft 300{T}, fresh")
         against = [difference(cold[f"sft 100{T} + opd"], cold[arm]) for arm in controls]
-        lines.append((f"5.1 cold start{T}", f"above {', '.join(controls)}", ", ".join(
-            told(gain, noise) for gain, noise in against), all(gain > noise for gain, noise in against)))
+        lines.append(
+            (
+                f"5.1 cold start{T}",
+                f"above {', '.join(controls)}",
+                ", ".join(told(gain, noise) for gain, noise in against),
+                all(gain > noise for gain, noise in against),
+            )
+        )
     arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
     aligned, unaligned, other_content = (
-        [r["accuracies"] for r in arms[arm]] for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0)))
+        [r["accuracies"] for r in arms[arm]]
+        for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0))
+    )
     gain, noise = difference(aligned, unaligned, all_digits)
-    lines.append(("5.2 template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise))
+    lines.append(
+        ("5.2 template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise)
+    )
     gain, noise = difference(aligned, other_content, all_digits[:1])
     ours, theirs = entropy(arms["aligned", 1.0]), entropy(arms["aligned", 0.0])
-    lines.append(("5.2 content", f"gain > {noise:.3f} and lower entropy",
-                  f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}", gain > noise and ours < theirs))
+    lines.append(
+        (
+            "5.2 content",
+            f"gain > {noise:.3f} and lower entropy",
+            f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}",
+            gain > noise and ours < theirs,
+        )
+    )
     return lines
 
 
@@ -191,47 +294,78 @@ def entropy(arm):
 
 def report_cold_starts(runs):
     """5.1: every run; a list of lines."""
-    lines = [f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
-             f"{'masses at the end':>18} {'H student':>9}"]
-    for r in sorted((r for r in runs if r["part"] == "5.1"), key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"])):
+    lines = [
+        f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
+        f"{'masses at the end':>18} {'H student':>9}"
+    ]
+    for r in sorted(
+        (r for r in runs if r["part"] == "5.1"),
+        key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"]),
+    ):
         recovered, b = recovery(r), r["held_out_after"]
-        lines.append(f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
-                     f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-                     f"{'none' if recovered is None else f'{recovered:.3f}':>9} {b['overlap_ratio']:8.3f} "
-                     f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}")
+        lines.append(
+            f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
+            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
+            f"{'none' if recovered is None else f'{recovered:.3f}':>9} {b['overlap_ratio']:8.3f} "
+            f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}"
+        )
     return lines
 
 
 def report_prompts(runs):
     """5.2: every run, then what has no criterion; a list of lines."""
-    titles = [f"{template}, {digits}" for template in TEMPLATES for digits in ("all", "low", "high")]
-    lines = ["5.2: accuracy on problems with all, low, high digits, "
-             "evaluated under the teacher's template and under the other",
-             f"{'arm':42} {'seed':>4} " + " ".join(
-                 f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles)
-             + f" {'H student':>9}"]
+    titles = [
+        f"{template}, {digits}" for template in TEMPLATES for digits in ("all", "low", "high")
+    ]
+    lines = [
+        "5.2: accuracy on problems with all, low, high digits, "
+        "evaluated under the teacher's template and under the other",
+        f"{'arm':42} {'seed':>4} "
+        + " ".join(
+            f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles
+        )
+        + f" {'H student':>9}",
+    ]
     mine = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
     order = list(dict.fromkeys(r["arm"] for r in mine))
     for r in sorted(mine, key=lambda r: (order.index(r["arm"]), r["seed"])):
         H = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
-        lines.append(f"{r['arm']:42} {r['seed']:4d} "
-                     + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles) + f" {H:>9}")
+        lines.append(
+            f"{r['arm']:42} {r['seed']:4d} "
+            + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles)
+            + f" {H:>9}"
+        )
 
     arms = by_template(runs)
     for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
-        each, error = difference(*([r["accuracies"] for r in arms[arm, 1.0]] for arm in TEMPLATES), (key,))
+        each, error = difference(
+            *([r["accuracies"] for r in arms[arm, 1.0]] for arm in TEMPLATES), (key,)
+        )
         lines.append(f"template, evaluated under the {name} one alone: {told(each, error)}")
-    lines.append("mixing, mean over seeds: " + "; ".join(
-        f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
-        f"H {entropy(arms['aligned', f]):.3f}" for f in FRACTIONS))
+    lines.append(
+        "mixing, mean over seeds: "
+        + "; ".join(
+            f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
+            f"H {entropy(arms['aligned', f]):.3f}"
+            for f in FRACTIONS
+        )
+    )
     for r in runs:
         if r["arm"] == "selection":
-            lines.append(f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "
-                         "is aligned content (chance .5); scores of the templates: "
-                         + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
-                         + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found"))
+            lines.append(
+                f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "
+                "is aligned content (chance .5); scores of the templates: "
+                + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
+                + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found")
+            )
     return lines
 
 
 if __name__ == "__main__":
-    main("recipe", __doc__.splitlines()[0], seed_runs, report, curves=("step", "overlap_ratio", "accuracy"))
+    main(
+        "recipe",
+        __doc__.splitlines()[0],
+        seed_runs,
+        report,
+        curves=("step", "overlap_ratio", "accuracy"),
+    )

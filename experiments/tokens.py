@@ -8,6 +8,7 @@ model or a prompt wrote is escaped in the text, and reaches the cards as JSON an
 
     python analysis.py --student S --teacher T --prompts F --tokens out.html   then open out.html; #r0t5 opens a card
 """
+
 import base64
 import hashlib
 import html
@@ -18,9 +19,9 @@ from pathlib import Path
 from analysis import diagnose
 from plumbing.answers import read_answer, same_answer
 
-TOP = 5                       # likeliest tokens of each model on a card
-SATURATION = 2.0              # nats: the full tint
-LIMIT = 900_000               # bytes of a page; beyond it fewer responses are kept
+TOP = 5  # likeliest tokens of each model on a card
+SATURATION = 2.0  # nats: the full tint
+LIMIT = 900_000  # bytes of a page; beyond it fewer responses are kept
 
 
 def read(pair, r, k, temperature):
@@ -28,15 +29,33 @@ def read(pair, r, k, temperature):
 
     y, reward, p(y), q(y), overlap ratio, entropies, the student's likeliest tokens S and the teacher's Q.
     """
-    def per_position(log_p, log_q, y):                                                      # (N, V), (N, V), (N,)
-        x = diagnose(log_p, log_q, y, k)                                                    # {name: (N,)}
-        (p, S), (q, Q) = (log_x.exp().topk(min(TOP, log_x.size(-1))) for log_x in (log_p, log_q))    # (N, TOP)
-        return {"y": y, "reward": x["reward"], "p_y": x["log_p"].exp(), "q_y": (x["log_p"] + x["reward"]).exp(),
-                "overlap_ratio": x["overlap_ratio"], "H_p": x["entropy_student"], "H_q": x["entropy_teacher"],
-                "S": S, "p_S": p, "Q": Q, "q_Q": q}
 
-    grid = {name: x.cpu() for name, x in pair.grade(r, per_position, temperature=temperature).items()}  # (B, T, ...)
-    return [{name: x[row, written] for name, x in grid.items()} for row, written in enumerate(r.response_mask.cpu())]
+    def per_position(log_p, log_q, y):  # (N, V), (N, V), (N,)
+        x = diagnose(log_p, log_q, y, k)  # {name: (N,)}
+        (p, S), (q, Q) = (
+            log_x.exp().topk(min(TOP, log_x.size(-1))) for log_x in (log_p, log_q)
+        )  # (N, TOP)
+        return {
+            "y": y,
+            "reward": x["reward"],
+            "p_y": x["log_p"].exp(),
+            "q_y": (x["log_p"] + x["reward"]).exp(),
+            "overlap_ratio": x["overlap_ratio"],
+            "H_p": x["entropy_student"],
+            "H_q": x["entropy_teacher"],
+            "S": S,
+            "p_S": p,
+            "Q": Q,
+            "q_Q": q,
+        }
+
+    grid = {
+        name: x.cpu() for name, x in pair.grade(r, per_position, temperature=temperature).items()
+    }  # (B, T, ...)
+    return [
+        {name: x[row, written] for name, x in grid.items()}
+        for row, written in enumerate(r.response_mask.cpu())
+    ]
 
 
 # --- tokens as text ------------------------------------------------------------------------------------------------
@@ -47,42 +66,64 @@ def pieces(tokenizer, before, ids):
 
     A token that ends inside a character (some of its UTF-8 bytes) adds "", the one that completes it the character.
     """
+
     def decode(ids):
         return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
     ids, out = [*before[-4:], *ids], []
-    start, done = 0, len(before[-4:])        # ids[start:done] is text already, decoded again for the space that follows
+    start, done = (
+        0,
+        len(before[-4:]),
+    )  # ids[start:done] is text already, decoded again for the space that follows
     for end in range(done + 1, len(ids) + 1):
         text = decode(ids[start:end])
         if text.endswith("\ufffd") and end < len(ids):
             out.append("")
         else:
-            out.append(text[len(decode(ids[start:done])):])
+            out.append(text[len(decode(ids[start:done])) :])
             start, done = done, end
     return out
 
 
 def visible(tokenizer, i):
     """One token by itself, what has no shape spelt out: "␣the", "↵↵", "⟨U+200B⟩", "⟨bytes ðŁ⟩" of a character."""
-    text, piece = tokenizer.decode([i], clean_up_tokenization_spaces=False), str(tokenizer.convert_ids_to_tokens(i))
+    text, piece = (
+        tokenizer.decode([i], clean_up_tokenization_spaces=False),
+        str(tokenizer.convert_ids_to_tokens(i)),
+    )
     if "\ufffd" in text:
         return f"⟨bytes {piece}⟩"
-    if piece.startswith("▁") and not text.startswith(" "):                 # sentencepiece drops the first space
+    if piece.startswith("▁") and not text.startswith(" "):  # sentencepiece drops the first space
         text = " " + text
     shapes = {" ": "␣", "\n": "↵", "\t": "⇥"}
-    return "".join(shapes.get(c) or (c if c.isprintable() else f"⟨U+{ord(c):04X}⟩") for c in text or piece)
+    return "".join(
+        shapes.get(c) or (c if c.isprintable() else f"⟨U+{ord(c):04X}⟩") for c in text or piece
+    )
 
 
 def escaped(text):
     """Text of a model or a prompt as HTML; control characters, which vanish or turn the line around, are spelt out."""
-    text = re.sub("[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", lambda c: f"⟨U+{ord(c[0]):04X}⟩", text)
+    text = re.sub(
+        "[\0-\x08\x0b-\x1f\u202a-\u202e\u2066-\u2069\ud800-\udfff]",
+        lambda c: f"⟨U+{ord(c[0]):04X}⟩",
+        text,
+    )
     return html.escape(text)
 
 
 def tinted(text, reward):
     """A token as a span: the class says the sign of its reward, --a the size, 0 to 1; style marks spaces and breaks."""
-    text = re.sub("[ \n\t]", lambda c: f"<span class={'nl' if c[0] == chr(10) else 'sp'}>{c[0]}</span>", escaped(text))
+    text = re.sub(
+        "[ \n\t]",
+        lambda c: f"<span class={'nl' if c[0] == chr(10) else 'sp'}>{c[0]}</span>",
+        escaped(text),
+    )
     strength = min(abs(reward) / SATURATION, 1)
-    tint = "" if strength < 0.005 else f" class={'neg' if reward < 0 else 'pos'} style=--a:{strength:.2f}"
+    tint = (
+        ""
+        if strength < 0.005
+        else f" class={'neg' if reward < 0 else 'pos'} style=--a:{strength:.2f}"
+    )
     return f"<span{tint}>{text}</span>"
 
 
@@ -93,22 +134,36 @@ def marks(said, want, truncated):
     """Verdicts on a response as (class, sign and word): right or wrong where there is an answer to compare, cut off."""
     right = want is not None and same_answer(said, want)
     wrong = want is not None and not right and (said is not None or not truncated)
-    return [mark for mark, holds in ((("right", "✓ correct"), right), (("wrong", "✗ incorrect"), wrong),
-                                     (("cut", "✂ cut off"), truncated)) if holds]
+    return [
+        mark
+        for mark, holds in (
+            (("right", "✓ correct"), right),
+            (("wrong", "✗ incorrect"), wrong),
+            (("cut", "✂ cut off"), truncated),
+        )
+        if holds
+    ]
 
 
 def facts(pairs):
     """(name, text) pairs as a list of definitions; what has no text is left out."""
-    items = (f"<div><dt>{name}</dt><dd>{escaped(str(text))}</dd></div>" for name, text in pairs if text)
+    items = (
+        f"<div><dt>{name}</dt><dd>{escaped(str(text))}</dd></div>" for name, text in pairs if text
+    )
     return f"<dl>{''.join(items)}</dl>"
 
 
 def section(pair, number, row, ids, truncated, values):
     """One response as HTML: verdict, facts, prompt, tinted text."""
     said, want = read_answer(pair.tokenizer.decode(ids, skip_special_tokens=True)), row["answer"]
-    badges = "".join(f" <span class='mark {name}'>{text}</span>" for name, text in marks(said, want, truncated))
-    prompt = row["prompt"] if isinstance(row["prompt"], str) else "\n".join(
-        f"{message['role']}: {message['content']}" for message in row["prompt"])
+    badges = "".join(
+        f" <span class='mark {name}'>{text}</span>" for name, text in marks(said, want, truncated)
+    )
+    prompt = (
+        row["prompt"]
+        if isinstance(row["prompt"], str)
+        else "\n".join(f"{message['role']}: {message['content']}" for message in row["prompt"])
+    )
     text = f"<p class=prompt>{escaped(prompt)}</p>"
     if len(prompt) > 400:
         text = f"<details><summary>{escaped(' '.join(prompt.split())[:150])} …</summary>{text}</details>"
@@ -124,10 +179,14 @@ def section(pair, number, row, ids, truncated, values):
 
 def cards(values):
     """What the cards of one response show: list over tokens of the values of `read` in its order, four digits each."""
+
     def short(x):
         if isinstance(x, list):
             return [short(y) for y in x]
-        return x if isinstance(x, int) else float(f"{max(-1e4, min(x, 1e4)):.4g}")          # JSON has no infinity
+        return (
+            x if isinstance(x, int) else float(f"{max(-1e4, min(x, 1e4)):.4g}")
+        )  # JSON has no infinity
+
     return [list(row) for row in zip(*(short(x.tolist()) for x in values.values()))]
 
 
@@ -136,11 +195,26 @@ def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, se
 
     Where the page would outgrow LIMIT, the last responses are left out and the page says so; the first always stays.
     """
-    r = pair.write([row["ids"] for row in rows], max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    r = pair.write(
+        [row["ids"] for row in rows],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
     graded = read(pair, r, k, temperature)
-    sections = [section(pair, i, row, r.response_ids(i), bool(r.truncated[i]), graded[i]) for i, row in enumerate(rows)]
+    sections = [
+        section(pair, i, row, r.response_ids(i), bool(r.truncated[i]), graded[i])
+        for i, row in enumerate(rows)
+    ]
     for kept in range(len(rows), 0, -1):
-        page = assemble(pair, sections[:kept], [cards(values) for values in graded[:kept]], k, temperature, len(rows))
+        page = assemble(
+            pair,
+            sections[:kept],
+            [cards(values) for values in graded[:kept]],
+            k,
+            temperature,
+            len(rows),
+        )
         if len(page) <= LIMIT:
             break
     Path(out).write_bytes(page)
@@ -149,15 +223,31 @@ def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, se
 def assemble(pair, sections, responses, k, temperature, asked):
     """The page around its sections, with the data of the cards: -> UTF-8 bytes."""
     ids = {i for tokens in responses for y, *_, S, _, Q, _ in tokens for i in (y, *S, *Q)}
-    data = json.dumps({"k": k, "names": {i: visible(pair.tokenizer, i) for i in sorted(ids)}, "responses": responses},
-                      separators=(",", ":"), allow_nan=False)
-    for c in "<>&":                                # no way out of the script element; all else is ASCII already
+    data = json.dumps(
+        {
+            "k": k,
+            "names": {i: visible(pair.tokenizer, i) for i in sorted(ids)},
+            "responses": responses,
+        },
+        separators=(",", ":"),
+        allow_nan=False,
+    )
+    for c in "<>&":  # no way out of the script element; all else is ASCII already
         data = data.replace(c, f"\\u{ord(c):04x}")
     scale = "".join(map(tinted, ("≤ −2", "−1", "0", "+1", "≥ +2"), (-2, -1, 0, 1, 2)))
     names = facts([("student", pair.student.name_or_path), ("teacher", pair.teacher.name_or_path)])
-    at = "" if temperature == 1 else f" The student wrote, and p is taken, at temperature {temperature:g}."
-    fewer = "" if len(responses) == asked else (
-        f"<p><b>Only the first {len(responses)} of {asked} responses fit into {LIMIT // 1000} kB.</b></p>")
+    at = (
+        ""
+        if temperature == 1
+        else f" The student wrote, and p is taken, at temperature {temperature:g}."
+    )
+    fewer = (
+        ""
+        if len(responses) == asked
+        else (
+            f"<p><b>Only the first {len(responses)} of {asked} responses fit into {LIMIT // 1000} kB.</b></p>"
+        )
+    )
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -7,6 +7,7 @@ that asks, the number that comes back, and the lines to read.
 
 One seed and few prompts: it shows, and proves nothing. What was measured with care is in experiments/README.md.
 """
+
 import argparse
 import contextlib
 import functools
@@ -29,7 +30,11 @@ from plumbing.answers import answered  # noqa: E402
 from plumbing.prompts import load_prompts  # noqa: E402
 from teacher import Pair  # noqa: E402
 
-TEACHERS = {"teacher": "post-trained, same family", "bigger": "larger, same pipeline", "other": "another family"}
+TEACHERS = {
+    "teacher": "post-trained, same family",
+    "bigger": "larger, same pipeline",
+    "other": "another family",
+}
 
 
 class Tour:
@@ -42,7 +47,11 @@ class Tour:
         return Pair.load(self.models / "student", self.models / teacher, device="cpu")
 
     def rows(self, pair):
-        return pair.encode(load_prompts(self.models / "eval.jsonl")[:self.count], max_prompt_tokens=64, new_tokens=96)
+        return pair.encode(
+            load_prompts(self.models / "eval.jsonl")[: self.count],
+            max_prompt_tokens=64,
+            new_tokens=96,
+        )
 
     def graded(self, per_position):
         """What the student wrote, each position of it graded: -> pair, Rollout, {name: (B, T)}."""
@@ -53,50 +62,89 @@ class Tour:
     @functools.cache
     def diagnosis(self, teacher):
         pair = self.pair(teacher)
-        return analysis.diagnose_pair(pair, self.rows(pair), answered=answered, max_new_tokens=96,
-                                      eval_temperature=1.0, eval_top_p=1.0)
+        return analysis.diagnose_pair(
+            pair,
+            self.rows(pair),
+            answered=answered,
+            max_new_tokens=96,
+            eval_temperature=1.0,
+            eval_top_p=1.0,
+        )
 
     def run(self, teacher, **settings):
         """A run of opd.py in a folder that is thrown away: -> its result, the loss of its first step."""
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-            result = opd.distil(opd.Config(**{**opd.PRESETS["toy"], **dict(
-                student=str(self.models / "student"), teacher=str(self.models / teacher), steps=self.steps,
-                prompts=str(self.models / "prompts.jsonl"), eval=str(self.models / "eval.jsonl"), out=f"{out}/run",
-                device="cpu", batch_size=min(64, self.count)), **settings}))
-        before, after, best = (result[f"accuracy_{who}"]["mean"] for who in ("before", "after", "teacher"))
-        return (f"accuracy {before:.2f} -> {after:.2f}, teacher {best:.2f}; overlap ratio "
-                f"{result['held_out_before']['overlap_ratio']:.2f} -> {result['held_out_after']['overlap_ratio']:.2f}; "
-                f"reverse KL {result['held_out_before']['reverse_kl']:.3f} -> "
-                f"{result['held_out_after']['reverse_kl']:.3f}")
+            result = opd.distil(
+                opd.Config(
+                    **{
+                        **opd.PRESETS["toy"],
+                        **dict(
+                            student=str(self.models / "student"),
+                            teacher=str(self.models / teacher),
+                            steps=self.steps,
+                            prompts=str(self.models / "prompts.jsonl"),
+                            eval=str(self.models / "eval.jsonl"),
+                            out=f"{out}/run",
+                            device="cpu",
+                            batch_size=min(64, self.count),
+                        ),
+                        **settings,
+                    }
+                )
+            )
+        before, after, best = (
+            result[f"accuracy_{who}"]["mean"] for who in ("before", "after", "teacher")
+        )
+        return (
+            f"accuracy {before:.2f} -> {after:.2f}, teacher {best:.2f}; overlap ratio "
+            f"{result['held_out_before']['overlap_ratio']:.2f} -> {result['held_out_after']['overlap_ratio']:.2f}; "
+            f"reverse KL {result['held_out_before']['reverse_kl']:.3f} -> "
+            f"{result['held_out_after']['reverse_kl']:.3f}"
+        )
 
 
 # --- the stops: claim, call, what to read; the function gives the number ---------------------------------------------
 
 
 def every_token(tour):
-    pair, r, grid = tour.graded(lambda log_p, log_q, y: {"reward": (log_q - log_p).gather(-1, y[:, None])[:, 0]})
+    pair, r, grid = tour.graded(
+        lambda log_p, log_q, y: {"reward": (log_q - log_p).gather(-1, y[:, None])[:, 0]}
+    )
     i = int(torch.where(r.response_mask, grid["reward"], 0).min(1).values.argmin())
     ids, rewards = r.response_ids(i), grid["reward"][i]
-    worst = int(rewards[:len(ids)].argmin())
+    worst = int(rewards[: len(ids)].argmin())
     said = pair.tokenizer.convert_ids_to_tokens(ids)
-    return (f"{int(r.response_mask.sum())} rewards for {len(r.ids)} responses; the lowest, {rewards[worst]:.1f} nats, "
-            f"for \"{said[worst]}\" after \"... {' '.join(said[max(0, worst - 4):worst])}\"")
+    return (
+        f"{int(r.response_mask.sum())} rewards for {len(r.ids)} responses; the lowest, {rewards[worst]:.1f} nats, "
+        f'for "{said[worst]}" after "... {" ".join(said[max(0, worst - 4) : worst])}"'
+    )
 
 
 def estimators(tour):
-    _, r, grid = tour.graded(lambda log_p, log_q, y: {
-        "Eq. 3": loss.sampled_token(log_p, log_q, y), "Eq. 4": loss.full_vocab(log_p, log_q),
-        "Eq. 5": loss.top_k(log_p, log_q, 16)})
-    return "; ".join(f"{name} {x[r.response_mask].mean():.3f} (spread {x[r.response_mask].std():.3f})"
-                     for name, x in grid.items()) + " nats a token"
+    _, r, grid = tour.graded(
+        lambda log_p, log_q, y: {
+            "Eq. 3": loss.sampled_token(log_p, log_q, y),
+            "Eq. 4": loss.full_vocab(log_p, log_q),
+            "Eq. 5": loss.top_k(log_p, log_q, 16),
+        }
+    )
+    return (
+        "; ".join(
+            f"{name} {x[r.response_mask].mean():.3f} (spread {x[r.response_mask].std():.3f})"
+            for name, x in grid.items()
+        )
+        + " nats a token"
+    )
 
 
 def overlap(tour):
     lines = []
     for teacher, what in TEACHERS.items():
         m = {name: x["mean"] for name, x in tour.diagnosis(teacher)["metrics"].items()}
-        lines.append(f"{what:26} ratio {m['overlap_ratio']:.2f}, masses {m['overlap_mass_student']:.2f} and "
-                     f"{m['overlap_mass_teacher']:.2f}, reverse KL {m['reverse_kl']:.2f}")
+        lines.append(
+            f"{what:26} ratio {m['overlap_ratio']:.2f}, masses {m['overlap_mass_student']:.2f} and "
+            f"{m['overlap_mass_teacher']:.2f}, reverse KL {m['reverse_kl']:.2f}"
+        )
     return "\n".join(lines)
 
 
@@ -105,39 +153,77 @@ def verdicts(tour):
     for teacher, what in TEACHERS.items():
         found = tour.diagnosis(teacher)
         gain = found.get("predicted_gain")
-        lines.append(f"{what:26} predicted gain {analysis.plus_minus(gain, '+.2f') if gain else '?'}: "
-                     f"{found['verdict']}")
+        lines.append(
+            f"{what:26} predicted gain {analysis.plus_minus(gain, '+.2f') if gain else '?'}: "
+            f"{found['verdict']}"
+        )
     return "\n".join(lines)
 
 
 def depth(tour):
     found = tour.diagnosis("teacher")
-    gains = ", ".join(f"{x['gain']['mean']:+.2f} after {x['tokens']:.0f} tokens" for x in found["continuation"])
+    gains = ", ".join(
+        f"{x['gain']['mean']:+.2f} after {x['tokens']:.0f} tokens" for x in found["continuation"]
+    )
     area = {teacher: tour.diagnosis(teacher)["auroc"] for teacher in TEACHERS}
     return f"{gains}\nAUROC of the mean reward: " + ", ".join(
-        f"{TEACHERS[teacher]} {'?' if x is None else format(x, '.2f')}" for teacher, x in area.items())
+        f"{TEACHERS[teacher]} {'?' if x is None else format(x, '.2f')}"
+        for teacher, x in area.items()
+    )
 
 
 STOPS = (
-    ("2.2  The student writes, the teacher grades every token: log q(y) - log p(y).",
-     "r = pair.write(prompts, max_new_tokens=96); pair.grade(r, ...)", (rollout.rollout, Pair.grade), every_token),
-    ("2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); 16 tokens do (Eq. 5).",
-     "loss.sampled_token, loss.full_vocab, loss.top_k", (loss.sampled_token, loss.full_vocab, loss.top_k), estimators),
-    ("4.1  Two models that think alike share the tokens that hold nearly all of the probability (Eq. 6, 9, 10).",
-     "python analysis.py --student runs/toy/student --teacher ...", (analysis.overlap_ratio, analysis.overlap_mass),
-     overlap),
-    ("3    A teacher helps if it thinks alike and knows what is new. Its size and score do not tell.",
-     "the same command", (analysis.verdict, analysis.continuation), verdicts),
-    ("4.1  Success: accuracy and overlap rise together.",
-     "python opd.py --preset toy --teacher runs/toy/teacher ...", (opd.update, opd.distil),
-     lambda tour: tour.run("teacher")),
-    ("3.1  Failure: from another family's teacher the same student forgets what it knew.",
-     "python opd.py --preset toy --teacher runs/toy/other ...", (analysis.diagnose,), lambda tour: tour.run("other")),
-    ("5.1  A cold start, fine-tuning on the teacher's own answers, lets the same pair work.",
-     "python opd.py ... --cold-start 1024 --cold-start-steps 100", (recipes.teacher_rollouts, recipes.cold_start),
-     lambda tour: tour.run("other", cold_start=16 * tour.count, cold_start_steps=100 * tour.steps // 40)),
-    ("6    Dense rewards cost depth: late in a response the teacher helps less. Its mean reward ranks answers.",
-     "the command of stop 3", (analysis.continuation, analysis.auroc), depth))
+    (
+        "2.2  The student writes, the teacher grades every token: log q(y) - log p(y).",
+        "r = pair.write(prompts, max_new_tokens=96); pair.grade(r, ...)",
+        (rollout.rollout, Pair.grade),
+        every_token,
+    ),
+    (
+        "2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); 16 tokens do (Eq. 5).",
+        "loss.sampled_token, loss.full_vocab, loss.top_k",
+        (loss.sampled_token, loss.full_vocab, loss.top_k),
+        estimators,
+    ),
+    (
+        "4.1  Two models that think alike share the tokens that hold nearly all of the probability (Eq. 6, 9, 10).",
+        "python analysis.py --student runs/toy/student --teacher ...",
+        (analysis.overlap_ratio, analysis.overlap_mass),
+        overlap,
+    ),
+    (
+        "3    A teacher helps if it thinks alike and knows what is new. Its size and score do not tell.",
+        "the same command",
+        (analysis.verdict, analysis.continuation),
+        verdicts,
+    ),
+    (
+        "4.1  Success: accuracy and overlap rise together.",
+        "python opd.py --preset toy --teacher runs/toy/teacher ...",
+        (opd.update, opd.distil),
+        lambda tour: tour.run("teacher"),
+    ),
+    (
+        "3.1  Failure: from another family's teacher the same student forgets what it knew.",
+        "python opd.py --preset toy --teacher runs/toy/other ...",
+        (analysis.diagnose,),
+        lambda tour: tour.run("other"),
+    ),
+    (
+        "5.1  A cold start, fine-tuning on the teacher's own answers, lets the same pair work.",
+        "python opd.py ... --cold-start 1024 --cold-start-steps 100",
+        (recipes.teacher_rollouts, recipes.cold_start),
+        lambda tour: tour.run(
+            "other", cold_start=16 * tour.count, cold_start_steps=100 * tour.steps // 40
+        ),
+    ),
+    (
+        "6    Dense rewards cost depth: late in a response the teacher helps less. Its mean reward ranks answers.",
+        "the command of stop 3",
+        (analysis.continuation, analysis.auroc),
+        depth,
+    ),
+)
 
 
 def where(function):
@@ -149,15 +235,25 @@ def where(function):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper in eight stops.")
-    parser.add_argument("stops", nargs="*", type=int, default=[], help="which ones; all where none is named")
-    parser.add_argument("--models", default="runs/toy", help="what experiments/toy.py --all has written")
+    parser.add_argument(
+        "stops", nargs="*", type=int, default=[], help="which ones; all where none is named"
+    )
+    parser.add_argument(
+        "--models", default="runs/toy", help="what experiments/toy.py --all has written"
+    )
     parser.add_argument("--steps", type=int, default=40, help="of each of the three runs")
     parser.add_argument("--count", type=int, default=64, help="prompts")
     flags = parser.parse_args(argv)
-    missing = [name for name in ("student", *TEACHERS) if not (Path(flags.models) / name / "config.json").exists()]
+    missing = [
+        name
+        for name in ("student", *TEACHERS)
+        if not (Path(flags.models) / name / "config.json").exists()
+    ]
     if missing:
-        parser.error(f"{flags.models} has no {', '.join(missing)}: python experiments/toy.py --all --out "
-                     f"{flags.models} makes them")
+        parser.error(
+            f"{flags.models} has no {', '.join(missing)}: python experiments/toy.py --all --out "
+            f"{flags.models} makes them"
+        )
     if bad := [n for n in flags.stops if not 1 <= n <= len(STOPS)]:
         parser.error(f"stop {bad[0]}: there are {len(STOPS)}")
     transformers.logging.disable_progress_bar()

@@ -1,9 +1,10 @@
 """plumbing/exits.py: how a command ends. One line on stderr, and an exit code:
 
-    2    what was asked for cannot work: flags, files, models
-    1    it came to an end on its way: memory, disk, numbers that are not finite
-    128 + the signal: it was stopped (130 Ctrl-C, 143 SIGTERM, 129 a lost terminal)
+2    what was asked for cannot work: flags, files, models
+1    it came to an end on its way: memory, disk, numbers that are not finite
+128 + the signal: it was stopped (130 Ctrl-C, 143 SIGTERM, 129 a lost terminal)
 """
+
 import contextlib
 import logging
 import sys
@@ -14,10 +15,12 @@ import torch
 import transformers
 
 # what to do where memory runs out, by the function that it ran out in; the innermost counts
-ADVICE = {"rollout": "writing responses: lower --in-flight or --max-new-tokens (evaluating: --eval-max-new-tokens)",
-          "grade": "grading: lower --micro-batch-tokens or --chunk, add --gradient-checkpointing, or lower "
-                   "--max-new-tokens",
-          "load_pair": "loading the models: take smaller ones, --teacher-dtype bfloat16, or --teacher-device-map auto"}
+ADVICE = {
+    "rollout": "writing responses: lower --in-flight or --max-new-tokens (evaluating: --eval-max-new-tokens)",
+    "grade": "grading: lower --micro-batch-tokens or --chunk, add --gradient-checkpointing, or lower "
+    "--max-new-tokens",
+    "load_pair": "loading the models: take smaller ones, --teacher-dtype bfloat16, or --teacher-device-map auto",
+}
 
 
 class Stopped(Exception):
@@ -30,8 +33,14 @@ class Stopped(Exception):
 
 def is_out_of_memory(error):
     """PyTorch has a class for a GPU's memory, and only words for a CPU's and for that of CUDA's libraries: bool."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in (
-        "can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        words in str(error)
+        for words in (
+            "can't allocate memory",
+            "CUDA error: out of memory",
+            "CUBLAS_STATUS_ALLOC_FAILED",
+        )
+    )
 
 
 def out_of_memory(error):
@@ -48,7 +57,7 @@ def one_line(program):
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)                            # its five tries to connect
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its five tries to connect
     try:
         yield
         return
@@ -63,7 +72,7 @@ def one_line(program):
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        left = getattr(error, "__notes__", [])                              # what a run has to say of its checkpoint
+        left = getattr(error, "__notes__", [])  # what a run has to say of its checkpoint
         code, said = 1, "; ".join([out_of_memory(error), *left])
     print(f"{program}: " + " ".join(str(said).split()), file=sys.stderr)
     sys.exit(code)

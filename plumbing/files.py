@@ -1,4 +1,5 @@
 """plumbing/files.py: JSON and JSON lines, read with care and written whole."""
+
 import contextlib
 import fcntl
 import hashlib
@@ -22,7 +23,9 @@ def check_file(path, flag=""):
     try:
         open(path, "rb").close()
     except OSError as error:
-        raise ValueError(f"{flag} {path}: {error.strerror}; give a file of JSON lines".strip()) from None
+        raise ValueError(
+            f"{flag} {path}: {error.strerror}; give a file of JSON lines".strip()
+        ) from None
 
 
 def json_lines(path):
@@ -32,15 +35,20 @@ def json_lines(path):
     """
     check_file(path)
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):                           # bytes: \n alone ends a line, not U+2028
+        for number, line in enumerate(lines, 1):  # bytes: \n alone ends a line, not U+2028
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 value = json.loads(text) if text.strip() else None
             except UnicodeDecodeError:
                 raise ValueError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from None
-            except (ValueError, RecursionError) as error:                  # a number of 5,000 digits, 1,000 brackets
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # a number of 5,000 digits, 1,000 brackets
                 why = getattr(error, "msg", None) or str(error)
-                raise ValueError(f"{path}:{number} is not JSON ({why}); write one JSON object a line") from None
+                raise ValueError(
+                    f"{path}:{number} is not JSON ({why}); write one JSON object a line"
+                ) from None
             if text.strip():
                 yield number, value
 
@@ -65,7 +73,9 @@ def write_json(path, value):
 
 def write_lines(path, rows):
     """JSON lines, whole or not at all."""
-    write_whole(path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows))
+    write_whole(
+        path, lambda file: file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+    )
 
 
 def write_whole(path, write):
@@ -82,7 +92,9 @@ def write_whole(path, write):
     except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        cause = error.__context__ if isinstance(error, RuntimeError) else error         # torch.save hides it so
+        cause = (
+            error.__context__ if isinstance(error, RuntimeError) else error
+        )  # torch.save hides it so
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, cause.strerror, str(path)) from None
@@ -107,22 +119,38 @@ def provenance():
 
     commit and dirty are null where the code is not in a git repository.
     """
+
     def git(*arguments):
         if not shutil.which("git"):
             return None
-        done = subprocess.run(["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments],
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", "--no-optional-locks", "-C", str(Path(__file__).resolve().parent), *arguments],
+            capture_output=True,
+            text=True,
+        )
         return done.stdout.strip() if done.returncode == 0 else None
+
     changed = git("status", "--porcelain", "--untracked-files=no")
-    return {"command": " ".join(sys.argv), "commit": git("rev-parse", "--short=12", "HEAD"),
-            "dirty": None if changed is None else bool(changed), "python": sys.version.split()[0],
-            "torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads(),
-            "processes": processes()[1]}
+    return {
+        "command": " ".join(sys.argv),
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "dirty": None if changed is None else bool(changed),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "processes": processes()[1],
+    }
 
 
 def same(a, b):
     """Two values of a flag the same: a path may be put another way."""
-    return a == b or isinstance(a, str) and os.path.exists(a) and os.path.realpath(a) == os.path.realpath(b)
+    return (
+        a == b
+        or isinstance(a, str)
+        and os.path.exists(a)
+        and os.path.realpath(a) == os.path.realpath(b)
+    )
 
 
 def alone(handle, path):
@@ -130,27 +158,36 @@ def alone(handle, path):
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"--out {path}: another process is at it; wait for it, or take another --out") from None
+        raise ValueError(
+            f"--out {path}: another process is at it; wait for it, or take another --out"
+        ) from None
     except OSError:
-        pass                                                                    # a file system without locks
+        pass  # a file system without locks
 
 
 def check_call(path, call):
     """ValueError where the file at path, which is to go on, was begun by another call, which <path>.call.json tells, or
     has lost what was dropped.
     """
-    told, there = Path(f"{path}.call.json"), [Path(f"{path}{end}").is_file() for end in ("", ".dropped.jsonl")]
+    told, there = (
+        Path(f"{path}.call.json"),
+        [Path(f"{path}{end}").is_file() for end in ("", ".dropped.jsonl")],
+    )
     if Path(path).is_dir():
         raise ValueError(f"--out {path}: a folder; give a file in it")
     if any(there) and not all(there):
-        raise ValueError(f"--out {path}: of it and {path}.dropped.jsonl one is gone, and both together tell how far it "
-                         "had come; remove the other to begin anew, or take another --out")
+        raise ValueError(
+            f"--out {path}: of it and {path}.dropped.jsonl one is gone, and both together tell how far it "
+            "had come; remove the other to begin anew, or take another --out"
+        )
     if any(there):
         had = read_json(told) if told.exists() else {}
         for name, x in call.items():
             if name not in ("out", "count", "device") and not same(x, had.get(name)):
-                raise ValueError(f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; "
-                                 "give the same flags to go on, or take another --out")
+                raise ValueError(
+                    f"--out {path}: what is there was not begun with this --{name.replace('_', '-')}; "
+                    "give the same flags to go on, or take another --out"
+                )
     write_json(told, call)
 
 
@@ -163,8 +200,10 @@ def append_answers(path, batches):
     """
     path, dropped, first = Path(path), Path(f"{path}.dropped.jsonl"), processes()[0] == 0
     counts = {"kept": 0, "unfinished": 0, "degenerate": 0}
-    with (open(path if first else os.devnull, "a", encoding="utf-8") as kept,
-          open(dropped if first else os.devnull, "a", encoding="utf-8") as rest):
+    with (
+        open(path if first else os.devnull, "a", encoding="utf-8") as kept,
+        open(dropped if first else os.devnull, "a", encoding="utf-8") as rest,
+    ):
         if first:
             alone(kept, path)
             counts["kept"] = len(whole_lines(path))
@@ -172,21 +211,28 @@ def append_answers(path, batches):
                 try:
                     counts[json.loads(line)["why"]] += 1
                 except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{dropped}: {line[:60]!r} is no line of recipes.py; restore the file, or take "
-                                     "another --out") from None
-        counts = gathered([counts])[0]                                      # what the first process has found there
+                    raise ValueError(
+                        f"{dropped}: {line[:60]!r} is no line of recipes.py; restore the file, or take "
+                        "another --out"
+                    ) from None
+        counts = gathered([counts])[0]  # what the first process has found there
         for answers in batches(sum(counts.values())):
             for answer in answers:
                 counts[answer["why"]] += 1
                 good = answer["why"] == "kept"
-                print(json.dumps({"messages": answer["messages"]} if good else answer, ensure_ascii=False),
-                      file=kept if good else rest, flush=True)
-    return gathered([counts])[0]                                            # when all of it is written
+                print(
+                    json.dumps(
+                        {"messages": answer["messages"]} if good else answer, ensure_ascii=False
+                    ),
+                    file=kept if good else rest,
+                    flush=True,
+                )
+    return gathered([counts])[0]  # when all of it is written
 
 
 def whole_lines(path):
     """The lines of a file; a last line without its end, torn by a kill, is cut off the file."""
-    *lines, torn = path.read_bytes().split(b"\n")                   # bytes: a kill may fall within a character
+    *lines, torn = path.read_bytes().split(b"\n")  # bytes: a kill may fall within a character
     if torn:
         os.truncate(path, path.stat().st_size - len(torn))
     return [line.decode() for line in lines]

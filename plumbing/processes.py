@@ -3,6 +3,7 @@
 Each process writes and grades its share of a step's prompts. Only sums and gradients travel. Imports nothing of the
 project.
 """
+
 import contextlib
 import datetime
 import functools
@@ -50,11 +51,13 @@ def summed_gradients(model):
     """
     parameters = list(model.parameters())
     if dist.is_initialized():
-        used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int, device=parameters[0].device)
+        used = torch.tensor(
+            [p.grad is not None for p in parameters], dtype=torch.int, device=parameters[0].device
+        )
         for p, anywhere in zip(parameters, over_processes(used).tolist()):
             if anywhere:
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if not hasattr(p, "full_tensor"):                               # sharded: they are added up already
+                if not hasattr(p, "full_tensor"):  # sharded: they are added up already
                     dist.all_reduce(p.grad)
     return parameters
 
@@ -84,18 +87,26 @@ def one_of_several(device):
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=datetime.timedelta(hours=1))     # one may write longer than the others, not so long
+    dist.init_process_group(
+        timeout=datetime.timedelta(hours=1)
+    )  # one may write longer than the others, not so long
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)     # torchrun's, after a death, must not come before the line below
+    signal.signal(
+        signal.SIGTERM, signal.SIG_IGN
+    )  # torchrun's, after a death, must not come before the line below
     try:
         yield
     except RuntimeError as error:
         if not any(name in str(error) for name in ("gloo", "NCCL", "Connection")):
             raise
-        print("opd.py: stopped, as another process has died; the last checkpoint is whole: --resume "
-              f"({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
-        os._exit(1)                         # not by the way of destructors: those of gloo abort, or wait for the others
+        print(
+            "opd.py: stopped, as another process has died; the last checkpoint is whole: --resume "
+            f"({str(error).splitlines()[0]})",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # not by the way of destructors: those of gloo abort, or wait for the others
     dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """Every causal architecture that transformers builds tiny from a configuration: it works, or it is refused in a line.
 
-    python tests/test_architectures.py      tries them all and writes the table, architectures.md
+python tests/test_architectures.py      tries them all and writes the table, architectures.md
 """
+
 import os
 import signal
 import sys
@@ -21,40 +22,52 @@ from plumbing.models import probe  # noqa: E402
 from teacher import Pair, split  # noqa: E402
 
 TABLE, VOCAB, SECONDS = Path(__file__).parent / "architectures.md", 48, 15
-SMALL = {                                               # of these a configuration is given what it has
+SMALL = {  # of these a configuration is given what it has
     VOCAB: "vocab_size",
     64: "max_position_embeddings n_positions n_ctx intermediate_size n_inner ffn_dim d_ff decoder_ffn_dim "
-        "encoder_ffn_dim",
+    "encoder_ffn_dim",
     32: "hidden_size n_embd d_model moe_intermediate_size shared_expert_intermediate_size word_embed_proj_dim "
-        "embedding_size",
+    "embedding_size",
     16: "mamba_d_head mamba_head_dim",
     8: "head_dim state_size mamba_d_state kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim",
     4: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_attention_heads n_head n_heads "
-       "decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts mamba_n_heads "
-       "mamba_num_heads time_step_rank",
+    "decoder_attention_heads encoder_attention_heads num_experts num_local_experts n_routed_experts mamba_n_heads "
+    "mamba_num_heads time_step_rank",
     2: "num_key_value_heads num_experts_per_tok eos_token_id mamba_expand expand",
-    1: "n_groups mamba_n_groups n_group topk_group first_k_dense_replace bos_token_id"}
+    1: "n_groups mamba_n_groups n_group topk_group first_k_dense_replace bos_token_id",
+}
 SMALL = {name: size for size, names in SMALL.items() for name in names.split()} | {
-    "pad_token_id": 0, "initializer_range": 0.3, "rotary_dim": 4}
-MORE = {                                                # attention in every other layer, where four would have none
-    "bamba": dict(attn_layer_indices=[1, 3]), "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
-    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2), "mamba2": dict(num_heads=4, head_dim=16)}
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+    "rotary_dim": 4,
+}
+MORE = {  # attention in every other layer, where four would have none
+    "bamba": dict(attn_layer_indices=[1, 3]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
+    "mamba2": dict(num_heads=4, head_dim=16),
+}
 
 
 def build(name):
     """A tiny random model of an architecture, float32, in eval mode."""
     kind = CONFIG_MAPPING[name]
     text = kind().get_text_config()
-    given = {**{field: x for field, x in SMALL.items() if field in vars(text)}, **MORE.get(name, {})}
-    if "qk_rope_head_dim" in given:                     # attention through low ranks has head sizes of its own
+    given = {
+        **{field: x for field, x in SMALL.items() if field in vars(text)},
+        **MORE.get(name, {}),
+    }
+    if "qk_rope_head_dim" in given:  # attention through low ranks has head sizes of its own
         given.pop("head_dim", None)
         given["num_key_value_heads"] = 4
     while True:
         try:
             config = type(text)(**given)
             break
-        except Exception as error:                      # a field that this configuration does not let itself be given
-            wrong = [field for field in given if f"'{field}'" in str(error) or f"`{field}`" in str(error)]
+        except Exception as error:  # a field that this configuration does not let itself be given
+            wrong = [
+                field for field in given if f"'{field}'" in str(error) or f"`{field}`" in str(error)
+            ]
             if not wrong:
                 raise
             del given[wrong[0]]
@@ -69,15 +82,24 @@ def tried(name):
     """What becomes of an architecture, in words; an exception where it would be a traceback."""
     try:
         model = build(name)
-    except Exception:                                   # whatever a configuration makes of these sizes
+    except Exception:  # whatever a configuration makes of these sizes
         return "not built from these sizes"
     try:
         probe(model, name)
     except ValueError as refusal:
-        return "refused: " + str(refusal).split(": ", 1)[1].split(" ", 1)[1].split(";")[0].replace("|", "/")[:140]
+        return (
+            "refused: "
+            + str(refusal).split(": ", 1)[1].split(" ", 1)[1].split(";")[0].replace("|", "/")[:140]
+        )
     parts = split(model, VOCAB)
-    pair = Pair(model, model, None, dict(eos_ids=[2], merge_ends=True, pad_id=0, vocab_size=VOCAB), (parts, parts),
-                torch.device("cpu"))
+    pair = Pair(
+        model,
+        model,
+        None,
+        dict(eos_ids=[2], merge_ends=True, pad_id=0, vocab_size=VOCAB),
+        (parts, parts),
+        torch.device("cpu"),
+    )
     r = pair.write([[5, 3, 6, 4], [7, 3]], n=2, max_new_tokens=6, seed=0)
     grid = pair.grade(r, lambda *x: {"loss": -x[0].max(-1).values, **diagnose(*x, 4)}, scale=1.0)
     off = (grid["log_p"].nan_to_num() - r.log_p).abs().max()
@@ -114,18 +136,28 @@ def table():
     rows = {}
     for name in NAMES:
         rows.setdefault(told(name), []).append(name)
-    lines = [f"Tiny random models of transformers {transformers.__version__}, tried by `python "
-             "tests/test_architectures.py`: probed, written by, graded.", "",
-             "| outcome | architectures |", "|---|---|"]
-    for outcome, names in sorted(rows.items(), key=lambda row: ("works" not in row[0], -len(row[1]), row[0])):
+    lines = [
+        f"Tiny random models of transformers {transformers.__version__}, tried by `python "
+        "tests/test_architectures.py`: probed, written by, graded.",
+        "",
+        "| outcome | architectures |",
+        "|---|---|",
+    ]
+    for outcome, names in sorted(
+        rows.items(), key=lambda row: ("works" not in row[0], -len(row[1]), row[0])
+    ):
         lines.append(f"| {outcome} ({len(names)}) | {', '.join(names)} |")
     return "\n".join(lines) + "\n"
 
 
 def working(made):
     """The architectures of a table that work, however: set of str."""
-    return {name for line in made.splitlines() if line.startswith("| works") for name in
-            line.split("|")[2].strip().split(", ")}
+    return {
+        name
+        for line in made.splitlines()
+        if line.startswith("| works")
+        for name in line.split("|")[2].strip().split(", ")
+    }
 
 
 @pytest.mark.slow
@@ -134,7 +166,9 @@ def test_every_architecture_works_or_is_refused_in_one_line():
     made = table()
     assert "TRACEBACK" not in made, made
     assert "mamba" in working(made)
-    assert working(TABLE.read_text()) & NAMES.keys() <= working(made)           # of those that this transformers has
+    assert working(TABLE.read_text()) & NAMES.keys() <= working(
+        made
+    )  # of those that this transformers has
 
 
 if __name__ == "__main__":

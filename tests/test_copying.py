@@ -1,4 +1,5 @@
 """A file that its header calls fit to copy is: alone in an empty folder, with what the header names, it works."""
+
 import contextlib
 import os
 import shutil
@@ -47,7 +48,9 @@ for step in range(20):
 assert losses[-1] < 0.5 * losses[0], losses
 """
 
-ROLLOUT = MODELS + """
+ROLLOUT = (
+    MODELS
+    + """
 from rollout import rollout
 r = rollout(student, [[5, 6, 7], [8]], n=3, max_new_tokens=6, eos_ids=[2], seeds=[0, 1])
 assert r.ids.shape[0] == 6 and r.log_p.shape == r.response_mask.shape and r.response_mask[:, 0].all()
@@ -57,8 +60,12 @@ for row in range(6):
     expected = log_p[range(len(response)), response]
     torch.testing.assert_close(r.log_p[row, :len(response)], expected.detach(), rtol=0, atol=1e-4)
 """
+)
 
-TEACHER = MODELS + TOKENIZER + """
+TEACHER = (
+    MODELS
+    + TOKENIZER
+    + """
 from loss import full_vocab
 from rollout import rollout
 from teacher import Pair, log_probs
@@ -77,6 +84,7 @@ for step in range(15):
 assert losses[-1] < 0.7 * losses[0], losses
 assert pair.given([(prompts[0], [7, 2])]).response_ids(0) == [7, 2]
 """
+)
 
 ANALYSIS = """
 import torch
@@ -116,15 +124,22 @@ rows = list(cold_start(pair, optimizer, examples, steps=20, lr=1e-2, batch_size=
 assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["loss"] < 0.5 * rows[0]["loss"], rows
 """
 
-COPIES = {                          # file -> what its header says, what goes with it, what a user would write
+COPIES = {  # file -> what its header says, what goes with it, what a user would write
     "loss.py": ("To copy: this file alone.", [], LOSS),
     "rollout.py": ("To copy: this file alone.", [], ROLLOUT),
-    "plumbing/slots.py": ("To copy: with rollout.py.", ["rollout.py"], "from plumbing.slots import fastest\n"
-                          + ROLLOUT.replace("seeds=[0, 1]", "seeds=[0, 1], decoder=fastest")),
+    "plumbing/slots.py": (
+        "To copy: with rollout.py.",
+        ["rollout.py"],
+        "from plumbing.slots import fastest\n"
+        + ROLLOUT.replace("seeds=[0, 1]", "seeds=[0, 1], decoder=fastest"),
+    ),
     "teacher.py": ("To copy: with loss.py and rollout.py.", ["loss.py", "rollout.py"], TEACHER),
     "analysis.py": ("To copy: this file alone.", [], ANALYSIS),
-    "recipes.py": ("To copy: with analysis.py and plumbing/processes.py;", ["analysis.py", "plumbing/processes.py"],
-                   RECIPES),
+    "recipes.py": (
+        "To copy: with analysis.py and plumbing/processes.py;",
+        ["analysis.py", "plumbing/processes.py"],
+        RECIPES,
+    ),
 }
 
 
@@ -139,8 +154,14 @@ def started(tmp_path_factory):
             (folder / file).parent.mkdir(exist_ok=True)
             shutil.copy(ROOT / file, folder / file)
         (folder / "mine.py").write_text(script, encoding="utf-8")
-        running[name] = subprocess.Popen([sys.executable, "mine.py"], cwd=folder, text=True, stdout=subprocess.PIPE,
-                                         stderr=subprocess.STDOUT, env={**plain, "OMP_NUM_THREADS": "1"})
+        running[name] = subprocess.Popen(
+            [sys.executable, "mine.py"],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env={**plain, "OMP_NUM_THREADS": "1"},
+        )
     yield running
     for process in running.values():
         process.kill()

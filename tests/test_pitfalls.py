@@ -2,6 +2,7 @@
 
 The last test holds that table to the tests that it names.
 """
+
 import ast
 import dataclasses
 import functools
@@ -16,11 +17,20 @@ import torch
 from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
-from test_loss import (a_pair, each_objective, eagerly, exact, generalised_kl, heads_and_states, learned, pairs,
-                       with_grad)
-from test_opd import PROMPTS, config, measured, ready, rows, weights, world, written          # noqa: F401: a fixture
+from test_loss import (
+    a_pair,
+    each_objective,
+    eagerly,
+    exact,
+    generalised_kl,
+    heads_and_states,
+    learned,
+    pairs,
+    with_grad,
+)
+from test_opd import PROMPTS, config, measured, ready, rows, weights, written  # noqa: F401: a fixture
 from test_teacher import close, fitting, gradients
+from tokenizers import processors
 
 import opd
 from loss import full_vocab, in_chunks, sampled_token, token_sets, top_k, top_k_released
@@ -45,8 +55,8 @@ def seeded(*shape):
 
 def bucketed(log_p, log_q, S):
     """KL(p || q) where all tokens outside of S (N, k) count as one: (N, V), (N, V) -> (N,)."""
-    p, q = (x.gather(-1, S).exp() for x in (log_p, log_q))                                  # (N, k)
-    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))                # (N, k+1)
+    p, q = (x.gather(-1, S).exp() for x in (log_p, log_q))  # (N, k)
+    p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1) for x in (p, q))  # (N, k+1)
     return (p * (p / q).log()).sum(-1)
 
 
@@ -55,35 +65,60 @@ def test_generalised_renormalised_and_bucketed_sums_rest_at_the_teacher(pair, k)
     """fact 4: never negative, and without a gradient at p = q, where the plain sum over a set has one."""
     z, log_q = pair
     S = z.topk(k).indices
-    for f in (lambda a, b: generalised_kl(a, b, S), lambda a, b: bucketed(a, b, S), lambda a, b: top_k(a, b, k)):
+    for f in (
+        lambda a, b: generalised_kl(a, b, S),
+        lambda a, b: bucketed(a, b, S),
+        lambda a, b: top_k(a, b, k),
+    ):
         for part in with_grad(lambda log_p, f=f: f(log_p, z.log_softmax(-1)), z):
             exact(part, torch.zeros_like(part))
         assert (f(z.log_softmax(-1), log_q) >= -1e-12).all()
-    plain = with_grad(lambda log_p: (log_p.exp() * (log_p - z.log_softmax(-1))).gather(-1, S).sum(-1), z)[1]
-    exact(plain, with_grad(lambda log_p: log_p.exp().gather(-1, S).sum(-1), z)[1])          # that of the mass in S
+    plain = with_grad(
+        lambda log_p: (log_p.exp() * (log_p - z.log_softmax(-1))).gather(-1, S).sum(-1), z
+    )[1]
+    exact(
+        plain, with_grad(lambda log_p: log_p.exp().gather(-1, S).sum(-1), z)[1]
+    )  # that of the mass in S
 
 
 @pytest.mark.parametrize("tail", [0.01, 0.03, 0.1])
 def test_the_released_gradient_is_nearly_that_of_eq_5_where_the_set_holds_nearly_all(tail):
     """fact 5, Rethinking-OPD#5: relative to its size it is off by less than the mass outside the set
     (4.1: .01 to .03)."""
-    z, log_q = (torch.cat([(spread * x).log_softmax(-1) + torch.tensor(mass, dtype=x.dtype).log() for x, spread, mass in
-                           ((part[:, :16], 1, 1 - tail), (part[:, 16:], 0.1, tail))], -1)
-                for part in seeded(2, 200, 100))
-    released, eq_5 = (with_grad(lambda log_p, f=f: f(log_p, log_q, 16), z)[1] for f in (top_k_released, top_k))
+    z, log_q = (
+        torch.cat(
+            [
+                (spread * x).log_softmax(-1) + torch.tensor(mass, dtype=x.dtype).log()
+                for x, spread, mass in ((part[:, :16], 1, 1 - tail), (part[:, 16:], 0.1, tail))
+            ],
+            -1,
+        )
+        for part in seeded(2, 200, 100)
+    )
+    released, eq_5 = (
+        with_grad(lambda log_p, f=f: f(log_p, log_q, 16), z)[1] for f in (top_k_released, top_k)
+    )
     off = ((released - eq_5).norm(dim=-1) / eq_5.norm(dim=-1)).mean()
     assert tail / 2 < off < tail
 
 
-@pytest.mark.parametrize("objective", [
-    lambda log_p, log_q: sampled_token(log_p, log_q, torch.tensor([0])),
-    lambda log_p, log_q: top_k_released(log_p, log_q, 2)], ids=["sampled", "released"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        lambda log_p, log_q: sampled_token(log_p, log_q, torch.tensor([0])),
+        lambda log_p, log_q: top_k_released(log_p, log_q, 2),
+    ],
+    ids=["sampled", "released"],
+)
 def test_a_value_below_zero_is_not_clamped_and_teaches(objective):
     """verl#7855, verl#7856: where the teacher puts more on the set than the student the value is negative, and a clamp
     at 0 would end all learning there; a bucket for the rest cannot be negative."""
-    z, log_q = (torch.tensor([x], dtype=torch.float64).log() for x in ([.3, .29, .21, .2], [.45, .45, .05, .05]))
+    z, log_q = (
+        torch.tensor([x], dtype=torch.float64).log()
+        for x in ([0.3, 0.29, 0.21, 0.2], [0.45, 0.45, 0.05, 0.05])
+    )
     value, gradient = with_grad(lambda log_p: objective(log_p, log_q), z)
-    assert value.item() < -0.3 and gradient[0, 0] < -0.05                     # a step makes token 0 likelier
+    assert value.item() < -0.3 and gradient[0, 0] < -0.05  # a step makes token 0 likelier
     assert bucketed(z, log_q, torch.tensor([[0, 1]])) > 0
 
 
@@ -99,7 +134,9 @@ class OneState(torch.nn.Module):
         return self.output
 
     def base_model(self, input_ids, **_):
-        return SimpleNamespace(last_hidden_state=torch.ones_like(input_ids, dtype=self.output.weight.dtype)[..., None])
+        return SimpleNamespace(
+            last_hidden_state=torch.ones_like(input_ids, dtype=self.output.weight.dtype)[..., None]
+        )
 
     def forward(self, input_ids, **_):
         return SimpleNamespace(logits=self.output(self.base_model(input_ids).last_hidden_state))
@@ -125,8 +162,12 @@ def test_the_advantage_of_the_drawn_token_is_a_constant(pair):
     z, log_q = pair
     for token in range(z.size(-1)):
         advantage = (log_q - z.log_softmax(-1))[:, token]
-        exact(with_grad(lambda log_p: sampled_token(log_p, log_q, torch.full((len(z),), token)), z)[1],
-              with_grad(lambda log_p: -advantage * log_p[:, token], z)[1])
+        exact(
+            with_grad(lambda log_p: sampled_token(log_p, log_q, torch.full((len(z),), token)), z)[
+                1
+            ],
+            with_grad(lambda log_p: -advantage * log_p[:, token], z)[1],
+        )
 
 
 @each_objective
@@ -134,10 +175,12 @@ def test_any_upstream_gradient_reaches_each_position_as_if_it_stood_alone(object
     """Liger#968, Liger#678, Liger#1298: unreduced losses under random weights, against one position at a time."""
     z, log_q = a_pair()
     y, weight, leaf = torch.arange(len(z)), seeded(len(z)), z.clone().requires_grad_()
-    ours, = torch.autograd.grad(objective(leaf.log_softmax(-1), log_q, y), leaf, weight)
+    (ours,) = torch.autograd.grad(objective(leaf.log_softmax(-1), log_q, y), leaf, weight)
     for t in range(len(z)):
-        alone = with_grad(lambda log_p: objective(log_p, log_q[t:t + 1], y[t:t + 1]), z[t:t + 1])[1]
-        exact(ours[t:t + 1], weight[t] * alone)
+        alone = with_grad(
+            lambda log_p: objective(log_p, log_q[t : t + 1], y[t : t + 1]), z[t : t + 1]
+        )[1]
+        exact(ours[t : t + 1], weight[t] * alone)
 
 
 @each_objective
@@ -148,10 +191,13 @@ def test_positions_that_do_not_count_have_no_gradient_in_chunks(objective):
     weight, found = seeded(len(y)).float(), []
     weight[::2] = 0
 
-    def per_position(log_p, log_q, rows):                                     # the row's number in place of its token
+    def per_position(log_p, log_q, rows):  # the row's number in place of its token
         return {"loss": weight[rows] * objective(log_p, log_q, y[rows])}
+
     for evaluate in (eagerly, functools.partial(in_chunks, chunk=3)):
-        found.append(learned(evaluate, per_position, h_p, h_q, head_p, head_q, torch.arange(len(y)))[1])
+        found.append(
+            learned(evaluate, per_position, h_p, h_q, head_p, head_q, torch.arange(len(y)))[1]
+        )
     assert found[0].keys() == {"states", "weight", "bias"}
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
     assert not found[1]["states"][::2].any()
@@ -160,11 +206,24 @@ def test_positions_that_do_not_count_have_no_gradient_in_chunks(objective):
 @each_objective
 def test_logits_of_100_at_a_low_temperature_in_bfloat16_leave_finite_gradients(objective):
     """Soup#719: 100 / .05 is 2,000 nats; a divergence of probabilities would be finite, with a gradient of NaN."""
-    z = (100 * torch.tensor([[1, -1, 0, .5, -.5], [-1, 1, 1, -1, 0], [0, 0, 0, 0, 1]])).bfloat16().requires_grad_()
+    z = (
+        (100 * torch.tensor([[1, -1, 0, 0.5, -0.5], [-1, 1, 1, -1, 0], [0, 0, 0, 0, 1]]))
+        .bfloat16()
+        .requires_grad_()
+    )
     for token in range(z.size(-1)):
         z.grad = None
-        out = in_chunks(lambda *at: {"loss": objective(*at)}, z, z.detach().flip(-1), lambda h: h, lambda h: h,
-                        torch.full((len(z),), token), scale=1.0, temperature=0.05, teacher_temperature=0.05)
+        out = in_chunks(
+            lambda *at: {"loss": objective(*at)},
+            z,
+            z.detach().flip(-1),
+            lambda h: h,
+            lambda h: h,
+            torch.full((len(z),), token),
+            scale=1.0,
+            temperature=0.05,
+            teacher_temperature=0.05,
+        )
         assert out["loss"].isfinite().all() and z.grad.isfinite().all()
 
 
@@ -186,20 +245,24 @@ def test_no_log_ratio_is_clipped_and_each_token_moves_as_the_teacher_says(pair, 
 
 
 @pytest.fixture
-def step(world, tmp_path):                                                                 # noqa: F811
+def step(world, tmp_path):  # noqa: F811
     """One update, with all that it asks of either model: a namespace of cfg, its rows, the Rollout r, the row of
     metrics, and asked, [(ids, mask, caching)] by model.
 
     Prompts of more than 4 tokens are too long for it.
     """
     with pytest.warns(UserWarning, match="1 of 8 prompts dropped"):
-        cfg, pair, train, _ = ready(config(world, tmp_path / "run", micro_batch_tokens=20, max_prompt_tokens=4))
+        cfg, pair, train, _ = ready(
+            config(world, tmp_path / "run", micro_batch_tokens=20, max_prompt_tokens=4)
+        )
     asked = {"student": [], "teacher": []}
     for who, seen in asked.items():
+
         def note(_, args, kwargs, seen=seen):
             seen.append((kwargs["input_ids"], kwargs["attention_mask"], kwargs["use_cache"]))
+
         getattr(pair, who).base_model.register_forward_pre_hook(note, with_kwargs=True)
-    pair.tokenizer = type("Mute", (), {"decode": pair.tokenizer.decode})()                  # it cannot encode
+    pair.tokenizer = type("Mute", (), {"decode": pair.tokenizer.decode})()  # it cannot encode
     chosen = [train[i] for i in batch(len(train), 0, cfg.batch_size, cfg.seed)]
     r, row = opd.update(cfg, pair, opd.adamw(cfg, pair.student), chosen, 0)
     return SimpleNamespace(cfg=cfg, rows=chosen, r=r, metrics=row, asked=asked)
@@ -207,7 +270,12 @@ def step(world, tmp_path):                                                      
 
 def texts(asked, caching):
     """The token ids of each row, without its padding, of whole forwards or (caching) of the first one of a rollout."""
-    return [ids[mask.bool()].tolist() for part in asked if part[2] == caching for ids, mask in zip(*part[:2])]
+    return [
+        ids[mask.bool()].tolist()
+        for part in asked
+        if part[2] == caching
+        for ids, mask in zip(*part[:2])
+    ]
 
 
 def test_what_was_sampled_is_read_by_both_models_id_by_id(step):
@@ -226,24 +294,33 @@ def test_what_was_sampled_is_read_by_both_models_id_by_id(step):
 def test_a_step_takes_one_forward_of_the_teacher_a_micro_batch(step):
     """trl#4560, trl#5726: the teacher neither writes nor reads twice; the student reads the prompts, writes a token a
     forward and is graded in the same micro-batches."""
-    parts, T = len(list(micro_batches(step.r.attention_mask, step.cfg.micro_batch_tokens))), step.r.log_p.size(1)
+    parts, T = (
+        len(list(micro_batches(step.r.attention_mask, step.cfg.micro_batch_tokens))),
+        step.r.log_p.size(1),
+    )
     assert [caching for *_, caching in step.asked["teacher"]] == [False] * parts and parts > 2
     assert [caching for *_, caching in step.asked["student"]] == [True] * T + [False] * parts
 
 
 def test_the_ratio_of_the_first_update_is_recorded_and_1(step):
     """Qwen3#1799: one update a rollout, so p as scored over p as sampled is 1 but for rounding, and the row says so."""
-    assert 0 <= step.metrics["sampling_mismatch"] < 1e-5 and step.r.log_p[step.r.response_mask].min() < -1
+    assert (
+        0 <= step.metrics["sampling_mismatch"] < 1e-5
+        and step.r.log_p[step.r.response_mask].min() < -1
+    )
 
 
 # --- what a run is made of -----------------------------------------------------------------------------------------
 
 
-def test_answers_are_for_measuring_alone(world, tmp_path):                                  # noqa: F811
+def test_answers_are_for_measuring_alone(world, tmp_path):  # noqa: F811
     """trl#6478, trl#6452, GKDTrainer: rows of prompts alone train, bit for bit as the same prompts with answers do."""
     for name in ("prompts", "bare"):
         opd.distil(config(world, tmp_path / name, prompts=f"{world}/{name}.jsonl", steps=2))
-    assert rows(tmp_path / "bare") == rows(tmp_path / "prompts") and rows(tmp_path / "bare")[0]["tokens"] > 0
+    assert (
+        rows(tmp_path / "bare") == rows(tmp_path / "prompts")
+        and rows(tmp_path / "bare")[0]["tokens"] > 0
+    )
     with_answers = weights(tmp_path / "prompts")
     assert all(torch.equal(x, with_answers[name]) for name, x in weights(tmp_path / "bare").items())
 
@@ -251,8 +328,14 @@ def test_answers_are_for_measuring_alone(world, tmp_path):                      
 def test_n_responses_to_a_prompt_are_one_each_to_n_copies_of_it(architecture, monkeypatch):
     """Rethinking-OPD#22: n is a way to fill a step (its authors see no clear gain of 4 or 8 over 1): with the same
     uniform numbers the same tokens, the same mean over tokens, the same gradient."""
-    student, teacher = tiny(architecture).double(), tiny(architecture, seed=1).double().requires_grad_(False)
-    found, numbers = [], torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    student, teacher = (
+        tiny(architecture).double(),
+        tiny(architecture, seed=1).double().requires_grad_(False),
+    )
+    found, numbers = (
+        [],
+        torch.rand(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+    )
     for prompts, n in (([[5, 6, 7], [8]], 3), ([[5, 6, 7]] * 3 + [[8]] * 3, 1)):
         with monkeypatch.context() as patch:
             drawn = iter(numbers.split(n))
@@ -280,11 +363,20 @@ def test_an_end_of_one_model_ends_responses_of_both_and_no_end_is_refused(world,
     opd.distil(config(world, tmp_path / "one", student=f"{tmp_path}/student", steps=1))
     assert rows(tmp_path / "one")[0]["response_length"] > 0
     with pytest.raises(ValueError, match="has a token that ends a response.*set eos_token_id"):
-        opd.distil(config(world, tmp_path / "run", student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher"))
+        opd.distil(
+            config(
+                world,
+                tmp_path / "run",
+                student=f"{tmp_path}/student",
+                teacher=f"{tmp_path}/teacher",
+            )
+        )
 
 
 @pytest.mark.parametrize("thinking", ["on", "off", "default"])
-def test_the_switch_of_the_template_is_recorded_and_the_same_for_both_models(world, tmp_path, thinking):   # noqa: F811
+def test_the_switch_of_the_template_is_recorded_and_the_same_for_both_models(
+    world, tmp_path, thinking
+):  # noqa: F811
     """OPSD#10, OPSD#16, OPSD#18, Rethinking-OPD#6, Rethinking-OPD#18: both models read the thinking mark or neither
     does, config.json says which, and --resume with another is refused."""
     template = TEMPLATE.replace("if think", "if enable_thinking")
@@ -293,20 +385,30 @@ def test_the_switch_of_the_template_is_recorded_and_the_same_for_both_models(wor
         word_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
     made = dict(student=f"{tmp_path}/student", teacher=f"{tmp_path}/teacher", steps=1)
     opd.distil(config(world, tmp_path / "run", thinking=thinking, **made))
-    (cfg, pair, train, _), read = ready(config(world, tmp_path / "new", thinking=thinking, **made)), {}
+    (cfg, pair, train, _), read = (
+        ready(config(world, tmp_path / "new", thinking=thinking, **made)),
+        {},
+    )
     for who in ("student", "teacher"):
         getattr(pair, who).base_model.register_forward_pre_hook(
-            lambda _, args, kwargs, who=who: read.setdefault(who, []).append(kwargs["input_ids"]), with_kwargs=True)
+            lambda _, args, kwargs, who=who: read.setdefault(who, []).append(kwargs["input_ids"]),
+            with_kwargs=True,
+        )
     r = written(cfg, pair, train[:3], 1)
     read.clear()
     measured(cfg, pair, r)
-    mark, P = WORDS.index("so" if thinking == "on" else ":"), r.ids.size(1) - r.response_mask.size(1)
+    mark, P = (
+        WORDS.index("so" if thinking == "on" else ":"),
+        r.ids.size(1) - r.response_mask.size(1),
+    )
     assert (r.ids[:, P - 1] == mark).all() and all(row["ids"][-1] == mark for row in train)
     torch.testing.assert_close(read["teacher"], read["student"], rtol=0, atol=0)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["thinking"] == thinking
     other = {"on": "off", "off": "default", "default": "on"}[thinking]
     with pytest.raises(ValueError, match=f"--thinking '{thinking}'"):
-        opd.distil(config(world, tmp_path / "run", thinking=other, resume=True, **{**made, "steps": 2}))
+        opd.distil(
+            config(world, tmp_path / "run", thinking=other, resume=True, **{**made, "steps": 2})
+        )
 
 
 @each_objective
@@ -327,14 +429,16 @@ def test_each_models_temperature_is_its_own_flag_and_a_number_above_0(value):
     assert cfg.teacher_temperature == 1.0
 
 
-def test_as_many_tokens_are_looked_at_as_were_asked_for(world, tmp_path):                   # noqa: F811
+def test_as_many_tokens_are_looked_at_as_were_asked_for(world, tmp_path):  # noqa: F811
     """ms-swift#9644: a server that grants 20 of them in silence; here k different ones, the likeliest, or a refusal."""
     log_p, log_q = (x.log_softmax(-1) for x in seeded(2, 30, 60))
     for support, of in (("student", log_p), ("teacher", log_q)):
         S, member = token_sets(log_p, log_q, 32, support)
         assert member.all() and all(len(set(row)) == 32 for row in S.tolist())
         assert (of.gather(-1, S).min(-1).values > of.scatter(-1, S, -1e9).max(-1).values).all()
-    with pytest.raises(ValueError, match=f"--k {len(WORDS) + 1}: the two models share {len(WORDS)} tokens"):
+    with pytest.raises(
+        ValueError, match=f"--k {len(WORDS) + 1}: the two models share {len(WORDS)} tokens"
+    ):
         opd.distil(config(world, tmp_path, k=len(WORDS) + 1))
 
 
@@ -346,6 +450,7 @@ def only_13(pair):
 @pytest.fixture
 def change(monkeypatch):
     """Of a function: every run's pair goes through it as soon as it is loaded. -> the pairs."""
+
     def every(change):
         pairs, load = [], Run.load_pair
 
@@ -354,12 +459,14 @@ def change(monkeypatch):
             with torch.no_grad():
                 change(pairs[-1])
             return pairs[-1]
+
         monkeypatch.setattr(Run, "load_pair", load_pair)
         return pairs
+
     return every
 
 
-def test_responses_that_are_one_token_over_and_over_are_counted_in_the_row(world, tmp_path):         # noqa: F811
+def test_responses_that_are_one_token_over_and_over_are_counted_in_the_row(world, tmp_path):  # noqa: F811
     """ms-swift#6478, ms-swift#6791: rollouts of nothing but "!" trained on; repetition_fraction shows it at once."""
     cfg, pair, train, _ = ready(config(world, tmp_path, max_new_tokens=20))
     optimizer = opd.adamw(cfg, pair.student)
@@ -369,10 +476,14 @@ def test_responses_that_are_one_token_over_and_over_are_counted_in_the_row(world
     assert before["repetition_fraction"] < 1 and after["repetition_fraction"] == 1
 
 
-def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(world, tmp_path, change):   # noqa: F811
+def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(
+    world, tmp_path, change
+):  # noqa: F811
     """verl#5725, entrenar#294, open-instruct#1523: no step is skipped where an epoch ends at the checkpoint; trl#5990:
     a student that is its own teacher (sharper, by its temperature) does not become a student of what it has become."""
-    how = dict(batch_size=4, teacher=f"{world}/student", teacher_temperature=0.5)     # 8 prompts: 2 steps an epoch
+    how = dict(
+        batch_size=4, teacher=f"{world}/student", teacher_temperature=0.5
+    )  # 8 prompts: 2 steps an epoch
     loaded = change(lambda pair: None)
     opd.distil(config(world, tmp_path / "whole", steps=4, **how))
     opd.distil(config(world, tmp_path / "cut", steps=2, **how))
@@ -390,8 +501,14 @@ def test_a_resume_at_the_border_of_epochs_goes_on_with_the_teacher_of_the_start(
 
 
 @pytest.mark.parametrize("spread, warned", [(1, False), (60, True)])
-def test_an_implausible_distance_at_the_start_is_a_warning(world, tmp_path, change, capsys, spread,  # noqa: F811
-                                                           warned):
+def test_an_implausible_distance_at_the_start_is_a_warning(
+    world,
+    tmp_path,
+    change,
+    capsys,
+    spread,  # noqa: F811
+    warned,
+):
     """ms-swift#9414: 20 nats a token are no other way of thinking, but another template or shifted tokens."""
     change(lambda pair: pair.teacher.lm_head.weight.mul_(spread))
     result = opd.distil(config(world, tmp_path, steps=1))
@@ -399,18 +516,25 @@ def test_an_implausible_distance_at_the_start_is_a_warning(world, tmp_path, chan
     assert ("nats a token apart" in capsys.readouterr().out) == warned
 
 
-def test_a_run_that_only_repeats_from_its_first_step_on_is_a_warning(world, tmp_path, capsys, change):  # noqa: F811
+def test_a_run_that_only_repeats_from_its_first_step_on_is_a_warning(
+    world, tmp_path, capsys, change
+):  # noqa: F811
     """ms-swift#6791: rollouts of nothing but "!" fall from no better state, so that collapse has nothing to see."""
     change(only_13)
     opd.distil(config(world, tmp_path, max_new_tokens=20, steps=2))
-    assert capsys.readouterr().out.count("of the responses only repeat themselves, see rollouts.jsonl") == 1
+    assert (
+        capsys.readouterr().out.count("of the responses only repeat themselves, see rollouts.jsonl")
+        == 1
+    )
 
 
 def test_a_teacher_whose_tokenizer_writes_no_bos_is_warned_of():
     """trl#5885: one map of tokens to ids, and another first token: the teacher reads what it never saw."""
     bare = word_tokenizer()
-    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
-    said, = surprises(word_tokenizer(), bare)
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+    (said,) = surprises(word_tokenizer(), bare)
     assert re.match("the tokenizers encode .* differently, by a BOS", said)
 
 
@@ -424,14 +548,16 @@ def test_every_flag_is_read():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("cfg", "self.cfg"):
                 read.add(node.attr)
-    read |= set(inspect.signature(load_pair).parameters)                      # what flags.of_pair hands on by name
-    assert {field.name for field in dataclasses.fields(opd.Config)} - read == {"preset"}    # parse reads it
+    read |= set(inspect.signature(load_pair).parameters)  # what flags.of_pair hands on by name
+    assert {field.name for field in dataclasses.fields(opd.Config)} - read == {
+        "preset"
+    }  # parse reads it
 
 
 def test_the_commands_of_the_readme_are_run_by_ci():
     """TRL's quick start runs into an error of TRL's own; .ci/run takes both of ours out of the README."""
     readme, ci = (ROOT / "README.md").read_text(), (ROOT / ".ci" / "run").read_text()
-    blocks = re.findall(r'^bash .*\$\(block \'(.*?)\'\)', ci, flags=re.MULTILINE)
+    blocks = re.findall(r"^bash .*\$\(block \'(.*?)\'\)", ci, flags=re.MULTILINE)
     assert blocks == ["the main command", "the test command"]
     for name, command in zip(blocks, ("python opd.py --preset toy", "python -m pytest")):
         block = readme.split(f"<!-- {name} -->\n```sh\n")[1].split("\n```\n")[0]
@@ -440,24 +566,35 @@ def test_the_commands_of_the_readme_are_run_by_ci():
 
 def sources(text):
     """The sources that a text names, "trl#6006, #4719" and "OPSD#2/#24" in full: -> set."""
-    return {found[1] + number for found in re.finditer(r"([A-Za-z][\w-]*)((?:#\d+)(?:(?:, |/)#\d+)*)", text)
-            for number in re.findall(r"#\d+", found[2])}
+    return {
+        found[1] + number
+        for found in re.finditer(r"([A-Za-z][\w-]*)((?:#\d+)(?:(?:, |/)#\d+)*)", text)
+        for number in re.findall(r"#\d+", found[2])
+    }
 
 
 def test_the_table_names_tests_that_are_there_and_that_name_their_source():
     """tests/README.md: each row has a test or the reason why not, and a docstring says what the row says it is from."""
     docstrings = {}
     for path in Path(__file__).parent.glob("test_*.py"):
-        docstrings |= {f"{path.name}::{node.name}": " ".join((ast.get_docstring(node) or "").split())
-                       for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+        docstrings |= {
+            f"{path.name}::{node.name}": " ".join((ast.get_docstring(node) or "").split())
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.FunctionDef)
+        }
     tables = (ROOT / "tests" / "README.md").read_text().split("## What went wrong elsewhere")[1]
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in tables.splitlines()
-             if line.startswith("| ") and not line.startswith("| source |")]
+    table = [
+        [cell.strip() for cell in line.strip("|").split(" | ")]
+        for line in tables.splitlines()
+        if line.startswith("| ") and not line.startswith("| source |")
+    ]
     assert len({row[0] for row in table}) == len(table) >= 64
     for source, law, tested in table:
         names = re.findall(r"`(test_\w+\.py::test_\w+)`", tested)
         assert law and (names or tested.startswith("does not apply: ")), source
-        assert names == re.findall(r"`([^`]*::[^`]*)`", tested) and set(names) <= docstrings.keys(), (source, names)
+        assert (
+            names == re.findall(r"`([^`]*::[^`]*)`", tested) and set(names) <= docstrings.keys()
+        ), (source, names)
         said = " ".join(docstrings[name] for name in names)
         for name in source.split(", ") if names else ():
             assert name in (sources(said) if "#" in name else said), (name, names)

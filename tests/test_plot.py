@@ -1,4 +1,5 @@
 """A run looked at afterwards: tables always, pictures where matplotlib is; no model, made-up runs of a few steps."""
+
 import json
 import sys
 
@@ -6,19 +7,42 @@ import pytest
 
 from experiments import plot
 
-FINISHED = {"accuracy_before": {"mean": 0.25, "standard_error": 0.02},
-            "accuracy_after": {"mean": 0.75, "standard_error": None},
-            "accuracy_teacher": {"mean": 0.875, "standard_error": 0.01}, "gap_recovery": 0.8, "steps": 12}
+FINISHED = {
+    "accuracy_before": {"mean": 0.25, "standard_error": 0.02},
+    "accuracy_after": {"mean": 0.75, "standard_error": None},
+    "accuracy_teacher": {"mean": 0.875, "standard_error": 0.01},
+    "gap_recovery": 0.8,
+    "steps": 12,
+}
 
 
 def row(step, **other):
     """A line of metrics.jsonl, as opd.py writes it; the second bucket of output positions is empty at odd steps."""
     filled = [x if step % 2 == 0 or i == 0 else None for i, x in enumerate((0.5, 0.25))]
-    return {"step": step, "loss": 1 / step, "reverse_kl": 1.5 / step, "overlap_ratio": 0.5 + step / 50,
-            "overlap_mass_student": 0.9, "overlap_mass_teacher": 0.8, "overlap_token_advantage": -0.004 / step,
-            "entropy_gap": 0.3, "entropy_student": 1.0, "entropy_teacher": 0.7, "reward": -0.2, "response_length": 20.0,
-            "grad_norm": 0.5, "by_position": {"width": 16, "tokens": [30, 0 if filled[1] is None else 10], **{
-                name: filled for name in ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")}}, **other}
+    return {
+        "step": step,
+        "loss": 1 / step,
+        "reverse_kl": 1.5 / step,
+        "overlap_ratio": 0.5 + step / 50,
+        "overlap_mass_student": 0.9,
+        "overlap_mass_teacher": 0.8,
+        "overlap_token_advantage": -0.004 / step,
+        "entropy_gap": 0.3,
+        "entropy_student": 1.0,
+        "entropy_teacher": 0.7,
+        "reward": -0.2,
+        "response_length": 20.0,
+        "grad_norm": 0.5,
+        "by_position": {
+            "width": 16,
+            "tokens": [30, 0 if filled[1] is None else 10],
+            **{
+                name: filled
+                for name in ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")
+            },
+        },
+        **other,
+    }
 
 
 def write(folder, rows, result=FINISHED, torn=""):
@@ -35,7 +59,9 @@ def write(folder, rows, result=FINISHED, torn=""):
 @pytest.fixture
 def success(tmp_path):
     evaluated = {4: {"accuracy": 0.625}}
-    return write(tmp_path / "success", [row(step, **evaluated.get(step, {})) for step in range(1, 13)])
+    return write(
+        tmp_path / "success", [row(step, **evaluated.get(step, {})) for step in range(1, 13)]
+    )
 
 
 @pytest.fixture
@@ -50,8 +76,10 @@ def steps(text):
 
 def test_a_result_of_an_earlier_version_is_shown_as_far_as_it_goes(tmp_path, capsys):
     """Without a gap recovery, and without accuracies: a sentence, no KeyError."""
-    for name, gone, said in (("a", ("gap_recovery",), "gap recovery not given"),
-                             ("b", ("gap_recovery", "accuracy_after"), "accuracy not measured")):
+    for name, gone, said in (
+        ("a", ("gap_recovery",), "gap recovery not given"),
+        ("b", ("gap_recovery", "accuracy_after"), "accuracy not measured"),
+    ):
         result = {key: x for key, x in FINISHED.items() if key not in gone}
         plot.runs([write(tmp_path / name, [row(1)], result)])
         assert said in capsys.readouterr().out
@@ -72,8 +100,12 @@ def test_a_finished_run_is_a_table_and_what_came_of_it(success, capsys):
 
 def test_a_run_without_answers_or_without_a_gap_says_so(tmp_path, capsys):
     """None is a word in the table, not an exception."""
-    plot.runs([write(tmp_path / "a", [row(1)], {**FINISHED, "accuracy_after": None}),
-               write(tmp_path / "b", [row(1)], {**FINISHED, "gap_recovery": None})])
+    plot.runs(
+        [
+            write(tmp_path / "a", [row(1)], {**FINISHED, "accuracy_after": None}),
+            write(tmp_path / "b", [row(1)], {**FINISHED, "gap_recovery": None}),
+        ]
+    )
     text = capsys.readouterr().out
     assert "no answers" in text and "gap recovery not given" in text
 
@@ -108,28 +140,44 @@ def test_the_means_by_position_are_a_table_too(success, capsys, bare, tmp_path):
     lines = capsys.readouterr().out.split("by output position\n")[1].splitlines()
     assert lines[0].split() == ["step", "0", "16"] and lines[2].split() == ["1", "0.50"]
     assert lines[-1].split() == ["12", "0.50", "0.25"]
-    assert [line for line in lines if "," in line] == ["student entropy, nats", "teacher entropy, nats", "reward, nats",
-                                                       "overlap ratio, share of the top k"]
+    assert [line for line in lines if "," in line] == [
+        "student entropy, nats",
+        "teacher entropy, nats",
+        "reward, nats",
+        "overlap ratio, share of the top k",
+    ]
 
 
 def test_a_run_older_than_by_position_is_refused_by_name(success, tmp_path, capsys):
     """One line that names the run, before anything is printed or drawn."""
-    old = write(tmp_path / "old", [{name: x for name, x in row(1).items() if name != "by_position"}])
+    old = write(
+        tmp_path / "old", [{name: x for name, x in row(1).items() if name != "by_position"}]
+    )
     with pytest.raises(ValueError, match="old.*by_position") as error:
         plot.runs([success, old], positions=tmp_path / "out.svg")
-    assert "\n" not in str(error.value) and not capsys.readouterr().out and not (tmp_path / "out.svg").exists()
+    assert (
+        "\n" not in str(error.value)
+        and not capsys.readouterr().out
+        and not (tmp_path / "out.svg").exists()
+    )
 
 
-def test_without_matplotlib_the_table_stands_and_one_line_says_what_to_install(success, bare, tmp_path, capsys):
+def test_without_matplotlib_the_table_stands_and_one_line_says_what_to_install(
+    success, bare, tmp_path, capsys
+):
     """Neither an exception nor a file; the command that draws is given to the letter."""
     plot.runs([success], tmp_path / "out.svg", tmp_path / "positions.svg")
     said = capsys.readouterr()
     assert steps(said.out) and not (tmp_path / "out.svg").exists()
-    assert said.err == (f"no picture: pip install matplotlib, then python analysis.py --run {success} "
-                        f"--plot {tmp_path}/out.svg --positions {tmp_path}/positions.svg\n")
+    assert said.err == (
+        f"no picture: pip install matplotlib, then python analysis.py --run {success} "
+        f"--plot {tmp_path}/out.svg --positions {tmp_path}/positions.svg\n"
+    )
     for figure in (plot.phenomenology, plot.forecast):
         figure("results.json", "out.svg")
-        assert capsys.readouterr().err.startswith("no picture: pip install matplotlib, then python experiments/")
+        assert capsys.readouterr().err.startswith(
+            "no picture: pip install matplotlib, then python experiments/"
+        )
 
 
 def test_a_running_mean_keeps_the_first_value_and_what_is_constant():
@@ -146,12 +194,16 @@ def test_a_thinned_line_keeps_its_ends_and_its_spikes():
     x, y = plot.thin(list(range(1000)), values, 100)
     assert len(x) <= 102 and x == sorted(x) and (x[0], x[-1]) == (0, 999)
     assert (417, 9.0) in zip(x, y) and (733, -9.0) in zip(x, y)
-    assert plot.thin([1, 2, 3], [5, 6, 7], 100) == ([1, 2, 3], [5, 6, 7]) and plot.thin([], [], 9) == ([], [])
+    assert plot.thin([1, 2, 3], [5, 6, 7], 100) == ([1, 2, 3], [5, 6, 7]) and plot.thin(
+        [], [], 9
+    ) == ([], [])
 
 
 def test_a_pair_has_its_colour_everywhere_and_no_two_runs_share_one():
     """A word of the path is the pair's name, the last word first; "mother" holds no "other"."""
-    one, two, three, four = plot.colours(["runs/success-0", "success/other", "/home/mother/x", "runs/success-1"])
+    one, two, three, four = plot.colours(
+        ["runs/success-0", "success/other", "/home/mother/x", "runs/success-1"]
+    )
     assert (one, two) == (plot.COLOURS["success"], plot.COLOURS["other"])
     assert (three, four) == plot.SPARE[:2]
 
@@ -170,13 +222,15 @@ def test_the_pictures_name_their_axes_and_runs_and_are_the_same_twice(success, t
     assert drawn[0] == drawn[1]
     figure, maps = (x.decode() for x in drawn[0])
     for words in (figure, maps):
-        assert ">success<" in words and ">gappy<" in words and ">step<" in words and ">nats<" in words
+        assert (
+            ">success<" in words and ">gappy<" in words and ">step<" in words and ">nats<" in words
+        )
     for title, unit, *_ in plot.PANELS:
         assert f">{title}<" in figure and f">{unit}<" in figure
     for title in plot.MAPS.values():
         assert f">{title}<" in maps
     assert plot.COLOURS["success"] in figure and "output position (tokens)" in maps
-    assert ">−0.004<" in figure                                # coordinates are rounded, the words at a tick are not
+    assert ">−0.004<" in figure  # coordinates are rounded, the words at a tick are not
 
 
 @pytest.mark.parametrize("values", [(-0.1, 0.2), (0.5, 0.6), (0.001, 1.0), (0.0, 3.0)])
@@ -195,7 +249,9 @@ def test_no_value_lies_outside_its_panel(values):
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("strange", [dict(overlap_token_advantage=None, loss=-0.1), dict(loss=0.0, entropy_gap=0.0)])
+@pytest.mark.parametrize(
+    "strange", [dict(overlap_token_advantage=None, loss=-0.1), dict(loss=0.0, entropy_gap=0.0)]
+)
 def test_a_strange_run_is_drawn_all_the_same(tmp_path, strange):
     """No shared token and a sampled loss below zero; a student that is its own teacher; both after a single step."""
     pytest.importorskip("matplotlib")
@@ -205,12 +261,27 @@ def test_a_strange_run_is_drawn_all_the_same(tmp_path, strange):
 def test_a_forecast_is_drawn_by_verdict(tmp_path):
     """A colour and a legend entry a verdict with its runs counted; a run without a prediction is no point."""
     pytest.importorskip("matplotlib")
-    verdicts = ("should work", "nothing new to teach", "harmful (the teacher is behind the student)")
-    made = [{"student": "S", "teacher": f"T{i}", "seed": 0, "verdict": verdict, "gain": 0.2 - i / 5,
-             "predicted_gain": {"mean": 0.1 - i / 10, "standard_error": 0.02}} for i, verdict in enumerate(verdicts)]
+    verdicts = (
+        "should work",
+        "nothing new to teach",
+        "harmful (the teacher is behind the student)",
+    )
+    made = [
+        {
+            "student": "S",
+            "teacher": f"T{i}",
+            "seed": 0,
+            "verdict": verdict,
+            "gain": 0.2 - i / 5,
+            "predicted_gain": {"mean": 0.1 - i / 10, "standard_error": 0.02},
+        }
+        for i, verdict in enumerate(verdicts)
+    ]
     made.append({**made[0], "verdict": "undecided", "predicted_gain": None})
     (tmp_path / "forecast.json").write_text(json.dumps({"runs": made}))
     plot.forecast(tmp_path / "forecast.json", tmp_path / "out.svg", "Spearman 1.00")
     words = (tmp_path / "out.svg").read_text(encoding="utf-8")
-    assert "Spearman 1.00" in words and plot.COLOURS["success"] in words and "undecided" not in words
+    assert (
+        "Spearman 1.00" in words and plot.COLOURS["success"] in words and "undecided" not in words
+    )
     assert all(f">{verdict}, 1 run<" in words for verdict in verdicts)

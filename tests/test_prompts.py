@@ -1,4 +1,5 @@
 """Laws of plumbing/prompts.py: what the student is asked, from a file to token ids, and in which order."""
+
 import itertools
 import json
 
@@ -13,13 +14,28 @@ def test_load_prompts_reads_text_and_chat(tmp_path):
     """Text or messages, an answer or none, blank lines skipped; the id is file and line."""
     chat = [{"role": "user", "content": "3 + 7 ="}]
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "add é", "answer": "0"}\n\n' + json.dumps({"prompt": chat}) + "\n", encoding="utf-8")
-    assert load_prompts(path) == [{"prompt": "add é", "answer": "0", "id": "prompts.jsonl:1"},
-                                  {"prompt": chat, "answer": None, "id": "prompts.jsonl:3"}]
+    path.write_text(
+        '{"prompt": "add é", "answer": "0"}\n\n' + json.dumps({"prompt": chat}) + "\n",
+        encoding="utf-8",
+    )
+    assert load_prompts(path) == [
+        {"prompt": "add é", "answer": "0", "id": "prompts.jsonl:1"},
+        {"prompt": chat, "answer": None, "id": "prompts.jsonl:3"},
+    ]
 
 
-@pytest.mark.parametrize("line", ['{"prompt": "cut', '{"question": "3 + 7"}', '["add"]', '{"prompt": "  "}',
-                                  '{"prompt": []}', '{"prompt": [{"role": "user"}]}', '{"prompt": 7}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "cut',
+        '{"question": "3 + 7"}',
+        '["add"]',
+        '{"prompt": "  "}',
+        '{"prompt": []}',
+        '{"prompt": [{"role": "user"}]}',
+        '{"prompt": 7}',
+    ],
+)
 def test_a_bad_line_is_named(tmp_path, line):
     """File and line number stand in the message."""
     path = tmp_path / "prompts.jsonl"
@@ -36,8 +52,14 @@ def test_a_file_without_prompts_is_refused(tmp_path):
         load_prompts(path)
 
 
-@pytest.mark.parametrize("options, switch", [({}, {}), ({"thinking": "on"}, {"enable_thinking": True}),
-                                             ({"thinking": "off"}, {"enable_thinking": False})])
+@pytest.mark.parametrize(
+    "options, switch",
+    [
+        ({}, {}),
+        ({"thinking": "on"}, {"enable_thinking": True}),
+        ({"thinking": "off"}, {"enable_thinking": False}),
+    ],
+)
 def test_encode_writes_the_template_once(options, switch):
     """Text and one user message are the same prompt, the template's BOS the only one,
     its options honoured (OPSD#10)."""
@@ -45,8 +67,9 @@ def test_encode_writes_the_template_once(options, switch):
     chat = [{"role": "user", "content": "add 3 7"}]
     ids = encode(tokenizer, "add 3 7", **options)
     assert ids == encode(tokenizer, chat, **options)
-    assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False,
-                                                **switch)
+    assert ids == tokenizer.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=False, **switch
+    )
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids).endswith("so" if options == {"thinking": "on"} else ":")
 
@@ -56,13 +79,21 @@ def test_encode_without_a_template_is_plain_text():
     tokenizer = word_tokenizer()
     ids = tokenizer("add 3 7").input_ids
     assert encode(tokenizer, "add 3 7") == ids and ids[0] == tokenizer.bos_token_id
-    assert encode(tokenizer, [{"role": "system", "content": "add"}, {"role": "user", "content": "3 7"}]) == ids
+    assert (
+        encode(
+            tokenizer, [{"role": "system", "content": "add"}, {"role": "user", "content": "3 7"}]
+        )
+        == ids
+    )
 
 
 def test_additions_are_all_pairs_of_two_digits():
     """8,100 questions and no more, each once, with their sums; a seed fixes the order."""
     asked = additions(90 * 90)
-    pairs = {tuple(int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit()) for row in asked}
+    pairs = {
+        tuple(int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit())
+        for row in asked
+    }
     assert pairs == set(itertools.product(range(10, 100), repeat=2)) and len(asked) == 8100
     for row in asked[:50]:
         a, b = (int(word.rstrip("?")) for word in row["prompt"].split() if word[0].isdigit())

@@ -1,17 +1,18 @@
 """The READMEs say what the code does: commands parse, metrics are defined, numbers are the scripts', links lead on."""
+
 import dataclasses
 import inspect
 import json
 import re
 from pathlib import Path
 
-import pytest
-
 import again
 import longer
+import pytest
+from test_opd import METRICS
+
 import opd
 from plumbing.flags import DIAGNOSIS, ROLLOUTS, SELECTION, Config, parse
-from test_opd import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -21,21 +22,30 @@ ALL = ("README.md", "plumbing/README.md", "experiments/README.md", "tests/README
 @pytest.mark.parametrize("name", ALL)
 def test_every_flag_that_it_names_exists(name):
     """TRL's quick start ran into its own ValueError: no flag is made up."""
-    fields = [f for flags in (Config, DIAGNOSIS, ROLLOUTS, SELECTION) for f in dataclasses.fields(flags)]
+    fields = [
+        f for flags in (Config, DIAGNOSIS, ROLLOUTS, SELECTION) for f in dataclasses.fields(flags)
+    ]
     known = {"--" + f.name.replace("_", "-") for f in fields} | {"--help", "--all"}
     for file in ("experiments/bench.py", "experiments/lab.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
     known |= {f"--{flag}" for flag in (*again.NEEDED, *longer.NEEDED)}
-    prose = re.sub(r"```text.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL)        # without tables of results
-    prose = re.sub(r"torchrun .*? -- ", "", prose)                              # and without flags of another's
+    prose = re.sub(
+        r"```text.*?```", "", (ROOT / name).read_text(), flags=re.DOTALL
+    )  # without tables of results
+    prose = re.sub(r"torchrun .*? -- ", "", prose)  # and without flags of another's
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", prose)) <= known
 
 
 def test_the_main_command_parses():
     """Flags and values in turn, on the files that the toy writes."""
-    line = next(line for line in README.splitlines() if line.startswith("python opd.py --preset toy"))
+    line = next(
+        line for line in README.splitlines() if line.startswith("python opd.py --preset toy")
+    )
     flags = line.split()[2:]
-    assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {"prompts.jsonl", "eval.jsonl"}
+    assert {Path(word).name for word in flags if word.endswith(".jsonl")} == {
+        "prompts.jsonl",
+        "eval.jsonl",
+    }
     assert flags[::2] == [word for word in flags if word.startswith("--")]
 
 
@@ -46,10 +56,14 @@ def test_help_is_two_screens_and_begins_with_what_matters(monkeypatch, capsys):
         parse(Config, ["--help"], "opd.py")
     said = capsys.readouterr().out
     assert len(said.splitlines()) <= 100 and max(map(len, said.splitlines())) <= 100
-    groups = {part.splitlines()[0]: re.findall(r"^  (--[a-z-]+)", part, re.MULTILINE) for part in said.split("\n\n")}
+    groups = {
+        part.splitlines()[0]: re.findall(r"^  (--[a-z-]+)", part, re.MULTILINE)
+        for part in said.split("\n\n")
+    }
     assert len(groups["what matters first:"]) == 10
     assert {flag for group in groups.values() for flag in group} == {
-        "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)}
+        "--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)
+    }
 
 
 def test_its_commands_are_those_that_ci_runs():
@@ -57,7 +71,9 @@ def test_its_commands_are_those_that_ci_runs():
     markers = re.findall(r"block '([^']+)'", (ROOT / ".ci" / "run").read_text())
     assert markers == ["the main command", "the test command"]
     for marker in markers:
-        assert len(re.findall(f"<!-- {marker} -->\n```sh\npython3 [^`]+\n```\n", README)) == 1, marker
+        assert len(re.findall(f"<!-- {marker} -->\n```sh\npython3 [^`]+\n```\n", README)) == 1, (
+            marker
+        )
 
 
 def test_the_step_that_it_shows_is_the_one_that_runs():

@@ -1,4 +1,5 @@
 """Laws of plumbing/slots.py: rows that never move, prompts that join; what a CUDA graph would compute, without one."""
+
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from rollout import Waves, left_pad
 
 class Static(Captured):
     """What is captured on a GPU, run as it is: the rows and columns of a graph, who has ended seen late."""
+
     every = 3
 
     def capture(self, step):
@@ -37,17 +39,25 @@ def test_slots_write_what_waves_write(decoder, in_flight, name):
     plain = sample(model, MANY, eos_ids=eos_ids, decoder=Waves)
     same_text(sample(model, MANY, eos_ids=eos_ids, decoder=decoder, in_flight=in_flight), plain)
     greedy = dict(eos_ids=eos_ids[:2], temperature=0)
-    same_text(sample(model, MANY, decoder=decoder, in_flight=in_flight, **greedy),
-              sample(model, MANY, decoder=Waves, **greedy))
+    same_text(
+        sample(model, MANY, decoder=decoder, in_flight=in_flight, **greedy),
+        sample(model, MANY, decoder=Waves, **greedy),
+    )
     assert len(plain.response_mask.sum(1).unique()) > 2 and len(MANY[3]) > WINDOW
 
 
 def test_the_decoder_is_chosen_by_what_a_model_keeps():
     """Keys and values, of windows too: Slots. Recurrent states: transformers' own cache."""
     from transformers import MambaConfig, MambaForCausalLM
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)).eval()
+
+    mamba = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, state_size=4)
+    ).eval()
     ids, mask = left_pad(MANY, 0)
-    chosen = [type(fastest(model, ids, mask, 1, 4, LENGTH)) for model in (tiny("llama"), tiny("gemma3"), mamba)]
+    chosen = [
+        type(fastest(model, ids, mask, 1, 4, LENGTH))
+        for model in (tiny("llama"), tiny("gemma3"), mamba)
+    ]
     assert chosen == [Slots, Slots, Waves]
 
 
@@ -56,12 +66,14 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
     model = tiny("llama")
     eos_ids, seen = common(sample(model, MANY), 8), batches(model)
     r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
-    in_waves = sum(int(part.max()) for part in r.response_mask.sum(1).split(9))     # one for the prompts of each wave
+    in_waves = sum(
+        int(part.max()) for part in r.response_mask.sum(1).split(9)
+    )  # one for the prompts of each wave
     assert len(seen) < in_waves
     many = [[prompt] for prompt in range(3, 40)]
     seen.clear()
     sample(model, [prompt + [2] for prompt in many], n=1, eos_ids=eos_ids, in_flight=5)
-    assert sum(rows for rows, tokens in seen if tokens > 1) == len(many)            # each is read once
+    assert sum(rows for rows, tokens in seen if tokens > 1) == len(many)  # each is read once
 
 
 @pytest.mark.parametrize("decoder", [Waves, Slots, Static])
@@ -69,9 +81,17 @@ def test_rows_that_have_left_leave_no_columns_behind(decoder):
     """However many prompts pass through few places, the cache is no wider than the prompts and one response."""
     model, widths = tiny("llama"), []
     eos_ids = common(sample(model, MANY), 4)
-    model.register_forward_pre_hook(lambda _, args, kwargs: widths.append(kwargs["attention_mask"].size(1)),
-                                    with_kwargs=True)
-    sample(model, [[token, 2] for token in range(3, 40)], n=1, eos_ids=eos_ids, in_flight=4, decoder=decoder)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["attention_mask"].size(1)), with_kwargs=True
+    )
+    sample(
+        model,
+        [[token, 2] for token in range(3, 40)],
+        n=1,
+        eos_ids=eos_ids,
+        in_flight=4,
+        decoder=decoder,
+    )
     assert max(widths) <= 2 + LENGTH < len(widths)
 
 
@@ -80,8 +100,10 @@ def slots_of(model, prompts, *, n=1, places, decoder=Slots):
     return decoder(model, ids, mask, n, places, LENGTH)
 
 
-@pytest.mark.parametrize("places, gone, reads", [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0),
-                                                 (9, 3, 3), (4, 4, 4)])
+@pytest.mark.parametrize(
+    "places, gone, reads",
+    [(4, 1, 1), (4, 3, 3), (5, 1, 0), (8, 1, 0), (8, 2, 2), (9, 2, 0), (9, 3, 3), (4, 4, 4)],
+)
 @torch.no_grad()
 def test_the_next_prompts_are_read_where_a_quarter_of_the_places_is_free(places, gone, reads):
     """Fewer would not pay for a forward of their own; what is read takes the free places, in order, and no more."""
@@ -102,10 +124,14 @@ def played(slots, n, seed):
         rows = slots.row.tolist()
         for row in rows:
             texts.setdefault(row, []).append(chance.randrange(VOCAB))
-        slots.feed(torch.tensor([texts[row][-1] for row in rows]),
-                   going=torch.tensor([len(texts[row]) < LENGTH and chance.random() < 0.8 for row in rows]))
+        slots.feed(
+            torch.tensor([texts[row][-1] for row in rows]),
+            going=torch.tensor(
+                [len(texts[row]) < LENGTH and chance.random() < 0.8 for row in rows]
+            ),
+        )
         yield [(row, texts.get(row, [])) for row in slots.row.tolist()]
-    assert sorted(texts) == list(range(len(slots.ids) * n))                                # each was written
+    assert sorted(texts) == list(range(len(slots.ids) * n))  # each was written
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
@@ -127,7 +153,9 @@ def test_each_slot_holds_what_a_fresh_reading_of_its_text_gives(name, seed, n, p
                 for buffer, x in zip(buffers, (layer.keys, layer.values), strict=True):
                     torch.testing.assert_close(buffer[i, :, own], x[0])
             checked += 1
-    assert checked > 10 and all(x.isfinite().all() for x in sum(slots.buffers, []))        # a masked NaN is one too
+    assert checked > 10 and all(
+        x.isfinite().all() for x in sum(slots.buffers, [])
+    )  # a masked NaN is one too
 
 
 def test_buffers_stay_where_they_are(monkeypatch):
@@ -139,16 +167,23 @@ def test_buffers_stay_where_they_are(monkeypatch):
 
     def noted(self, keys, values, i, *args, **kwargs):
         views = update(self, keys, values, i, *args, **kwargs)
-        seen.append((i, *((x.data_ptr(), x.shape) for x in self.buffers[i]), *(x.data_ptr() for x in views)))
+        seen.append(
+            (i, *((x.data_ptr(), x.shape) for x in self.buffers[i]), *(x.data_ptr() for x in views))
+        )
         return views
-    monkeypatch.setattr(Slots, "__init__", lambda self, *args, **kw: made.append(self) or init(self, *args, **kw))
+
+    monkeypatch.setattr(
+        Slots, "__init__", lambda self, *args, **kw: made.append(self) or init(self, *args, **kw)
+    )
     monkeypatch.setattr(Slots, "update", noted)
     eos_ids = common(sample(model, MANY), 6)
     seen.clear()
     made.clear()
     r = sample(model, MANY, eos_ids=eos_ids, in_flight=9)
-    slots, = made
-    assert slots.begun == len(MANY) > 3 and len(r.response_mask.sum(1).unique()) > 2       # rows joined, rows left
+    (slots,) = made
+    assert (
+        slots.begun == len(MANY) > 3 and len(r.response_mask.sum(1).unique()) > 2
+    )  # rows joined, rows left
     assert len(set(seen)) == len(slots.buffers) == 2 < len(seen)
     for _, keys, values, *views in set(seen):
         assert views == [keys[0], values[0]] and keys[1] == values[1] == (9, 2, slots.columns, 8)
@@ -194,7 +229,7 @@ def test_the_host_reads_nothing_but_who_has_ended(monkeypatch, name):
             sample(model, decoder=Static)
         found.append(noted.reads)
     often, once = found
-    assert once == 4 and often == once + 2 * (LENGTH - 1)          # none has ended before the last token
+    assert once == 4 and often == once + 2 * (LENGTH - 1)  # none has ended before the last token
 
 
 def test_the_weights_are_cast_once_a_rollout(monkeypatch):
@@ -208,14 +243,18 @@ def test_the_weights_are_cast_once_a_rollout(monkeypatch):
 
 def test_what_cannot_be_captured_is_run_as_it_is_and_that_is_said(monkeypatch):
     """Once a rollout, however many graphs it would have had; the tokens are the same."""
+
     def capture(self, step):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
     model = tiny("llama").double()
-    eos_ids = common(sample(model, MANY), 4)                                # several numbers of rows, each a graph
+    eos_ids = common(sample(model, MANY), 4)  # several numbers of rows, each a graph
     plain = sample(model, MANY, eos_ids=eos_ids, decoder=Slots)
     monkeypatch.setattr(Captured, "capture", capture)
     monkeypatch.setattr(Captured, "every", 1)
-    with pytest.warns(UserWarning, match="LlamaForCausalLM is not captured in a CUDA graph.*capturing$") as said:
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM is not captured in a CUDA graph.*capturing$"
+    ) as said:
         same_text(sample(model, MANY, eos_ids=eos_ids, decoder=Captured), plain)
     assert len(said) == 1
 
@@ -223,7 +262,9 @@ def test_what_cannot_be_captured_is_run_as_it_is_and_that_is_said(monkeypatch):
 def test_a_graph_is_captured_once_for_its_rows_and_columns(monkeypatch):
     """For 1, 2, 4, ... rows and all the rows that there are; the columns in steps of 1,024, or all there are."""
     sizes = []
-    monkeypatch.setattr(Static, "capture", lambda self, step: sizes.append((self.b, self.width)) or step)
+    monkeypatch.setattr(
+        Static, "capture", lambda self, step: sizes.append((self.b, self.width)) or step
+    )
     monkeypatch.setattr(Static, "every", 1)
     eos_ids = common(sample(tiny("llama"), MANY), 4)
     sample(tiny("llama"), MANY, n=3, eos_ids=eos_ids, decoder=Static)

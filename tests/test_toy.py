@@ -1,11 +1,12 @@
 """The toy world is what experiments/toy.py says it is."""
+
 import json
 
 import pytest
 import torch
+import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
 from plumbing.answers import read_answer
 from rollout import Rollout, left_pad
 
@@ -25,13 +26,20 @@ def test_a_solution_without_mistakes_is_right_in_every_step(family):
     digits, count, ids, mask, is_response = solutions(family, noise=0.0)
     for row, (d, c) in enumerate(zip(digits.tolist(), count.tolist())):
         words = [toy.WORDS[i] for i in ids[row][is_response[row]]]
-        steps = [(a, b) for a, b in zip([w for w in words if w in toy.LABELS], [w for w in words if "=" in w])]
+        steps = [
+            (a, b)
+            for a, b in zip([w for w in words if w in toy.LABELS], [w for w in words if "=" in w])
+        ]
         order = list(range(c)) if family == "left" else list(range(c))[::-1]
         total, expected = 0, []
         for place in order:
             expected.append((toy.LABELS[place], f"{total}+{d[place]}="))
             total = (total + d[place]) % 10
-        assert steps == expected and read_answer(" ".join(words[:-1])) == str(total) and words[-1] == "<eos>"
+        assert (
+            steps == expected
+            and read_answer(" ".join(words[:-1])) == str(total)
+            and words[-1] == "<eos>"
+        )
         prompt = [toy.WORDS[i] for i in ids[row][mask[row] & ~is_response[row]]]
         assert prompt == ["Add", *(toy.LABELS[i] + str(x) for i, x in enumerate(d[:c])), ":"]
 
@@ -41,9 +49,16 @@ def test_mistakes_are_near_misses_at_the_rate_asked_for():
     *_, ids, _, is_response = solutions("left", noise=0.1, n=2000)
     off = []
     for row in range(len(ids)):
-        words = [w for w in (toy.WORDS[i] for i in ids[row][is_response[row]]) if "=" in w or w.isdigit()][:-1]
-        off += [(int(said) - int(asked[0]) - int(asked[2])) % 10 for asked, said in zip(words[::2], words[1::2])]
-    assert set(off) == {0, 1, 9} and sum(x != 0 for x in off) / len(off) == pytest.approx(0.1, abs=0.01)
+        words = [
+            w for w in (toy.WORDS[i] for i in ids[row][is_response[row]]) if "=" in w or w.isdigit()
+        ][:-1]
+        off += [
+            (int(said) - int(asked[0]) - int(asked[2])) % 10
+            for asked, said in zip(words[::2], words[1::2])
+        ]
+    assert set(off) == {0, 1, 9} and sum(x != 0 for x in off) / len(off) == pytest.approx(
+        0.1, abs=0.01
+    )
 
 
 @pytest.mark.parametrize("family", ["left", "right"])
@@ -63,15 +78,22 @@ def test_the_first_slip_is_where_a_step_is_wrong(family):
             if off is None:
                 label = next(i for i, word in enumerate(words) if word in toy.LABELS)
                 other = toy.ID["b" if words[label] == "a" else "a"]
-                assert toy.first_slip([*response[:label], other, *response[label + 1:]], d, c, family) == label
-                assert toy.first_slip(response[:-1], d, c, family) == len(response) - 1           # cut off
+                assert (
+                    toy.first_slip([*response[:label], other, *response[label + 1 :]], d, c, family)
+                    == label
+                )
+                assert toy.first_slip(response[:-1], d, c, family) == len(response) - 1  # cut off
                 assert toy.first_slip(response[:9], d, c, family) == 9
-                assert toy.first_slip([*response, toy.ID[","]], d, c, family) == len(response)    # it went on
+                assert toy.first_slip([*response, toy.ID[","]], d, c, family) == len(
+                    response
+                )  # it went on
 
 
 def test_families_differ_in_order_and_in_words_but_not_in_answers():
     """Two ways of thinking: other favourites, another order; the house style keeps the family's order of connectors."""
-    left, right, house = (toy.law("hesitation", *of) for of in (("left",), ("right",), ("left", True)))
+    left, right, house = (
+        toy.law("hesitation", *of) for of in (("left",), ("right",), ("left", True))
+    )
     best = [set(p.topk(toy.FAVOURITES).indices.tolist()) for p in (left, right, house)]
     assert len(best[0] & best[2]) == toy.FAVOURITES - toy.RUNNERS_UP and best[0] != best[1]
     assert all(p.sum().item() == pytest.approx(1) for p in (left, right, house))
@@ -82,9 +104,13 @@ def test_questions_are_all_different_and_answered(tmp_path, monkeypatch):
     """prompts.jsonl and eval.jsonl share nothing."""
     monkeypatch.setattr(toy, "HELD_OUT", 50)
     toy.write_questions(tmp_path, train=300)
-    parts = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-             for name in ("prompts.jsonl", "eval.jsonl")]
-    assert [len(part) for part in parts] == [300, 50] and len({row["prompt"] for part in parts for row in part}) == 350
+    parts = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("prompts.jsonl", "eval.jsonl")
+    ]
+    assert [len(part) for part in parts] == [300, 50] and len(
+        {row["prompt"] for part in parts for row in part}
+    ) == 350
     for row in parts[1]:
         assert sum(int(word[1]) for word in row["prompt"].split()[1:-1]) % 10 == int(row["answer"])
 
@@ -100,14 +126,23 @@ def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
     T, P = int(is_response.sum(1).max()), max(map(len, prompts))
     left_ids, left_mask = left_pad(prompts, 0)
     said, said_mask, _ = toy.pack(ids, is_response, is_response)
-    r = Rollout(torch.cat([left_ids, said], 1), torch.cat([left_mask, said_mask], 1),
-                torch.cat([torch.zeros_like(left_mask), said_mask], 1), torch.zeros(40, T), torch.zeros(40).bool())
+    r = Rollout(
+        torch.cat([left_ids, said], 1),
+        torch.cat([left_mask, said_mask], 1),
+        torch.cat([torch.zeros_like(left_mask), said_mask], 1),
+        torch.zeros(40, T),
+        torch.zeros(40).bool(),
+    )
     monkeypatch.setattr(toy, "rollout", lambda *_, **__: r)
     monkeypatch.setattr(toy, "problems", lambda *_: (digits, count))
     fitted = []
     monkeypatch.setattr(toy, "fit", lambda _, batches, *__: fitted.extend(batches))
     toy.expert_iteration(None, 1, torch.Generator().manual_seed(0), "rl", n=40, samples=1)
-    seen = [tuple(row[on].tolist()) for part_ids, _, part_on in fitted for row, on in zip(part_ids, part_on)]
+    seen = [
+        tuple(row[on].tolist())
+        for part_ids, _, part_on in fitted
+        for row, on in zip(part_ids, part_on)
+    ]
     wanted = [tuple(row[on].tolist()) for row, on, good in zip(ids, is_response, right) if good]
     assert 0 < len(wanted) < 40 and sorted(seen) == sorted(2 * wanted) and r.ids.size(1) == P + T
 
@@ -118,17 +153,30 @@ def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(toy, "STEPS", {"small": 2, "large": 2})
     monkeypatch.setattr(toy, "HOUSE_STEPS", 1)
-    monkeypatch.setattr(toy, "attempt", lambda model, n, generator, samples=1, plain=toy.attempt, **asked:
-                        (plain(model, 8, generator, **asked)[0], torch.ones(8).bool()))
+    monkeypatch.setattr(
+        toy,
+        "attempt",
+        lambda model, n, generator, samples=1, plain=toy.attempt, **asked: (
+            plain(model, 8, generator, **asked)[0],
+            torch.ones(8).bool(),
+        ),
+    )
     model = toy.make(tmp_path / "a", seed=1)
-    again, tokenizer = (AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
-                        AutoTokenizer.from_pretrained(tmp_path / "a"))
+    again, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "a"),
+        AutoTokenizer.from_pretrained(tmp_path / "a"),
+    )
     ids = tokenizer("Add a3 b7 :", return_tensors="pt").input_ids
     torch.testing.assert_close(model(ids).logits, again(ids).logits)
-    assert tokenizer.decode(ids[0]) == "Add a3 b7 :" and tokenizer.eos_token_id == again.config.eos_token_id \
+    assert (
+        tokenizer.decode(ids[0]) == "Add a3 b7 :"
+        and tokenizer.eos_token_id == again.config.eos_token_id
         and tokenizer.chat_template is None
+    )
     twin = toy.make(tmp_path / "twin", seed=1)
     later = toy.make(tmp_path / "b", seed=2, start=tmp_path / "a", house_style=True, rounds=1)
     rewarded = toy.make(tmp_path / "c", seed=2, start=tmp_path / "a", rounds=1)
     assert torch.equal(model(ids).logits, twin(ids).logits)
-    assert len({m(ids).logits.sum().item() for m in (model, later, rewarded)}) == 3      # each stage does something
+    assert (
+        len({m(ids).logits.sum().item() for m in (model, later, rewarded)}) == 3
+    )  # each stage does something
