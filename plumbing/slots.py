@@ -1,200 +1,377 @@
-"""plumbing/slots.py: rollout.Waves, faster. Slots: rows that never move. Captured: a token of all rows in one launch.
+"""plumbing/slots.py: rollout.rollout, faster, with the same result.
 
-On a GPU a token of eager transformers is dozens of launches a layer, whatever the number of rows, which take longer
-than what they compute. A CUDA graph replays them all at once, on the addresses that it was captured with.
+`rollout` replaces the whole function of rollout.py. It writes all responses in one cache that is
+allocated once. A row is a place for one response; nothing in it ever moves to another column.
+
+    P = 4 columns of the prompt, padded on the left    then token t of the response in column P + t
+
+    row 0    .   .   p   p    y0  y1  y2              has ended
+    row 1    p   p   p   p    y0  y1  y2  y3
+    row 2    .   p   p   p    y0  y1                  has joined later
+
+A row that ends is overwritten with the last row, here row 2 in place of row 0. Rows that are in use
+are always the first ones. The next prompts join behind them, and they start at column P again, so
+the cache is never wider than the longest prompt and one response.
+
+On a GPU, a step of eager transformers is dozens of small launches a layer, which take longer than
+what they compute. `Captured` records a step in a CUDA graph and replays all of them in one launch.
+It looks which rows have ended only at every 16th token, and reads nothing from the GPU in between.
+
+Models whose cache is more than keys and values are written by rollout.rollout.
+
 To copy: with rollout.py.
 """
 
+import math
 import warnings
 
 import torch
+from torch.nn.functional import pad
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from rollout import Waves, position_ids
+import rollout as plain
+from rollout import (
+    as_rollout,
+    check,
+    draw,
+    left_pad,
+    log_softmax,
+    merge_ends,
+    position_ids,
+    uniform,
+)
 
 
-def fastest(model, *args, **kwargs):
-    """The decoder for a model, see rollout: Slots where its cache is keys and values; on one GPU Captured."""
-    if not all(
-        type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-        for layer in DynamicCache(config=model.config.get_text_config(decoder=True)).layers
-    ):
-        return Waves(model, *args, **kwargs)  # recurrent states
-    devices = {p.device for p in model.parameters()}
-    on_one_gpu = len(devices) == 1 and devices.pop().type == "cuda"
-    return (Captured if on_one_gpu else Slots)(model, *args, **kwargs)
+@torch.no_grad()
+def rollout(
+    model,
+    prompts,
+    *,
+    n=1,
+    max_new_tokens,
+    eos_ids,
+    merge=False,
+    temperature=1.0,
+    top_p=1.0,
+    pad_id=0,
+    vocab_size=None,
+    seeds=None,
+    in_flight=None,
+):
+    """Sample n responses to each prompt, see rollout.rollout: same arguments, same Rollout.
+
+    in_flight: at most so many responses are written at a time, which bounds the memory of the
+    cache; all by default, and never fewer than the n of one prompt.
+    """
+    check(model, prompts, max_new_tokens, eos_ids)
+    prompts_at_once = len(prompts)
+    if in_flight:
+        prompts_at_once = min(prompts_at_once, max(1, in_flight // n))
+    how = dict(
+        max_new_tokens=max_new_tokens,
+        eos_ids=eos_ids,
+        merge=merge,
+        temperature=temperature,
+        top_p=top_p,
+        pad_id=pad_id,
+        vocab_size=vocab_size,
+    )
+    kind = kind_of(model)
+    if kind is None:
+        return in_pieces(model, prompts, prompts_at_once, n=n, seeds=seeds, **how)
+
+    device = model.get_input_embeddings().weight.device
+    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    u = uniform(seeds, len(prompts), n, max_new_tokens).to(device)  # (B, T)
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (m, P), (m, P)
+
+    B = len(prompts) * n
+    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
+    log_p = torch.zeros((B, max_new_tokens), device=device)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
+    ended = torch.zeros(B, dtype=torch.bool, device=device)
+
+    slots = kind(model, prompt_ids, prompt_mask, n, prompts_at_once, max_new_tokens)
+    while slots.rows > 0:
+        response = slots.response[: slots.rows]  # (b,) which response each row writes
+        t = slots.t[: slots.rows]  # (b,) and which token of it
+        log_probs = log_softmax(slots.logits[:, :vocab_size], temperature)  # (b, V)
+        if merge:
+            log_probs = merge_ends(log_probs, eos)
+        if temperature > 0:
+            y = draw(log_probs, u[response, t], top_p)  # (b,)
+        else:
+            y = log_probs.argmax(-1)
+        tokens[response, t] = y
+        log_p[response, t] = log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        lengths[response] += (~ended[response]).long()  # some rows go on after their end, see feed
+        ended[response] |= (y.unsqueeze(-1) == eos).any(-1)
+        going = ~ended[response] & (t + 1 < max_new_tokens)
+        slots.feed(y, going)
+
+    after_the_end = torch.arange(max_new_tokens, device=device) >= lengths.unsqueeze(1)  # (B, T)
+    tokens = tokens.masked_fill(after_the_end, pad_id)
+    log_p = log_p.masked_fill(after_the_end, 0)
+    copies = torch.arange(len(prompts), device=device).repeat_interleave(n)  # (B,)
+    return as_rollout(prompt_ids[copies], prompt_mask[copies], tokens, log_p, lengths, ended)
+
+
+def kind_of(model):
+    """The class that writes for a model: Captured on a GPU, else Slots; None: rollout.rollout."""
+    config = model.config.get_text_config(decoder=True)
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if not all(type(layer) in known for layer in DynamicCache(config=config).layers):
+        return None  # recurrent states
+    if "local" in getattr(config, "attention_layers", []):
+        return (
+            None  # GPT-Neo: all windows end at the cache's last column, and the cache is not told
+        )
+    return Captured if model.device.type == "cuda" else Slots
+
+
+def in_pieces(model, prompts, prompts_at_once, *, n, seeds, pad_id, **how):
+    """rollout.rollout of some prompts after the other, joined: -> Rollout."""
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+    pieces = []
+    for start in range(0, len(prompts), prompts_at_once):
+        some = slice(start, start + prompts_at_once)
+        piece = plain.rollout(model, prompts[some], n=n, seeds=seeds[some], pad_id=pad_id, **how)
+        pieces.append(piece)
+
+    T = max(piece.log_p.size(1) for piece in pieces)
+    tokens = []
+    log_p = []
+    for piece in pieces:
+        length = piece.log_p.size(1)
+        tokens.append(pad(piece.ids[:, -length:], (0, T - length), value=pad_id))
+        log_p.append(pad(piece.log_p, (0, T - length)))
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, pieces[0].ids.device)  # (m, P), (m, P)
+    return as_rollout(
+        prompt_ids.repeat_interleave(n, dim=0),
+        prompt_mask.repeat_interleave(n, dim=0),
+        torch.cat(tokens),
+        torch.cat(log_p),
+        lengths=torch.cat([piece.response_mask.sum(1) for piece in pieces]),
+        ended=torch.cat([~piece.truncated for piece in pieces]),
+    )
 
 
 class Slots(DynamicCache):
-    """The responses being written: the first b rows of one cache of B rows x C columns. A prompt stands in the first P
-    columns, padded on the left, token t of its response in column P + t; so each row writes to a column of its own.
+    """The responses that are being written: B rows and C columns, of which `rows` rows are in use.
 
-    Nothing is shifted: where a row leaves, the last one takes its place, and the next prompts join at the end; where
-    layers see a sliding window they wait until all have left, since transformers ends the windows of all rows at one
-    column.
+    It is the cache that transformers gets. Layers with a sliding window (Gemma 3) end the windows
+    of all rows at the same column, so with these no prompt joins before all rows have left.
     """
 
-    every = 1  # tokens between two looks at who has ended
+    look_every = 1  # tokens from one look at who has ended to the next
 
-    def __init__(
-        self, model, ids, mask, n, places, max_new_tokens
-    ):  # ids, mask (m, P); places: of prompts
+    def __init__(self, model, prompt_ids, prompt_mask, n, prompts_at_once, max_new_tokens):
         super().__init__()
-        B, P, self.columns = places * n, ids.size(1), ids.size(1) + max_new_tokens
-        self.model, self.ids, self.mask, self.n, self.places = model, ids, mask, n, places
-        self.rows, self.at, self.y = ids.new_zeros(
-            3, B
-        )  # which response a row writes, at which token, the token
-        self.seen = mask.new_zeros(B, self.columns)  # the columns that it attends to
-        self.b, self.begun, self.steps, self.width = (
-            0,
-            0,
-            0,
-            P,
-        )  # rows, prompts, tokens so far; columns in use
-        self.logits, self.buffers = (
-            torch.empty(0, device=ids.device),
-            [],
-        )  # (b, V); a layer's keys and values
-        self.fill()
+        self.model = model
+        self.prompt_ids = prompt_ids  # (m, P)
+        self.prompt_mask = prompt_mask  # (m, P)
+        self.n = n
+        self.prompts_at_once = prompts_at_once
+        self.P = prompt_ids.size(1)
+        self.columns = self.P + max_new_tokens
 
-    row = property(lambda self: self.rows[: self.b])  # (b,)
-    t = property(lambda self: self.at[: self.b])  # (b,)
+        B = prompts_at_once * n
+        self.response = prompt_ids.new_zeros(B)  # which response a row writes
+        self.t = prompt_ids.new_zeros(B)  # which token of it comes next
+        self.y = prompt_ids.new_zeros(B)  # the token before that
+        self.attended = prompt_mask.new_zeros(B, self.columns)  # the columns that a row reads
+        self.keys = []  # of each layer (B, heads, C, d)
+        self.values = []
+        self.logits = None  # (rows, V) for the next token
+
+        self.rows = 0  # in use, the first ones
+        self.width = self.P  # columns in use
+        self.prompts_read = 0  # prompts that have been read
+        self.steps = 0  # tokens
+        self.in_waves = False  # are there windows?
+        self.join()
 
     def feed(self, y, going):
-        """The rows read their tokens y (b,), for the next logits. Who is not going, (b,) bool, leaves; others join."""
-        self.y[: self.b], self.steps = y, self.steps + 1
-        if self.steps % self.every == 0 or self.width + 1 == self.columns:
+        """The rows read their tokens y (b,), for the next logits.
+
+        Rows that are not going, (b,) bool, leave at the next look, and the next prompts join.
+        """
+        self.y[: self.rows] = y
+        self.steps += 1
+        full = self.width + 1 == self.columns  # a row has written max_new_tokens
+        if full or self.steps % self.look_every == 0:
             self.leave(going)
-        if self.b:
+        if self.rows > 0:
             self.width += 1
             self.logits = self.step()
-            self.at.add_(1).clamp_(
-                max=self.columns - self.ids.size(1) - 1
-            )  # those of free rows go on, in vain
-        self.fill()
+            self.t.add_(1).clamp_(max=self.columns - self.P - 1)  # of free rows, too, in vain
+        self.join()
 
     def leave(self, going):
-        b, P = int(going.sum()), self.ids.size(1)
-        if b < self.b:
-            left, last = (~going[:b]).nonzero().squeeze(-1), b + going[b:].nonzero().squeeze(-1)
-            for x in [self.rows, self.at, self.y, self.seen] + sum(self.buffers, []):
-                x[left.to(x.device)] = x[last.to(x.device)]
-        self.b, self.width = b, P + int(self.at[:b].max()) if b else P
+        """Free the rows that are not going, (b,) bool: the last rows that are take their places."""
+        staying = int(going.sum())
+        if staying < self.rows:
+            free = (~going[:staying]).nonzero().squeeze(-1)
+            last = staying + going[staying:].nonzero().squeeze(-1)
+            for state in (self.response, self.t, self.y, self.attended, *self.keys, *self.values):
+                state[free] = state[last]
+        self.rows = staying
+        self.width = self.P
+        if staying > 0:
+            self.width += int(self.t[:staying].max())
 
-    def fill(self):
-        """Read the next prompts, where there are some and at least a quarter of the places is free."""
-        b, P = self.b, self.ids.size(1)
-        free = self.places - -(-b // self.n)
-        if self.begun == len(self.ids) or b and (self.in_waves or 4 * free < self.places):
+    def join(self):
+        """Read the next prompts, each once for its n responses, into the free rows.
+
+        Fewer than a quarter of the places would not pay for a forward pass of their own.
+        """
+        free = self.prompts_at_once - math.ceil(self.rows / self.n)
+        all_read = self.prompts_read == len(self.prompt_ids)
+        if all_read or 4 * free < self.prompts_at_once:
             return
-        ids, mask = (x[self.begun : self.begun + free] for x in (self.ids, self.mask))
+        if self.in_waves and self.rows > 0:
+            return
+
+        mask = self.prompt_mask[self.prompts_read : self.prompts_read + free]  # (m, P)
         out = self.model(
-            input_ids=ids,
+            input_ids=self.prompt_ids[self.prompts_read : self.prompts_read + free],
             attention_mask=mask,
             position_ids=position_ids(mask),
             use_cache=True,
             logits_to_keep=1,
         )
-        copies = torch.arange(len(ids), device=ids.device).repeat_interleave(
-            self.n
-        )  # each prompt n times
-        new = slice(b, b + len(copies))
-        self.rows[new] = torch.arange(len(copies), device=ids.device) + self.begun * self.n
-        self.at[b:], self.seen[b:], self.seen[new, :P] = 0, False, mask[copies]
-        self.logits = torch.cat([self.logits[:b], out.logits[copies, -1]])
-        self.b, self.begun = b + len(copies), self.begun + len(ids)
-        self.in_waves = any(type(layer) is DynamicSlidingWindowLayer for layer in out.cache.layers)
-        for i, layer in enumerate(out.cache.layers):
-            if i == len(
-                self.buffers
-            ):  # zeros, since what is masked is read; autocast leaves keys in float32
-                self.buffers.append(
-                    [
-                        layer.values.new_zeros(len(self.at), x.size(1), self.columns, x.size(3))
-                        for x in (layer.keys, layer.values)
-                    ]
-                )
-            for buffer, x in zip(self.buffers[i], (layer.keys, layer.values)):
-                buffer[new, :, P - x.size(2) : P] = x[
-                    copies.to(x.device)
-                ]  # of a sliding window only the last
+        copies = torch.arange(len(mask), device=mask.device).repeat_interleave(self.n)  # (b,)
+        first = self.rows
+        new = slice(first, first + len(copies))
+        self.response[new] = self.prompts_read * self.n + torch.arange(
+            len(copies), device=mask.device
+        )
+        self.t[first:] = 0
+        self.attended[first:] = False
+        self.attended[new, : self.P] = mask[copies]
+        self.keep_states(out.cache, copies, new)
+
+        logits = out.logits[copies, -1]  # (b, V)
+        self.logits = logits if first == 0 else torch.cat([self.logits[:first], logits])
+        self.rows += len(copies)
+        self.prompts_read += len(mask)
+
+    def keep_states(self, cache, copies, new):
+        """Copy what a prompt left in a cache of transformers into its n rows."""
+        if not self.keys:
+            B = len(self.t)
+            for layer in cache.layers:
+                if type(layer) is DynamicSlidingWindowLayer:
+                    self.in_waves = True
+                _, heads, _, d = layer.keys.shape
+                _, _, _, d_of_values = layer.values.shape
+                # zeros, because columns that are masked are read, too; the dtype is that of the
+                # values, because autocast leaves keys in float32
+                self.keys.append(layer.values.new_zeros(B, heads, self.columns, d))
+                self.values.append(layer.values.new_zeros(B, heads, self.columns, d_of_values))
+        for i, layer in enumerate(cache.layers):
+            start = self.P - layer.keys.size(
+                2
+            )  # of a sliding window only the last columns are kept
+            self.keys[i][new, :, start : self.P] = layer.keys[copies].to(self.keys[i].dtype)
+            self.values[i][new, :, start : self.P] = layer.values[copies]
 
     def step(self):
-        """Each row reads its token y, number t: -> the logits after it, (b, V). No read by the host, no new address."""
-        self.cell = torch.arange(self.b, device=self.at.device), self.ids.size(1) + self.t
-        self.seen[self.cell] = True
-        seen = self.seen[: self.b, : self.width]  # (b, L)
-        return self.model(
-            input_ids=self.y[: self.b].unsqueeze(1),
-            attention_mask=seen,
-            position_ids=seen.sum(1, keepdim=True) - 1,
+        """Each row in use reads its token y: -> the logits of the next one, (rows, V)."""
+        return self.forward(self.rows, self.width)
+
+    def forward(self, rows, columns):
+        """The first rows read their tokens, within the first columns: -> logits (rows, V).
+
+        Nothing is read by the host, and all tensors stay where they are.
+        """
+        t = self.t[:rows]
+        self.cell = (torch.arange(rows, device=t.device), self.P + t)  # where each row writes
+        self.attended[self.cell] = True
+        self.columns_read = columns
+        attended = self.attended[:rows, :columns]
+        out = self.model(
+            input_ids=self.y[:rows].unsqueeze(1),
+            attention_mask=attended,
+            position_ids=attended.sum(1, keepdim=True) - 1,
             cache=self,
             use_cache=True,
             logits_to_keep=1,
-        ).logits[:, -1]
+        )
+        return out.logits[:, -1]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Of transformers' Cache: write the new keys and values (b, h, 1, d): -> all of the layer's, (b, h, L, d)."""
-        rows, columns = (x.to(keys.device) for x in self.cell)  # (b,), (b,)
-        for buffer, x in zip(self.buffers[layer_idx], (keys, values)):
-            buffer[rows, :, columns] = x.squeeze(2).to(buffer.dtype)
-        return [buffer[: len(keys), :, : self.width] for buffer in self.buffers[layer_idx]]
+        """Called by a layer: takes new keys and values (b, h, 1, d), gives all, (b, h, L, d)."""
+        rows, columns = self.cell  # (b,), (b,)
+        all_keys = self.keys[layer_idx]
+        all_values = self.values[layer_idx]
+        all_keys[rows, :, columns] = keys.squeeze(2).to(all_keys.dtype)
+        all_values[rows, :, columns] = values.squeeze(2)
+        b = len(rows)
+        return all_keys[:b, :, : self.columns_read], all_values[:b, :, : self.columns_read]
 
     def get_seq_length(self, layer_idx=0):
-        """The column of the new token, at which windows end; without windows any that is not before it."""
-        return self.ids.size(1) + self.at[0] if self.in_waves else self.width - 1
+        """The column at which windows end; without windows any that is not before a new token."""
+        if self.in_waves:
+            return self.P + self.t[0]
+        return self.columns_read - 1
 
     def get_mask_sizes(self, query_length, layer_idx):
-        return self.width, 0
+        return self.columns_read, 0
 
 
 class Captured(Slots):
-    """Slots whose step is a replay of a CUDA graph, captured where it is first needed: for 1, 2, 4, 8, ... rows and
-    1,024, 2,048, ... columns. Free rows and columns are computed, too, and nothing of them is read.
+    """Slots whose step is the replay of a CUDA graph.
 
-    The graphs live as long as the rollout. Under autocast the casts of the weights are those of the first prompts,
-    which autocast keeps: nothing is cast in a replay. What cannot be captured is run as it is, and that is said.
+    A graph is captured when it is first needed: for 1, 2, 4, 8, ... rows and 1,024, 2,048, ...
+    columns. Free rows and columns are computed, too, and nothing of them is read. Graphs live as
+    long as the rollout. Under autocast the weights are cast when the prompts are read; autocast
+    keeps these casts, so a replay casts none.
     """
 
-    every = 16
+    look_every = 16
 
-    def __init__(self, *args, **kwargs):
-        self.graphs, self.pool = {}, None  # (rows, columns): a graph, its logits
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args):
+        self.graphs = {}  # (rows, columns) -> a function that replays the graph, -> logits
+        self.pool = None  # the memory that the graphs share
+        self.can_capture = True
+        super().__init__(*args)
 
     def step(self):
-        b, width = self.b, self.width
-        self.b, self.width = (
-            min(1 << (b - 1).bit_length(), len(self.at)),
-            min(-(-width // 1024) * 1024, self.columns),
-        )
-        logits = self.replay(super().step)
-        self.b, self.width = b, width
-        return logits[:b]
-
-    def replay(self, step):
-        size = self.b, self.width
-        if size not in self.graphs:
+        B = len(self.t)
+        rows = min(1 << (self.rows - 1).bit_length(), B)
+        columns = min(math.ceil(self.width / 1024) * 1024, self.columns)
+        size = (rows, columns)
+        if self.can_capture and size not in self.graphs:
             try:
-                self.graphs[size] = self.capture(step)
+                self.graphs[size] = self.capture(rows, columns)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
+                self.can_capture = False
+                reason = str(error).splitlines()[0]
                 warnings.warn(
-                    f"{type(self.model).__name__} is not captured in a CUDA graph and writes at the speed of "
-                    f"its launches: {str(error).splitlines()[0]}"
+                    f"{type(self.model).__name__} is not captured in a CUDA graph "
+                    f"and writes at the speed of its launches: {reason}",
+                    stacklevel=2,
                 )
-                self.capture = lambda step: step
-                self.graphs[size] = step
-        return self.graphs[size]()
+        if not self.can_capture:
+            return super().step()
+        logits = self.graphs[size]()
+        return logits[: self.rows]
 
-    def capture(self, step):
-        """step() as a graph: what it allocates is kept, what it reads from outside stays where it is."""
-        step()  # loads the kernels; done again, it writes the same
+    def capture(self, rows, columns):
+        """forward(rows, columns) as a graph: -> a function that replays it."""
+        self.forward(rows, columns)  # loads the kernels; done again, it writes the same
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(torch.cuda.current_stream()):  # current again where a capture fails
+        with torch.cuda.stream(torch.cuda.current_stream()):  # current again if a capture fails
             with torch.cuda.graph(graph, pool=self.pool):
-                logits = step()
+                logits = self.forward(rows, columns)
         self.pool = graph.pool()
-        return lambda: graph.replay() or logits
+
+        def replay():
+            graph.replay()
+            return logits
+
+        return replay
