@@ -1,21 +1,23 @@
 """analysis.py: will it work, is it working, and why (paper 2.3, 4, 6; Eq. 6 to 10).
 
-At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = TopK(q, k), I = P & Q:
+At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = TopK(q, k), I = P &
+Q:
 
     Eq. 6      overlap ratio            |I| / k
-    Eq. 7      overlap-token advantage  (1/|I|) sum_I p'(v) (log q'(v) - log p'(v)),  p', q' renormalised on I
-    Eq. 8      entropy gap              |H(q) - H(p)|, full vocabulary, absolute value at each position
+    Eq. 7      overlap-token advantage  (1/|I|) sum_I p'(v) (log q'(v) - log p'(v)), renormalised on I
+    Eq. 8      entropy gap              |H(q) - H(p)|, full vocabulary, absolute value at each state
     Eq. 9, 10  overlap mass             sum_I p(v)  and  sum_I q(v), not renormalised
-    4.1        largest gap              |p(v) - q(v)| at the v of P with the largest p(v) |log q(v) - log p(v)|
+    4.1        largest gap              |p(v) - q(v)| at the v of P with the largest
+                                        p(v) |log q(v) - log p(v)|
 
-The first half takes log-probabilities (N, V) at N packed positions and returns one number a position, (N,); the paper's
-E_t is their mean over all positions of all responses. The second half diagnoses a teacher.Pair before training.
+The first half takes log-probabilities (N, V) at N states and returns one number a state, (N,). The
+paper's E_t is their mean over all response tokens. The second half measures a pair before training.
 
-    python analysis.py --student S --teacher T --prompts F   before: will this pair work? table, verdict, diagnose.json
-    python analysis.py ... --tokens out.html                 and the responses, every token tinted by its reward
-    python analysis.py --run DIR [--run ...] --plot out.svg [--positions out.svg]   after: what happened (Fig. 6, 13)
+    python analysis.py --student S --teacher T --prompts F   before: will this pair work?
+    python analysis.py ... --tokens out.html                 and every token tinted by its reward
+    python analysis.py --run DIR --plot out.svg              after: what happened (Fig. 6, 13)
 
-To copy: this file alone. `main` needs plumbing/ and experiments/.
+To copy: with rollout.py, teacher.py and loss.py. `main` needs plumbing/.
 """
 
 import math
@@ -23,63 +25,77 @@ import sys
 
 import torch
 
-FLOOR = -1e4  # nats: stands for log 0, so that 0 log 0 is 0 and p log(p/0) finite
+from rollout import rollout as plain_rollout
+from rollout import seed_of
+from teacher import grade
 
-# --- Eq. 6 to 10, a position at a time -----------------------------------------------------------------------------
+LOG_ZERO = -1e4  # nats; stands for log 0, so that 0 log 0 is 0 and p log(p/0) is finite
+
+# --- Eq. 6 to 10, a state at a time -------------------------------------------------------------
 
 
 def shared_tokens(log_p, log_q, k):
-    """P = TopK(p, k) and which of it is in TopK(q, k): (N, V), (N, V) -> (N, k) ids, (N, k) bool, the set I in P."""
+    """P = TopK(p, k), and which of it is in TopK(q, k): (N, V), (N, V) -> ids (N, k), bool (N, k).
+
+    The second marks the set I within P. ValueError for a k outside 1..V.
+    """
     if not 1 <= k <= log_p.size(-1):
         raise ValueError(f"k={k} is outside 1..{log_p.size(-1)}, the size of the vocabulary")
-    P, Q = log_p.topk(k).indices, log_q.topk(k).indices
-    return P, torch.zeros_like(log_q, dtype=torch.bool).scatter_(-1, Q, True).gather(-1, P)
+    P = log_p.topk(k).indices  # (N, k)
+    Q = log_q.topk(k).indices  # (N, k)
+    is_in_Q = torch.zeros_like(log_q, dtype=torch.bool).scatter_(-1, Q, True)  # (N, V)
+    return P, is_in_Q.gather(-1, P)
 
 
-def overlap_ratio(log_p, log_q, k, shared=None):
-    """Eq. 6, the share of the student's k likeliest tokens that are among the teacher's:
-    (N, V), (N, V) -> (N,) in 0..1. shared, here and below: what shared_tokens gives, where it is known already.
+def overlap_ratio(in_I):
+    """Eq. 6, the share of the student's k likeliest tokens that are among the teacher's.
+
+    in_I (N, k) bool, of shared_tokens -> (N,) in 0..1.
     """
-    P, in_I = shared or shared_tokens(log_p, log_q, k)
-    return in_I.to(log_p.dtype).mean(-1)
+    return in_I.float().mean(-1)
 
 
-def overlap_token_advantage(log_p, log_q, k, shared=None):
-    """Eq. 7: (N, V), (N, V) -> (N,), nats, <= 0, since it is exactly -KL(p' || q') / |I|; NaN where I is empty.
+def overlap_token_advantage(log_p, log_q, P, in_I):
+    """Eq. 7: (N, V), (N, V), and P, I of shared_tokens -> (N,), nats, NaN if I is empty.
 
-    Read it with the overlap mass: it says nothing of what lies outside I. The paper does not discuss an empty I;
-    we leave such a position out of the mean (torch.nanmean) and count it.
+    Never positive, since it is exactly -KL(p' || q') / |I|. Read it with the overlap mass: it says
+    nothing of what lies outside I. The paper does not discuss an empty I; we leave such a state out
+    of the mean (torch.nanmean) and count it.
     """
-    P, in_I = shared or shared_tokens(log_p, log_q, k)
-    log_p, log_q = (
-        torch.where(in_I, x.gather(-1, P), FLOOR).clamp_min(FLOOR).log_softmax(-1)
-        for x in (log_p, log_q)
-    )
-    total = torch.where(in_I, log_p.exp() * (log_q - log_p), 0).sum(-1)
-    return torch.where(in_I.any(-1), total / in_I.sum(-1), math.nan)
+    log_p = renormalised(log_p, P, in_I)  # (N, k)
+    log_q = renormalised(log_q, P, in_I)  # (N, k)
+    advantage = torch.where(in_I, log_p.exp() * (log_q - log_p), 0).sum(-1)  # (N,)
+    return torch.where(in_I.any(-1), advantage / in_I.sum(-1), math.nan)
 
 
-def overlap_mass(log_p, log_q, k, shared=None):
-    """Eq. 9 and 10, the probability that each model puts on the shared tokens:
-    (N, V), (N, V) -> ((N,) by p, (N,) by q).
+def renormalised(log_p, P, in_I):
+    """log p on I, made to sum to 1: (N, V), (N, k), (N, k) -> (N, k)."""
+    log_p = torch.where(in_I, log_p.gather(-1, P), LOG_ZERO)
+    return log_p.clamp_min(LOG_ZERO).log_softmax(-1)
+
+
+def overlap_mass(log_p, P, in_I):
+    """Eq. 9 (or, of log q, Eq. 10): the probability on the shared tokens: (N, V) -> (N,)."""
+    return (log_p.gather(-1, P).exp() * in_I).sum(-1)
+
+
+def largest_gap(log_p, log_q, P):
+    """4.1, |p - q| at the token of P that asks most of the student: (N, V), (N, V) -> (N,) in 0..1.
+
+    That is the v with the largest p(v) |log q(v) - log p(v)|. The paper plots p - q; signs would
+    cancel in a mean.
     """
-    P, in_I = shared or shared_tokens(log_p, log_q, k)
-    return tuple((x.gather(-1, P).exp() * in_I).sum(-1) for x in (log_p, log_q))
-
-
-def largest_gap(log_p, log_q, k, shared=None):
-    """4.1, |p - q| at the token that asks most of the student, of its k likeliest the one with the largest
-    p(v) |log q(v) - log p(v)|: (N, V), (N, V) -> (N,) in 0..1. The paper plots p - q; signs would cancel in a mean.
-    """
-    P, _ = shared or shared_tokens(log_p, log_q, k)
-    log_p, log_q = (x.gather(-1, P).clamp_min(FLOOR) for x in (log_p, log_q))  # (N, k)
-    asks_most = (log_p.exp() * (log_q - log_p).abs()).argmax(-1, keepdim=True)  # (N, 1)
-    return (log_p.exp() - log_q.exp()).abs().gather(-1, asks_most).squeeze(-1)
+    log_p = log_p.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
+    log_q = log_q.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
+    asks = log_p.exp() * (log_q - log_p).abs()
+    asks_most = asks.argmax(-1, keepdim=True)  # (N, 1)
+    gap = (log_p.exp() - log_q.exp()).abs()
+    return gap.gather(-1, asks_most).squeeze(-1)
 
 
 def entropy(log_p):
     """H(p) = -sum_v p(v) log p(v) over the whole vocabulary: (N, V) -> (N,), nats."""
-    return -(log_p.exp() * log_p.clamp_min(FLOOR)).sum(-1)
+    return -(log_p.exp() * log_p.clamp_min(LOG_ZERO)).sum(-1)
 
 
 def entropy_gap(H_p, H_q):
@@ -88,175 +104,180 @@ def entropy_gap(H_p, H_q):
 
 
 def reverse_kl(log_p, log_q):
-    """KL(p || q) over the whole vocabulary, a measurement only (Eq. 4 is what may be descended):
-    (N, V), (N, V) -> (N,), nats.
+    """KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,), nats.
+
+    The value of loss.full_vocab in less memory.
     """
-    return (log_p.exp() * log_p.clamp_min(FLOOR).sub_(log_q.clamp_min(FLOOR))).sum(-1)
+    log_ratio = log_p.clamp_min(LOG_ZERO).sub_(log_q.clamp_min(LOG_ZERO))
+    return log_ratio.mul_(log_p.exp()).sum(-1)
 
 
 @torch.no_grad()
 def diagnose(log_p, log_q, y, k):
-    """All of the above and the reward from one top-k of each side: (N, V), (N, V), (N,) ids -> {name: (N,)}.
+    """All of the above at each state: (N, V), (N, V), drawn tokens (N,) -> {name: (N,)}.
 
-    reward: log q(y) - log p(y) at the sampled token (its mean over a response is the paper's sequence mean reward);
-    log_p: log p(y), to hold against what the rollout recorded.
+    reward: log q(y) - log p(y) at the drawn token (its mean over a response is the paper's sequence
+    mean reward); log_p: log p(y), to hold against what the rollout recorded.
     """
-    shared = shared_tokens(log_p, log_q, k)
-    mass_p, mass_q = overlap_mass(log_p, log_q, k, shared)
-    H_p, H_q = entropy(log_p), entropy(log_q)
-    p_y, q_y = (x.gather(-1, y.unsqueeze(-1)).squeeze(-1) for x in (log_p, log_q))
+    P, in_I = shared_tokens(log_p, log_q, k)
+    H_p = entropy(log_p)
+    H_q = entropy(log_q)
+    log_p_y = log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (N,)
+    log_q_y = log_q.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (N,)
     return {
         "reverse_kl": reverse_kl(log_p, log_q),
-        "overlap_ratio": overlap_ratio(log_p, log_q, k, shared),
-        "overlap_mass_student": mass_p,
-        "overlap_mass_teacher": mass_q,
-        "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k, shared),
+        "overlap_ratio": overlap_ratio(in_I),
+        "overlap_mass_student": overlap_mass(log_p, P, in_I),
+        "overlap_mass_teacher": overlap_mass(log_q, P, in_I),
+        "overlap_token_advantage": overlap_token_advantage(log_p, log_q, P, in_I),
         "entropy_gap": entropy_gap(H_p, H_q),
-        "largest_gap": largest_gap(log_p, log_q, k, shared),
+        "largest_gap": largest_gap(log_p, log_q, P),
         "entropy_student": H_p,
         "entropy_teacher": H_q,
-        "reward": q_y - p_y,
-        "log_p": p_y,
+        "reward": log_q_y - log_p_y,
+        "log_p": log_p_y,
     }
 
 
 def auroc(scores, labels):
-    """The chance that a true one scores above a false one, ties counting half: (B,), (B,) bool -> float.
+    """The chance that a true one scores above a false one, ties counting half: (B,), (B,) bool ->
+    float.
 
-    None where all labels are alike. Paper 6.2 scores responses by their mean reward and labels them by their answers.
+    None if all labels are alike. Paper 6.2 scores responses by their mean reward and labels them by
+    their answers.
     """
-    positive, negative = scores[labels], scores[~labels].sort().values
+    positive = scores[labels]
+    negative = scores[~labels].sort().values
     if not len(positive) or not len(negative):
         return None
-    below, not_above = (
-        torch.searchsorted(negative, positive, right=right) for right in (False, True)
-    )
-    return ((below + not_above).double().mean() / (2 * len(negative))).item()
+    below = torch.searchsorted(negative, positive)
+    not_above = torch.searchsorted(negative, positive, right=True)
+    wins = (below + not_above).double() / 2  # of each positive, over how many negatives
+    return (wins.mean() / len(negative)).item()
 
 
-# --- Before training: will this pair work? -------------------------------------------------------------------------
+# --- means over prompts, and by output position -------------------------------------------------
 
+SHARE = (0.0, 1.0)  # within which accuracies lie
+GAIN = (-1.0, 1.0)  # within which their differences lie
 BUCKETS = 16  # of output positions
 BY_POSITION = ("entropy_student", "entropy_teacher", "reward", "overlap_ratio")
-DEPTHS = (
-    0.0,
-    0.25,
-    0.5,
-    0.75,
-)  # of the student's response, where the teacher takes over (paper 6.1)
-INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED = VERDICTS = (
-    "incompatible thinking (cold start first)",
-    "nothing new to teach",
-    "should work",
-    "harmful (the teacher is behind the student)",
-    "undecided (prompts with answers, or more of them, are needed)",
-)
-SHARED_MASS = 0.8  # below it two models do not think alike; paper: .97-.99 where it works, .3-.8 where it swings
-LEAD = 0.1  # of accuracy: a smaller one is not worth a run
-SHARE, GAIN = (0.0, 1.0), (-1.0, 1.0)  # within which accuracies, and their differences, lie
 
 
 def estimate(x, extremes=()):
-    """Mean over prompts, NaN left out, and its standard error, None where undefined:
-    (prompts,) -> {"mean", "standard_error"}.
+    """Mean over prompts, and its standard error: (prompts,) -> {"mean", "standard_error"}.
 
-    extremes: SHARE or GAIN; the error is at least that as if one more prompt of each had been seen, since a few prompts
-    that agree prove nothing.
+    NaN is left out; None where there is nothing to say. extremes: SHARE or GAIN. A few prompts
+    that agree prove nothing, so the error is at least that as if one more prompt of each extreme
+    had been seen.
     """
     x = x[~x.isnan()].double()
-    errors = [
-        (y.std() / len(y) ** 0.5).item()
-        for y in (x, torch.cat([x, x.new_tensor(extremes)]))
-        if len(x) > 1
-    ]
-    return {
-        "mean": x.mean().item() if len(x) else None,
-        "standard_error": max(errors, default=None),
-    }
+    mean = x.mean().item() if len(x) else None
+    error = None
+    if len(x) > 1:
+        error = standard_error(x)
+        if extremes:
+            error = max(error, standard_error(torch.cat([x, x.new_tensor(extremes)])))
+    return {"mean": mean, "standard_error": error}
 
 
-def ahead(a, b):
-    """How far accuracy a (of plumbing.measure) is ahead of b, prompt by prompt: {"mean", "standard_error"}. Where one
-    does not know its prompts, as in results of earlier versions, the two errors are added up.
-    """
-    each = [
-        torch.tensor(x["each"]).double() / x["samples"] * len(x["each"])
-        for x in (a, b)
-        if "each" in x
-    ]
-    if len(each) == 2 and len(each[0]) == len(each[1]):
-        return estimate(each[0] - each[1], GAIN)
-    errors = [math.inf if x["standard_error"] is None else x["standard_error"] for x in (a, b)]
-    return {"mean": a["mean"] - b["mean"], "standard_error": math.hypot(*errors)}
-
-
-def by_position(grid, mask, width, over_processes=lambda x: x):
-    """Means over buckets of `width` output positions, of which the last takes all that lies beyond (Fig. 13):
-    {name: (B, T)}, (B, T) bool -> {"width", "tokens": [...], name: [...]}, None where a bucket has no finite mean.
-    """
-    bucket = (torch.arange(mask.size(1), device=mask.device) // width).clamp_max(
-        BUCKETS - 1
-    )  # (T,)
-
-    def sums(x):  # (B, T) -> (BUCKETS,)
-        x = torch.where(mask, x, 0).sum(0, dtype=torch.float32)
-        return over_processes(torch.zeros(BUCKETS, device=x.device).index_add(0, bucket, x))
-
-    tokens = sums(mask)
-    means = {name: (sums(grid[name]) / tokens).tolist() for name in BY_POSITION}
-    used = int((tokens > 0).sum())
-    return {
-        "width": width,
-        "tokens": tokens[:used].int().tolist(),
-        **{
-            name: [round(x, 5) if math.isfinite(x) else None for x in xs[:used]]
-            for name, xs in means.items()
-        },
-    }
-
-
-def plus_minus(x, form=".3f"):
-    """What `estimate` found, to read: {"mean": .5, "standard_error": None} -> "0.500 +- ?"."""
-    error = x["standard_error"]
-    return f"{x['mean']:{form}} +- " + (
-        "?" if error is None else f"{error:{form.lstrip('+').lstrip('0123456789')}}"
-    )
-
-
-def gap_recovery(before, after, teacher):
-    """(after - before) / (teacher - before) of three accuracies: float, or None where teacher and student lie within
-    two standard errors of each other, or have none, being of one prompt: the ratio then says nothing.
-    """
-    gap = ahead(teacher, before)
-    return (after["mean"] - before["mean"]) / gap["mean"] if sure(gap) else None
+def standard_error(x):
+    """Of the mean of x (n,): float."""
+    return (x.std() / len(x) ** 0.5).item()
 
 
 def sure(x):
-    """Is an estimate further from 0 than chance allows: 1 above, -1 below, else 0, and of one prompt, too."""
-    error = math.inf if x["standard_error"] is None else x["standard_error"]
-    return 0 if abs(x["mean"]) <= 2 * error else math.copysign(1, x["mean"])
+    """Is an estimate further from 0 than chance allows? 1 above, -1 below, else 0."""
+    error = x["standard_error"]
+    if error is None or abs(x["mean"]) <= 2 * error:
+        return 0
+    return 1 if x["mean"] > 0 else -1
 
 
-def continuation(pair, rows, responses, depths=DEPTHS, *, answered, n, **how):
-    """Paper 6.1: cut the student's responses at some depth and let teacher and student each finish them n times.
+def plus_minus(x, form=".3f"):
+    """An estimate to read: {"mean": .5, "standard_error": .0123} -> "0.500 +- 0.012"."""
+    error = "?" if x["standard_error"] is None else f"{x['standard_error']:{form.lstrip('+')}}"
+    return f"{x['mean']:{form}} +- {error}"
 
-    rows: from Pair.encode; responses: token ids, one a row. answered(pair, rows, model=, starts=, n=, **how) ->
-    right (rows, n) bool, truncated (rows, n) bool; it is plumbing.answers.answered. A depth that is a float is a share
-    of each response, an int a count of tokens; 0.0 is plain accuracy. -> {depth: (gain, student, teacher, tokens)},
-    shares of right answers (rows,), gain = teacher - student, and the mean cut.
+
+def ahead(a, b):
+    """How far accuracy a is ahead of b, prompt by prompt: {"mean", "standard_error"}.
+
+    Both are results of plumbing.measure.accuracy on the same prompts.
     """
-    out = {}
-    for depth in depths:
-        cuts = [
-            min(len(y), depth) if isinstance(depth, int) else int(depth * len(y)) for y in responses
-        ]
-        starts = [y[:cut] for y, cut in zip(responses, cuts)]
-        student, teacher = (
-            answered(pair, rows, model=model, starts=starts, n=n, **how)[0].double().mean(1)
-            for model in (pair.student, pair.teacher)
-        )  # (rows,) each
-        out[depth] = (teacher - student, student, teacher, sum(cuts) / len(cuts))
-    return out
+    share_a = torch.tensor(a["each"]).double() / a["samples"] * len(a["each"])  # (prompts,)
+    share_b = torch.tensor(b["each"]).double() / b["samples"] * len(b["each"])
+    return estimate(share_a - share_b, GAIN)
+
+
+def gap_recovery(before, after, teacher):
+    """(after - before) / (teacher - before) of three accuracies: float.
+
+    None if teacher and student lie within two standard errors: the ratio then says nothing.
+    """
+    gap = ahead(teacher, before)
+    if not sure(gap):
+        return None
+    return (after["mean"] - before["mean"]) / gap["mean"]
+
+
+def sums_by_position(values, place, width):
+    """Sums over buckets of `width` output positions; the last bucket takes all that lies beyond.
+
+    {name: (N,)}, the place of each token in its response (N,) -> {name: (BUCKETS,)}, "tokens" too.
+    """
+    bucket = (place // width).clamp_max(BUCKETS - 1)  # (N,)
+    empty = torch.zeros(BUCKETS, dtype=torch.float64, device=place.device)
+    sums = {"tokens": empty.index_add(0, bucket, torch.ones_like(place, dtype=torch.float64))}
+    for name in BY_POSITION:
+        sums[name] = empty.index_add(0, bucket, values[name].double())
+    return sums
+
+
+def means_by_position(sums, width):
+    """Sums (see sums_by_position) -> {"width", "tokens": [...], name: [...]} (Fig. 13)."""
+    used = int((sums["tokens"] > 0).sum())
+    tokens = sums["tokens"][:used]
+    means = {"width": width, "tokens": tokens.int().tolist()}
+    for name in BY_POSITION:
+        mean = (sums[name][:used] / tokens).tolist()
+        means[name] = [round(x, 5) if math.isfinite(x) else None for x in mean]
+    return means
+
+
+# --- before training: will this pair work? ------------------------------------------------------
+
+DEPTHS = (0.0, 0.25, 0.5, 0.75)  # of the student's response, where the teacher takes over (6.1)
+INCOMPATIBLE = "incompatible thinking (cold start first)"
+NOTHING_NEW = "nothing new to teach"
+SHOULD_WORK = "should work"
+HARMFUL = "harmful (the teacher is behind the student)"
+UNDECIDED = "undecided (prompts with answers, or more of them, are needed)"
+VERDICTS = (INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED)
+SHARED_MASS = 0.8  # below it we call two models unlike; the paper: .97-.99 in 4.1, .3-.8 in Fig. 10
+LEAD = 0.1  # of accuracy; a smaller one is not worth a run
+
+
+def continuation(pair, rows, responses, depth, *, answered, n, **how):
+    """Paper 6.1: cut the student's responses and let teacher and student each finish them n times.
+
+    rows: prompts with "ids" and "answer"; responses: token ids, one list a row; depth: a share of
+    each response if it is a float, a count of tokens if it is an int. 0.0 is plain accuracy.
+    answered: plumbing.answers.answered, or what does the same.
+    -> {"student", "teacher"}: shares of right answers (rows,), and "tokens": the mean cut.
+    """
+    cuts = []
+    for response in responses:
+        cut = min(len(response), depth) if isinstance(depth, int) else int(depth * len(response))
+        cuts.append(cut)
+    starts = [response[:cut] for response, cut in zip(responses, cuts)]
+    student, _ = answered(pair, rows, model=pair.student, starts=starts, n=n, **how)
+    teacher, _ = answered(pair, rows, model=pair.teacher, starts=starts, n=n, **how)
+    return {
+        "student": student.double().mean(1),
+        "teacher": teacher.double().mean(1),
+        "tokens": sum(cuts) / len(cuts),
+    }
 
 
 def diagnose_pair(
@@ -264,6 +285,7 @@ def diagnose_pair(
     rows,
     *,
     answered,
+    rollout=plain_rollout,
     k=16,
     n=2,
     max_new_tokens=128,
@@ -274,191 +296,212 @@ def diagnose_pair(
     depths=DEPTHS,
     seed=0,
 ):
-    """Sample the student and measure what the paper says decides: -> the content of diagnose.json, verdict included.
+    """Sample the student and measure what the paper says decides: -> the report, a plain dict.
 
-    rows: from Pair.encode, {"prompt", "answer" or None, "ids"}; answered: see continuation. Each metric is a mean over
-    tokens within a prompt, then over prompts, with the standard error of the latter. What needs answers is left out
-    without them. Where nobody has solved a prompt at the first depth, deeper ones are not tried.
+    rows: {"prompt", "answer" or None, "ids"}; answered: see continuation; n: responses a prompt;
+    finishes: endings at each depth. Each metric is a mean over tokens within a prompt, then over
+    prompts, with the standard error of the latter. Without answers what needs them is left out.
     """
-    r = pair.write(
-        [row["ids"] for row in rows],
-        n=n,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        seed=seed,
-    )
-    grid = pair.grade(r, lambda *x: diagnose(*x, k), temperature=temperature)  # {name: (B, T)}
+    with pair.autocast():
+        r = rollout(
+            pair.student,
+            [row["ids"] for row in rows],
+            n=n,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seeds=[seed_of(seed, "diagnosis", i) for i in range(len(rows))],
+            **pair.sampling,
+        )
+
+    def per_position(log_p, log_q, y):
+        return diagnose(log_p, log_q, y, k)
+
+    grid = grade(pair, r, per_position, temperature=temperature)  # {name: (B, T)}
+    metrics = {}
+    for name, x in grid.items():
+        if name != "log_p":
+            metrics[name] = estimate(x.view(len(rows), -1).nanmean(1).cpu())
+    mismatch = torch.where(r.response_mask, grid["log_p"] - r.log_p, 0).abs().max()
     report = {
         "prompts": len(rows),
         "responses": len(r.ids),
         "k": k,
         "response_length": r.response_mask.sum(1).double().mean().item(),
         "truncated_fraction": r.truncated.double().mean().item(),
-        "metrics": {
-            name: estimate(x.view(len(rows), -1).nanmean(1).cpu())
-            for name, x in grid.items()
-            if name != "log_p"
-        },
-        "by_position": by_position(grid, r.response_mask, -(-max_new_tokens // BUCKETS)),
+        "metrics": metrics,
+        "by_position": grid_by_position(grid, r.response_mask, max_new_tokens),
+        "sampling_mismatch": mismatch.item(),
     }
-    report["sampling_mismatch"] = (
-        torch.where(r.response_mask, grid["log_p"] - r.log_p, 0).abs().max().item()
-    )
-    asked = [i for i, row in enumerate(rows) if row["answer"] is not None]
-    if asked:
-        some, how = [rows[i] for i in asked], dict(answered=answered, max_new_tokens=max_new_tokens)
-        responses = [[r.response_ids(i * n + j) for j in range(n)] for i in asked]
-        right = torch.cat(
-            [
-                answered(pair, some, starts=[y[j] for y in responses], max_new_tokens=0)[0]
-                for j in range(n)
-            ],
-            1,
-        )  # (asked, n); nothing is left to write: judged as they stand
-        reward = grid["reward"].nanmean(1).view(-1, n)[asked].cpu()  # sequence mean reward
-        report["auroc"], report["right"] = (
-            auroc(reward.flatten(), right.flatten()),
-            int(right.sum()),
-        )
-        finished = {}
-        for depth in depths:
-            finished |= continuation(
-                pair,
-                some,
-                [y[0] for y in responses],
-                [depth],
-                n=finishes,
-                seed=seed,
-                temperature=eval_temperature,
-                top_p=eval_top_p,
-                **how,
-            )
-            if (
-                depth == depths[0]
-                and not right.any()
-                and not any(x.any() for x in finished[depth][1:3])
-            ):
-                break
-        report["continuation"] = [
-            {
-                "depth": depth,
-                "tokens": tokens,
-                "student": estimate(student, SHARE),
-                "gain": estimate(gain, GAIN),
-                "teacher": estimate(teacher, SHARE),
-            }
-            for depth, (gain, student, teacher, tokens) in finished.items()
-        ]
-        report["predicted_gain"] = estimate(
-            torch.stack([gain for gain, *_ in finished.values()]).mean(0), GAIN
+    known = [i for i, row in enumerate(rows) if row["answer"] is not None]
+    if known:
+        responses = [[r.response_ids(i * n + j) for j in range(n)] for i in known]
+        reward = grid["reward"].nanmean(1).view(-1, n)[known].cpu()  # (known, n)
+        with_answers = [rows[i] for i in known]
+        right = judged(pair, with_answers, responses, answered)
+        report["auroc"] = auroc(reward.flatten(), right.flatten())
+        report["right"] = int(right.sum())
+        report["continuation"], report["predicted_gain"] = gains(
+            pair,
+            with_answers,
+            [of_row[0] for of_row in responses],
+            depths,
+            answered=answered,
+            n=finishes,
+            max_new_tokens=max_new_tokens,
+            temperature=eval_temperature,
+            top_p=eval_top_p,
+            seed=seed,
         )
     report["verdict"], report["reasons"] = verdict(report)
     return report
 
 
-def verdict(report):
-    """One of VERDICTS and reasons in words, from compatibility and new capability at states that the student visits.
+def grid_by_position(grid, mask, max_new_tokens):
+    """{name: (B, T)}, (B, T) bool -> means over buckets of output positions, see
+    means_by_position."""
+    width = math.ceil(max_new_tokens / BUCKETS)
+    place = torch.arange(mask.size(1), device=mask.device).expand_as(mask)  # (B, T)
+    values = {name: grid[name][mask] for name in BY_POSITION}
+    return means_by_position(sums_by_position(values, place[mask], width), width)
 
-    Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections. That nothing was
-    seen decides nothing: "nothing new" takes an upper bound, two errors above the gain, below LEAD.
+
+def judged(pair, rows, responses, answered):
+    """Are finished responses right? n lists of token ids a row -> (rows, n) bool."""
+    columns = []
+    for j in range(len(responses[0])):
+        starts = [of_row[j] for of_row in responses]
+        right, _ = answered(pair, rows, starts=starts, max_new_tokens=0)  # nothing left to write
+        columns.append(right)
+    return torch.cat(columns, dim=1)
+
+
+def gains(pair, rows, responses, depths, **how):
+    """The teacher's gain at several depths: -> one dict a depth, and the mean gain over depths.
+
+    If nobody has solved a prompt at the first depth, deeper ones are not tried.
+    """
+    report = []
+    gain_at = []
+    for depth in depths:
+        found = continuation(pair, rows, responses, depth, **how)
+        gain = found["teacher"] - found["student"]  # (rows,)
+        gain_at.append(gain)
+        report.append(
+            {
+                "depth": depth,
+                "tokens": found["tokens"],
+                "student": estimate(found["student"], SHARE),
+                "teacher": estimate(found["teacher"], SHARE),
+                "gain": estimate(gain, GAIN),
+            }
+        )
+        if depth == depths[0] and not found["student"].any() and not found["teacher"].any():
+            break
+    return report, estimate(torch.stack(gain_at).mean(0), GAIN)
+
+
+def verdict(report):
+    """One of VERDICTS, and reasons in words: compatible, and something new, where the student is?
+
+    Differs from the paper: it gives no rule. These are ours, and each leans on one of its sections.
+    That nothing was seen decides nothing: "nothing new" takes a gain that is surely below LEAD.
     """
     metrics = report["metrics"]
     mass = min(
         metrics["overlap_mass_student"], metrics["overlap_mass_teacher"], key=lambda x: x["mean"]
     )
-    apart = INCOMPATIBLE if sure({**mass, "mean": mass["mean"] - SHARED_MASS}) < 0 else UNDECIDED
+    below = {"mean": mass["mean"] - SHARED_MASS, "standard_error": mass["standard_error"]}
+    unlike = sure(below) < 0
     reasons = [
-        f"the tokens that both find likely hold {plus_minus(mass, '.3f')} of the probability, "
-        f"{'below' if mass['mean'] < SHARED_MASS else 'at least'} {SHARED_MASS} "
-        "(4.1: .97 to .99 where it works; 5.1: as low as .3 where it does not)"
+        f"the tokens that both find likely hold {plus_minus(mass)} of the probability "
+        f"({SHARED_MASS} asked for; the paper: .97 to .99 in 4.1, in its failing run too, and .3 "
+        "to .8 in Figure 10)"
     ]
-    if report.get("truncated_fraction", 0) > 0.5:
-        reasons += ["most responses were cut off: take a higher --max-new-tokens"]
+    if report["truncated_fraction"] > 0.5:
+        reasons.append("most responses were cut off: take a higher --max-new-tokens")
     if metrics["reverse_kl"]["mean"] < 1e-6:
-        return NOTHING_NEW, [
-            "student and teacher agree at every state: there is no gradient (Eq. 4)"
-        ]
+        return NOTHING_NEW, ["student and teacher agree at every state: no gradient (Eq. 4)"]
     if "continuation" not in report:
-        return apart, reasons
-    first, gain = report["continuation"][0], report["predicted_gain"]
-    reasons += [
-        f"on its own, teacher - student is {plus_minus(first['gain'], '+.3f')} in accuracy",
-        f"finishing what the student began, mean over depths, it is {plus_minus(gain, '+.3f')} (6.1)",
-    ]
-    if first["student"]["mean"] == first["teacher"]["mean"] == 0:
-        return apart, reasons + [
-            'neither solved one of these prompts: an answer stands after "Answer:" or in \\boxed{} (--template answer asks '
-            "for it); else take easier ones, or a higher --max-new-tokens"
-        ]
-    if sure(first["gain"]) < 0:
-        return HARMFUL, reasons + [
-            "distillation copies the teacher's distribution, its mistakes included (3.3)"
-        ]
-    if apart == INCOMPATIBLE or sure(first["gain"]) > 0 > sure(gain):
-        return INCOMPATIBLE, reasons + [
-            "the two part ways at states that the student visits (3.1); a cold start moves those (5.1)"
-        ]
-    if sure(gain) < 0:
-        return HARMFUL, reasons + ["where the student is, the teacher does worse (3.3)"]
-    error, m = gain["standard_error"] or math.inf, report["prompts"]
-    if sure(gain) == 0 and gain["mean"] + 2 * error < LEAD:
-        return NOTHING_NEW, reasons + [
-            f"{LEAD} or more would have shown: size or another seed is no new knowledge (3.2)"
-        ]
-    if sure(gain) == 0:
-        nearer = max(
-            gain["mean"], LEAD - gain["mean"]
-        )  # of the two that it may be: a gain, or less than LEAD
-        more = (
-            f"at most {max(1, math.ceil(m * (2 * error / nearer) ** 2) - m)} more"
-            if error < math.inf
-            else "more"
+        return INCOMPATIBLE if unlike else UNDECIDED, reasons
+
+    alone = report["continuation"][0]
+    gain = report["predicted_gain"]
+    reasons.append(
+        f"on its own, teacher - student is {plus_minus(alone['gain'], '+.3f')} in accuracy"
+    )
+    reasons.append(
+        "finishing what the student began, mean over depths, it is "
+        f"{plus_minus(gain, '+.3f')} (6.1)"
+    )
+    if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
+        reasons.append(
+            'neither solved one of these prompts: an answer stands after "Answer:" or in \\boxed{} '
+            "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"
         )
-        return UNDECIDED, reasons + [
-            f"nothing is sure after {m} prompts: {more} decide if it stays so (--count)"
-        ]
-    return SHOULD_WORK, reasons + [
-        "alike enough to be followed, and better where the student is (3.1, 3.2)"
-    ]
+        return INCOMPATIBLE if unlike else UNDECIDED, reasons
+    if sure(alone["gain"]) < 0:
+        reasons.append(
+            "distillation copies the teacher's distribution, its mistakes included (3.3)"
+        )
+        return HARMFUL, reasons
+    leads_alone_only = sure(alone["gain"]) > 0 and sure(gain) < 0
+    if unlike or leads_alone_only:
+        reasons.append(
+            "the two part ways at states that the student visits (3.1); a cold start moves those "
+            "(5.1)"
+        )
+        return INCOMPATIBLE, reasons
+    if sure(gain) < 0:
+        reasons.append("where the student is, the teacher does worse (3.3)")
+        return HARMFUL, reasons
+    if sure(gain) > 0:
+        reasons.append("alike enough to be followed, and better where the student is (3.1, 3.2)")
+        return SHOULD_WORK, reasons
+    error = gain["standard_error"]
+    if error is not None and gain["mean"] + 2 * error < LEAD:
+        reasons.append(f"{LEAD} or more would have shown: size alone is no new knowledge (3.2)")
+        return NOTHING_NEW, reasons
+    reasons.append(f"nothing is sure after {report['prompts']} prompts: take more (--count)")
+    return UNDECIDED, reasons
 
 
 def main(argv=None):
-    from experiments import plot, tokens
-    from plumbing import answers, files, flags, prompts, show
-    from plumbing.exits import one_line
+    from plumbing import answers, exits, figures, files, flags, models, page, prompts, show, slots
 
-    with one_line("analysis.py"):
+    with exits.one_line("analysis.py"):
         asked = flags.parse_analysis(sys.argv[1:] if argv is None else argv)
         if asked.run:
-            return plot.runs(asked.run, asked.plot, asked.positions)
-        from teacher import Pair
-
+            figures.runs(asked.run, asked.plot, asked.positions)
+            return
         rows = prompts.some_questions(asked.prompts, asked.template, asked.seed, asked.count)
-        pair = Pair.load(asked.student, asked.teacher, **flags.of_pair(asked))
+        pair = models.load_pair(asked.student, asked.teacher, **flags.of_pair(asked))
         rows = prompts.encode_for(asked, pair, rows)
-        how = {
-            name: getattr(asked, name) for name in ("k", "max_new_tokens", "temperature", "seed")
+        sampling = {
+            "k": asked.k,
+            "max_new_tokens": asked.max_new_tokens,
+            "temperature": asked.temperature,
+            "seed": asked.seed,
         }
         if asked.tokens:
-            tokens.write_page(pair, rows[:8], asked.tokens, **how)
+            page.write_page(pair, rows[:8], asked.tokens, **sampling)
         report = diagnose_pair(
             pair,
             rows,
             answered=answers.answered,
+            rollout=slots.rollout,
             n=asked.n,
             finishes=asked.finishes,
             eval_temperature=asked.eval_temperature,
             eval_top_p=asked.eval_top_p,
-            **how,
+            **sampling,
         )
-        print(plot.diagnosis(report))
-        if said := show.mismatch(report, asked.dtype):
-            print(f"warning: {said}", file=sys.stderr)
-        files.write_json(
-            asked.out,
-            dict(student=asked.student, teacher=asked.teacher, **report, **files.provenance()),
-        )
-        print(f"\n{asked.out}" + f", {asked.tokens}" * bool(asked.tokens))
+        print(show.diagnosis(report))
+        mismatch = show.mismatch(report, asked.dtype)
+        if mismatch:
+            print(f"warning: {mismatch}", file=sys.stderr)
+        names = {"student": asked.student, "teacher": asked.teacher}
+        files.write_json(asked.out, {**names, **report, **files.provenance()})
+        print(f"\n{asked.out}")
 
 
 if __name__ == "__main__":

@@ -2,19 +2,23 @@
 
     python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
-    once:       0  mix in aligned prompts; fine-tune on what the teacher answers         recipes.py
-    each step:  1  take the next prompts of an endless shuffled list                     plumbing/processes.py
+    once:       0  fine-tune on what the teacher answers, if --cold-start asks for it    recipes.py
+    each step:  1  take the next prompts of an endless shuffled list                     rollout.py
                 2  the student writes n responses to each, y ~ p(.|x)                    rollout.py
-                3  both models read them: log p, log q at the states it visited          teacher.py
+                3  both models read them: states, log p, log q                           teacher.py
                 4  reverse KL at every token, its mean over the step's tokens, backward  loss.py
-                5  Eq. 6-10 from the same softmaxes                                      analysis.py
+                5  Eq. 6 to 10 from the same softmaxes                                   analysis.py
                 6  one AdamW update of the student
 
-Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The reward is dense and needs
-none. The batch of a step and its random numbers depend on (seed, step) alone, so a run that was cut goes on bit for
-bit. A step whose loss or gradient is not finite is skipped and reported; the third in a row ends the run.
+`update` is a step, `distil` is a run.
 
-Its flags, each with the reason for its default: plumbing/flags.py. Its folder, checkpoint and Ctrl-C: plumbing/run.py.
+Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The
+reward is dense and needs none. The prompts of a step and its random numbers follow from (seed,
+step) alone, so a run that was cut goes on bit for bit. A step whose gradient is not finite
+changes nothing and is counted; the third in a row ends the run.
+
+Its flags, each with the reason for its default: plumbing/flags.py. Its folder, checkpoint and
+Ctrl-C: plumbing/run.py.
 """
 
 import math
@@ -25,185 +29,228 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import loss
+import loss as losses
 from analysis import diagnose, gap_recovery
 from plumbing import files, flags, measure, prompts, show
 from plumbing.exits import one_line
 from plumbing.processes import (
-    batch,
+    equal_micro_batches,
     one_of_several,
     over_processes,
     processes,
     share,
-    summed_gradients,
+    sum_gradients,
+    whole,
 )
 from plumbing.run import Run
+from plumbing.slots import rollout  # rollout.rollout, faster
 from recipes import cold_start, teacher_rollouts
+from rollout import batch, seed_of
+from teacher import UserError, log_softmax_of, states
 
 
-def objective(cfg):
-    """The loss that --objective names: (log_p (N, V), log_q (N, V), y (N,)) -> (N,)."""
-    return {
-        "top-k": lambda log_p, log_q, y: loss.top_k(log_p, log_q, cfg.k, cfg.support),
-        "top-k-released": lambda log_p, log_q, y: loss.top_k_released(
-            log_p, log_q, cfg.k, cfg.support
-        ),
-        "full": lambda log_p, log_q, y: loss.full_vocab(log_p, log_q),
-        "sampled": loss.sampled_token,
-    }[cfg.objective]
+def objective(cfg, log_p, log_q, y):
+    """The loss that --objective names: (N, V), (N, V), (N,) -> (N,)."""
+    if cfg.objective == "sampled":
+        return losses.sampled_token(log_p, log_q, y)  # Eq. 3
+    if cfg.objective == "full":
+        return losses.full_vocab(log_p, log_q)  # Eq. 4
+    if cfg.objective == "top-k-released":
+        return losses.top_k_released(log_p, log_q, cfg.k, cfg.support)
+    return losses.top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
 
 
 def per_position(cfg):
-    """Loss and diagnostics: (log_p (N, V), log_q (N, V), y (N,)) -> {name: (N,)}."""
-    descend = objective(cfg)
-    return lambda log_p, log_q, y: {
-        "loss": descend(log_p, log_q, y),
-        **diagnose(log_p, log_q, y, cfg.k),
-    }
+    """Loss and diagnostics as a function: log_p (N, V), log_q (N, V), y (N,) -> {name: (N,)}."""
+
+    def loss_and_diagnostics(log_p, log_q, y):
+        values = {"loss": objective(cfg, log_p, log_q, y)}
+        values.update(diagnose(log_p, log_q, y, cfg.k))
+        return values
+
+    return loss_and_diagnostics
 
 
-def update(cfg, pair, optimizer, asked, step):
-    """Steps 2 to 6 for the prompts of a step (of Pair.encode): -> this process's Rollout, {metric: of the step}.
+def update(cfg, pair, optimizer, rows, step):
+    """One step of on-policy distillation on some prompts: -> Rollout, {metric: of the step}.
 
-    Of several processes each takes its share of the prompts; sums and gradients are those of all.
+    rows: the step's prompts, each with its token ids, {"ids": ..., ...}. Of several processes
+    each takes its share of them, and the Rollout is that of its share. Gradient and metrics are
+    means over the response tokens of all.
     """
     started = time.perf_counter()
-    r = pair.write(
-        [prompt["ids"] for prompt in asked],
-        n=cfg.n,
-        max_new_tokens=cfg.max_new_tokens,  # 2  y ~ p(.|x)
-        temperature=cfg.temperature,
-        share=processes(),
-        seed=cfg.seed * 1_000_003 + step + 3,
-    )  # seed + 1 and + 2 are those of measure.py
+    seeds = [seed_of(cfg.seed, "rollout", step, i) for i in range(len(rows))]
+    with pair.autocast(), whole(pair.student):
+        r = rollout(  # y ~ p(.|x)
+            pair.student,
+            [row["ids"] for row in share(rows)],
+            n=cfg.n,
+            max_new_tokens=cfg.max_new_tokens,
+            temperature=cfg.temperature,
+            seeds=share(seeds),
+            in_flight=pair.in_flight,
+            **pair.sampling,
+        )
     written = time.perf_counter()
-    total = over_processes(r.is_response.sum())  # the mean over all response tokens of the step
-    grid = pair.grade(
-        r,
-        per_position(cfg),
-        scale=1 / total,
-        temperature=cfg.temperature,  # 3, 4, 5
-        teacher_temperature=cfg.teacher_temperature,
-    )  # {name: (B, T)}; backward: loss.in_chunks
-    norm = clip_grad_norm_(summed_gradients(pair.student), 1.0).item()  # 6
-    if math.isfinite(norm):  # a loss that is not finite makes the norm so
+
+    total = over_processes(r.is_response.sum())  # one denominator, whatever the cut into parts
+    log_p_of = log_softmax_of(pair, pair.student, cfg.temperature)
+    log_q_of = log_softmax_of(pair, pair.teacher, cfg.teacher_temperature)
+    metrics = measure.Means(cfg.max_new_tokens, pair.device)
+    for part in equal_micro_batches(r, pair.micro_batch_tokens):
+        with pair.autocast():
+            h_p = states(pair.student, part)  # (N, H) before each response token
+            with torch.no_grad():
+                h_q = states(pair.teacher, part)  # (N, H')
+            values = losses.in_chunks(  # {name: (N,)}
+                per_position(cfg), h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk
+            )
+        loss = values["loss"].sum() / total  # Eq. 5, its mean over the response tokens of the step
+        loss.backward()
+        metrics.add(values, part)
+    grad_norm = descend(optimizer, pair.student)
+
+    row = metrics.means(r)
+    row["grad_norm"] = grad_norm
+    row["lr"] = optimizer.param_groups[0]["lr"]
+    row["time_rollout"] = written - started
+    row["time_update"] = time.perf_counter() - written
+    if not math.isfinite(grad_norm):
+        row["skipped"] = f"loss {row['loss']}, gradient norm {grad_norm}"
+    return r, row
+
+
+def descend(optimizer, student):
+    """Add the gradients of all processes up, clip them, take one AdamW step: -> the norm before.
+
+    No step is taken if the norm is not finite, as it is if the loss is not.
+    """
+    sum_gradients(student)
+    norm = clip_grad_norm_(student.parameters(), max_norm=1.0).item()
+    if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad()
-    row = measure.means(grid, r, cfg.max_new_tokens)
-    if not math.isfinite(norm):
-        row["skipped"] = {
-            "why": f"loss {row['loss']}, gradient norm {norm}",
-            "prompts": measure.broken(grid["loss"], r, share(asked), cfg.n),
-        }
-    return r, {
-        **row,
-        "grad_norm": norm,
-        "lr": optimizer.param_groups[0]["lr"],
-        "time_rollout": written - started,
-        "time_update": time.perf_counter() - written,
-    }
+    return norm
 
 
-def fine_tune(cfg, run, pair, optimizer, asked, held_out):
-    """5.1: fine-tune on what the teacher answers, in cold_start.jsonl, before OPD begins with a new optimizer."""
-    path, length = cfg.cold_start_file, cfg.cold_start_max_new_tokens or cfg.max_new_tokens
+def adamw(cfg, student):
+    """The student's optimizer, the authors' settings."""
+    return torch.optim.AdamW(
+        student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
+    )
+
+
+def fine_tune(cfg, run, pair, optimizer, rows):
+    """5.1: fine-tune the student on what the teacher answers to rows, or on --cold-start-file."""
+    path = cfg.cold_start_file
     if not path:
         path = run.out / "cold_start.jsonl"
-        run.before["cold_start"] = counts = files.append_answers(
-            path,
-            lambda start: teacher_rollouts(
-                pair,
-                asked,
-                max_new_tokens=length,
-                temperature=cfg.cold_start_temperature,
-                top_p=cfg.cold_start_top_p,
-                seed=cfg.seed,
-                start=start,
-            ),
-        )
-        tqdm.write(
-            "cold start: {kept} responses of the teacher; "
-            "dropped: {unfinished} unfinished, {degenerate} degenerate".format(**counts)
-        )
-        if not counts["kept"]:
-            raise ValueError(
-                f"--cold-start {cfg.cold_start}: the teacher finished no response within {length} tokens "
-                "without repeating itself; begin anew with a higher --cold-start-max-new-tokens"
-            )
+        run.before["cold_start"] = ask_teacher(cfg, pair, rows, path)
     examples = prompts.load_conversations(path, pair, cfg.thinking)
-    steps = cfg.cold_start_steps or -(-len(examples) // cfg.cold_start_batch_size)
-    for row in tqdm(
-        cold_start(
-            pair,
-            optimizer,
-            examples,
-            steps=steps,
-            lr=cfg.cold_start_lr,
-            seed=cfg.seed,
-            batch_size=cfg.cold_start_batch_size,
-            start=run.cold_step,
-        ),
-        total=steps,
-        initial=run.cold_step,
-        desc="cold start",
-        mininterval=1,
-        disable=None,
-    ):
+    steps = cfg.cold_start_steps or math.ceil(len(examples) / cfg.batch_size)
+    updates = cold_start(
+        pair,
+        optimizer,
+        examples,
+        steps=steps,
+        lr=cfg.cold_start_lr,
+        batch_size=cfg.batch_size,
+        seed=cfg.seed,
+        start=run.cold_step,
+        share=processes(),
+        descend=descend,
+        micro_batches=equal_micro_batches,
+    )
+    for row in progress(updates, "cold start", run.cold_step, steps):
+        row["loss"] = over_processes(row["loss"]).item()
         run.log_cold_start(row, steps)
-    run.before["accuracy_cold_start"] = measure.accuracy(cfg, pair, held_out, pair.student)
-    run.before["held_out_cold_start"] = measure.distance(cfg, pair, held_out, per_position(cfg))
+
+
+def ask_teacher(cfg, pair, rows, path):
+    """Write the teacher's answers to a file, from where it stops: -> {why: how many}."""
+    length = cfg.cold_start_max_new_tokens or cfg.max_new_tokens
+
+    def answers_from(start):
+        return teacher_rollouts(
+            pair,
+            rows,
+            max_new_tokens=length,
+            temperature=cfg.cold_start_temperature,
+            top_p=cfg.cold_start_top_p,
+            seed=cfg.seed,
+            start=start,
+            share=processes(),
+            rollout=rollout,
+        )
+
+    with whole(pair.teacher):
+        counts = files.append_answers(path, answers_from)
+    tqdm.write(
+        f"cold start: {counts['kept']} responses of the teacher; dropped: "
+        f"{counts['unfinished']} unfinished, {counts['degenerate']} degenerate"
+    )
+    if not counts["kept"]:
+        raise UserError(
+            f"--cold-start {cfg.cold_start}: the teacher finished no response within {length} "
+            "tokens without repeating itself; begin anew with a higher --cold-start-max-new-tokens"
+        )
+    return counts
 
 
 def distil(cfg):
     """The whole run, in the folder --out: -> what its result.json holds."""
     with Run(flags.check_run(cfg)) as run:
-        asked = prompts.questions(cfg)
+        texts, cold_texts, held_out_texts = prompts.questions(cfg)
         pair = run.load_pair()
-        train, cold, held_out = (prompts.encode_for(cfg, pair, rows) for rows in asked)
+        train = prompts.encode_for(cfg, pair, texts)
+        cold = prompts.encode_for(cfg, pair, cold_texts)
+        held_out = prompts.encode_for(cfg, pair, held_out_texts)
         optimizer = adamw(cfg, pair.student)
         run.restore(pair, optimizer, train, cold, held_out)
+
         if not run.before:
-            run.before = {
+            before = {
                 "accuracy_teacher": measure.accuracy(cfg, pair, held_out, pair.teacher),
                 "accuracy_before": measure.accuracy(cfg, pair, held_out, pair.student),
                 "held_out_before": measure.distance(cfg, pair, held_out, per_position(cfg)),
             }
+            measure.check_on_policy(before["held_out_before"], cfg.dtype)
+            run.before.update(before)
             run.save_when_due(0, cfg.steps)
-        if (cfg.cold_start or cfg.cold_start_file) and "held_out_cold_start" not in run.before:  # 0
-            fine_tune(cfg, run, pair, optimizer, cold, held_out)
+
+        wants_cold_start = cfg.cold_start or cfg.cold_start_file
+        if wants_cold_start and "held_out_cold_start" not in run.before:
+            fine_tune(cfg, run, pair, optimizer, cold)
+            accuracy = measure.accuracy(cfg, pair, held_out, pair.student)
+            run.before["accuracy_cold_start"] = accuracy
+            distance = measure.distance(cfg, pair, held_out, per_position(cfg))
+            run.before["held_out_cold_start"] = distance
             optimizer = run.optimizer = adamw(cfg, pair.student)
             run.save_when_due(0, cfg.steps)
-        for step in tqdm(
-            range(run.step, cfg.steps),
-            initial=run.step,
-            total=cfg.steps,
-            desc="distil",
-            mininterval=1,
-            disable=None,
-        ):  # no bar where stderr is no terminal
-            chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]  # 1
-            r, row = update(cfg, pair, optimizer, chosen, step)
+
+        for step in progress(range(run.step, cfg.steps), "distil", run.step, cfg.steps):
+            chosen = batch(len(train), step, cfg.batch_size, cfg.seed)
+            r, row = update(cfg, pair, optimizer, [train[i] for i in chosen], step)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-                measured = measure.accuracy(cfg, pair, held_out, pair.student)
-                row["accuracy"] = measured and measured["mean"]
+                accuracy = measure.accuracy(cfg, pair, held_out, pair.student)
+                row["accuracy"] = accuracy and accuracy["mean"]
             run.log({"step": step + 1, **row}, r)
+
         after = measure.accuracy(cfg, pair, held_out, pair.student)
+        distance = measure.distance(cfg, pair, held_out, per_position(cfg))
+        before, teacher = run.before["accuracy_before"], run.before["accuracy_teacher"]
         return run.finish(
             {
                 "accuracy_after": after,
-                "held_out_after": measure.distance(cfg, pair, held_out, per_position(cfg)),
-                "gap_recovery": after
-                and gap_recovery(
-                    run.before["accuracy_before"], after, run.before["accuracy_teacher"]
-                ),
+                "held_out_after": distance,
+                "gap_recovery": after and gap_recovery(before, after, teacher),
             }
         )
 
 
-def adamw(cfg, student):
-    return torch.optim.AdamW(
-        student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
-    )
+def progress(steps, name, done, total):
+    """A bar over the steps of a run; none if stderr is no terminal."""
+    return tqdm(steps, desc=name, initial=done, total=total, mininterval=1, disable=None)
 
 
 def main(argv=None):

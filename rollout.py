@@ -1,11 +1,17 @@
-"""rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that the loss scores.
+"""rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that is
+scored.
 
-A prompt is read once for its n responses, rows of one cache; who has ended leaves it. No top-k, top-p or repetition
-penalty stands between softmax and draw, as in `generate` of transformers: the student would be trained on text that it
-did not write. top_p is here for evaluation. To copy: this file alone. It needs transformers 5.24 or later.
-The same faster, for most models: decoder=plumbing.slots.fastest, which the commands of this project take.
+Nothing stands between softmax and draw: no top-k, no top-p, no repetition penalty. The `generate`
+of transformers has such defaults, and the student would be trained on text that it did not write.
+(top_p is here for evaluation.)
+
+`rollout` is one plain loop. The commands of this project take plumbing/slots.py, which replaces the
+whole function by a faster one with the same result.
+
+To copy: this file alone. It needs transformers 5.24 or later.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -13,24 +19,24 @@ import torch
 
 @dataclass
 class Rollout:
-    """B = len(prompts) * n responses, those to prompt i in rows i*n to i*n + n-1. P, T: longest prompt, response."""
+    """B = len(prompts) * n responses, those to prompt i in rows i*n to i*n + n-1.
+
+    P: tokens of the longest prompt; T: tokens of the longest response.
+    """
 
     ids: torch.Tensor  # (B, P+T) prompts padded on the left, responses on the right
     attention_mask: torch.Tensor  # (B, P+T) bool, true at prompt and response tokens
-    is_response: (
-        torch.Tensor
-    )  # (B, P+T) bool, true at response tokens, up to and including the first eos
-    log_p: (
-        torch.Tensor
-    )  # (B, T)   log-probability of each response token under the full softmax, 0 elsewhere
-    truncated: torch.Tensor  # (B,)     bool, no eos within max_new_tokens
+    is_response: torch.Tensor  # (B, P+T) bool, true at response tokens, the first end included
+    log_p: torch.Tensor  # (B, T) log-probability of each response token when drawn, 0 elsewhere
+    truncated: torch.Tensor  # (B,) bool, no end within max_new_tokens
 
     @property
-    def response_mask(self):  # (B, T)   bool, without the columns of the prompts
+    def response_mask(self):
+        """(B, T) bool: is_response without the columns of the prompts."""
         return self.is_response[:, -self.log_p.size(1) :]
 
     def response_ids(self, row):
-        """The tokens of one response, its eos included: list of int."""
+        """The tokens of one response, its end included: list of int."""
         return self.ids[row, self.is_response[row]].tolist()
 
 
@@ -41,190 +47,232 @@ def rollout(
     *,
     n=1,
     max_new_tokens,
+    eos_ids,
+    merge=False,
     temperature=1.0,
     top_p=1.0,
-    eos_ids,
-    merge_ends=False,
     pad_id=0,
     vocab_size=None,
-    in_flight=None,
     seeds=None,
-    decoder=None,
 ):
-    """Sample n responses to each prompt (token ids) from softmax(logits[:vocab_size] / temperature): -> Rollout.
+    """Sample n responses to each prompt from softmax(logits[:vocab_size] / temperature): ->
+    Rollout.
 
-    Temperature 0 takes the likeliest token; top_p < 1 draws from the smallest set of tokens with that mass. log_p is
-    always that of the full softmax, as the loss scores it. Any of eos_ids ends a response and belongs to it; with
-    merge_ends they are one event, see one_end. pad_id fills the rectangle and may equal an eos. in_flight: responses
-    written at a time, all by default; it bounds memory. decoder: Waves, or what does the same, see plumbing/slots.py.
-    seeds: an int a prompt, random by default. Each token has a uniform number of its own that follows from it: a
-    response is the same whatever is written beside it, but for rounding. ValueError where nothing can be written.
+    prompts: lists of token ids. Temperature 0 takes the likeliest token. top_p < 1 draws from the
+    smallest set of tokens with that mass; log_p is that of the whole softmax nevertheless.
+    Any of eos_ids ends a response and belongs to it; with merge they count as one token, see
+    merge_ends. pad_id fills the rectangle and may equal an end. seeds: an int a prompt, random by
+    default; each token has a uniform number of its own that follows from it. So a response is the
+    same whatever is written beside it, but for rounding. ValueError if nothing can be written.
     """
-    if model.training:
-        raise ValueError(
-            "call model.eval() before rollout: with dropout, what is sampled is not what the loss scores"
-        )
-    if not prompts or not all(prompts) or max_new_tokens < 1:
-        raise ValueError(
-            "every prompt needs at least one token, and max_new_tokens must be at least 1"
-        )
-    device, B, T = model.get_input_embeddings().weight.device, len(prompts) * n, max_new_tokens
-    seeds = (
-        seeds if seeds is not None else torch.randint(2**62, (len(prompts),), device="cpu").tolist()
+    check(model, prompts, max_new_tokens, eos_ids)
+    device = model.get_input_embeddings().weight.device
+    eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
+    u = uniform(seeds, len(prompts), n, max_new_tokens).to(device)  # (B, T)
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (m, P), (m, P)
+
+    # each prompt is read once, for its n responses
+    out = model(
+        input_ids=prompt_ids,
+        attention_mask=prompt_mask,
+        position_ids=position_ids(prompt_mask),
+        use_cache=True,
+        logits_to_keep=1,
     )
-    u = torch.cat(
-        [
-            torch.rand(
-                n,
-                T,
-                dtype=torch.float64,
-                device="cpu",
-                generator=torch.Generator().manual_seed(seed),
-            )
-            for seed in seeds
-        ]
-    ).to(device)  # (B, T)
-    eos = torch.tensor(
-        list(dict.fromkeys(eos_ids)), dtype=torch.long, device=device
-    )  # each once, in order
-    merged = eos if merge_ends else eos[:0]  # those that are one event
-    ids, mask = left_pad(prompts, pad_id, device)  # (m, P), (m, P)
-    tokens, log_p = torch.full((B, T), pad_id, device=device), torch.zeros((B, T), device=device)
+    copies = torch.arange(len(prompts), device=device).repeat_interleave(n)  # (B,)
+    cache = out.cache
+    cache.reorder_cache(copies)
+    logits = out.logits[copies, -1]  # (B, V) for the first token of each response
+
+    B = len(copies)
+    tokens = torch.full((B, max_new_tokens), pad_id, device=device)
+    log_p = torch.zeros((B, max_new_tokens), device=device)
+    lengths = torch.zeros(B, dtype=torch.long, device=device)
     ended = torch.zeros(B, dtype=torch.bool, device=device)
-    writing = (decoder or Waves)(
-        model, ids, mask, n, places=max(1, min(B, in_flight or B) // n), max_new_tokens=T
-    )
-    while len(writing.row):
-        row, t = writing.row, writing.t  # (b,) who is writing, and at which token
-        z = one_end(writing.logits[:, :vocab_size].float(), merged, temperature or 1.0)  # (b, V)
-        log_probs = (z / (temperature or 1.0)).log_softmax(-1)  # (b, V)
-        y = draw(log_probs, u[row, t], top_p) if temperature else log_probs.argmax(-1)  # (b,)
-        tokens[row, t], log_p[row, t] = y, log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        ended[row] |= (y.unsqueeze(-1) == eos).any(-1)
-        writing.feed(y, going=~ended[row] & (t + 1 < T))
-    is_end = torch.isin(tokens, eos).long()  # (B, T)
-    written = (
-        is_end.cumsum(1) == is_end
-    )  # up to the first end, whatever a row that had ended wrote after it
-    T = int(written.sum(1).max())
-    tokens, log_p, written = (
-        x[:, :T] for x in (tokens.where(written, pad_id), log_p.where(written, 0), written)
-    )
-    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (B, P), (B, P)
-    return Rollout(
-        torch.cat([ids, tokens], 1),
-        torch.cat([mask, written], 1),
-        torch.cat([torch.zeros_like(mask), written], 1),
-        log_p,
-        ~ended,
-    )
+    rows = torch.arange(B, device=device)  # (b,) the responses that are still being written
+    mask = prompt_mask[copies]  # (b, P + t)
 
+    for t in range(max_new_tokens):
+        log_probs = log_softmax(logits[:, :vocab_size], temperature)  # (b, V)
+        if merge:
+            log_probs = merge_ends(log_probs, eos)
+        y = draw(log_probs, u[rows, t], top_p) if temperature > 0 else log_probs.argmax(-1)  # (b,)
+        tokens[rows, t] = y
+        log_p[rows, t] = log_probs.gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        lengths[rows] += 1
+        ended[rows] = torch.isin(y, eos)
 
-class Waves:
-    """The responses being written, b rows of transformers' own cache, whatever the architecture keeps there; the next
-    prompts begin when all of these have ended. plumbing/slots.py does the same faster.
-    """
-
-    def __init__(
-        self, model, ids, mask, n, places, max_new_tokens
-    ):  # ids, mask (m, P); places: of prompts
-        self.model, self.n, self.waves = model, n, list(zip(ids.split(places), mask.split(places)))
-        self.begun, self.row = 0, ids.new_empty(0)  # (b,) which response each row writes
-        self.begin()
-
-    def begin(self):
-        """Read the prompts of the next wave, each once for its n responses."""
-        ids, mask = self.waves.pop(0)
-        out = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=position_ids(mask),
+        going = ~ended[rows]  # (b,)
+        if t + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():  # finished rows leave the batch
+            cache.reorder_cache(going.nonzero().squeeze(-1))
+            rows = rows[going]
+            mask = mask[going]
+            y = y[going]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        logits = model(
+            input_ids=y.unsqueeze(1),
+            attention_mask=mask if has_keys(cache) else mask[:, -1:],
+            position_ids=position_ids(mask)[:, -1:],
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
-        )
-        copies = torch.arange(len(ids), device=ids.device).repeat_interleave(self.n)
-        self.row = torch.arange(len(copies), device=ids.device) + self.begun * self.n
-        self.begun, self.t, self.mask = (
-            self.begun + len(ids),
-            torch.zeros_like(self.row),
-            mask[copies],
-        )
-        self.cache, self.logits = out.cache, out.logits[copies, -1]  # (b, V) for the next token
-        self.cache.reorder_cache(copies)
+        ).logits[:, -1]  # (b, V)
 
-    def feed(self, y, going):
-        """The rows read their tokens y (b,), for the next logits; who is not going, (b,) bool, leaves."""
-        kept = going.nonzero().squeeze(-1)
-        if len(kept) < len(going):
-            self.row, self.t, self.mask, y = (x[kept] for x in (self.row, self.t, self.mask, y))
-            self.cache.reorder_cache(kept)
-        if len(kept):
-            self.t = self.t + 1
-            self.mask = torch.cat([self.mask, self.mask.new_ones(len(y), 1)], 1)  # (b, P + t)
-            seen = (
-                self.mask
-                if any(hasattr(layer, "keys") for layer in self.cache.layers)
-                else self.mask[:, -1:]
-            )
-            self.logits = self.model(  # Mamba has states alone: no earlier token to attend to
-                input_ids=y.unsqueeze(1),
-                attention_mask=seen,
-                position_ids=position_ids(self.mask)[:, -1:],
-                cache=self.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-        elif self.waves:
-            self.begin()
+    return as_rollout(prompt_ids[copies], prompt_mask[copies], tokens, log_p, lengths, ended)
+
+
+def as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended):
+    """Prompts (B, P) and what was written after them, (B, T) of which `lengths` (B,) count."""
+    T = int(lengths.max())
+    written = torch.arange(T, device=tokens.device) < lengths.unsqueeze(1)  # (B, T)
+    return Rollout(
+        ids=torch.cat([prompt_ids, tokens[:, :T]], dim=1),
+        attention_mask=torch.cat([prompt_mask, written], dim=1),
+        is_response=torch.cat([torch.zeros_like(prompt_mask), written], dim=1),
+        log_p=log_p[:, :T],
+        truncated=~ended,
+    )
+
+
+def from_texts(prompts, responses, pad_id=0, device=None):
+    """Given responses as if they had been written: two lists of token ids -> Rollout, log_p 0."""
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (B, P), (B, P)
+    T = max(len(response) for response in responses)
+    filled = [list(response) + [pad_id] * (T - len(response)) for response in responses]
+    tokens = torch.tensor(filled, device=device)  # (B, T)
+    lengths = torch.tensor([len(response) for response in responses], device=device)
+    log_p = torch.zeros(tokens.shape, device=device)
+    ended = torch.ones(len(tokens), dtype=torch.bool, device=device)
+    return as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended)
+
+
+def check(model, prompts, max_new_tokens, eos_ids):
+    """ValueError if nothing can be written, or not what the loss would score."""
+    if model.training:
+        raise ValueError(
+            "call model.eval() before rollout: with dropout, what is drawn is not what is scored"
+        )
+    if isinstance(prompts, torch.Tensor):
+        raise ValueError("prompts must be lists of token ids, one list a prompt: use ids.tolist()")
+    if not prompts or not all(len(prompt) > 0 for prompt in prompts):
+        raise ValueError("there must be a prompt, and every prompt needs at least one token")
+    if isinstance(eos_ids, int):
+        raise ValueError(f"eos_ids must be a list of token ids: [{eos_ids}], not {eos_ids}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+
+
+def has_keys(cache):
+    """Does a cache hold keys? Mamba keeps states alone: there is no earlier token to attend to."""
+    return any(hasattr(layer, "keys") for layer in cache.layers)
+
+
+# --- from logits to a token ---------------------------------------------------------------------
+
+
+def log_softmax(logits, temperature=1.0):
+    """log softmax(logits / temperature) in float32, at temperature 0 that of 1: (..., V) -> (...,
+    V)."""
+    logits = logits.float()
+    if temperature in (0, 1):
+        return logits.log_softmax(-1)
+    return (logits / temperature).log_softmax(-1)
+
+
+def merge_ends(log_p, ends):
+    """All end tokens as one: the first of `ends` gets the probability of them all, the others none.
+
+    log-probabilities (..., V), ends (e,) token ids -> (..., V), still a distribution.
+
+    Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base
+    <|endoftext|>, Qwen3-4B <|im_end|>: the paper's pairs of 3.1 and 5.1). Token by token each
+    rules out the other's end, and the student is taught never to end. Differs from the paper,
+    which compares tokens. With one end nothing changes.
+    """
+    if len(ends) < 2:
+        return log_p
+    together = log_p[..., ends].logsumexp(-1, keepdim=True)  # (..., 1)
+    merged = log_p.index_fill(-1, ends, -torch.inf)
+    return merged.index_copy(-1, ends[:1], together)
 
 
 def draw(log_p, u, top_p=1.0):
-    """The first token up to which the mass of exp(log_p), or of its smallest set of tokens with mass >= top_p, exceeds
-    the share u of the whole: (b, V), (b,) uniform numbers in [0, 1) -> (b,).
+    """The first token at which the cumulated probability exceeds the share u of the whole.
+
+    log-probabilities (b, V), uniform numbers (b,) in [0, 1) -> token ids (b,). top_p < 1: only the
+    smallest set of likeliest tokens that has that mass counts.
     """
     p = log_p.exp()  # (b, V)
     if top_p < 1:
-        top, order = p.topk(
-            min(1024, p.size(-1))
-        )  # a few tokens hold that mass: no need to sort all V
-        if (top.double().sum(-1) < top_p).any():
-            top, order = p.sort(descending=True)
-        kept = torch.where(
-            top.cumsum(-1) - top < top_p, top, 0
-        )  # while the mass before a token is below top_p
-        return order.gather(-1, draw(kept.log(), u).unsqueeze(-1)).squeeze(-1)
+        p, order = likeliest(p, top_p)  # (b, m), (b, m)
     mass = p.cumsum(-1, dtype=torch.float64)  # float32 would lose tokens of 1e-7 and less
-    y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True).squeeze(-1)  # (b,)
-    return y.clamp_max(p.size(-1) - 1)  # for rounding, and for NaN, which the loss reports
+    y = torch.searchsorted(mass, (u * mass[:, -1]).unsqueeze(-1), right=True)  # (b, 1)
+    y = y.clamp_max(p.size(-1) - 1)  # for rounding, and for NaN, which the loss reports
+    if top_p < 1:
+        y = order.gather(-1, y)
+    return y.squeeze(-1)
 
 
-def one_end(logits, ends, temperature=1.0):
-    """Logits (..., V) with all tokens `ends` (e,) that end a response as one event: the first has the mass of all.
+def likeliest(p, top_p):
+    """The smallest set of tokens with mass >= top_p: (b, V) -> probabilities, else 0, and ids:
+    (b, m)."""
+    top, order = p.topk(min(1024, p.size(-1)))  # a few tokens hold that mass: no need to sort all V
+    if (top.double().sum(-1) < top_p).any():
+        top, order = p.sort(descending=True)
+    mass_before = top.cumsum(-1) - top
+    return torch.where(mass_before < top_p, top, 0), order
 
-    Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base <|endoftext|>, Qwen3-4B
-    <|im_end|>: the paper's 3.1 and 5.1). Token by token each rules out the other's end, and the student is taught
-    never to end. Differs from the paper, which compares tokens. With one end nothing changes. The temperature only
-    tells how to add the masses up: these are logits still, to be divided by it.
-    """
-    if not isinstance(ends, torch.Tensor):  # each once
-        ends = torch.tensor(list(dict.fromkeys(ends)), dtype=torch.long, device=logits.device)
-    if len(ends) < 2:
-        return logits
-    whole = (logits[..., ends] / temperature).logsumexp(-1, keepdim=True) * temperature
-    return logits.index_fill(-1, ends[1:], -torch.inf).index_copy(-1, ends[:1], whole)
+
+# --- padding ------------------------------------------------------------------------------------
 
 
 def left_pad(prompts, pad_id, device=None):
-    """[[5, 6], [7]] -> ids [[5, 6], [pad, 7]], mask [[1, 1], [0, 1]]: lists of ids -> (B, P) long, (B, P) bool."""
-    P = max(map(len, prompts))
-    ids = torch.tensor(
-        [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts], device=device
-    )
-    return ids, torch.tensor(
-        [[0] * (P - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device
-    ) > 0
+    """[[5, 6], [7]] -> ids [[5, 6], [pad, 7]], mask [[1, 1], [0, 1]]: lists -> (B, P) long,
+    bool."""
+    P = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def position_ids(attention_mask):
-    """0, 1, 2, ... from the first real token of each row, 0 in the padding before it: (B, L) -> (B, L)."""
+    """0, 1, 2, ... from the first real token of each row, 0 in the padding: (B, L) -> (B, L)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+# --- one rule for random numbers ----------------------------------------------------------------
+
+
+def seed_of(*what):
+    """seed_of(0, "rollout", 7) -> the seed of step 7's rollout in the run with seed 0: int."""
+    digest = hashlib.sha256(repr(what).encode()).digest()
+    return int.from_bytes(digest[:7], "big")  # torch takes seeds of up to 63 bits
+
+
+def uniform(seeds, prompts, n, max_new_tokens):
+    """A uniform number in [0, 1) for each token: an int a prompt, or None -> (prompts * n, T)."""
+    if seeds is None:
+        seeds = torch.randint(2**62, (prompts,)).tolist()
+    numbers = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        numbers.append(torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator))
+    return torch.cat(numbers)
+
+
+def batch(count, step, size, seed):
+    """Which of `count` examples a step takes: slice `step` of one endless list of shuffles.
+
+    Every epoch is a new shuffle of all examples. -> list of int; it follows from (seed, step)
+    alone.
+    """
+    taken = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, i = divmod(place, count)
+        if i == 0 or not taken:
+            generator = torch.Generator().manual_seed(seed_of(seed, "order", epoch))
+            order = torch.randperm(count, generator=generator).tolist()
+        taken.append(order[i])
+    return taken

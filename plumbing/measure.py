@@ -1,92 +1,112 @@
-"""plumbing/measure.py: a step's metrics from the grid of its positions; accuracy and distance on held-out prompts."""
+"""plumbing/measure.py: a step's metrics; accuracy and distance on held-out prompts."""
 
+import math
 import resource
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
 
-from analysis import BUCKETS, SHARE, by_position, estimate
+from analysis import BUCKETS, SHARE, estimate, means_by_position, sums_by_position
 from plumbing import show
 from plumbing.answers import answered
-from plumbing.processes import gathered, over_processes, processes
+from plumbing.exits import RunEnded
+from plumbing.processes import over_processes, processes, share, whole
+from plumbing.slots import rollout
 from recipes import is_degenerate
+from rollout import seed_of
+from teacher import UserError, micro_batches, values_of
+
+MAY_BE_EMPTY = "overlap_token_advantage"  # NaN where the two models share no likely token
 
 
-def means(grid, r, max_new_tokens):
-    """{name: (B, T)} of Pair.grade -> {name: mean over all response tokens, of all processes}, and what else a line of
-    metrics.jsonl says of them. overlap_token_advantage leaves positions out where the two share no likely token.
-    """
-    mask, grid = r.response_mask, dict(grid)
-    mismatch = torch.where(mask, grid.pop("log_p") - r.log_p, 0).abs().max()
-    total = over_processes(mask.sum())
-    row = {}
-    for name, x in grid.items():
-        counts = mask & ~x.isnan() if name == "overlap_token_advantage" else mask
-        n = over_processes(counts.sum())
-        row[name] = (over_processes(torch.where(counts, x, 0).sum(dtype=torch.float64)) / n).item()
-    empty = over_processes((mask & grid["overlap_token_advantage"].isnan()).sum())
-    responses = [
-        r.response_ids(i)[: None if cut else -1] for i, cut in enumerate(r.truncated)
-    ]  # without eos
-    counted = torch.tensor(
-        [len(responses), int(r.truncated.sum()), sum(map(is_degenerate, responses))],
-        dtype=torch.float64,
-        device=mask.device,
-    )
-    number, cut, repeated = over_processes(counted).tolist()
+class Means:
+    """The mean of each metric over all response tokens of a step, added up part by part."""
+
+    def __init__(self, max_new_tokens, device):
+        self.width = math.ceil(max_new_tokens / BUCKETS)  # output positions in a bucket
+        self.sums = {}  # {metric: sum over tokens}
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+        self.empty = torch.zeros((), dtype=torch.float64, device=device)
+        self.mismatch = torch.zeros((), device=device)
+        self.positions = {}  # {metric: (BUCKETS,) sums}
+
+    def add(self, values, part):
+        """values: {metric: (N,)} of loss and analysis.diagnose; part: their MicroBatch."""
+        values = {name: x.detach() for name, x in values.items()}
+        log_p = values.pop("log_p")  # (N,) as scored
+        if len(log_p):
+            off = (log_p - part.log_p).abs().max()
+            self.mismatch = torch.maximum(self.mismatch, off)
+        self.tokens += len(log_p)
+        self.empty += values[MAY_BE_EMPTY].isnan().sum()
+        for name, x in values.items():
+            total = x.double().nansum() if name == MAY_BE_EMPTY else x.double().sum()
+            self.sums[name] = self.sums.get(name, 0) + total
+        for name, x in sums_by_position(values, part.place, self.width).items():
+            self.positions[name] = self.positions.get(name, 0) + x
+
+    def means(self, r):
+        """{metric: mean over all response tokens of all processes}, and what else of a step.
+
+        r: this process's Rollout, for lengths and ends. A mean over no token is NaN.
+        """
+        tokens = over_processes(self.tokens)
+        empty = over_processes(self.empty)
+        row = {}
+        for name, x in self.sums.items():
+            count = tokens - empty if name == MAY_BE_EMPTY else tokens
+            row[name] = (over_processes(x) / count).item()
+        row.update(of_responses(r))
+        row["overlap_empty"] = int(empty)
+        row["tokens"] = int(tokens)
+        row["sampling_mismatch"] = over_processes(self.mismatch, dist.ReduceOp.MAX).item()
+        positions = {name: over_processes(x) for name, x in self.positions.items()}
+        row["by_position"] = means_by_position(positions, self.width)
+        return row
+
+
+def of_responses(r):
+    """Length, ends and repetition of the responses of all processes: {metric: float}."""
+    lengths = r.response_mask.sum(1)  # (B,)
+    written = lengths > 0  # an idle process has a response without a token
+    repeated = 0
+    for i in written.nonzero().squeeze(-1).tolist():
+        response = r.response_ids(i)
+        repeated += is_degenerate(response if r.truncated[i] else response[:-1])
+    sums = [lengths.sum(), written.sum(), (r.truncated & written).sum()]
+    counted = torch.tensor([*map(int, sums), repeated], dtype=torch.float64, device=lengths.device)
+    tokens, responses, truncated, repeated = over_processes(counted).tolist()
     return {
-        **row,
-        "response_length": int(total) / number,
-        "truncated_fraction": cut / number,
-        "repetition_fraction": repeated / number,
-        "overlap_empty": int(empty),
-        "tokens": int(total),
-        "sampling_mismatch": over_processes(mismatch, dist.ReduceOp.MAX).item(),
-        "by_position": by_position(grid, mask, -(-max_new_tokens // BUCKETS), over_processes),
+        "response_length": tokens / responses,
+        "truncated_fraction": truncated / responses,
+        "repetition_fraction": repeated / responses,
     }
 
 
-def broken(losses, r, rows, n):
-    """The names of those of this process's rows at whose tokens the loss (B, T) is not finite, or of all where none is:
-    of all processes, as a list.
-    """
-    bad = (r.response_mask & ~losses.isfinite()).any(1).view(-1, n).any(1).tolist()
-    names, all_names = (
-        [name for name in gathered(some) if name]
-        for some in (
-            [row["id"] if is_bad else None for row, is_bad in zip(rows, bad)],
-            [row["id"] for row in rows],
-        )
-    )
-    return list(dict.fromkeys(names or all_names))
-
-
 def accuracy(cfg, pair, rows, model):
-    """avg@eval_n of a model on the rows that have answers: -> {"mean", "standard_error", "samples", "truncated",
-    "each": right answers to each of the prompts}, None where none has. The same draws for every model.
+    """How often a model of the pair is right on the rows that have answers, eval_n times each.
 
-    The standard error is that of the mean over prompts, from the spread of the prompts' own means: the n answers to one
-    prompt are not independent.
+    -> {"mean", "standard_error", "samples", "truncated", "each": right answers to each prompt}, or
+    None if no row has an answer. Every model gets the same random numbers. The standard error is
+    that of the mean over prompts: the answers to one prompt are not independent.
     """
     rows = [row for row in rows if row["answer"] is not None]
     if not rows:
         return None
-    right, truncated = (
-        over_processes(x.int().to(pair.device)).cpu()
-        for x in answered(
-            pair,
-            rows,
-            model=model,
-            n=cfg.eval_n,
-            max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
-            temperature=cfg.eval_temperature,
-            top_p=cfg.eval_top_p,
-            seed=cfg.seed + 1,
-            share=processes(),
-        )
+    right, truncated = answered(
+        pair,
+        rows,
+        model=model,
+        n=cfg.eval_n,
+        max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
+        temperature=cfg.eval_temperature,
+        top_p=cfg.eval_top_p,
+        seed=cfg.seed,
+        share=processes(),
     )
+    right = over_processes(right.int().to(pair.device)).cpu()  # (rows, n)
+    truncated = over_processes(truncated.int().to(pair.device)).cpu()
     return {
         **estimate(right.double().mean(1), SHARE),
         "samples": right.numel(),
@@ -95,43 +115,57 @@ def accuracy(cfg, pair, rows, model):
     }
 
 
+@torch.no_grad()
 def distance(cfg, pair, rows, per_position):
-    """The metrics of a step on held-out rows, at states that the student visits now: {name: float}."""
-    rows, (rank, world) = rows[:256], processes()
-    idle, rows = (
-        rank >= len(rows),
-        rows + rows[:1] * (world - len(rows)),
-    )  # it writes, and counts nothing
-    r = pair.write(
-        [row["ids"] for row in rows],
-        max_new_tokens=cfg.max_new_tokens,
-        temperature=cfg.temperature,
-        seed=cfg.seed + 2,
-        share=(rank, world),
-    )
-    r.is_response &= not idle
-    with pair.whole():
-        grid = pair.grade(
-            r,
-            per_position,
+    """The metrics of a step on held-out rows, at states that the student visits now: {name: float}.
+
+    RunEnded if the loss is not finite.
+    """
+    rows = rows[:256]
+    seeds = [seed_of(cfg.seed, "distance", i) for i in range(len(rows))]
+    idle = not share(rows)
+    mine = share(rows) or rows[:1]  # an idle process writes, too, and counts nothing
+    with pair.autocast(), whole(pair.student, pair.teacher):
+        r = rollout(
+            pair.student,
+            [row["ids"] for row in mine],
+            max_new_tokens=cfg.max_new_tokens,
             temperature=cfg.temperature,
-            teacher_temperature=cfg.teacher_temperature,
+            seeds=share(seeds) or seeds[:1],
+            in_flight=pair.in_flight,
+            **pair.sampling,
         )
-    found = means(grid, r, cfg.max_new_tokens)
-    if said := show.mismatch(found, cfg.dtype):
-        warnings.warn(said)
-    if found["loss"] != found["loss"] or abs(found["loss"]) == float("inf"):
-        raise FloatingPointError(
+        if idle:
+            r.is_response[:] = False
+        metrics = Means(cfg.max_new_tokens, pair.device)
+        for part in micro_batches(r, pair.micro_batch_tokens):
+            values = values_of(
+                pair,
+                part,
+                per_position,
+                temperature=cfg.temperature,
+                teacher_temperature=cfg.teacher_temperature,
+            )
+            metrics.add(values, part)
+    found = metrics.means(r)
+    if not math.isfinite(found["loss"]):
+        raise RunEnded(
             f"held-out prompts, loss {found['loss']}: a model's output is not finite; look at the "
             "two checkpoints, or --resume with a lower --lr"
         )
     return found
 
 
+def check_on_policy(metrics, dtype):
+    """UserError if what was sampled is not what is scored, beyond rounding."""
+    mismatch = show.mismatch(metrics, dtype)
+    if mismatch:
+        raise UserError(mismatch)
+
+
 def peak_memory(device):
     """Bytes at the peak so far: of the allocator on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
