@@ -34,7 +34,7 @@ TEMPLATES = {
         "\n\n"
         '{question}\n\nRemember to put your answer on its own line after "Answer:".'
     ),
-    # that of the teacher JustRL. The authors' data has a literal \boxed{{}} here, an escape left over
+    # that of the teacher JustRL. The authors' data has a literal \boxed{{}} here, a slip
     "boxed": ("{question} Please reason step by step, and put your final answer within \\boxed{}."),
 }
 
@@ -78,8 +78,12 @@ def in_template(rows, template):
 
 
 def question_key(prompt):
-    """What makes two prompts the same question: their exact text, of a chat all of it: str."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
+    """What makes two prompts the same question: their exact text, of a chat all of it: str.
+
+    A text is a chat of one message of the user.
+    """
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps(chat, sort_keys=True)
 
 
 def distinct(rows, known=()):

@@ -1,6 +1,8 @@
-"""plumbing/answers.py: is a response right? The answer in it, compared as a number where it is one.
+r"""plumbing/answers.py: is a response right? The answer is read from the text and compared.
 
-Not here: symbolic equality. x + 1 and 1 + x are two texts; the package math-verify proves such things equal.
+Numbers are compared exactly, everything else as text without what LaTeX puts around it. Not here:
+units, tuples that are written otherwise, algebra. x + 1 and 1 + x are two answers; the package
+math-verify knows that they are equal.
 """
 
 import re
@@ -9,142 +11,142 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
-# Where an answer stands
-BRACE = re.compile(
-    r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]"
-)  # \{, \} and the \\ of a row are no braces
-BARE_BOX = re.compile(r"\\boxed\s*([+-]?(?:\d|\\[dt]?frac)[^\s$]*)")  # \boxed 7
-MARK = re.compile(
-    r"answer[\s*]*[:\uff1a][\s*]*|####(?=[^\n#]*\Z)", re.IGNORECASE
-)  # \uff1a: a wide colon
+from plumbing.processes import whole
+from plumbing.slots import rollout
+from rollout import seed_of
 
-# What means nothing, or the same
-TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
-SIZE = re.compile(r"\\(?:left|right)(?![A-Za-z])\.?")  # "\right." is drawn as nothing
-SPACE = re.compile(
-    r"(?<!\\)\\[,;: ()\[\]]|\\q?quad(?![A-Za-z])|\\?\$|~"
-)  # the "\\ " of a matrix is none
-NO_SPACE = re.compile(r"(?<![\d,]) | (?!\d)")  # any but those of "1 1/4" and "10, 100"
+# --- reading -------------------------------------------------------------------------------------
+
+# braces that open a box, plain ones, and, to be passed over, \{ and \} and the \\ of a row
+BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
+# "Answer:", also bold or with a wide colon, and the start of a formula; "####" in the last line
+MARK = re.compile(r"answer[\s*]*[:\uff1a][\s*]*(?:\\\[|\$\$)?\s*|####(?=[^\n#]*\Z)", re.IGNORECASE)
+LINE_END = re.compile(r"\n|\\\]|\$\$")  # of a line, or of a formula
+
+
+def read_answer(text):
+    r"""The answer in a response: str, or None if there is none.
+
+    It is inside the last closed \boxed{...}, else behind the last "Answer:", else behind "####" in
+    the last line. A thought is no answer: only what follows the last </think> counts.
+
+    read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"
+    read_answer("<think>Answer: 5?</think>**Answer**: 7") -> "7"
+    """
+    text = text.rpartition("</think>")[2].strip()
+    if "<think>" in text:
+        return None  # cut off in the middle of a thought
+    box = last_box(text)
+    if box is not None:
+        return box.strip()
+    parts = MARK.split(text)
+    if len(parts) == 1:
+        return None
+    first_line = LINE_END.split(parts[-1])[0]
+    return first_line.strip("* ") or None
+
+
+def last_box(text):
+    r"""What stands in the last closed \boxed{...}: str or None."""
+    open_braces = []  # for each one: where the content of its box begins, None if it is no box
+    start = -1
+    content = None
+    for brace in BRACE.finditer(text):
+        if brace[0].startswith(r"\boxed"):
+            open_braces.append(brace.end())
+        elif brace[0] == "{":
+            open_braces.append(None)
+        elif brace[0] == "}" and open_braces:
+            begun = open_braces.pop()
+            if begun is not None and begun > start:
+                start = begun
+                content = text[begun : brace.start()]
+    return content
+
+
+# --- comparing -----------------------------------------------------------------------------------
+
 SPELLINGS = (
     (r"\dfrac", r"\frac"),
     (r"\tfrac", r"\frac"),
     (r"^{\circ}", "°"),
     (r"^\circ", "°"),
     (r"\%", "%"),
-    ("{,}", ","),
-    (r"\!", ""),
-    ("\u2212", "-"),  # \u2212: the minus of typesetters
     (r"\leq", r"\le"),
     (r"\geq", r"\ge"),
-    (r"\neq", r"\ne"),
+    ("{,}", ","),
     ("π", r"\pi"),
+    ("\u2212", "-"),  # the minus of typesetters
+    ("\u2013", "-"),  # en dash
 )
-DOLLARS = re.compile(r"\\\$ ?(-?\d[\d,.]*)")  # \$180; a bare $ may open a formula
-BRACED = re.compile(r"(\^|_|\\sqrt) ?\{(\w)\}")  # x^{2}, \sqrt{2}: one letter or digit
-SEPARATOR = re.compile(
-    r"(\\\\|\\[{}]|\\(?:begin|end)\{\w+\}|[()\[\],;&=<>])(?! ?0\d) ?"
-)  # 1,05 is it 1.05?
-
-# Numbers
-FRACTION = re.compile(
-    r"\\frac(?:\{([+-]?\d{1,40})\}|(\d)) ?(?:\{(\d{1,40})\}|(\d))"
-)  # \frac{-1}{2}, \frac12
+# \left \right \displaystyle \( \) \[ \] \! \, \$ $, but not what follows the end of a row, \\
+INVISIBLE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[()\[\]!,]|\\?\$")
+WIDE_SPACE = re.compile(r"\\q?quad(?![A-Za-z])|(?<!\\)\\[;: ]|~")
+FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\{([^{}]*)\}")
+SPACE = re.compile(r"(?<![\d,]) | (?!\d)")  # any but those of "1 1/4" and "10, 100"
+FRACTION = re.compile(r"\\frac(?:\{([+-]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")  # \frac{-1}{2}, \frac12
+SHORT_BRACES = re.compile(r"\{(\w)\}")  # x^{2}, \sqrt{3}
+NAMED = re.compile(r"[A-Za-z]=([^=]*)")  # x=7
+CHOICE = re.compile(r"\(?([A-J])\)?")  # (B)
 NUMBER = re.compile(
-    r"""(?P<sign>[+-]?)\ ?(?:(?P<whole>\d{1,40})\ (?=\d+/))?(?P<size>        # -, the 1 of 1 3/4
-    \d{1,40}/0{0,9}[1-9]\d{0,39}                                                            # 3/4, not 3/0
-    | [1-9]\d{0,2}(?:,\d{3}){1,12}(?:\.\d{0,40})?                                           # 1,200.50
-    | \d{1,40}(?:\.\d{0,40})? | \.\d{1,40})""",
+    r"""(?P<sign>[+-]?)
+    (?:(?P<whole>\d{1,40})\ (?=\d+/))?    # the 1 of 1 3/4
+    (?P<size>\d{1,40}/0*[1-9]\d{0,39}     # 3/4, not 3/0
+    |[1-9]\d{0,2}(?:,\d{3}){1,12}(?:\.\d{0,40})?    # 1,200.50
+    |\d{1,40}(?:\.\d{0,40})?|\.\d{1,40})  # 12, 1.5, .5
+    [%°]?""",
     re.VERBOSE,
-)  # 12, 12., 1.5, .5
-NAMES = """percent % | degree ° | dollar | cent | mile | yard | foot feet ft | inch inches in | kilometer km | meter |
-    centimeter cm | kilogram kg | gram | pound lb | ounce oz | liter | second | minute | hour hr | day | week | month |
-    year | unit | mph"""  # 20 m may be a product
-UNITS = {name: names.split()[0] for names in NAMES.split("|") for name in names.split()}
-
-
-def read_answer(text):
-    r"""The answer in a response: inside its last closed \boxed{...}, else the number after a \boxed without braces,
-    else after its last "Answer:", or "####" in the last line; None without any.
-
-    read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"      read_answer("**Answer**: 12 .") -> "12 ."
-    """
-    open_at, boxes = [], []  # starts of open braces, None for those of no box
-    for brace in BRACE.finditer(text):
-        if brace[0] == "{" or brace[0].startswith(r"\boxed"):
-            open_at.append(brace.end() if len(brace[0]) > 1 else None)
-        elif brace[0] == "}" and open_at and (start := open_at.pop()) is not None:
-            boxes.append((start, brace.start()))
-    if boxes:
-        return text[slice(*max(boxes))].strip()
-    if bare := BARE_BOX.findall(text):
-        return bare[-1].rstrip(".,;")
-    marked = MARK.split(text.strip())[1:]
-    rest = marked[-1].strip() if marked else ""
-    for start, end in ((r"\[", r"\]"), ("$$", "$$")):  # a formula of its own lines
-        if rest.startswith(start):
-            return rest[2:].partition(end)[0].strip() or None
-    return rest.split("\n")[0].strip("* ").strip() or None
-
-
-def as_number(text):
-    r"""The number that a text is, exactly, or None; a known unit after it does not matter.
-
-    "1,200" "$-3$" "2.50" "3/4" "1 1/4" "1\frac{1}{4}" "\frac{-1}{2}" "\dfrac34" "12%" "20\text{ miles}" -> Fraction
-    "3 4" "10, 100" "\frac{12}" "1/0" "2k" "5 million" -> None
-    """
-    quantity = _quantity(_plain(text))
-    return quantity and quantity[0]
+)
 
 
 def same_answer(said, want):
-    r"""Is an answer right? Compared as numbers, or piece by piece between brackets, commas and the like: bool.
+    r"""Are two answers the same? None is never right. -> bool.
+
     Either may be a whole solution, as some files have them: its answer is read first.
 
-    Equal: 5/4 and 1 1/4; B and \text{(B)}; Yes and yes; (0.5, 1) and \left(\frac12,1\right); 18 and $\boxed{18}$;
-    10 and "3 + 7 = 10 #### 10"; 20 and 20\text{ miles}; x^2 and x^{2}. Different: 20 miles and 20 cm; \$5 and 5 cents;
-    3 4 and 34; n and N.
+    The same: 5/4 and 1 1/4; 1,200 and 1200.0; \text{(B)} and B; Yes and yes; x = 7 and 7; 18 and
+    "9 * 2 = 18 #### 18". Different: 3 4 and 34; n and N; 0.3333 and 1/3; 20 miles and 20.
     """
     if said is None or want is None:
         return False
-    said, want = (_plain(read_answer(str(text)) or text) for text in (said, want))
-    if _quantity(said) or _quantity(want):
-        return _same_piece(said, want)  # 1,200 is one piece here, and two in (1,200)
-    said, want = SEPARATOR.split(said), SEPARATOR.split(want)
-    return len(said) == len(want) and all(map(_same_piece, said, want))
+    return canonical(read_answer(said) or said) == canonical(read_answer(want) or want)
 
 
-def _plain(text):
-    r"""A text without what LaTeX and Markdown put around it, and without the spaces that mean nothing.
+def canonical(answer):
+    r"""The form in which equal answers are equal: a Fraction if it is a number, else a str.
 
-    r"\left( \dfrac{1}{2}, 3 \right)" -> r"(\frac{1}{2}, 3)"      r"$20 \text{ miles}$" -> "20miles"      "(b)" -> "B"
+    canonical(r"$1\dfrac{1}{4}$") -> Fraction(5, 4)
+    canonical(r"\left( 2, \text{even} \right)") -> "(2,even)"
     """
-    text = DOLLARS.sub(r"\1 dollars", SIZE.sub("", TEXT.sub(r"\1", str(text))))
-    text = SPACE.sub(" ", re.sub(r"(?<=\d)\\,(?=\d{3}(?!\d))", "", text))  # 1\,000 is a thousand
-    text = NO_SPACE.sub("", " ".join(text.split()).strip("* ").rstrip(". "))
+    text = plain(answer)
+    number = NUMBER.fullmatch(text)
+    if number:
+        size = int(number["whole"] or 0) + Fraction(number["size"].replace(",", ""))
+        return -size if number["sign"] == "-" else size
+    if text.lower() in ("yes", "no", "true", "false"):
+        return text.lower()
+    return text.replace(", ", ",")  # (10, 100) and (10,100)
+
+
+def plain(text):
+    r"""A text without LaTeX's dress and the spaces that mean nothing: "$x = \frac12$." -> "1/2"."""
     for spelling, ours in SPELLINGS:
         text = text.replace(spelling, ours)
-    text = BRACED.sub(r"\1\2", text)
-    choice = re.fullmatch(r"\(?([A-Ja-j])\)?", text)
-    return choice[1].upper() if choice else text
+    text = WIDE_SPACE.sub(" ", INVISIBLE.sub("", text))
+    text = SPACE.sub("", " ".join(text.split()))
+    text = FRACTION.sub(r" \1\2/\3\4 ", FONT.sub(r"\1", text))
+    text = SPACE.sub("", text.strip(" *`").rstrip("."))
+    if text.startswith("{") and text.endswith("}") and text.count("{") == 1:
+        text = text[1:-1]
+    text = SHORT_BRACES.sub(r"\1", text)
+    for form in (NAMED, CHOICE):
+        found = form.fullmatch(text)
+        if found:
+            text = found[1]
+    return text
 
 
-def _quantity(text):
-    """A plain text as (Fraction, unit or ""), None where it is no number: "20miles" -> (20, "mile")."""
-    found = NUMBER.match(FRACTION.sub(r" \1\2/\3\4 ", text).strip())  # 1\frac34 is 1 3/4
-    unit = found.string[found.end() :].strip().lower() if found else None
-    unit = unit and (UNITS.get(unit) or UNITS.get(unit.removesuffix("s")))
-    if unit is None:
-        return None
-    size = int(found["whole"] or 0) + Fraction(found["size"].replace(",", ""))
-    return (-size if found["sign"] == "-" else size), unit
-
-
-def _same_piece(a, b):
-    """Two plain texts the same: as they stand, as words without case, or as numbers (of one unit if both have one)."""
-    if a == b or a.lower() == b.lower() and a.isalpha() and (len(a) > 2 or a.lower() == "no"):
-        return True
-    a, b = _quantity(a), _quantity(b)
-    return bool(a and b) and a[0] == b[0] and (a[1] == b[1] or not a[1] or not b[1])
+# --- asking --------------------------------------------------------------------------------------
 
 
 def answered(
@@ -160,47 +162,63 @@ def answered(
     share=(0, 1),
     **how,
 ):
-    """Each of the rows (from Pair.encode) answered n times by a model of the pair, the student by default:
-    -> right (rows, n) bool, truncated (rows, n) bool.
+    """Let a model of the pair, by default the student, answer each row n times.
 
-    starts: the beginning of each response, already written (token ids); it counts towards max_new_tokens. Where it ends
-    in an eos or has used them up there is nothing left to write, and it is judged as it stands. `at_once` responses of
-    like length are written at a time. share: (rank, processes); what others do is False here.
+    rows: from plumbing.prompts.encode_rows -> right (rows, n) bool, truncated (rows, n) bool.
+    starts: what is written already of each response, token ids. It counts towards max_new_tokens;
+    if it has ended, or used them up, it is judged as it stands. Responses of like length are
+    written together, at_once of them at a time. share: (rank, processes); the rows of the others
+    are False. how: temperature, top_p.
     """
-    eos, starts = pair.ending["eos_ids"], starts or [[] for _ in rows]
-    right, truncated = torch.zeros(2, len(rows), n, dtype=torch.bool)
+    rank, processes = share
+    model = model or pair.student
+    starts = starts or [[] for _ in rows]
+    right = torch.zeros(len(rows), n, dtype=torch.bool)
+    truncated = torch.zeros(len(rows), n, dtype=torch.bool)
 
-    def judge(i, ids):
-        text = pair.tokenizer.decode(ids, skip_special_tokens=True)
-        return same_answer(read_answer(text), rows[i]["answer"]), not (ids and ids[-1] in eos)
+    room = []  # tokens that each response may still have
+    for start in starts:
+        has_ended = len(start) > 0 and start[-1] in pair.eos_ids
+        room.append(0 if has_ended else max(0, max_new_tokens - len(start)))
 
-    room = [0 if start and start[-1] in eos else max_new_tokens - len(start) for start in starts]
-    for i in range(share[0], len(rows), share[1]):
-        if room[i] <= 0:
-            right[i], truncated[i] = map(torch.tensor, judge(i, starts[i]))
-    order = sorted(
-        (i for i in range(len(rows)) if room[i] > 0),
-        key=lambda i: len(rows[i]["ids"]) + len(starts[i]),
-    )
-    size = max(1, at_once // n)  # like lengths: little padding
-    for first in tqdm(
-        range(0, len(order), size), desc="answers", leave=False, mininterval=1, disable=None
-    ):
-        part = order[first : first + size]
-        mine, asked = (
-            part[share[0] :: share[1]],
-            part + part[:1] * (share[1] - len(part)),
-        )  # who has none writes, too
-        r = pair.write(
-            [rows[i]["ids"] + starts[i] for i in asked],
-            model=model,
-            n=n,
-            seed=seed + first,
-            share=share,
-            max_new_tokens=max(room[i] for i in part),
-            **how,
-        )
-        for row in range(len(mine) * n):
-            i, j = mine[row // n], row % n
-            right[i, j], truncated[i, j] = judge(i, starts[i] + r.response_ids(row)[: room[i]])
+    for i in range(rank, len(rows), processes):
+        if room[i] == 0:
+            right[i], truncated[i] = judged(pair, rows[i], starts[i])
+
+    unfinished = [i for i in range(len(rows)) if room[i] > 0]
+    unfinished.sort(key=lambda i: len(rows[i]["ids"]) + len(starts[i]))
+    size = max(1, at_once // n)
+    groups = range(0, len(unfinished), size)
+    bar = tqdm(groups, desc="answers", leave=False, mininterval=1, disable=None)
+    with pair.autocast(), whole(model):
+        for first in bar:
+            group = unfinished[first : first + size]
+            mine = group[rank::processes]
+            if not mine:
+                continue
+            r = rollout(
+                model,
+                [rows[i]["ids"] + starts[i] for i in mine],
+                n=n,
+                max_new_tokens=max(room[i] for i in group),
+                seeds=[seed_of(seed, "answer", i) for i in mine],
+                in_flight=pair.in_flight,
+                **pair.sampling,
+                **how,
+            )
+            for row in range(len(mine) * n):
+                i = mine[row // n]
+                j = row % n
+                response = starts[i] + r.response_ids(row)[: room[i]]
+                right[i, j], truncated[i, j] = judged(pair, rows[i], response)
     return right, truncated
+
+
+def judged(pair, row, ids):
+    """Is a response to a row (token ids) right, and is it cut off? -> (bool, bool)."""
+    text = pair.tokenizer.decode(ids, skip_special_tokens=True)
+    if pair.tokenizer.decode(row["ids"][-8:]).rstrip().endswith("<think>"):
+        text = "<think>" + text  # the chat template has begun the thought
+    is_right = same_answer(read_answer(text), row["answer"])
+    is_cut = len(ids) == 0 or ids[-1] not in pair.eos_ids
+    return is_right, is_cut

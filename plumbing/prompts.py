@@ -1,306 +1,410 @@
-"""plumbing/prompts.py: what the student is asked, as text and as token ids; the conversations of a cold start."""
+"""plumbing/prompts.py: what the student is asked, and the conversations of a cold start.
 
-import json
+A prompt is text or a list of chat messages. It is read from a file, put into a template, encoded
+to token ids by the student's tokenizer, and checked against what the two models can hold.
+"""
+
 import math
 import os
 import random
-import re
 import warnings
-from pathlib import Path
 
 import torch
 
-from plumbing.files import json_lines, write_lines
-from recipes import in_template, mix_prompts, same_question
+from plumbing.files import json_lines
+from recipes import distinct, in_template, is_in_template, mix_prompts, question_key
+from rollout import seed_of
+from teacher import UserError
 
-THINK = "<think>"
-
-
-def is_text(x):
-    """A string that can be written down: half of a surrogate pair, which JSON may hold, is no character."""
-    return isinstance(x, str) and not re.search(r"[\ud800-\udfff]", x)
+# --- files ---------------------------------------------------------------------------------------
 
 
 def is_chat(x):
-    """Messages as chat templates take them: a list of {"role": text, "content": text}, not empty."""
-    return (
-        isinstance(x, list)
-        and len(x) > 0
-        and all(
-            isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in x
-        )
-    )
+    """Is this a list of {"role": text, "content": text}, and not an empty one?"""
+    if not isinstance(x, list) or not x:
+        return False
+    for message in x:
+        if not isinstance(message, dict):
+            return False
+        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+            return False
+    return True
+
+
+def is_conversation(x):
+    """Is this a chat of two messages or more in which the assistant says something last?"""
+    if not is_chat(x) or len(x) < 2:
+        return False
+    return x[-1]["role"] == "assistant" and x[-1]["content"] != ""
 
 
 def load_prompts(path):
-    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}
-    -> list of {"prompt", "answer", "id"}; answer: text or None, id: "name of the file:line".
+    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}.
 
-    Raises ValueError naming file and line for what is not that.
+    -> list of {"prompt", "answer": text or None, "id": "name of the file:line"}. Raises UserError
+    with file and line for anything else.
     """
-    problems = []
+    rows = []
     for number, row in json_lines(path):
-        prompt, answer = (
-            row.get(name) if isinstance(row, dict) else None for name in ("prompt", "answer")
-        )
-        if not (is_text(prompt) and prompt.strip()) and not is_chat(prompt):
-            raise ValueError(
-                f'{path}:{number} needs "prompt": text, or a list of {{"role": text, "content": text}}'
+        row = row if isinstance(row, dict) else {}
+        prompt = row.get("prompt")
+        answer = row.get("answer")
+        is_text = isinstance(prompt, str) and prompt.strip() != ""
+        if not is_text and not is_chat(prompt):
+            raise UserError(
+                f'{path}:{number} needs "prompt": text, or a list of '
+                '{"role": text, "content": text}'
             )
-        if not is_text(prompt) and prompt[-1]["role"] not in ("user", "tool"):
-            raise ValueError(
-                f"{path}:{number} ends with what the {prompt[-1]['role']} says; a prompt ends with the "
-                "user, or with a tool"
+        if not is_text and prompt[-1]["role"] not in ("user", "tool"):
+            raise UserError(
+                f"{path}:{number} ends with what the {prompt[-1]['role']} says; a prompt ends with "
+                "the user, or with a tool"
             )
-        if answer is not None and not (is_text(answer) and answer.strip()):
-            raise ValueError(
-                f"{path}:{number} has an answer that is no text ({type(answer).__name__}), or empty; "
-                'write "answer": "42", or leave it out'
+        if answer is not None and not (isinstance(answer, str) and answer.strip()):
+            raise UserError(
+                f"{path}:{number} has an answer that is no text ({type(answer).__name__}), or "
+                'empty; write "answer": "42", or leave it out'
             )
-        problems.append(
-            {"prompt": prompt, "answer": answer, "id": f"{os.path.basename(path)}:{number}"}
-        )
-    if not problems:
-        raise ValueError(
+        name = f"{os.path.basename(path)}:{number}"
+        rows.append({"prompt": prompt, "answer": answer, "id": name})
+    if not rows:
+        raise UserError(
             f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line'
         )
-    return problems
+    return rows
 
 
 def additions(count, seed=0):
-    """Questions with known answers, for a run without --prompts: list of {"prompt", "answer", "id"}."""
-    draw = random.Random(seed)
-    pairs = draw.sample([(a, b) for a in range(10, 100) for b in range(10, 100)], count)
-    return [
-        {
-            "prompt": f'What is {a} + {b}? End with a line "Answer: " and the number.',
-            "answer": str(a + b),
-            "id": f"{a} + {b}",
-        }
-        for a, b in pairs
-    ]
+    """Questions with known answers, for a run without --prompts: {"prompt", "answer", "id"}."""
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    random.Random(seed_of(seed, "additions")).shuffle(pairs)
+    rows = []
+    for a, b in pairs[:count]:
+        question = f'What is {a} + {b}? End with a line "Answer: " and the number.'
+        rows.append({"prompt": question, "answer": str(a + b), "id": f"{a} + {b}"})
+    return rows
+
+
+def read_conversations(path):
+    """Read JSON lines {"messages": [...]} that end with what the assistant says.
+
+    -> list of {"messages", "prompt_ids", "response_ids", "where": "path:line"}. The ids are None,
+    unless a cold start of ours has written them; what it has not kept is left out. Raises UserError
+    with file and line.
+    """
+    rows = []
+    for number, row in json_lines(path):
+        where = f"{path}:{number}"
+        row = row if isinstance(row, dict) else {}
+        if row.get("why", "kept") != "kept":
+            continue
+        messages = row.get("messages")
+        if not is_conversation(messages):
+            raise UserError(f'{where} needs "messages" that end with what the assistant says')
+        prompt_ids = row.get("prompt_ids")
+        response_ids = row.get("response_ids")
+        has_ids = prompt_ids is not None or response_ids is not None
+        if has_ids and not (are_tokens(prompt_ids) and are_tokens(response_ids)):
+            raise UserError(
+                f'{where} needs "prompt_ids" and "response_ids" that are lists of tokens, or '
+                "neither of them"
+            )
+        rows.append(
+            {
+                "messages": messages,
+                "prompt_ids": prompt_ids,
+                "response_ids": response_ids,
+                "where": where,
+            }
+        )
+    if not rows:
+        raise UserError(f"{path} holds no conversations")
+    return rows
+
+
+def are_tokens(x):
+    """Is this a list of token ids, and not an empty one?"""
+    if not isinstance(x, list) or not x:
+        return False
+    return all(type(i) is int and i >= 0 for i in x)
+
+
+# --- which prompts -------------------------------------------------------------------------------
 
 
 def questions(cfg):
-    """-> (training, cold start, held-out) lists of {"prompt", "answer"}, in the template; no two share a question."""
-    draw, known = random.Random(cfg.seed), set()  # known: questions that are taken
+    """The prompts of a run, each question once: -> (training, cold start, held out) lists of rows.
 
-    def key(prompt):
-        return same_question(prompt, cfg.template)
+    Rows are {"prompt", "answer", "id"}, put into the template. Two prompts are the same question if
+    all of their text is the same; what is left out for that is counted in a warning.
+    """
+    given = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
+    train = once(put_in_template(given, cfg.template, "--prompts"), "--prompts")
+    learnt = conversation_keys(cfg)
+    train = without(train, learnt, "--prompts", "answered in --cold-start-file")
 
-    def others(rows):  # each question that is not taken, once
-        return list(
-            {key(row["prompt"]): row for row in rows if key(row["prompt"]) not in known}.values()
-        )
-
-    chats = read_conversations(cfg.cold_start_file) if cfg.cold_start_file else []
-    known |= {key(chat[:-1]) for chat in chats}
-    train = others(load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed))
     if cfg.eval:
-        held_out = list({json.dumps(row["prompt"]): row for row in load_prompts(cfg.eval)}.values())
-        answered = sum(key(row["prompt"]) in known for row in held_out)
-        if answered:
-            warnings.warn(f"--eval: {answered} of its questions are answered in --cold-start-file")
+        held_out = load_prompts(cfg.eval)
+        held_out = once(put_in_template(held_out, cfg.template, "--eval"), "--eval")
+        in_both = len(keys_of(held_out) & learnt)
+        tell("--eval", in_both, held_out, "are answered in --cold-start-file")
+        train = without(train, keys_of(held_out), "--prompts", "held out in --eval")
     else:
-        pool = sorted(train, key=lambda row: json.dumps(row["prompt"]))
-        held_out = draw.sample(pool, min(64, max(1, len(pool) // 5), len(pool)))
-    known |= {key(row["prompt"]) for row in held_out}
-    if cfg.cold_start + (cfg.steps > 0) > len(others(train)) and cfg.cold_start:
-        raise ValueError(
-            f"--cold-start {cfg.cold_start}: only {len(others(train))} prompts to train on, "
-            "and OPD needs others than these"
+        pool = sorted(train, key=lambda row: question_key(row["prompt"]))
+        size = min(64, max(1, len(pool) // 5), len(pool))
+        held_out = random.Random(seed_of(cfg.seed, "held out")).sample(pool, size)
+        train = distinct(train, keys_of(held_out))
+
+    needed = cfg.cold_start + (1 if cfg.steps > 0 else 0)
+    if cfg.cold_start and needed > len(train):
+        raise UserError(
+            f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, and OPD needs "
+            "others than these"
         )
-    cold = draw.sample(others(train), cfg.cold_start)
-    known |= {key(row["prompt"]) for row in cold}
-    train = others(train)
+    cold = random.Random(seed_of(cfg.seed, "cold start")).sample(train, cfg.cold_start)
+    train = distinct(train, keys_of(cold))
+
     if cfg.aligned_prompts:
-        aligned = others(load_prompts(cfg.aligned_prompts))
-        have, train = (
-            len(aligned) + len(train),
-            mix_prompts(
-                aligned, train, cfg.aligned_fraction, torch.Generator().manual_seed(cfg.seed)
-            ),
-        )
-        if len(train) < have:
-            warnings.warn(
-                f"--aligned-fraction {cfg.aligned_fraction}: the largest such mixture has {len(train)} "
-                f"prompts; {have - len(train)} of {have} are left out"
-            )
+        seen = learnt | keys_of(held_out) | keys_of(cold)
+        train = mixed(cfg, train, seen)
     if not train and cfg.steps:
-        raise ValueError(
+        raise UserError(
             f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones"
         )
-    return tuple(in_template(rows, cfg.template) for rows in (train, cold, held_out))
+    return train, cold, held_out
+
+
+def mixed(cfg, train, seen):
+    """The training prompts with their share of aligned ones (5.2), none of a question seen."""
+    aligned = load_prompts(cfg.aligned_prompts)
+    aligned = put_in_template(aligned, cfg.template, "--aligned-prompts")
+    aligned = once(aligned, "--aligned-prompts")
+    aligned = without(aligned, seen, "--aligned-prompts", "held out or in the cold start")
+    others = without(train, keys_of(aligned), "--prompts", "in --aligned-prompts, too")
+    generator = torch.Generator().manual_seed(seed_of(cfg.seed, "mixture"))
+    mixture = mix_prompts(aligned, others, cfg.aligned_fraction, generator)
+    have = len(aligned) + len(others)
+    if len(mixture) < have:
+        warnings.warn(
+            f"--aligned-fraction {cfg.aligned_fraction}: the largest such mixture has "
+            f"{len(mixture)} prompts; {have - len(mixture)} of {have} are left out",
+            stacklevel=2,
+        )
+    return mixture
+
+
+def put_in_template(rows, template, flag):
+    """in_template, and a warning that counts those that were in the template before."""
+    already = 0
+    for row in rows:
+        prompt = row["prompt"]
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        already += is_in_template(question, template)
+    tell(flag, already, rows, "are in the template already and stay as they are")
+    return in_template(rows, template)
+
+
+def conversation_keys(cfg):
+    """The questions of --cold-start-file, in the template, as keys: set of str."""
+    if not cfg.cold_start_file:
+        return set()
+    rows = [{"prompt": x["messages"][:-1]} for x in read_conversations(cfg.cold_start_file)]
+    return keys_of(in_template(rows, cfg.template))
+
+
+def keys_of(rows):
+    return {question_key(row["prompt"]) for row in rows}
+
+
+def once(rows, flag):
+    """Each question once; a warning counts the other rows."""
+    first = distinct(rows)
+    tell(flag, len(rows) - len(first), rows, "repeat another one and are left out")
+    return first
+
+
+def without(rows, known, flag, why):
+    """The rows with questions that are not known; a warning counts the others."""
+    rest = distinct(rows, known)
+    tell(flag, len(rows) - len(rest), rows, f"are {why} and left out")
+    return rest
+
+
+def tell(flag, count, rows, what):
+    """A warning that counts some of the prompts of a flag, unless there are none."""
+    if count:
+        warnings.warn(f"{flag}: {count} of {len(rows)} prompts {what}", stacklevel=3)
 
 
 def some_questions(path, template, seed, count):
-    """The first `count` rows of a file, or of additions without one, shuffled by the seed, in a template."""
-    rows = in_template(load_prompts(path) if path else additions(512, seed), template)
-    return [
-        rows[i]
-        for i in torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count]
-    ]
+    """`count` rows of a file, or of additions without one, drawn by the seed, in a template."""
+    rows = load_prompts(path) if path else additions(512, seed)
+    rows = put_in_template(rows, template, "--prompts")
+    random.Random(seed_of(seed, "some questions")).shuffle(rows)
+    return rows[:count]
 
 
-def encode(tokenizer, prompt, thinking="default"):
-    """A prompt as the student reads it: text or chat messages -> token ids, by the chat template where there is one.
+# --- token ids -----------------------------------------------------------------------------------
 
-    Both models get these very ids. They end with no end of text, which some tokenizers append: nothing would follow.
-    Raises ValueError with the prompt where the template refuses it, and for a switch that it does not have.
+
+def encode(tokenizer, prompt, thinking="default", where="a prompt"):
+    """A prompt as the student reads it, by the chat template if there is one: -> token ids.
+
+    Both models get these very ids. They do not end with an end of text, which some tokenizers
+    append: nothing would follow. Raises UserError, see text_of.
+    """
+    return tokens_of(tokenizer, text_of(tokenizer, prompt, thinking, where))
+
+
+def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
+    """The text of a prompt, chat template included: str.
+
+    thinking: "on" or "off" for templates that have the switch, or "default". Raises UserError if
+    the template does not have it, or refuses the prompt.
     """
     if thinking != "default" and "enable_thinking" not in str(tokenizer.chat_template):
-        raise ValueError(
-            f"--thinking {thinking}: the student's chat template has no enable_thinking; leave it out"
+        raise UserError(
+            f"--thinking {thinking}: the student's chat template has no enable_thinking; leave it "
+            "out"
         )
-    ids = _encode(tokenizer, prompt, thinking)
+    if not tokenizer.chat_template:
+        if isinstance(prompt, str):
+            return prompt
+        return "\n".join(message["content"] for message in prompt)
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
+    try:
+        return tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=False, **options
+        )
+    except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
+        raise UserError(f"{where}: the student's chat template refuses it: {error}") from error
+
+
+def tokens_of(tokenizer, text):
+    """Token ids without an end of text; a chat template has written its special tokens itself."""
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids
 
 
-def _encode(tokenizer, prompt, thinking):
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        options = {} if thinking == "default" else {"enable_thinking": thinking == "on"}
-        try:
-            text = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=False, **options
-            )
-        except (
-            Exception
-        ) as error:  # whatever a template may raise: it is a program of the checkpoint's
-            raise ValueError(
-                f"the student's chat template refuses {str(prompt)[:80]!r}: {error}"
-            ) from error
-        return tokenizer(
-            text, add_special_tokens=False
-        ).input_ids  # the template has written them already
-    if not isinstance(prompt, str):
-        prompt = "\n".join(message["content"] for message in prompt)
-    return tokenizer(prompt).input_ids
-
-
 def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
-    """Questions {"prompt", ...} -> those that fit, each with its token ids: list of {"prompt", ..., "ids"}.
+    """Rows {"prompt", ...} -> those that fit, each with its token ids "ids".
 
-    Longer prompts are dropped and counted, never cut. thinking: "on", "off" or "default", for chat templates that
-    have the switch. Raises ValueError when none is left, when a prompt and new_tokens outgrow a model, or when a
-    token has no output row.
+    Longer prompts are dropped and counted, never cut. Raises UserError if none is left, if a prompt
+    and new_tokens outgrow a model, or if a token has no output row.
     """
-    rows = [{**row, "ids": encode(pair.tokenizer, row["prompt"], thinking)} for row in rows]
-    fit = [row for row in rows if 0 < len(row["ids"]) <= max_prompt_tokens]
+    fit = []
+    for row in rows:
+        where = row.get("id") or f"prompt {str(row['prompt'])[:80]!r}"
+        ids = encode(pair.tokenizer, row["prompt"], thinking, where)
+        if 0 < len(ids) <= max_prompt_tokens:
+            check_fits(pair, ids, new_tokens, where)
+            fit.append({**row, "ids": ids})
     if not fit:
-        raise ValueError(
-            f"no prompt has 1 to {max_prompt_tokens} tokens; raise --max-prompt-tokens"
-        )
+        raise UserError(f"no prompt has 1 to {max_prompt_tokens} tokens; raise --max-prompt-tokens")
     if len(fit) < len(rows):
         warnings.warn(
             f"{len(rows) - len(fit)} of {len(rows)} prompts dropped: empty, or longer than "
-            f"{max_prompt_tokens} tokens"
+            f"{max_prompt_tokens} tokens",
+            stacklevel=2,
         )
-    for row in fit:
-        check_fits(pair, row["ids"], new_tokens, f"prompt {str(row['prompt'])[:80]!r}")
     return fit
 
 
 def encode_for(cfg, pair, rows):
-    """Rows with their token ids, as a run's flags say; none where there are none."""
-    new_tokens = max(
-        getattr(cfg, before + "max_new_tokens", 0) for before in ("", "eval_", "cold_start_")
-    )
-    return (
-        pair.encode(
-            rows,
-            max_prompt_tokens=cfg.max_prompt_tokens,
-            new_tokens=new_tokens,
-            thinking=cfg.thinking,
-        )
-        if rows
-        else []
+    """encode_rows with the settings of a command; none for none."""
+    if not rows:
+        return []
+    new_tokens = cfg.max_new_tokens
+    for name in ("eval_max_new_tokens", "cold_start_max_new_tokens"):
+        new_tokens = max(new_tokens, getattr(cfg, name, 0))
+    return encode_rows(
+        pair,
+        rows,
+        max_prompt_tokens=cfg.max_prompt_tokens,
+        new_tokens=new_tokens,
+        thinking=cfg.thinking,
     )
 
 
 def check_fits(pair, ids, new_tokens, what):
-    """ValueError where token ids and what is still to be written outgrow a model, or have no output row."""
+    """UserError if ids and what is to be written outgrow a model, or have no output row."""
     for model in (pair.student, pair.teacher):
         room = positions(model.config.get_text_config())
         if len(ids) + new_tokens > room:
-            raise ValueError(
-                f"{what} and its response need {len(ids) + new_tokens} tokens, {model.name_or_path} "
-                f"holds {room}; lower --max-new-tokens"
+            raise UserError(
+                f"{what} and its response need {len(ids) + new_tokens} tokens, "
+                f"{model.name_or_path} holds {room}; lower --max-new-tokens"
             )
-    if max(ids) >= pair.ending["vocab_size"]:
-        raise ValueError(f"a token of {what} has no output row; leave it out")
+    if max(ids) >= pair.vocab_size:
+        raise UserError(f"a token of {what} has no output row; leave it out")
 
 
 def positions(config):
-    """How many tokens a model reads alike: the least of its bounds, as a LongRoPE model (Phi-3) turns all positions
-    otherwise from its original length on, so that the start of a long text is not what was sampled. int or inf.
+    """The longest text whose positions the model knows: int, or inf.
+
+    A LongRoPE model (Phi-3) turns all positions otherwise from its original length on, so the start
+    of a longer text is not what was sampled: that length is a bound, too.
     """
-    rope, bounds = (
-        getattr(config, "rope_parameters", None) or {},
-        [getattr(config, "max_position_embeddings", None)],
-    )
+    bounds = [math.inf]
+    if getattr(config, "max_position_embeddings", None):
+        bounds.append(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         bounds.append(rope["original_max_position_embeddings"])
-    return min(filter(None, bounds), default=math.inf)
-
-
-def read_conversations(path):
-    """JSON lines {"messages": [...]} that end with what the assistant says: -> list of message lists;
-    ValueError with the line.
-    """
-    chats = []
-    for number, row in json_lines(path):
-        chat = row.get("messages") if isinstance(row, dict) else None
-        if not (
-            is_chat(chat)
-            and len(chat) > 1
-            and chat[-1]["role"] == "assistant"
-            and chat[-1]["content"]
-        ):
-            raise ValueError(
-                f'{path}:{number} needs "messages" that end with what the assistant says'
-            )
-        if chat[-1].get("reasoning_content"):
-            raise ValueError(
-                f'{path}:{number} has "reasoning_content"; write it into "content", between the marks '
-                "that the chat template has for a thought"
-            )
-        chats.append(chat)
-    if not chats:
-        raise ValueError(f"{path} holds no conversations")
-    return chats
+    return min(bounds)
 
 
 def load_conversations(path, pair, thinking="default"):
-    """A file of conversations -> [(prompt ids, response ids)], each response with the student's own end.
+    """A file of conversations -> list of (prompt ids, response ids), each with its end.
 
-    Where the template has opened the thought already, <think>, an answer's own opening is left out.
+    Ids that our own cold start has written are used as they are. Raises UserError with file and
+    line.
     """
     examples = []
-    for *asked, answer in read_conversations(path):
-        prompt, text = encode(pair.tokenizer, asked, thinking), answer["content"]
-        if pair.tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK) and text.lstrip().startswith(
-            THINK
-        ):
-            text = text.lstrip().removeprefix(THINK).lstrip("\n")
-        response = pair.tokenizer(text, add_special_tokens=False).input_ids
-        examples.append((prompt, response + pair.ending["eos_ids"][:1]))
-        check_fits(pair, sum(examples[-1], []), 0, f"conversation {str(asked)[:80]!r}")
+    for row in read_conversations(path):
+        if row["prompt_ids"]:
+            check_same_tokens(pair.tokenizer, row)
+            prompt_ids = row["prompt_ids"]
+            response_ids = row["response_ids"]
+        else:
+            *prompt, answer = row["messages"]
+            text = text_of(pair.tokenizer, prompt, thinking, row["where"])
+            prompt_ids = tokens_of(pair.tokenizer, text)
+            response_ids = continuation(pair.tokenizer, text, prompt_ids, answer["content"])
+            response_ids = response_ids + pair.eos_ids[:1]
+        check_fits(pair, prompt_ids + response_ids, 0, row["where"])
+        examples.append((prompt_ids, response_ids))
     return examples
 
 
-def write_selection(path, chosen):
-    """Write what recipes.select chose, the aligned prompts to path and the others beside it, and say how to go on."""
-    for template, score in sorted(chosen["templates"].items(), key=lambda item: -item[1]):
-        print(f"template {template:8} score {score:.4f}   (mass * confidence)")
-    path = Path(path)
-    others = path.with_name(f"{path.stem}.others{path.suffix}")
-    for file, part in ((path, chosen["aligned"]), (others, chosen["others"])):
-        write_lines(file, part)
-        scores = [row["alignment"]["score"] for row in part]
-        print(f"{file}: {len(part)} prompts, scores {min(scores):.4f} to {max(scores):.4f}")
-    print(
-        f"go on with: opd.py ... --template {chosen['template']} --aligned-prompts {path} --prompts {others}"
-    )
+def continuation(tokenizer, text, prompt_ids, answer):
+    """The token ids of an answer as it stands behind its prompt.
+
+    A tokenizer may begin a text otherwise than it goes on: SentencePiece puts a space before the
+    first word. So prompt and answer are encoded together, and the prompt's ids cut off. If they are
+    no prefix, because a token spans the border, the answer is encoded alone.
+    """
+    alone = tokenizer(answer, add_special_tokens=False).input_ids
+    together = tokens_of(tokenizer, text + answer)
+    rest = together[len(prompt_ids) :]
+    is_prefix = together[: len(prompt_ids)] == prompt_ids
+    if is_prefix and same_words(tokenizer.decode(rest), tokenizer.decode(alone)):
+        return rest
+    return alone
+
+
+def same_words(a, b):
+    return "".join(a.split()) == "".join(b.split())
+
+
+def check_same_tokens(tokenizer, row):
+    """UserError if the ids of a line say something else than its messages."""
+    said = tokenizer.decode(row["response_ids"][:-1])
+    if said != row["messages"][-1]["content"]:
+        raise UserError(
+            f'{row["where"]}: its "response_ids" are of another tokenizer; remove "prompt_ids" and '
+            '"response_ids" from the file'
+        )
