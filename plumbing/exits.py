@@ -1,78 +1,90 @@
-"""plumbing/exits.py: how a command ends. One line on stderr, and an exit code:
+"""plumbing/exits.py: how a command ends.
 
-2    what was asked for cannot work: flags, files, models
-1    it came to an end on its way: memory, disk, numbers that are not finite
-128 + the signal: it was stopped (130 Ctrl-C, 143 SIGTERM, 129 a lost terminal)
+What a user can mend is one line on stderr, and an exit code:
+
+2             it cannot work as asked: flags, files, models (teacher.UserError)
+1             it began, and cannot go on: disk, memory, numbers that are not finite (RunEnded)
+128 + signal  it was stopped: 130 by Ctrl-C, 143 by SIGTERM, 129 by a lost terminal (Stopped)
+
+Every other exception is a fault of the program and keeps its traceback.
 """
 
 import contextlib
 import logging
 import sys
-import traceback
 import warnings
 
 import torch
 import transformers
 
-# what to do where memory runs out, by the function that it ran out in; the innermost counts
-ADVICE = {
-    "rollout": "writing responses: lower --in-flight or --max-new-tokens (evaluating: --eval-max-new-tokens)",
-    "grade": "grading: lower --micro-batch-tokens or --chunk, add --gradient-checkpointing, or lower "
-    "--max-new-tokens",
-    "load_pair": "loading the models: take smaller ones, --teacher-dtype bfloat16, or --teacher-device-map auto",
-}
+from teacher import UserError
+
+# PyTorch has an exception for a GPU's memory. For a CPU's, and for CUDA's libraries, it has words.
+WORDS_FOR_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+
+class RunEnded(UserError):
+    """A run that had begun cannot go on."""
+
+    code = 1
 
 
 class Stopped(Exception):
-    """By a signal, after what could be saved was."""
+    """A signal has stopped the run, and its checkpoint is saved."""
 
-    def __init__(self, said, signum):
-        super().__init__(said)
+    def __init__(self, message, signum):
+        super().__init__(message)
         self.code = 128 + signum
 
 
 def is_out_of_memory(error):
-    """PyTorch has a class for a GPU's memory, and only words for a CPU's and for that of CUDA's libraries: bool."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
-        words in str(error)
-        for words in (
-            "can't allocate memory",
-            "CUDA error: out of memory",
-            "CUBLAS_STATUS_ALLOC_FAILED",
-        )
-    )
-
-
-def out_of_memory(error):
-    """What to say of an error of memory: what ran out of it, and which flag to change."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.name in ADVICE:
-            return f"out of memory while {ADVICE[frame.name]}"
-    return "out of memory; take smaller models, or --dtype bfloat16"
+    """Did this exception come of a lack of memory, on a GPU or a CPU? -> bool."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error) for words in WORDS_FOR_OUT_OF_MEMORY)
 
 
 @contextlib.contextmanager
 def one_line(program):
-    """What goes wrong inside is one line on stderr and an exit code; a fault of ours keeps its traceback."""
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
+    """Inside, what a user can mend ends the program with one line and an exit code.
+
+    The notes of an exception (a run adds what is left to go on from) stand in the same line.
+    Warnings, also those of transformers while it loads a model, are shown.
+    """
+    warnings.formatwarning = format_warning
     transformers.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its five tries to connect
     try:
         yield
-        return
-    except Stopped as stop:
-        code, said = stop.code, stop
-    except KeyboardInterrupt:
-        code, said = 130, "stopped"
-    except ValueError as error:
-        code, said = 2, error
-    except (OSError, FloatingPointError) as error:
-        code, said = 1, error
+    except (UserError, Stopped) as error:
+        leave(program, error.code, str(error), error)
+    except KeyboardInterrupt as error:
+        leave(program, 130, "stopped", error)
+    except BrokenPipeError as error:
+        leave(program, 1, "nobody reads what it prints", error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        left = getattr(error, "__notes__", [])  # what a run has to say of its checkpoint
-        code, said = 1, "; ".join([out_of_memory(error), *left])
-    print(f"{program}: " + " ".join(str(said).split()), file=sys.stderr)
+        leave(program, 1, OUT_OF_MEMORY, error)
+
+
+OUT_OF_MEMORY = (
+    "out of memory; lower --micro-batch-tokens, --in-flight or --max-new-tokens, "
+    "or take --dtype bfloat16"
+)
+
+
+def format_warning(message, *_):
+    return f"warning: {message}\n"
+
+
+def leave(program, code, message, error):
+    """Print one line and exit."""
+    parts = [message, *getattr(error, "__notes__", [])]
+    line = " ".join("; ".join(parts).split())
+    print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)

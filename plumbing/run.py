@@ -1,29 +1,32 @@
-"""plumbing/run.py: the folder of a run: its lock, its checkpoint, its logs; Ctrl-C. Nothing of training.
+"""plumbing/run.py: the folder of a run: its lock, its checkpoint, its logs, and Ctrl-C.
 
-The checkpoint holds all that a run has logged, and on --resume the logs are written anew from it: what happened after
-it comes again, bit for bit. A signal is heeded between two steps; a second one leaves at once.
+The checkpoint holds all that a run has logged. --resume writes the logs anew from it and goes on.
+On a CPU what happened after the checkpoint comes again bit for bit. On a GPU, whose kernels add in
+no fixed order, it comes again with other numbers: lines that were logged between the checkpoint
+and a kill are replaced by others. A stopped run (Ctrl-C, SIGTERM) saves first and loses nothing.
 """
 
 import contextlib
 import dataclasses
-import json
 import os
 import signal
-import sys
-import threading
 import time
 import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from plumbing import show
-from plumbing.exits import Stopped
+from plumbing.exits import RunEnded, Stopped
 from plumbing.files import (
     alone,
+    append_lines,
+    can_write,
     digest,
     finite_or_null,
     provenance,
@@ -33,14 +36,18 @@ from plumbing.files import (
     write_lines,
     write_whole,
 )
-from plumbing.flags import Config, named, of_pair
+from plumbing.flags import named, of_pair
 from plumbing.measure import peak_memory
-from plumbing.processes import over_processes, processes
-from teacher import Pair
+from plumbing.models import load_pair
+from plumbing.processes import gathered, is_sharded, over_processes, processes
+from teacher import UserError
 
-METRICS, TEXTS, COLD = LOGS = ("metrics.jsonl", "rollouts.jsonl", "cold_start_metrics.jsonl")
-STATE = "step cold_step skipped before logs warned seconds digests".split()  # of a checkpoint
-MAY_DIFFER = {
+METRICS = "metrics.jsonl"
+TEXTS = "rollouts.jsonl"
+COLD_METRICS = "cold_start_metrics.jsonl"
+LOGS = (METRICS, TEXTS, COLD_METRICS)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+MAY_DIFFER = {  # on --resume; every other flag decides a result
     "resume",
     "steps",
     "out",
@@ -49,331 +56,302 @@ MAY_DIFFER = {
     "eval_every",
     "save_every",
     "micro_batch_tokens",
-    "chunk",
     "in_flight",
     "gradient_checkpointing",
     "shard",
-    "trust_remote_code",
     "device",
-}  # on --resume
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+}
+
+
+@dataclass
+class State:
+    """How far a run has come. A checkpoint holds all of it, weights and moments beside it."""
+
+    config: dict  # the flags
+    step: int = 0
+    cold_step: int = 0  # updates of the cold start
+    skipped: int = 0  # steps and updates whose gradient was not finite
+    in_a_row: int = 0  # of these, the last ones
+    before: dict = field(default_factory=dict)  # what was measured before the first step
+    logs: dict = field(default_factory=lambda: {name: [] for name in LOGS})
+    seconds: float = 0.0  # of work, until the checkpoint
+    digests: dict = field(default_factory=dict)  # of the questions
 
 
 class Run:
-    """with Run(cfg) as run: ... `run.step`, `run.cold_step` and `run.before` tell how far it has come."""
+    """with Run(cfg) as run: ... `step`, `cold_step` and `before` tell how far it has come."""
 
     def __init__(self, cfg):
-        self.cfg, self.out, self.first = (
-            cfg,
-            Path(cfg.out),
-            processes()[0] == 0,
-        )  # the first process writes
-        self.path, self.started, self.signal, self.saved = (
-            self.out / "checkpoint" / "state.pt",
-            time.time(),
-            None,
-            None,
-        )
-        self.step, self.cold_step, self.skipped, self.in_a_row, self.seconds = 0, 0, 0, 0, 0.0
-        self.before, self.logs, self.warned, self.state = {}, {name: [] for name in LOGS}, [], None
-        self.titled = False  # of the readable lines
-        self.look_at_out()
+        self.cfg = cfg
+        self.out = Path(cfg.out)
+        self.path = self.out / "checkpoint" / "state.pt"
+        self.is_first = processes()[0] == 0  # the first process writes
+        self.state = State(dataclasses.asdict(cfg))
+        self.started = time.time()
+        self.checkpoint = None  # what was read from the disk, until `restore`
+        self.saved = ""  # the checkpoint that is there, in words
+        self.signal = 0  # the last one that came
+        self.has_titles = False  # over the readable lines
 
-    def look_at_out(self):
-        """ValueError where --out and --resume do not go together, before anything is loaded."""
-        cfg, begun, result = self.cfg, self.path.exists(), self.out / "result.json"
-        if min(cfg.batch_size, cfg.cold_start_batch_size) < processes()[1]:
-            raise ValueError(
-                f"--batch-size {cfg.batch_size}, --cold-start-batch-size {cfg.cold_start_batch_size}: "
-                f"each of the {processes()[1]} processes needs a prompt"
-            )
-        if cfg.shard and processes()[1] == 1:
-            raise ValueError(
-                "--shard cuts the student over several processes: start them with torchrun, or leave it "
-                "out"
-            )
-        if result.exists() and not (
-            begun and cfg.resume and cfg.steps > read_json(result).get("steps", cfg.steps)
-        ):
-            raise ValueError(
-                f"--out {cfg.out}: the run there is complete; take another --out, or --resume it with "
-                "more --steps"
-            )
-        if begun and not cfg.resume:
-            raise ValueError(
-                f"--out {cfg.out}: holds another run; add --resume to go on, or take another --out"
-            )
-        if cfg.resume and not begun and not (self.out / "config.json").exists():
-            raise ValueError(
-                f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out"
-            )
-        if (self.out / "config.json").exists() and "teacher" not in read_json(
-            self.out / "config.json"
-        ):
-            raise ValueError(
-                f"--out {cfg.out}: its config.json is not that of a run; take another --out"
-            )
-        if not begun and (self.out / METRICS).exists():
-            raise ValueError(
-                f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take another "
-                "--out"
-            )
-        if begun:
-            self.state = self.read_checkpoint()
+    @property
+    def step(self):
+        return self.state.step
 
-    def read_checkpoint(self):
-        """What the checkpoint holds; ValueError where it is none, or one of other flags that decide a result."""
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-            vars(self).update({name: state[name] for name in STATE})
-        except Exception as error:  # whatever torch makes of a broken file
-            raise ValueError(
-                f"--resume: {self.path} is not a whole checkpoint of opd.py ({type(error).__name__}); "
-                "restore it from a copy, or begin anew with another --out"
-            ) from None
-        for name, value in dataclasses.asdict(self.cfg).items():
-            had = state["config"].get(
-                name, getattr(Config, name)
-            )  # a flag that is new had its default
-            if name not in MAY_DIFFER and not same(value, had):
-                raise ValueError(
-                    f"--resume: the run in {self.out} had {named(name)} {had!r}; "
-                    "give the same flags, or take another --out"
-                )
-        if self.step > self.cfg.steps:
-            raise ValueError(
-                f"--steps {self.cfg.steps}: the run in {self.out} has come to step {self.step}; "
-                "ask for more, or take another --out"
-            )
-        return state
+    @property
+    def cold_step(self):
+        return self.state.cold_step
 
-    # --- one at a time, and Ctrl-C ---------------------------------------------------------------------------------
+    @property
+    def before(self):
+        return self.state.before
 
     def __enter__(self):
-        self.out.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            if self.first:
-                folder = os.open(self.out, os.O_RDONLY)  # the lock goes with its holder
+            with can_write(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+            stack.callback(self.remove_if_empty)
+            if self.is_first:
+                folder = os.open(self.out, os.O_RDONLY)  # the lock ends with its holder
                 stack.callback(os.close, folder)
                 alone(folder, self.out)
-            for signum in SIGNALS if threading.current_thread() is threading.main_thread() else ():
-                before = signal.getsignal(signum)
-                if signum != signal.SIGHUP or before != signal.SIG_IGN:  # nohup
-                    stack.callback(signal.signal, signum, before)
-                    signal.signal(signum, self.catch)
+            gathered([None])  # the others look when the first process has the lock
+            self.look()
+            for signum in SIGNALS:
+                handler = signal.getsignal(signum)
+                if signum == signal.SIGHUP and handler == signal.SIG_IGN:
+                    continue  # nohup
+                stack.callback(signal.signal, signum, handler)
+                signal.signal(signum, self.catch)
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, trace):
         self.stack.close()
+        cannot_work = isinstance(error, UserError) and error.code == 2
+        if error is not None and self.saved and not cannot_work:
+            error.add_note(f"{self.saved}, --resume goes on")
+
+    def remove_if_empty(self):
         with contextlib.suppress(OSError):
-            self.out.rmdir()  # where nothing is in it
-        if isinstance(error, OSError) and error.errno is not None:  # of the system, no line of ours
-            raise OSError(
-                f"{error.filename or self.out}: {error.strerror}; {self.left()}; when that is mended, "
-                "--resume goes on"
-            ) from None
-        if error is not None:
-            error.add_note(f"{self.left()}, --resume goes on")
+            self.out.rmdir()
 
-    def catch(self, signum, _):
-        if self.signal and processes()[1] == 1:  # torchrun passes each of them on
-            print(f"left at once; {self.left()}", file=sys.stderr, flush=True)
-            os._exit(128 + signum)
-        self.signal = signum
-        if self.first:
-            more = "; once more leaves at once" * (processes()[1] == 1)
-            print(f"stopping after this step{more} ({self.left()})", file=sys.stderr, flush=True)
+    # --- what is in --out ------------------------------------------------------------------------
 
-    def stop_if_asked(self):
-        """Between two steps: save and leave where a signal came, to any of the processes."""
-        got = torch.tensor(self.signal or 0, device=self.pair.device)
-        if int(over_processes(got, dist.ReduceOp.MAX)):
-            self.save()
-            raise Stopped(
-                f"stopped after step {self.step} of {self.cfg.steps}; {self.left()}, the same command with "
-                "--resume goes on",
-                int(got),
+    def look(self):
+        """Read the checkpoint, if there is one; UserError if --out and the flags do not agree."""
+        cfg = self.cfg
+        config = self.out / "config.json"
+        result = self.out / "result.json"
+        has_checkpoint = self.path.exists()
+        if cfg.batch_size < processes()[1]:
+            raise UserError(
+                f"--batch-size {cfg.batch_size}: each of the {processes()[1]} processes needs a "
+                "prompt"
             )
+        if cfg.shard and processes()[1] == 1:
+            raise UserError(
+                "--shard cuts the models over several processes: start them with torchrun, or "
+                "leave it out"
+            )
+        if config.exists() and "teacher" not in read_json(config):
+            raise UserError(
+                f"--out {cfg.out}: its config.json is not that of a run; take another --out"
+            )
+        if result.exists():
+            goes_on = has_checkpoint and cfg.resume
+            if not goes_on or cfg.steps <= read_json(result).get("steps", cfg.steps):
+                raise UserError(
+                    f"--out {cfg.out}: the run there is complete; take another --out, or --resume "
+                    "it with more --steps"
+                )
+        if has_checkpoint and not cfg.resume:
+            raise UserError(
+                f"--out {cfg.out}: holds another run; add --resume to go on, or take another --out"
+            )
+        if cfg.resume and not has_checkpoint and not config.exists():
+            raise UserError(
+                f"--out {cfg.out}: no run there to resume, no checkpoint; leave --resume out"
+            )
+        if not has_checkpoint and (self.out / METRICS).exists():
+            raise UserError(
+                f"--out {cfg.out}: the run there has lost its checkpoint; restore it, or take "
+                "another --out"
+            )
+        if has_checkpoint:
+            self.read_checkpoint()
 
-    def left(self):
-        """What is there to go on from, in words."""
-        if self.saved is None:
-            return "no checkpoint was made yet"
-        cold, step = self.saved
-        return (
-            f"the checkpoint of step {step} is whole"
-            if step or not cold
-            else (f"the checkpoint of step {cold} of the cold start is whole")
-        )
+    def read_checkpoint(self):
+        """UserError if it is broken, or if other flags than now decided its results."""
+        try:
+            found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            state = State(**found["run"])
+        except Exception as error:  # whatever torch makes of a broken file
+            raise UserError(
+                f"--resume: {self.path} is not a whole checkpoint of opd.py "
+                f"({type(error).__name__}); restore it, or begin anew with another --out"
+            ) from None
+        for name, value in self.state.config.items():
+            had = state.config.get(name)
+            if name not in MAY_DIFFER and not same(value, had):
+                raise UserError(
+                    f"--resume: the run in {self.out} had {named(name)} {had!r}; give the same "
+                    "flags, or take another --out"
+                )
+        if state.step > self.cfg.steps:
+            raise UserError(
+                f"--steps {self.cfg.steps}: the run in {self.out} has come to step {state.step}; "
+                "ask for more, or take another --out"
+            )
+        state.config = self.state.config
+        self.state = state
+        self.checkpoint = found
 
-    # --- the checkpoint --------------------------------------------------------------------------------------------
+    # --- the beginning ---------------------------------------------------------------------------
 
     def load_pair(self):
         """The two models as the flags say: -> teacher.Pair."""
-        pair = Pair.load(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
-        if self.cfg.k > pair.ending["vocab_size"]:
-            raise ValueError(
-                f"--k {self.cfg.k}: the two models share {pair.ending['vocab_size']} tokens; take a "
-                "smaller k"
+        pair = load_pair(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
+        if self.cfg.k > pair.vocab_size:
+            raise UserError(
+                f"--k {self.cfg.k}: the two models share {pair.vocab_size} tokens; take a smaller k"
             )
         return pair
 
     def restore(self, pair, optimizer, train, cold, held_out):
-        """Go on from the checkpoint, or begin. train, cold, held_out: rows of Pair.encode."""
-        self.pair, self.optimizer = pair, optimizer
-        asked = (
-            [(row["ids"], row["answer"]) for row in train],
-            [(row["ids"], row["answer"]) for row in cold + held_out],
-        )
-        digests = [digest(x) for x in asked]
-        if self.state:
-            self.go_on(digests)
-        if self.first:
-            print(
-                f"{len(train)} prompts to learn from, {len(held_out)} held out"
-                + f"; going on after step {self.step}" * bool(self.state),
-                flush=True,
-            )
-        self.digests, self.state = digests, None
-        if self.first:
-            (self.out / "result.json").unlink(missing_ok=True)
-            for name in LOGS:
-                if self.logs[name] or (self.out / name).exists():
-                    write_lines(self.out / name, self.logs[name])
-            write_json(self.out / "config.json", {**dataclasses.asdict(self.cfg), **provenance()})
+        """Go on from the checkpoint, or begin; write the logs and config.json anew.
 
-    def go_on(self, digests):
-        if self.digests[1] != digests[1]:
-            raise ValueError(
-                "--resume: the held-out prompts, or those of the cold start, are not those of the steps "
-                "before; give the files as they were (with an --eval, and no cold start, some can be left "
-                "out)"
+        train, cold, held_out: the questions, {"prompt", "answer", ...}. They are compared with
+        those of the checkpoint as text, since some chat templates write the date into a prompt.
+        """
+        self.pair = pair
+        self.optimizer = optimizer
+        digests = {"train": digest_of(train), "others": digest_of(cold + held_out)}
+        said = f"{len(train)} prompts to learn from, {len(held_out)} held out"
+        if self.checkpoint:
+            self.check_questions(digests)
+            self.load_checkpoint()
+            said += f"; going on after step {self.step}"
+        self.state.digests = digests
+        if self.is_first:
+            tqdm.write(said)
+            (self.out / "result.json").unlink(missing_ok=True)
+            for name, rows in self.state.logs.items():
+                if rows or (self.out / name).exists():
+                    write_lines(self.out / name, rows)
+            write_json(self.out / "config.json", {**self.state.config, **provenance()})
+
+    def check_questions(self, digests):
+        had = self.state.digests
+        if had["others"] != digests["others"]:
+            raise UserError(
+                "--resume: the held-out prompts, or those of the cold start, are not those of the "
+                "steps before; give the files as they were (with an --eval, and no cold start, "
+                "some can be left out)"
             )
-        if self.digests[0] != digests[0]:
+        if had["train"] != digests["train"]:
             warnings.warn(
-                "--resume: the prompts are not those of the steps before; the rest of the run takes them as "
-                "they are now"
+                "--resume: the prompts are not those of the steps before; the rest of the run "
+                "takes them as they are now",
+                stacklevel=2,
             )
+
+    def load_checkpoint(self):
+        student = self.pair.student
+        weights = self.checkpoint["student"]
+        moments = self.checkpoint["optimizer"]
         try:
             if self.cfg.shard:
-                from plumbing.shard import cut, cut_moments
+                from plumbing.shard import load_full_state
 
-                self.state["student"] = cut(self.state["student"], self.pair.student.state_dict())
-                self.state["optimizer"] = cut_moments(
-                    self.state["optimizer"], list(self.pair.student.parameters())
-                )
-            self.pair.student.load_state_dict(self.state["student"])
-            self.optimizer.load_state_dict(self.state["optimizer"])
+                load_full_state(student, self.optimizer, weights, moments)
+            else:
+                student.load_state_dict(weights)
+                self.optimizer.load_state_dict(moments)
         except (RuntimeError, ValueError, KeyError):
-            raise ValueError(
+            raise UserError(
                 f"--resume: {self.path} does not fit the model in --student {self.cfg.student}; "
                 "give the one that it was begun with"
             ) from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.saved = self.cold_step, self.step
+        self.checkpoint = None  # and its memory
+        self.saved = self.in_words()
+
+    # --- the checkpoint --------------------------------------------------------------------------
 
     def save(self):
-        """The checkpoint, written aside and renamed: whatever happens meanwhile leaves the last one whole.
+        """Write the checkpoint aside and rename it: whatever happens meanwhile leaves the last one.
 
-        None is made of weights that are not finite, nor among skipped steps, which a run that goes on counts anew.
+        None is made of weights that are not finite, nor between skipped steps, which a run that
+        goes on counts anew.
         """
-        if self.in_a_row or not self.before:
+        if self.state.in_a_row or not self.before:
             return
-        student, moments = self.pair.student.state_dict(), self.optimizer.state_dict()
-        mine = [x.to_local() if self.cfg.shard else x for x in student.values()]
-        if not over_processes(
-            torch.stack([x.isfinite().all() for x in mine]).all().int(), dist.ReduceOp.MIN
-        ):
-            raise FloatingPointError(
-                f"step {self.step}: the update has left weights that are not finite; "
-                f"{self.left()}, --resume with a lower --lr"
-            )
-        student, moments = self.whole(student), self.whole(moments)
-        if self.first:
-            self.path.parent.mkdir(exist_ok=True)
-            state = {
-                **{name: getattr(self, name) for name in STATE},
-                "config": dataclasses.asdict(self.cfg),
-                "seconds": self.clock(),
-                "student": student,
-                "optimizer": moments,
-            }
-            write_whole(self.path, lambda file: torch.save(state, file))
+        self.check_weights()
+        weights, moments = self.full_state()
+        if self.is_first:
+            run = {**vars(self.state), "seconds": self.clock()}
+            whole = {"run": run, "student": weights, "optimizer": moments}
+            with can_write(self.path):
+                self.path.parent.mkdir(exist_ok=True)
+            write_whole(self.path, lambda file: torch.save(whole, file))
             (self.out / METRICS).touch()  # of a run without a step, too
-        self.saved = self.cold_step, self.step
+        self.saved = self.in_words()
 
-    def whole(self, state):
-        """A state_dict; of a sharded student a whole one, for the first process alone."""
+    def check_weights(self):
+        finite = torch.tensor(1, device=self.pair.device)
+        for p in self.pair.student.parameters():
+            mine = p.to_local() if is_sharded(p) else p
+            finite *= mine.isfinite().all()
+        if not over_processes(finite, dist.ReduceOp.MIN):
+            raise RunEnded(
+                f"step {self.step}: the update has left weights that are not finite; take a lower "
+                "--lr"
+            )
+
+    def full_state(self):
+        """Weights and moments, whole; of a sharded student in the first process alone."""
         if self.cfg.shard:
-            from plumbing.shard import joined  # half a second, for those who shard
+            from plumbing.shard import full_state  # a second, only for those who shard
 
-            state = joined(state, self.first)
-        return state
+            return full_state(self.pair.student, self.optimizer)
+        return self.pair.student.state_dict(), self.optimizer.state_dict()
+
+    def in_words(self):
+        if self.cold_step and not self.step:
+            return f"the checkpoint of step {self.cold_step} of the cold start is whole"
+        return f"the checkpoint of step {self.step} is whole"
 
     def clock(self):
-        return self.seconds + time.time() - self.started
+        return self.state.seconds + time.time() - self.started
 
-    # --- the logs --------------------------------------------------------------------------------------------------
+    # --- Ctrl-C ----------------------------------------------------------------------------------
 
-    def append(self, name, row):
-        self.logs[name].append(row)
-        if self.first:
-            with open(self.out / name, "a") as file:
-                print(json.dumps(row), file=file)
+    def catch(self, signum, _):
+        """Note a signal; `save_when_due` heeds it. A second one is not caught and ends at once.
 
-    def count(self, row):
-        """Tell of a step without an update; the third in a row ends the run."""
-        self.in_a_row = self.in_a_row + 1 if "skipped" in row else 0
-        if self.in_a_row:
-            self.skipped += 1
-            why, *others = row["skipped"].values()  # prompts by name, examples by number
-            said = f"step {row['step']} skipped: {why}; of {', '.join(map(str, others[0][:8]))}"
-            said += f" and {len(others[0]) - 8} more" * (len(others[0]) > 8)
-            if self.in_a_row == 3:
-                raise FloatingPointError(
-                    f"{said}, the third in a row; look at these; {self.left()}, --resume with a "
-                    "lower --lr, or --cold-start-lr"
-                )
-            tqdm.write(f"warning: {said}")
+        Of several processes torchrun passes every signal on, so that a second one is no wish.
+        """
+        self.signal = signum
+        is_alone = processes()[1] == 1
+        if is_alone:
+            signal.signal(signum, signal.SIG_DFL)
+        if self.is_first:
+            said = "\nstopping after this step"
+            if is_alone:
+                said += "; once more leaves at once"
+            if self.saved:
+                said += f" ({self.saved})"
+            with contextlib.suppress(OSError):  # the terminal may be gone
+                os.write(2, f"{said}\n".encode())  # sys.stderr may be in the midst of writing
 
-    def log(self, row, r):
-        """After a step: its line in metrics.jsonl, now and then two texts and a readable line; the checkpoint."""
-        self.step = row["step"]
-        self.count(row)
-        row = finite_or_null(
-            {
-                **row,
-                "skipped_steps": self.skipped,
-                "peak_memory_bytes": peak_memory(self.pair.device),
-            }
-        )
-        self.append(METRICS, row)
-        if self.step % max(1, self.cfg.steps // 20) == 0 or self.step == 1:
-            for ids, mask, cut in list(zip(r.ids, r.attention_mask, r.truncated))[:2]:
-                self.append(
-                    TEXTS,
-                    {
-                        "step": self.step,
-                        "truncated": bool(cut),
-                        "text": self.pair.tokenizer.decode(ids[mask]),
-                    },
-                )
-            tqdm.write(show.columns() * (not self.titled) + show.line(row))
-            self.titled = True
-        for kind, sign in show.signs(self.logs[METRICS], self.cfg.dtype).items():
-            if sign and kind not in self.warned:
-                self.warned.append(kind)
-                tqdm.write(f"warning: step {self.step}: {sign}")
-        self.save_when_due(self.step, self.cfg.steps)
-
-    def log_cold_start(self, row, steps):
-        """After an update of the cold start."""
-        self.cold_step = row["step"]
-        self.count(row)
-        self.append(COLD, finite_or_null(row))
-        self.save_when_due(self.cold_step, steps)
+    def stop_if_asked(self):
+        """Between two steps: save and leave if a signal has come, to any of the processes."""
+        signum = torch.tensor(self.signal, device=self.pair.device)
+        signum = int(over_processes(signum, dist.ReduceOp.MAX))
+        if signum:
+            self.save()
+            raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}", signum)
 
     def save_when_due(self, step, steps):
         """The checkpoint every so many steps, and the place where a signal is heeded."""
@@ -381,33 +359,91 @@ class Run:
             self.save()
         self.stop_if_asked()
 
+    # --- the logs --------------------------------------------------------------------------------
+
+    def log(self, row, r):
+        """After a step: its line of metrics, now and then two texts and a readable line.
+
+        row: {"step": from 1, metric: of the step}, with "skipped", a reason, if it was no update.
+        r: the Rollout of this process.
+        """
+        self.state.step = row["step"]
+        self.count_skipped(row)
+        row["skipped_steps"] = self.state.skipped
+        row["peak_memory_bytes"] = peak_memory(self.pair.device)
+        row = finite_or_null(row)
+        self.append(METRICS, row)
+        every = max(1, self.cfg.steps // 20)
+        if self.step == 1 or self.step % every == 0:
+            for i in range(min(2, len(r.ids))):
+                text = self.pair.tokenizer.decode(r.ids[i, r.attention_mask[i]])
+                truncated = bool(r.truncated[i])
+                self.append(TEXTS, {"step": self.step, "truncated": truncated, "text": text})
+            if not self.has_titles:
+                tqdm.write(show.columns())
+                self.has_titles = True
+            tqdm.write(show.line(row))
+        self.save_when_due(self.step, self.cfg.steps)
+
+    def log_cold_start(self, row, steps):
+        """After an update of the cold start."""
+        self.state.cold_step = row["step"]
+        self.count_skipped(row)
+        self.append(COLD_METRICS, finite_or_null(row))
+        self.save_when_due(self.cold_step, steps)
+
+    def count_skipped(self, row):
+        """Tell of a step without an update; the third in a row ends the run."""
+        if "skipped" not in row:
+            self.state.in_a_row = 0
+            return
+        self.state.skipped += 1
+        self.state.in_a_row += 1
+        said = f"step {row['step']} skipped: {row['skipped']}"
+        if self.state.in_a_row == 3:
+            raise RunEnded(f"{said}, the third in a row; take a lower --lr, or --cold-start-lr")
+        tqdm.write(f"warning: {said}")
+
+    def append(self, name, row):
+        self.state.logs[name].append(row)
+        if self.is_first:
+            append_lines(self.out / name, [row])
+
+    # --- the end ---------------------------------------------------------------------------------
+
     def finish(self, result):
-        """Save the student, and write result.json last: it stands for a complete run. -> what it holds."""
+        """Save the student, then result.json, which stands for a complete run: -> its content."""
         result = {
             **self.before,
             **result,
             "steps": self.step,
-            "skipped_steps": self.skipped,
+            "skipped_steps": self.state.skipped,
             "seconds": self.clock(),
             **provenance(),
         }
-        student = self.whole(self.pair.student.state_dict())
-        if self.first:
-            tokenizer = self.pair.tokenizer
-            self.pair.student.generation_config = (
-                transformers.GenerationConfig(  # an inherited one may be unsavable
-                    eos_token_id=self.pair.ending["eos_ids"],
-                    bos_token_id=tokenizer.bos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            )
-            try:
-                self.pair.student.save_pretrained(self.out / "student", state_dict=student)
-                tokenizer.save_pretrained(self.out / "student")
-            except Exception as error:  # safetensors has one of its own
-                raise OSError(
-                    f"{self.out}/student cannot be written: {error}; {self.left()}, --resume goes "
-                    "on"
-                ) from None
+        weights, _ = self.full_state()
+        if self.is_first:
+            self.save_student(weights)
             write_json(self.out / "result.json", result)
         return result
+
+    def save_student(self, weights):
+        tokenizer = self.pair.tokenizer
+        student = self.pair.student
+        student.generation_config = GenerationConfig(  # an inherited one may be unsavable
+            eos_token_id=self.pair.eos_ids,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        folder = self.out / "student"
+        with can_write(folder):
+            try:
+                student.save_pretrained(folder, state_dict=weights)
+                tokenizer.save_pretrained(folder)
+            except SafetensorError as error:  # its own, for a full disk
+                raise RunEnded(f"{folder} cannot be written: {error}") from None
+
+
+def digest_of(rows):
+    """A name for questions and their answers, as texts."""
+    return digest([(row["prompt"], row["answer"]) for row in rows])

@@ -1,13 +1,20 @@
-"""plumbing/shard.py: a student too large for one GPU, each of its weights in as many parts as there are processes.
+"""plumbing/shard.py: models too large for one GPU, cut over the processes (--shard).
 
-torch's fully_shard: a layer's weights are gathered where it computes, its gradient is added up and cut where it has
-computed, and AdamW sees its own part alone: 16 bytes a parameter become 16 over the number of processes. What is no
-layer (embeddings, norm, head) is gathered once for a micro-batch, so that the head is called a chunk at a time.
+With torch's fully_shard a layer's weights are gathered when it computes. Its gradient is added up
+over the processes and cut, so that AdamW sees a part of each weight: 16 bytes a parameter of the
+student become 16 over the number of processes. The teacher is cut as well; it is frozen and has no
+gradient. Embeddings, last norm and head are gathered once for a micro-batch, since the head is
+called a chunk at a time.
 """
 
-import contextlib
-
 import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -15,93 +22,83 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from plumbing.processes import over_processes, processes
+from plumbing.processes import processes
+from teacher import UserError
 
 
-def shard_student(pair, device, dtype):
-    """Cut the student of a Pair over all processes, before its optimizer is made; dtype: of the computation.
-    ValueError where it has no layers that transformers names.
+def shard_pair(pair, device):
+    """Cut both models of a Pair over all processes, before the optimizer is made.
+
+    UserError for a model in which transformers names no layers.
     """
-    student, mesh = pair.student, init_device_mesh(device.type, (processes()[1],))
-    layers = [
-        module for module in student.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    mesh = init_device_mesh(device.type, (processes()[1],))
+    for model in (pair.student, pair.teacher):
+        shard(model, mesh, pair.dtype)
+
+
+def shard(model, mesh, dtype):
+    """Cut a model; dtype: of the computation in its layers, as autocast would have it."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"{type(student).__name__} has no layers to shard; leave --shard out")
-    for layer in layers:  # gathered as autocast would cast them
-        fully_shard(
-            layer,
-            mesh=mesh,
-            mp_policy=MixedPrecisionPolicy(
-                param_dtype=None if dtype == torch.float32 else dtype,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=False,
-            ),
-        )
-    fully_shard(student, mesh=mesh, reshard_after_forward=False)
-    for module in parts(student):
-        module.set_gradient_divide_factor(1.0)  # the sum, not the mean
-        module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    if not pair.splits[0].own_logits:  # the trunk alone is a forward, too
-        student.trunk = pair.splits[0].trunk
-        register_fsdp_forward_method(student, "trunk")
-        pair.splits = pair.splits[0]._replace(trunk=student.trunk), pair.splits[1]
-    pair.device, pair.whole = device, lambda: whole(student)
-    pair.rounds = lambda n: int(
-        over_processes(torch.tensor(n, device=device), torch.distributed.ReduceOp.MAX)
+        raise UserError(f"{type(model).__name__} has no layers to shard; leave --shard out")
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the sum, not the mean
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+
+    def trunk(**inputs):
+        return model.base_model(**inputs)
+
+    if model.linear_head:  # then teacher.states calls the trunk alone
+        model.trunk = trunk
+        register_fsdp_forward_method(model, "trunk")
 
 
-def parts(student):
-    return [module for module in student.modules() if isinstance(module, FSDPModule)]
+def full_state(student, optimizer):
+    """Whole weights and moments, on the CPU: -> two state_dicts, those of an uncut model.
 
-
-@contextlib.contextmanager
-def whole(student):
-    """Inside, every process has all weights, gathered once: layers in the computation's dtype, the rest in float32."""
-    for module in parts(student):
-        module.set_reshard_after_forward(False, recurse=False)
-        module.unshard()
-    yield
-    for module in parts(student):
-        module.set_reshard_after_forward(module is not student, recurse=False)
-        module.reshard()
-
-
-def joined(state, wanted):
-    """A state_dict of sharded weights as one of whole ones, on the CPU; all processes ask, who does not want it gets
-    None in place of the tensors.
+    All processes call it together. The first one gets the tensors, the others two empty dicts.
     """
-
-    def one(x):
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        return x.cpu() if wanted and isinstance(x, torch.Tensor) else x if wanted else None
-
-    return tree_map(one, state)
-
-
-def cut(state, like):
-    """A state_dict of whole tensors, {name: tensor}, with those cut that are sharded in another one."""
-
-    def one(x, mine):
-        return distribute_tensor(x.to(mine.device), mine.device_mesh, mine.placements)
-
-    return {
-        name: one(x, like[name]) if isinstance(like[name], DTensor) else x
-        for name, x in state.items()
-    }
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(student, options=options)
+    if not optimizer.state:  # asked now, torch would make an update of nothing and count it
+        return weights, optimizer.state_dict()
+    moments = get_optimizer_state_dict(student, optimizer, options=options)
+    if not moments:
+        return weights, moments
+    places = {name: place for place, name in enumerate(parameter_names(student))}
+    return weights, renamed(moments, places)
 
 
-def cut_moments(state, parameters):
-    """An optimizer's state_dict, whole, cut as its parameters are."""
-    return {
-        **state,
-        "state": {
-            i: cut(of_one, {name: parameters[i] if x.dim() else x for name, x in of_one.items()})
-            for i, of_one in state["state"].items()
-        },
-    }
+def load_full_state(student, optimizer, weights, moments):
+    """The inverse of full_state: every process has all of it and takes its parts."""
+    options = StateDictOptions(full_state_dict=True)
+    set_model_state_dict(student, weights, options=options)
+    if moments["state"]:
+        names = dict(enumerate(parameter_names(student)))
+        options.strict = False  # a parameter that was never used has no moments
+        set_optimizer_state_dict(student, optimizer, renamed(moments, names), options=options)
+
+
+def parameter_names(student):
+    """Names in the order in which an optimizer numbers the parameters."""
+    return [name for name, _ in student.named_parameters()]
+
+
+def renamed(moments, names):
+    """An optimizer's state_dict with other keys for its parameters; names: {old: new}."""
+    state = {names[old]: values for old, values in moments["state"].items()}
+    groups = []
+    for group in moments["param_groups"]:
+        groups.append({**group, "params": [names[old] for old in group["params"]]})
+    return {"state": state, "param_groups": groups}
