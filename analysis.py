@@ -1,10 +1,11 @@
 """analysis.py: will it work, is it working, and why (paper 2.3, 4, 6; Eq. 6 to 10).
 
-At a state that the student visited, p student, q teacher, P = TopK(p, k), Q = TopK(q, k), I = P &
-Q:
+At a state that the student visited, p is the student, q the teacher, P = TopK(p, k),
+Q = TopK(q, k), I = P & Q:
 
     Eq. 6      overlap ratio            |I| / k
-    Eq. 7      overlap-token advantage  (1/|I|) sum_I p'(v) (log q'(v) - log p'(v)), renormalised on I
+    Eq. 7      overlap-token advantage  (1/|I|) sum_I p'(v) (log q'(v) - log p'(v)), both
+                                        renormalised on I
     Eq. 8      entropy gap              |H(q) - H(p)|, full vocabulary, absolute value at each state
     Eq. 9, 10  overlap mass             sum_I p(v)  and  sum_I q(v), not renormalised
     4.1        largest gap              |p(v) - q(v)| at the v of P with the largest
