@@ -1,141 +1,214 @@
-"""plumbing/show.py: what a person reads: a line a step, warnings, the end of a run."""
+"""plumbing/show.py: what a person reads: the line of a step, the end of a run, a diagnosis."""
+
+import textwrap
 
 from analysis import plus_minus
 
-WITHIN_NOISE = "teacher and student are within noise of each other"
-IMPLAUSIBLE = 5.0  # nats: the other family of the toy begins below 4
-MISMATCH = {
+MISMATCH = {  # nats: rounding stays well below, another softmax does not
     "float32": 0.01,
     "bfloat16": 1.0,
-}  # nats: rounding stays well below; another softmax does not
-COLUMNS = (  # of the readable line: metric, title, format
-    ("step", "step", "5d"),
-    ("loss", "loss", "7.4f"),
-    ("reverse_kl", "rev. KL", "7.4f"),
-    ("overlap_ratio", "overlap", "7.3f"),
-    ("overlap_mass_student", "mass p", "6.3f"),
-    ("overlap_mass_teacher", "mass q", "6.3f"),
-    ("overlap_token_advantage", "adv.", "7.4f"),
-    ("entropy_gap", "H gap", "6.3f"),
-    ("response_length", "length", "6.1f"),
-    ("truncated_fraction", "cut", "4.2f"),
-    ("grad_norm", "|grad|", "6.3f"),
-)  # 80 columns together
+}
+COLUMNS = (  # of the line of a step: metric, title, width, format
+    ("step", "step", 5, "d"),
+    ("loss", "loss", 7, ".4f"),
+    ("reverse_kl", "rev. KL", 7, ".4f"),
+    ("overlap_ratio", "overlap", 7, ".3f"),
+    ("overlap_mass_student", "mass p", 6, ".3f"),
+    ("overlap_mass_teacher", "mass q", 6, ".3f"),
+    ("overlap_token_advantage", "adv.", 7, ".4f"),
+    ("entropy_gap", "H gap", 6, ".3f"),
+    ("response_length", "length", 6, ".1f"),
+    ("truncated_fraction", "cut", 4, ".2f"),
+    ("grad_norm", "|grad|", 6, ".3f"),
+)
+METRICS = {  # of a diagnosis, in words
+    "reverse_kl": "reverse KL",
+    "overlap_mass_student": "overlap mass, student, Eq. 9",
+    "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
+    "overlap_token_advantage": "overlap-token advantage, Eq. 7",
+    "entropy_gap": "entropy gap |H(q) - H(p)|, Eq. 8",
+    "largest_gap": "largest gap, 4.1",
+    "entropy_student": "entropy, student",
+    "entropy_teacher": "entropy, teacher",
+    "reward": "mean reward",
+}
+
+# --- a step --------------------------------------------------------------------------------------
+
+
+def cell(value, width, form):
+    """A number of a table, or "-" if it was not measured: str, `width` wide."""
+    text = "-" if value is None else format(value, form)
+    return text.rjust(width)
+
+
+def titles(columns=COLUMNS):
+    """The titles of a table, each above its column: str."""
+    return " ".join(title.rjust(width) for _, title, width, _ in columns)
 
 
 def columns():
-    """The titles of the readable lines of a run, and what a line is."""
-    titles = " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in COLUMNS)
-    return f"each line is one step, a mean over its response tokens; the columns: plumbing/README.md\n{titles}\n"
+    """What stands above the lines of a run: what a line is, and the titles."""
+    what = "each line is one step, a mean over its response tokens; columns: plumbing/README.md"
+    return f"{what}\n{titles()}"
 
 
-def line(row):
+def line(row, columns=COLUMNS):
     """A row of metrics.jsonl as one readable line."""
-    return " ".join(
-        "-".rjust(len(f"{0:{form}}")) if row[name] is None else f"{row[name]:{form}}"
-        for name, _, form in COLUMNS
-    )
-
-
-def summary(result):
-    """What a person wants to know when a run ends, in four lines: before -> after. +- is one standard error."""
-    before, after, lines = result["held_out_before"], result["held_out_after"], []
-    if result["accuracy_after"]:
-        way = [plus_minus(result["accuracy_before"]), plus_minus(result["accuracy_after"])]
-        if result.get("accuracy_cold_start"):
-            way.insert(1, f"{plus_minus(result['accuracy_cold_start'])} (cold start)")
-        recovered = result["gap_recovery"]
-        lines = [
-            f"accuracy       {' -> '.join(way)}, teacher {plus_minus(result['accuracy_teacher'])}",
-            "gap recovery   "
-            + (
-                f"{recovered:.2f} of the way from student to teacher"
-                if recovered is not None
-                else "not given: " + WITHIN_NOISE
-            ),
-        ]
-    lines.append(
-        f"held out       reverse KL {before['reverse_kl']:.4f} -> {after['reverse_kl']:.4f}, overlap ratio "
-        f"{before['overlap_ratio']:.3f} -> {after['overlap_ratio']:.3f}"
-    )
-    lines.append(
-        "overlap mass   "
-        + ", ".join(
-            f"{who} {before[f'overlap_mass_{who}']:.3f} -> {after[f'overlap_mass_{who}']:.3f}"
-            for who in ("student", "teacher")
-        )
-    )
-    if result["skipped_steps"]:
-        lines.append(
-            f"skipped        {result['skipped_steps']} steps whose loss or gradient was not finite; "
-            "metrics.jsonl names their prompts"
-        )
-    return "\n".join(lines)
-
-
-def collapse(history, window=5):
-    """A sentence when a run shows signs of collapse, else None. history: the rows of metrics.jsonl so far.
-
-    Something that should hold has fallen from its best (either overlap mass by .1, or the reward by .2 nats) while
-    something that should not has risen from its lowest (student entropy or response length by half, the entropy by .3
-    nats at least; repetition by .2). Each is a mean over `window` steps.
-    """
-    falling, rising = (
-        ("overlap_mass_student", "overlap_mass_teacher", "reward"),
-        ("entropy_student", "response_length", "repetition_fraction"),
-    )
-    history = [row for row in history if all(row[name] is not None for name in falling + rising)]
-    if len(history) < 2 * window:
-        return None
-
-    def now_and(best, name):
-        means = [
-            sum(row[name] for row in history[i : i + window]) / window
-            for i in range(len(history) - window + 1)
-        ]
-        return best(means), means[-1]
-
-    high, low = (
-        {name: now_and(max, name) for name in falling},
-        {name: now_and(min, name) for name in rising},
-    )
-    falls = [
-        name
-        for name, (best, now) in high.items()
-        if best - now > (0.2 if name == "reward" else 0.1)
-    ]
-    least = {
-        "entropy_student": lambda best: max(0.3, best / 2),
-        "response_length": lambda best: best / 2,
-        "repetition_fraction": lambda best: 0.2,
-    }
-    rises = [name for name, (best, now) in low.items() if now - best > least[name](best)]
-    if not (falls and rises):
-        return None
-    said = ", ".join(
-        "{} {:.2f} -> {:.2f}".format(name, *{**high, **low}[name]) for name in falls + rises
-    )
-    return f"signs of collapse: {said}; lower --lr or --max-new-tokens, or begin with a cold start (paper 5.1, 6.1)"
+    return " ".join(cell(row.get(name), width, form) for name, _, width, form in columns)
 
 
 def mismatch(row, dtype):
-    """A sentence where log-probabilities as sampled and as scored are not the same but for rounding, else ""."""
-    off = row.get("sampling_mismatch") or 0.0
+    """A sentence if log-probabilities as sampled and as scored differ beyond rounding, else None.
+
+    row: with "sampling_mismatch", nats; dtype: of the computation, "float32" or "bfloat16".
+    """
+    off = row["sampling_mismatch"]
+    if off is None or off <= MISMATCH[dtype]:
+        return None
     return (
-        f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: this is not on-policy"
-        * (off > MISMATCH[dtype])
+        f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: "
+        "this is not on-policy"
     )
 
 
-def signs(history, dtype):
-    """What is wrong with a run, by its last row and those before: {kind: a sentence, or None}."""
-    row = history[-1]
-    repeats, apart = row["repetition_fraction"], history[0]["reverse_kl"] or 0.0
-    return {
-        "collapse": collapse(history),
-        "repetition": f"{repeats:.0%} of the responses only repeat themselves, see rollouts.jsonl"
-        * (repeats > 0.5),
-        "mismatch": mismatch(row, dtype),
-        "apart": f"student and teacher begin {apart:.1f} nats a token apart: was the teacher trained with another "
-        "template? If not, begin with a cold start (paper 5.1)" * (apart > IMPLAUSIBLE),
-    }
+# --- the end of a run ----------------------------------------------------------------------------
+
+
+def summary(result):
+    """What a person wants to know when a run ends, before -> after, +- one standard error: str.
+
+    result: the content of result.json.
+    """
+    before = result["held_out_before"]
+    after = result["held_out_after"]
+    lines = outcome(result)
+    lines.append(
+        f"held out       reverse KL {change(before, after, 'reverse_kl', '.4f')}, "
+        f"overlap ratio {change(before, after, 'overlap_ratio', '.3f')}"
+    )
+    lines.append(
+        f"overlap mass   student {change(before, after, 'overlap_mass_student', '.3f')}, "
+        f"teacher {change(before, after, 'overlap_mass_teacher', '.3f')}"
+    )
+    if result["skipped_steps"]:
+        skipped = result["skipped_steps"]
+        lines.append(f"skipped        {skipped} steps, whose loss or gradient was not finite")
+    return "\n".join(lines)
+
+
+def change(before, after, metric, form):
+    return f"{before[metric]:{form}} -> {after[metric]:{form}}"
+
+
+def outcome(result):
+    """The accuracies of a finished run and its gap recovery: two lines, none without answers."""
+    if result["accuracy_after"] is None:
+        return []
+    stages = [plus_minus(result["accuracy_before"])]
+    if result.get("accuracy_cold_start"):
+        stages.append(f"{plus_minus(result['accuracy_cold_start'])} (cold start)")
+    stages.append(plus_minus(result["accuracy_after"]))
+    teacher = plus_minus(result["accuracy_teacher"])
+    asked = how_many(result["accuracy_after"])
+    return [
+        f"accuracy       {' -> '.join(stages)}, teacher {teacher}; {asked}",
+        f"gap recovery   {recovery(result)}",
+    ]
+
+
+def how_many(accuracy):
+    """Of what an accuracy is the mean: "64 prompts, 4 answers to each"."""
+    prompts = len(accuracy["each"])
+    answers = accuracy["samples"] // prompts
+    return f"{counted(prompts, 'prompt')}, {counted(answers, 'answer')} to each"
+
+
+def counted(number, noun):
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def recovery(result):
+    """What became of the gap between student and teacher, in words."""
+    before = result["accuracy_before"]["mean"]
+    after = result["accuracy_after"]["mean"]
+    teacher = result["accuracy_teacher"]["mean"]
+    side = "above" if after >= before else "below"
+    end = f"the student ended {abs(after - before):.3f} {side} its start"
+    if result["gap_recovery"] is None:
+        return "not given: teacher and student are within noise of each other"
+    if teacher < before:
+        return f"not given: the teacher is behind the student; {end}"
+    if after < before:
+        return f"none: {end}"
+    return f"{result['gap_recovery']:.2f} of the way from student to teacher"
+
+
+# --- before training -----------------------------------------------------------------------------
+
+
+def diagnosis(report):
+    """The report of analysis.diagnose_pair as a table: str."""
+    lines = metric_lines(report)
+    if "continuation" in report:
+        lines += continuation_lines(report)
+    lines += position_lines(report["by_position"])
+    lines += ["", f"verdict: {report['verdict']}"]
+    for reason in report["reasons"]:
+        lines.append(textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    "))
+    return "\n".join(lines)
+
+
+def metric_lines(report):
+    """A line for each metric of the diagnosis."""
+    names = {**METRICS, "overlap_ratio": f"overlap ratio, k = {report['k']}, Eq. 6"}
+    lines = [
+        f"{report['prompts']} prompts, {report['responses']} responses of "
+        f"{report['response_length']:.1f} tokens, {report['truncated_fraction']:.0%} cut off; "
+        "nats, +- standard error over prompts"
+    ]
+    for metric, found in report["metrics"].items():
+        shown = "none shared" if found["mean"] is None else plus_minus(found, "9.4f")
+        lines.append(f"{names.get(metric, metric):32} {shown}")
+    return lines
+
+
+def continuation_lines(report):
+    """Who finishes the student's responses better: a line for each depth."""
+    auroc = "not defined"
+    if report["auroc"] is not None:
+        auroc = f"{report['auroc']:9.4f}"
+    right = report["right"]
+    wrong = report["responses"] - right
+    lines = [
+        f"{'AUROC of the mean reward, 6.2':32} {auroc}   {right} right, {wrong} not",
+        "",
+        "who finishes the student's responses, 6.1:   student   teacher      gain",
+    ]
+    for cut in report["continuation"]:
+        depth = cut["depth"]
+        place = f"{depth:.0%}" if isinstance(depth, float) else f"{depth} tokens"
+        student = cut["student"]["mean"]
+        teacher = cut["teacher"]["mean"]
+        gain = plus_minus(cut["gain"], "+9.3f")
+        start = f"  from {place:>9} ({cut['tokens']:7.1f} tokens in)"
+        lines.append(f"{start} {student:13.3f} {teacher:9.3f} {gain}")
+    gain = plus_minus(report["predicted_gain"], "+8.3f")
+    lines.append(f"  {'mean over these depths':54} {gain}")
+    return lines
+
+
+def position_lines(by_position):
+    """A line for each bucket of output positions that holds a token."""
+    widths = {"reward": 9, "overlap_ratio": 9, "entropy_student": 11, "entropy_teacher": 11}
+    lines = ["", "position      tokens    reward   overlap   H student   H teacher"]
+    for i, tokens in enumerate(by_position["tokens"]):
+        if tokens == 0:
+            continue
+        first = i * by_position["width"]
+        last = first + by_position["width"] - 1
+        values = [cell(by_position[name][i], width, ".3f") for name, width in widths.items()]
+        cells = " ".join(values)
+        place = f"{first:5d}-{last:<5d}"
+        lines.append(f"{place} {tokens:8d} {cells}")
+    return lines
