@@ -1,7 +1,7 @@
-"""What the tests share: tiny random models, a tokenizer of a few words, one deterministic hypothesis profile."""
+"""What the tests share: tiny random models, a tokenizer of a few words, one pair, one world of
+checkpoints."""
 
-import os
-import subprocess
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -32,45 +33,24 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only costs
 
 
 def pytest_configure(config):
-    """Tests marked slow run where they are asked for: python -m pytest -m slow."""
-    config.addinivalue_line("markers", "slow: needs a browser, or minutes")
+    """Tests marked slow run only if they are asked for: python -m pytest -m slow."""
+    config.addinivalue_line("markers", "slow: needs minutes, several processes, or a browser")
     config.addinivalue_line(
-        "markers", "gpu: needs an NVIDIA GPU; bash experiments/gpu.sh runs all of them"
+        "markers", "gpu: needs an NVIDIA GPU; bash experiments/gpu.sh runs them"
     )
     config.option.markexpr = config.option.markexpr or "not slow"
-    whole = (
-        config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.collectonly
-    )
-    config.half = int(os.environ.get("HALF_OF_THE_TESTS", 0)) if whole else None
-    if config.half == 0:  # no file was named: another process runs every other test
-        config.other = subprocess.Popen(
-            [sys.executable, "-m", "pytest", *config.invocation_params.args],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "HALF_OF_THE_TESTS": "1"},
-        )
 
 
-def pytest_collection_modifyitems(config, items):
-    if config.half is not None:
-        items[:] = items[config.half :: 2]
+def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
-def pytest_sessionfinish(session):
-    """What the other process said stands above the last line of this one; where it failed both have."""
-    if session.config.half == 0:
-        said, _ = session.config.other.communicate()
-        print(f"\n{said}")
-        if session.config.other.returncode not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
-            session.exitstatus = session.config.other.returncode
-
+# --- tiny models --------------------------------------------------------------------------------
 
 VOCAB = 48
-WINDOW = 5  # Gemma 3: shorter than prompt + response, so that it bites
+WINDOW = 5  # Gemma 3's: shorter than prompt + response, so that it bites
 ARCHITECTURES = (
     "llama",
     "gemma3",
@@ -80,38 +60,46 @@ ARCHITECTURES = (
 
 
 def tiny(architecture, *, seed=0, vocab_size=VOCAB, hidden=32, layers=2, spread=0.3):
-    """A two-layer causal model in eval mode, float32; spread is wide enough for softmaxes far from uniform."""
-    shared = dict(
-        vocab_size=vocab_size,
-        initializer_range=spread,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    body = dict(
-        shared,
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=hidden // 4,
-        max_position_embeddings=64,
-    )
-    kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-    gemma = dict(body, sliding_window=WINDOW, layer_types=kinds, query_pre_attn_scalar=hidden // 4)
-    gemma2 = dict(gemma, final_logit_softcapping=2.0, attn_logit_softcapping=None)
-    gpt2 = dict(shared, n_embd=hidden, n_layer=layers, n_head=4, n_positions=64)
-    config, cls = {
-        "llama": lambda: (LlamaConfig(**body), LlamaForCausalLM),
-        "qwen3": lambda: (Qwen3Config(**body), Qwen3ForCausalLM),
-        "gpt2": lambda: (GPT2Config(**gpt2), GPT2LMHeadModel),
-        "gemma3": lambda: (Gemma3TextConfig(**gemma), Gemma3ForCausalLM),
-        "gemma2": lambda: (Gemma2Config(**gemma2), Gemma2ForCausalLM),
-    }[architecture]()
+    """A causal model in eval mode, float32; spread is wide enough for softmaxes far from
+    uniform."""
+    shared = {
+        "vocab_size": vocab_size,
+        "initializer_range": spread,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    body = {
+        **shared,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": hidden // 4,
+        "max_position_embeddings": 64,
+    }
+    gemma = {
+        **body,
+        "sliding_window": WINDOW,
+        "layer_types": (["sliding_attention", "full_attention"] * layers)[:layers],
+        "query_pre_attn_scalar": hidden // 4,
+    }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return cls(config).float().eval()
+        if architecture == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**body))
+        elif architecture == "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**body))
+        elif architecture == "gpt2":
+            sizes = {"n_embd": hidden, "n_layer": layers, "n_head": 4, "n_positions": 64}
+            model = GPT2LMHeadModel(GPT2Config(**shared, **sizes))
+        elif architecture == "gemma3":
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**gemma))
+        elif architecture == "gemma2":
+            caps = {"final_logit_softcapping": 2.0, "attn_logit_softcapping": None}
+            model = Gemma2ForCausalLM(Gemma2Config(**gemma, **caps))
+    return model.float().eval()
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -124,6 +112,8 @@ def model(architecture):
     return tiny(architecture)
 
 
+# --- a tokenizer of a few words -----------------------------------------------------------------
+
 WORDS = "[PAD] [BOS] [EOS] [UNK] user assistant : add the digits 3 7 + = so 0".split()
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} {% endfor %}"
@@ -132,12 +122,11 @@ TEMPLATE = (
 
 
 def word_tokenizer(words=WORDS, *, chat_template=None, eos="[EOS]"):
-    """One id a word, in the order given; a BOS is written before every text, as Llama's tokenizer does."""
-    inner = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
-    )
+    """One id a word, in the order given; a BOS is written before every text, as Llama's does."""
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bos = ("[BOS]", words.index("[BOS]"))
+    bos = ("[BOS]", vocabulary["[BOS]"])
     inner.post_processor = processors.TemplateProcessing(single="[BOS] $A", special_tokens=[bos])
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner,
@@ -148,6 +137,106 @@ def word_tokenizer(words=WORDS, *, chat_template=None, eos="[EOS]"):
     )
     made.chat_template = chat_template
     return made
+
+
+# --- one pair -----------------------------------------------------------------------------------
+
+
+def tiny_pair(architecture="llama", **settings):
+    """A teacher.Pair of a student and a teacher of another width and depth, over the words."""
+    from teacher import make_pair
+
+    student = tiny(architecture, vocab_size=len(WORDS))
+    teacher = tiny(architecture, seed=1, vocab_size=len(WORDS) + 8, hidden=16, layers=3)
+    return make_pair(student, teacher, word_tokenizer(), word_tokenizer(), **settings)
+
+
+# --- one world: checkpoints, prompts, and the Config of a run -----------------------------------
+
+PROMPTS = (
+    {"prompt": "add 3", "answer": "3"},
+    {"prompt": "add 3 7", "answer": "0"},
+    {"prompt": "add", "answer": "7"},
+    {"prompt": "the digits 7", "answer": "7"},
+    {"prompt": "so", "answer": "0"},
+    {"prompt": "add the digits", "answer": "3"},
+    {"prompt": "7 + 3 =", "answer": "0"},
+    {"prompt": "3 =", "answer": "3"},
+    {"prompt": "the", "answer": "7"},
+    {"prompt": "add 0", "answer": "0"},
+)
+
+
+def write_lines(path, rows):
+    """JSON lines, as a user writes them."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder of checkpoints (student, teacher, gpt2, gemma3, qwen3), prompts.jsonl,
+    bare.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    write_lines(folder / "prompts.jsonl", PROMPTS)
+    write_lines(folder / "bare.jsonl", [{"prompt": row["prompt"]} for row in PROMPTS])
+    count = len(WORDS)
+    checkpoints = {
+        "student": tiny("llama", seed=0, vocab_size=count),
+        "teacher": tiny("llama", seed=1, vocab_size=count + 8, hidden=48, layers=3),
+        "gpt2": tiny("gpt2", seed=2, vocab_size=count + 3),
+        "gemma3": tiny("gemma3", seed=3, vocab_size=count),
+        "qwen3": tiny("qwen3", seed=4, vocab_size=count + 1),
+    }
+    for name, model in checkpoints.items():
+        model.save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    return folder
+
+
+def config(world, out, **change):
+    """The Config of a short run in the world."""
+    from plumbing.flags import Config
+
+    settings = {
+        "student": f"{world}/student",
+        "teacher": f"{world}/teacher",
+        "prompts": f"{world}/prompts.jsonl",
+        "out": str(out),
+        "steps": 4,
+        "batch_size": 3,
+        "n": 2,
+        "device": "cpu",
+        "max_new_tokens": 6,
+        "k": 4,
+        "lr": 1e-3,
+        "eval_n": 1,
+        "save_every": 2,
+    }
+    return Config(**{**settings, **change})
+
+
+def rows(out):
+    """The lines of metrics.jsonl, without what a clock or the operating system decides."""
+    found = []
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.append({k: x for k, x in row.items() if not k.startswith(("time_", "peak_"))})
+    return found
+
+
+def weights(out):
+    """The saved student of a run: {name: tensor}."""
+    return AutoModelForCausalLM.from_pretrained(out / "student").state_dict()
+
+
+def ready(cfg):
+    """What a run has when its loop begins: -> Pair, prompts to learn from, held-out prompts."""
+    from plumbing import flags, prompts
+    from plumbing.models import load_pair
+
+    pair = load_pair(cfg.student, cfg.teacher, **flags.of_pair(flags.check_run(cfg)))
+    train, _, held_out = prompts.questions(cfg)
+    return pair, prompts.encode_for(cfg, pair, train), prompts.encode_for(cfg, pair, held_out)
 
 
 class Killed(BaseException):
