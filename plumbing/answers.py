@@ -130,10 +130,10 @@ def canonical(answer):
 
 def plain(text):
     r"""A text without LaTeX's dress and the spaces that mean nothing: "$x = \frac12$." -> "1/2"."""
-    for spelling, ours in SPELLINGS:
-        text = text.replace(spelling, ours)
     text = WIDE_SPACE.sub(" ", INVISIBLE.sub("", text))
     text = SPACE.sub("", " ".join(text.split()))
+    for spelling, ours in SPELLINGS:
+        text = text.replace(spelling, ours)
     text = FRACTION.sub(r" \1\2/\3\4 ", FONT.sub(r"\1", text))
     text = SPACE.sub("", text.strip(" *`").rstrip("."))
     if text.startswith("{") and text.endswith("}") and text.count("{") == 1:
