@@ -1,4 +1,5 @@
-"""Laws of teacher.py: which pairs fit, logits from states, grading (packed, in micro-batches, one denominator)."""
+"""teacher.py: which pairs fit; hidden states, micro-batches and grades against single unpadded
+rows."""
 
 import functools
 import re
@@ -6,77 +7,66 @@ import warnings
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEMPLATE, VOCAB, WORDS, tiny, word_tokenizer
+from conftest import ARCHITECTURES, VOCAB, WORDS, tiny, tiny_pair, word_tokenizer
 
 from analysis import diagnose
-from loss import full_vocab, sampled_token, top_k
-from plumbing.models import checkpoint_layers, load, surprises
-from rollout import Rollout, left_pad, rollout
-from teacher import Pair, Split, check_pair, eos_ids, log_probs, micro_batches, split, states
+from loss import full_vocab, in_chunks, sampled_token, top_k
+from plumbing.models import checkpoint_layers
+from rollout import from_texts, left_pad, rollout
+from teacher import (
+    Pair,
+    check_pair,
+    eos_ids,
+    grade,
+    has_linear_head,
+    log_probs,
+    log_softmax_of,
+    make_pair,
+    micro_batches,
+    states,
+    values_of,
+)
 
 close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5, equal_nan=True)
+identical = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 4, 13, 14], [20, 21]]
 RESPONSES = [[30], [31, 32, 33, 34, 35, 36], [40, 41, 42], [43, 44, 45, 46, 47, 1, 2, 2]]
-
-
-def written(prompts=PROMPTS, responses=RESPONSES, pad_id=0):
-    """The Rollout that these texts would be, recorded log-probabilities aside."""
-    ids, mask = left_pad(prompts, pad_id)
-    T = max(map(len, responses))
-    tail = torch.tensor([r + [pad_id] * (T - len(r)) for r in responses])
-    tail_mask = torch.tensor([[True] * len(r) + [False] * (T - len(r)) for r in responses])
-    return Rollout(
-        torch.cat([ids, tail], 1),
-        torch.cat([mask, tail_mask], 1),
-        torch.cat([torch.zeros_like(mask), tail_mask], 1),
-        torch.zeros(tail.shape),
-        torch.zeros(len(ids), dtype=torch.bool),
-    )
 
 
 def full(log_p, log_q, y):
     return {"loss": full_vocab(log_p, log_q), **diagnose(log_p, log_q, y, 4)}
 
 
-def paired(student, teacher, *, budget=10_000, vocab=VOCAB, **settings):
-    """The Pair of two models without tokenizers."""
-    return Pair(
-        student,
-        teacher,
-        None,
-        dict(eos_ids=[2], merge_ends=True, pad_id=0, vocab_size=vocab),
-        (split(student, vocab), split(teacher, vocab)),
-        torch.device("cpu"),
-        micro_batch_tokens=budget,
-        **settings,
-    )
+def pair_of(architecture, *, vocab_size=VOCAB, eos_ids=(2,), **settings):
+    """A student and a frozen teacher of another width and depth, without tokenizers."""
+    student = tiny(architecture)
+    teacher = tiny(architecture, seed=1, hidden=16, layers=3).requires_grad_(False)
+    for model in (student, teacher):
+        model.linear_head = has_linear_head(model)
+    return Pair(student, teacher, None, vocab_size, list(eos_ids), **settings)
 
 
-def graded(student, teacher, r, per_position=full, *, budget=10_000, vocab=VOCAB, **options):
-    """{name: (B, T)} of a whole rollout, NaN outside the responses."""
-    return paired(student, teacher, budget=budget, vocab=vocab).grade(r, per_position, **options)
+def gradients(pair, r, per_position=full, **temperatures):
+    """Of the mean loss over all response tokens, part by part: {parameter: gradient}."""
+    pair.student.zero_grad()
+    total = r.is_response.sum()
+    for part in micro_batches(r, pair.micro_batch_tokens):
+        values = values_of(pair, part, per_position, **temperatures)
+        (values["loss"].sum() / total).backward()
+    return {k: p.grad.clone() for k, p in pair.student.named_parameters() if p.grad is not None}
 
 
-def gradients(student, teacher, r, per_position=full, *, scale=None, **options):
-    """Gradients of the token mean: the step's whole token count is the only denominator, {parameter: gradient}."""
-    student.zero_grad()
-    graded(student, teacher, r, per_position, scale=scale or 1 / r.response_mask.sum(), **options)
-    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+def plain(model, row):
+    """Logits before the response tokens of one row, from the unpadded text alone: (T_row, V)."""
+    text = torch.tensor([PROMPTS[row] + RESPONSES[row]])
+    return model(input_ids=text).logits[0, len(PROMPTS[row]) - 1 : -1]
 
 
-TEACHER = {"hidden": 16, "layers": 3}
-
-
-def models(architecture):
-    """A student and a frozen teacher of another width and depth."""
-    return tiny(architecture), tiny(architecture, seed=1, **TEACHER).requires_grad_(False)
-
-
-# --- do the two fit? -----------------------------------------------------------------------------------------------
+# --- do the two fit? ----------------------------------------------------------------------------
 
 
 def fitting(**changes):
-    """Arguments of check_pair for a student and a teacher whose heads are padded to different sizes."""
+    """Arguments of check_pair for a student and a teacher whose heads are padded differently."""
     made = {
         "student": tiny("llama", vocab_size=len(WORDS) + 4),
         "teacher": tiny("llama", vocab_size=len(WORDS) + 9),
@@ -87,21 +77,25 @@ def fitting(**changes):
 
 
 def test_a_fitting_pair_gives_the_number_of_real_tokens_in_silence():
-    """Heads padded to different sizes are cut to the tokens that exist
-    (Qwen2.5: 151,936 and 152,064 rows for 151,665)."""
+    """Heads padded to different sizes are cut to the tokens that exist (Qwen2.5: 151,936 and
+    152,064)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_pair(**fitting()) == len(WORDS)
 
 
 def test_tokenizers_that_disagree_are_refused_with_the_first_tokens_named():
-    """Same words, two ids exchanged, one word more: the lowest ids stand in the message (trl#4393, #5885)."""
+    """Two ids exchanged, one word more: the lowest ids stand in the message (trl#4393,
+    trl#5885)."""
     words = list(WORDS)
-    words[7], words[8] = words[8], words[7]
-    other = word_tokenizer(words + ["um"])
-    first = "3 token ids: 'add' (student 7, teacher 8), 'the' (student 8, teacher 7), 'um' (student absent, teacher 16)"
-    with pytest.raises(ValueError, match=re.escape(first)):
-        check_pair(**fitting(teacher_tokenizer=other))
+    words[7] = "the"
+    words[8] = "add"
+    first = "'add' (student 7, teacher 8), 'the' (student 8, teacher 7)"
+    with pytest.raises(ValueError, match=re.escape(f"2 token ids: {first}")):
+        check_pair(**fitting(teacher_tokenizer=word_tokenizer(words)))
+    last = f"{first}, 'um' (student absent, teacher 16)"
+    with pytest.raises(ValueError, match=re.escape(f"3 token ids: {last}")):
+        check_pair(**fitting(teacher_tokenizer=word_tokenizer(words + ["um"])))
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -111,68 +105,32 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused(role):
         check_pair(**fitting(**{role: tiny("llama", vocab_size=12)}))
 
 
-def test_a_stray_token_without_a_row_is_cut_with_a_warning():
-    """Gemma 3 1B: <image_soft_token> has an id and no output row; the pair is good without it,
-    unless it ends a response.
-    """
+def test_a_stray_token_without_a_row_is_cut_unless_it_ends_a_response():
+    """Gemma 3 1B: <image_soft_token> has an id and no output row; the pair is good without it."""
     words = WORDS + [f"w{i}" for i in range(200)]
-    pair = dict(
-        student=tiny("llama", vocab_size=len(words)),
-        teacher=tiny("llama", vocab_size=len(words) - 1),
-        student_tokenizer=word_tokenizer(words),
-        teacher_tokenizer=word_tokenizer(words),
-    )
-    with pytest.warns(
-        UserWarning,
-        match=re.escape(
-            "no output row for 1 tokens, which can be neither sampled nor scored: ['w199']"
-        ),
-    ):
-        assert check_pair(**pair) == len(words) - 1
-    pair["student"].generation_config.eos_token_id = len(words) - 1
-    with pytest.raises(
-        ValueError,
-        match="token 215 ends a response, .*output rows for 215 tokens; mend eos_token_id",
-    ):
-        check_pair(**pair)
+    arguments = {
+        "student": tiny("llama", vocab_size=len(words)),
+        "teacher": tiny("llama", vocab_size=len(words) - 1),
+        "student_tokenizer": word_tokenizer(words),
+        "teacher_tokenizer": word_tokenizer(words),
+    }
+    with pytest.warns(UserWarning, match="no output row for 1 tokens, .*'w199'"):
+        assert check_pair(**arguments) == len(words) - 1
+    arguments["student"].generation_config.eos_token_id = len(words) - 1
+    with pytest.raises(ValueError, match="token 215 ends a response"):
+        check_pair(**arguments)
 
 
-def ending_with(ids):
-    model = tiny("llama", vocab_size=len(WORDS))
-    model.generation_config.eos_token_id = ids
-    return model
-
-
-def padding_with(token):
-    tokenizer = word_tokenizer()
-    tokenizer.pad_token = token
-    return tokenizer
-
-
-def test_a_pair_that_ends_otherwise_is_warned_of():
-    """Other eos ids (ms-swift#9526: length explosion): the pair goes on, with one warning."""
-    with pytest.warns(UserWarning) as caught:
-        assert check_pair(**fitting(teacher=ending_with([2, 14]))) == len(WORDS)
+def test_other_ends_are_warned_of_and_no_end_at_all_is_refused():
+    """ms-swift#9526: other eos ids, length explosion. trl#5725: a pair that would never end."""
+    other = tiny("llama", vocab_size=len(WORDS))
+    other.generation_config.eos_token_id = [2, 14]
+    with pytest.warns(UserWarning, match="student ends .*EOS.*, teacher with .*'so'") as caught:
+        assert check_pair(**fitting(teacher=other)) == len(WORDS)
     assert len(caught) == 1
-    assert "student ends a response with ['[EOS]'], teacher with ['[EOS]', 'so']" in str(
-        caught[0].message
-    )
-
-
-@pytest.mark.parametrize(
-    "theirs, message",
-    [
-        (padding_with("so"), "special tokens of only one of the two: ['[PAD]', 'so']"),
-        (
-            word_tokenizer(chat_template=TEMPLATE),
-            "chat templates differ: both models read the student's text",
-        ),
-    ],
-)
-def test_tokenizers_that_work_but_may_surprise_are_warned_of(theirs, message):
-    """Other special tokens, or another template, of the same tokens."""
-    assert list(surprises(word_tokenizer(), theirs)) == [message]
-    assert not list(surprises(word_tokenizer(), word_tokenizer()))
+    endless = word_tokenizer(eos=None)
+    with pytest.raises(ValueError, match="set eos_token_id"):
+        check_pair(**fitting(student_tokenizer=endless, teacher_tokenizer=endless))
 
 
 @pytest.mark.parametrize(
@@ -181,572 +139,437 @@ def test_tokenizers_that_work_but_may_surprise_are_warned_of(theirs, message):
         ([5, 6], None, "[EOS]", {2, 5, 6}),
         (5, 6, "[EOS]", {2, 5, 6}),
         (None, [6, 7], None, {6, 7}),
+        (-1, None, "[EOS]", {2}),
         (None, None, None, set()),
     ],
 )
-def test_every_eos_id_is_found(generation, config, token, expected):
-    """One id, a list or none, from generation config, config and tokenizer
-    (trl#7039: only one was honoured; trl#5725: None)."""
-    model, tokenizer = tiny("llama"), word_tokenizer()
-    model.generation_config.eos_token_id, model.config.eos_token_id, tokenizer.eos_token = (
-        generation,
-        config,
-        token,
-    )
+def test_every_end_is_found(generation, config, token, expected):
+    """One id, a list or none, from generation config, config and tokenizer (trl#7039, trl#5725)."""
+    model = tiny("llama")
+    tokenizer = word_tokenizer()
+    model.generation_config.eos_token_id = generation
+    model.config.eos_token_id = config
+    tokenizer.eos_token = token
     assert eos_ids(model, tokenizer) == expected
 
 
-def test_loaded_models_are_in_eval_mode_and_the_teacher_is_frozen(tmp_path):
-    """load gives what was saved, without dropout; a Pair leaves no parameter of the teacher that could learn."""
-    saved, ids = tiny("gpt2", vocab_size=len(WORDS)), torch.arange(5)[None]
-    saved.save_pretrained(tmp_path)
-    model = load(tmp_path)
-    assert not model.training and torch.equal(
-        model(input_ids=ids).logits, saved(input_ids=ids).logits
-    )
-    pair = Pair.of(saved, model, word_tokenizer(), word_tokenizer())
-    assert not pair.teacher.training and not any(p.requires_grad for p in pair.teacher.parameters())
+def test_the_ends_of_a_pair_are_those_of_both_the_students_own_first():
+    """Cold-start answers end with the first; a response of either model ends at any of them."""
+    teacher = tiny("llama", vocab_size=len(WORDS))
+    teacher.generation_config.eos_token_id = [1, 14]
+    with pytest.warns(UserWarning, match="ends a response"):
+        pair = make_pair(**fitting(teacher=teacher))
+    assert pair.eos_ids == [2, 1, 14]
+    assert not any(p.requires_grad for p in pair.teacher.parameters())
     assert all(p.requires_grad for p in pair.student.parameters())
 
 
-# --- trunk and head ------------------------------------------------------------------------------------------------
+# --- states and heads ---------------------------------------------------------------------------
 
 
-def test_trunk_and_head_are_the_models_own_logits(model):
-    """head(trunk(x)) = logits over the first V tokens, under left padding as without (trl#6800, transformers#18388:
-    GPT-2's learned positions)."""
-    trunk, head, own_logits = split(model, VOCAB - 8)
-    assert not own_logits
-    ids, mask = left_pad(PROMPTS, 0)
-    made = head(trunk(ids, mask))
-    for row, prompt in enumerate(PROMPTS):
-        close(
-            made[row, -len(prompt) :],
-            model(input_ids=torch.tensor([prompt])).logits[0, :, : VOCAB - 8],
-        )
+def test_states_and_head_are_the_models_own_log_probabilities(model):
+    """Packed row by row, the state at t - 1 for token t, under left padding as without.
+
+    ms-swift#8436: logits and labels unshifted; trl#6800, transformers#18388: GPT-2's positions.
+    """
+    pair = Pair(model, model, None, VOCAB - 8, [2])
+    (part,) = micro_batches(from_texts(PROMPTS, RESPONSES), 10_000)
+    log_p = log_softmax_of(pair, model, 0.7)(states(model, part))
+    expected = [plain(model, row)[:, : VOCAB - 8] / 0.7 for row in part.rows]
+    close(log_p, torch.cat(expected).log_softmax(-1))
 
 
 def test_a_bias_of_the_head_is_part_of_it():
     """A head with a bias is cut along with its weight."""
-    model, ids = tiny("llama"), torch.arange(10)[None]
+    model = tiny("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
-    trunk, head, own_logits = split(model, VOCAB - 8)
-    assert not own_logits
-    close(
-        head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))),
-        model(input_ids=ids).logits[..., : VOCAB - 8],
-    )
+    test_states_and_head_are_the_models_own_log_probabilities(model)
 
 
 def test_soft_capped_logits_are_found_out_and_kept():
-    """Gemma 2 does more than a linear head: its own logits are taken, with a warning, and graded like any other."""
-    model, ids = tiny("gemma2"), torch.arange(10)[None]
+    """Gemma 2 does more than a linear head: its own logits are taken, and graded like any other."""
+    pair = pair_of("llama")
+    assert has_linear_head(pair.student)
+    student = tiny("gemma2")
+    student.linear_head = has_linear_head(student)
+    assert not student.linear_head
+    pair.student = student
+    r = from_texts(PROMPTS, RESPONSES)
+    grid = grade(pair, r, full)
+    for row, response in enumerate(RESPONSES):
+        logits = plain(student, row)
+        assert logits.abs().max() <= 2  # its cap
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(response).unsqueeze(-1))
+        close(grid["log_p"][row, : len(response)], expected.squeeze(-1).detach())
+    assert max(g.abs().max() for g in gradients(pair, r).values()) > 0
     with pytest.warns(UserWarning, match="Gemma2ForCausalLM does more than a linear output head"):
-        trunk, head, own_logits = split(model, VOCAB - 8)
-    own = model(input_ids=ids).logits[..., : VOCAB - 8]
-    assert own_logits and own.abs().max() <= 2
-    close(head(trunk(ids, torch.ones_like(ids, dtype=torch.bool))), own)
-    with pytest.warns(UserWarning, match="linear output head"):
-        ours = graded(model, tiny("llama"), written())
-    log_p = (
-        plain(model, 1).log_softmax(-1).gather(-1, torch.tensor(RESPONSES[1])[:, None]).squeeze(-1)
-    )
-    close(ours["log_p"][1, : len(log_p)], log_p.detach())
-
-
-def padded_with_junk(architecture, model, **size):
-    """The same model with eight rows of large weights more."""
-    wide = tiny(architecture, seed=9, vocab_size=VOCAB + 8, **size)
-    with torch.no_grad():
-        for name, p in wide.named_parameters():
-            rows = len(model.get_parameter(name))
-            p[:rows], p[rows:] = model.get_parameter(name), 100 * p[rows:]
-    return wide
+        capped = tiny("gemma2", vocab_size=len(WORDS))
+        make_pair(**fitting(student=capped, teacher=tiny("llama", vocab_size=len(WORDS))))
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_padded_vocabulary_columns_change_nothing(architecture, padded):
-    """Junk rows at the end of either head, with large weights: the same loss, diagnostics and gradients
-    (fact 7; Qwen2.5's 151,936 and 152,064 rows: trl#2215, #3028, #6252, #6457, LMOps#286, #331, torchtune#2119, #2416,
-    #2598, Qwen3#292)."""
-    both = dict(zip(("student", "teacher"), models(architecture), strict=True))
-    wide = padded_with_junk(
-        architecture, both[padded], **{"student": {}, "teacher": TEACHER}[padded]
-    )
-    one, other, r = both.values(), {**both, padded: wide}.values(), written()
-    close(graded(*other, r), graded(*one, r))
-    of_wide, of_narrow = gradients(*other, r), gradients(*one, r)
-    close({name: g[: len(of_narrow[name])] for name, g in of_wide.items()}, of_narrow)
-    assert not any(g[len(of_narrow[name]) :].any() for name, g in of_wide.items())
+    """Junk rows at the end of either head, with large weights: the same loss, metrics, gradients.
+
+    Qwen2.5's 151,936 and 152,064 rows: trl#2215, trl#3028, trl#6252, trl#6457, LMOps#286,
+    LMOps#331, torchtune#2119, torchtune#2416, torchtune#2598, Qwen3#292; Liger's
+    fused_linear_distillation.
+    """
+    pair = pair_of(architecture)
+    narrow = getattr(pair, padded)
+    size = {} if padded == "student" else {"hidden": 16, "layers": 3}
+    wide = tiny(architecture, seed=9, vocab_size=VOCAB + 8, **size)
+    with torch.no_grad():
+        for name, p in wide.named_parameters():
+            count = len(narrow.get_parameter(name))
+            p[:count] = narrow.get_parameter(name)
+            p[count:] *= 100
+    r = from_texts(PROMPTS, RESPONSES)
+    grid = grade(pair, r, full)
+    of_narrow = gradients(pair, r)
+    setattr(pair, padded, wide)
+    close(grade(pair, r, full), grid)
+    for name, g in gradients(pair, r).items():
+        count = len(of_narrow[name])
+        close(g[:count], of_narrow[name])
+        assert not g[count:].any()
 
 
-# --- states and micro-batches --------------------------------------------------------------------------------------
-
-
-def test_states_are_those_before_each_response_token(model):
-    """Packed row by row, the state at t - 1 for token t (ms-swift#8436: logits and labels unshifted)."""
-    r = written()
-    trunk, *_ = split(model, VOCAB)
-    expected = []
-    for row in range(len(PROMPTS)):
-        text = torch.tensor([PROMPTS[row] + RESPONSES[row]])
-        h = trunk(text, torch.ones_like(text, dtype=torch.bool))[0]
-        expected += [h[len(PROMPTS[row]) + t - 1] for t in range(len(RESPONSES[row]))]
-    close(states(trunk, r.ids, r.attention_mask, r.is_response), torch.stack(expected))
+# --- micro-batches ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("budget", [1, 9, 20, 30, 47, 10_000])
 def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
-    """Each row whole and once, the response marked, no column that is padding throughout,
-    at most `budget` tokens or one row."""
-    r, dealt = written(pad_id=30), []  # pad: a response token too
-    for rows, columns in micro_batches(r.attention_mask, budget):
-        ids, mask, is_response = (
-            x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response)
-        )
-        assert mask.numel() <= budget or len(rows) == 1
-        assert mask.any(0).all()
-        for row, i, m, s in zip(rows, ids, mask, is_response, strict=True):
-            assert (
-                i[m].tolist() == PROMPTS[row] + RESPONSES[row] and i[s].tolist() == RESPONSES[row]
-            )
-            dealt.append(row)
+    """Each row whole, its response marked, no column of padding alone, at most `budget` or one
+    row."""
+    r = from_texts(PROMPTS, RESPONSES, pad_id=30)  # the padding is a response token, too
+    r.log_p = torch.arange(r.log_p.numel()).view(r.log_p.shape)
+    dealt = []
+    for part in micro_batches(r, budget):
+        assert part.attention_mask.numel() <= budget or len(part.rows) == 1
+        assert part.attention_mask.any(0).all()
+        for i, row in enumerate(part.rows):
+            text = part.ids[i][part.attention_mask[i]].tolist()
+            assert text == PROMPTS[row] + RESPONSES[row]
+        responses = [RESPONSES[row] for row in part.rows]
+        assert part.y.tolist() == sum(responses, [])
+        assert part.place.tolist() == sum([list(range(len(y))) for y in responses], [])
+        assert part.log_p.tolist() == r.log_p[part.rows][r.response_mask[part.rows]].tolist()
+        dealt += part.rows
     assert sorted(dealt) == list(range(len(PROMPTS)))
 
 
 def test_micro_batches_keep_rows_of_like_length_together():
-    """A long row does not pad short ones: 4 rows of 2 and 4 of 20 tokens make 4 parts at 44 tokens,
-    without a padded token."""
-    mask = written([[3]] * 8, [[5], [6] * 19] * 4).attention_mask
-    parts = [mask[rows, columns] for rows, columns in micro_batches(mask, 44)]
-    assert [part.shape for part in parts] == [(2, 20), (2, 20), (4, 2)] and all(
-        part.all() for part in parts
-    )
+    """A long row does not pad short ones, and the longest come first, so that memory peaks
+    early."""
+    r = from_texts([[3]] * 8, [[5], [6] * 19] * 4)
+    parts = [part.attention_mask for part in micro_batches(r, 44)]
+    assert [part.shape for part in parts] == [(2, 20), (2, 20), (4, 2)]
+    assert all(part.all() for part in parts)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("budget", [1, 20])
 def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
-    """One batch of 4 = 4 micro-batches of 1 = some of 2, unequal lengths, one denominator
-    (trl#6006, #4719; easydistill#16)."""
-    student, teacher = models(architecture)
-    r = written()
-    close(graded(student, teacher, r, budget=budget), graded(student, teacher, r))
-    close(gradients(student, teacher, r, budget=budget), gradients(student, teacher, r))
+    """One batch of 4 = 4 of 1 = some of 2, unequal lengths, one denominator (trl#6006,
+    trl#4719)."""
+    r = from_texts(PROMPTS, RESPONSES)
+    whole = pair_of(architecture)
+    parts = pair_of(architecture, micro_batch_tokens=budget)
+    close(grade(parts, r, full), grade(whole, r, full))
+    close(gradients(parts, r), gradients(whole, r))
 
 
-# --- grade against plain single rows -------------------------------------------------------------------------------
+# --- grades against plain single rows -----------------------------------------------------------
 
 
-def plain(model, row):
-    """Logits that predict the response tokens of one row, from the unpadded text alone: (T_row, V)."""
-    prompt, response = PROMPTS[row], RESPONSES[row]
-    return model(input_ids=torch.tensor([prompt + response])).logits[
-        0, len(prompt) - 1 : -1, :VOCAB
-    ]
+def test_grades_are_a_loop_over_unpadded_rows(architecture):
+    """Mixed lengths in one batch = single texts, in value and in the gradient of the token mean.
 
-
-def test_grade_is_a_loop_over_unpadded_rows(architecture):
-    """Mixed lengths in one batch = single texts, value and gradients of the token mean (allen3325: trained on prompt
-    and after eos; trl#7024, optipfair#34). Student and teacher differ in width and depth."""
-    student, teacher = models(architecture)
-    ours, of_ours = graded(student, teacher, written()), gradients(student, teacher, written())
-    student.zero_grad()
+    allen3325: trained on prompt and after eos; trl#7024, optipfair#34, easydistill#16, trl#4105.
+    """
+    pair = pair_of(architecture)
+    r = from_texts(PROMPTS, RESPONSES)
+    grid = grade(pair, r, full)
+    ours = gradients(pair, r)
+    pair.student.zero_grad()
     losses = []
     for row, response in enumerate(RESPONSES):
-        log_p, log_q = (plain(model, row).log_softmax(-1) for model in (student, teacher))
+        log_p = plain(pair.student, row).log_softmax(-1)
+        log_q = plain(pair.teacher, row).log_softmax(-1)
         losses.append(full_vocab(log_p, log_q))
-        expected = full(log_p.detach(), log_q.detach(), torch.tensor(response))
-        close({name: x[row, : len(response)] for name, x in ours.items()}, expected)
+        expected = full(log_p.detach(), log_q, torch.tensor(response))
+        close({name: x[row, : len(response)] for name, x in grid.items()}, expected)
     torch.cat(losses).mean().backward()
-    close(of_ours, {name: p.grad for name, p in student.named_parameters() if p.grad is not None})
+    close(ours, {k: p.grad for k, p in pair.student.named_parameters() if p.grad is not None})
 
 
 def test_padding_and_other_rows_change_nothing(architecture):
-    """Losses and gradients do not see the pad id (bit for bit), and no row sees the others or their prompts
-    (trl#2058, #7024)."""
-    student, teacher = models(architecture)
-    bits = functools.partial(torch.testing.assert_close, rtol=0, atol=0, equal_nan=True)
-    one, of_one = graded(student, teacher, written()), gradients(student, teacher, written())
-    for other in (written(pad_id=30), written(pad_id=2)):
-        bits(graded(student, teacher, other), one)
-        bits(gradients(student, teacher, other), of_one)
-    crowd = written(PROMPTS[:1] + [[9] * 20], RESPONSES[:1] + [[8] * 15])
-    alone = graded(student, teacher, crowd)
-    close({name: x[0, 0] for name, x in alone.items()}, {name: x[0, 0] for name, x in one.items()})
+    """Not the pad id (bit for bit), not other rows or their prompts (trl#2058, trl#7024)."""
+    pair = pair_of(architecture)
+    r = from_texts(PROMPTS, RESPONSES)
+    grid = grade(pair, r, full)
+    of_r = gradients(pair, r)
+    for pad_id in (30, 2):
+        other = from_texts(PROMPTS, RESPONSES, pad_id=pad_id)
+        identical(grade(pair, other, full), grid)
+        identical(gradients(pair, other), of_r)
+    crowd = from_texts(PROMPTS[:1] + [[9] * 20], RESPONSES[:1] + [[8] * 15])
+    for name, x in grade(pair, crowd, full).items():
+        close(x[0, 0], grid[name][0, 0])
 
 
 def test_only_states_that_predict_response_tokens_get_a_gradient():
-    """Neither prompt nor padding nor the last token is trained on
-    (trl#6006), and there are as many losses as response tokens."""
-    r = written()
-    ((rows, _),) = micro_batches(r.attention_mask, 10_000)
-    h = torch.randn(*r.ids.shape, 8, requires_grad=True)
-    torch.manual_seed(0)
-    head = torch.nn.Linear(8, VOCAB)
-    pair = paired(tiny("llama"), tiny("llama", seed=1))
-    pair.splits = (Split(lambda ids, mask: h, head, False), pair.splits[1])
-    out = pair.grade(r, full, scale=1.0)
-    assert (~out["loss"].isnan()).sum() == r.response_mask.sum() == sum(map(len, RESPONSES))
+    """Neither prompt nor padding nor the last token is trained on (trl#6006)."""
+    pair = pair_of("llama")
+    r = from_texts(PROMPTS, RESPONSES)
+    (part,) = micro_batches(r, 10_000)
+    h = torch.randn(*r.ids.shape, 32, requires_grad=True)
+    pair.student.trunk = lambda **inputs: (h,)
+    values = values_of(pair, part, full)
+    values["loss"].sum().backward()
+    assert len(values["loss"]) == r.response_mask.sum() == sum(map(len, RESPONSES))
     trained = torch.zeros_like(r.is_response)
-    for i, row in enumerate(rows):
-        first = len(r.ids[0]) - r.response_mask.size(1)
-        trained[i, first - 1 : first - 1 + len(RESPONSES[row])] = True
+    P = r.ids.size(1) - r.response_mask.size(1)
+    for i, row in enumerate(part.rows):
+        trained[i, P - 1 : P - 1 + len(RESPONSES[row])] = True
     assert torch.equal(h.grad.abs().sum(-1) > 0, trained)
 
 
-def test_rollouts_without_a_response_token_leave_zero_gradients():
-    """No position counts, nothing is divided by nothing (LMOps#38; distillm and trl: 0/0, then NaN)."""
-    student, teacher = models("llama")
-    r = written()
-    r.attention_mask &= ~r.is_response
-    r.is_response = torch.zeros_like(r.is_response)
-    out = paired(student, teacher, budget=20).grade(r, full, scale=1.0)
-    assert all(x.isnan().all() for x in out.values())
-    assert all(p.grad is None or not p.grad.any() for p in student.parameters())
-
-
-# --- the plain form ------------------------------------------------------------------------------------------------
+def test_a_part_without_a_response_token_leaves_zero_gradients():
+    """Nothing is divided by nothing (LMOps#38; distillm and trl: 0/0, then NaN)."""
+    pair = pair_of("llama")
+    r = from_texts(PROMPTS, RESPONSES)
+    r.is_response[:] = False
+    (part,) = micro_batches(r, 10_000)
+    values = values_of(pair, part, full)
+    values["loss"].sum().backward()
+    assert all(len(x) == 0 for x in values.values())
+    assert not any(p.grad.any() for p in pair.student.parameters())
+    assert all(x.isnan().all() for x in grade(pair, r, full).values())
 
 
 def test_log_probs_are_those_of_single_unpadded_rows(model):
-    """log softmax of the states before each response token, packed row by row, cut to the shared vocabulary."""
-    r = written()
-    expected = torch.cat(
-        [plain(model, row)[:, : VOCAB - 8] / 0.7 for row in range(len(PROMPTS))]
-    ).log_softmax(-1)
-    close(
-        log_probs(
-            model, r.ids, r.attention_mask, r.is_response, vocab_size=VOCAB - 8, temperature=0.7
-        ),
-        expected,
+    """log softmax of the states before each response token, row by row, over the shared
+    vocabulary."""
+    r = from_texts(PROMPTS, RESPONSES)
+    expected = [plain(model, row)[:, : VOCAB - 8] / 0.7 for row in range(len(PROMPTS))]
+    found = log_probs(
+        model, r.ids, r.attention_mask, r.is_response, vocab_size=VOCAB - 8, temperature=0.7
     )
+    close(found, torch.cat(expected).log_softmax(-1))
 
 
-@pytest.mark.parametrize("budget, chunk", [(10_000, None), (20, 3), (1, 1)])
+@pytest.mark.parametrize("budget, chunk", [(10_000, 128), (20, 3), (1, 1)])
 @pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 2.0)])
-def test_grade_is_its_plain_twin(architecture, budget, chunk, temperature, teacher_temperature):
-    """Pair.grade = log_probs of both models and the loss on whole tensors: log p(y), entropies, losses and gradients,
-    at each of the N response tokens, however it is cut."""
-    student, teacher = models(architecture)
-    r, V, seen = written(), VOCAB - 8, []
-    r.ids %= V
+@pytest.mark.parametrize("merge_ends", [True, False])
+def test_a_step_is_its_plain_twin(budget, chunk, temperature, teacher_temperature, merge_ends):
+    """States, chunks and parts = log_probs of both models on whole tensors: values and
+    gradients."""
+    ends = [2, 9, 30]
+    pair = pair_of("llama", eos_ids=ends, merge_ends=merge_ends, vocab_size=VOCAB)
+    r = from_texts(PROMPTS, RESPONSES)
 
     def per_position(log_p, log_q, y):
-        seen.append(len(y))
-        entropies = [-(x.exp() * x).sum(-1) for x in (log_p, log_q)]
-        return {
-            "loss": top_k(log_p, log_q, 4),
-            "log_p": log_p.gather(-1, y[:, None]).squeeze(-1),
-            "H_p": entropies[0],
-            "H_q": entropies[1],
-        }
+        return {"loss": top_k(log_p, log_q, 4), "log_p": log_p[:, 2], "log_q": log_q[:, 2]}
 
-    pair = paired(student, teacher, budget=budget, vocab=V, chunk=chunk)
-    grid = pair.grade(
-        r, per_position, scale=1.0, temperature=temperature, teacher_temperature=teacher_temperature
-    )
-    of_grade = {name: p.grad.clone() for name, p in student.named_parameters()}
-    student.zero_grad()
-    assert sum(seen) == r.response_mask.sum() == sum(map(len, RESPONSES))  # N, each once
+    log_p_of = log_softmax_of(pair, pair.student, temperature)
+    log_q_of = log_softmax_of(pair, pair.teacher, teacher_temperature)
+    for part in micro_batches(r, budget):
+        h_p = states(pair.student, part)
+        h_q = states(pair.teacher, part)
+        values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, chunk)
+        values["loss"].sum().backward()
+    ours = {k: p.grad.clone() for k, p in pair.student.named_parameters()}
+
+    pair.student.zero_grad()
     of_r = (r.ids, r.attention_mask, r.is_response)
-    log_p = log_probs(student, *of_r, vocab_size=V, temperature=temperature)
-    log_q = log_probs(teacher, *of_r, vocab_size=V, temperature=teacher_temperature)
+    merged = ends if merge_ends else ()
+    log_p = log_probs(pair.student, *of_r, ends=merged, temperature=temperature)
+    log_q = log_probs(pair.teacher, *of_r, ends=merged, temperature=teacher_temperature)
     expected = per_position(log_p, log_q, r.ids[r.is_response])
-    assert grid.keys() == expected.keys()
-    for name, x in expected.items():
-        assert (
-            grid[name].shape == r.response_mask.shape and grid[name][~r.response_mask].isnan().all()
-        )
-        close(grid[name][r.response_mask], x.detach())
     expected["loss"].sum().backward()
-    close(of_grade, {name: p.grad for name, p in student.named_parameters()})
+    close(ours, {k: p.grad for k, p in pair.student.named_parameters()})
+    temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    grid = grade(pair, r, per_position, **temperatures)
+    for name, x in expected.items():
+        close(grid[name][r.response_mask], x.detach())
+        assert grid[name][~r.response_mask].isnan().all()
 
 
 def test_what_is_only_measured_leaves_no_gradient():
-    """Without a scale the student learns nothing; without the teacher it is not read."""
-    student, teacher = models("llama")
-    graded(student, teacher, written())
-    assert all(p.grad is None for p in student.parameters())
-    teacher.base_model.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
-    pair = Pair(
-        student,
-        teacher,
-        None,
-        dict(eos_ids=[], merge_ends=False),
-        (split(student, VOCAB), None),
-        torch.device("cpu"),
-    )
-    pair.splits = (pair.splits[0], Split(teacher.base_model, None, False))
+    """grade teaches nothing; without the teacher values_of does not read it, and log_q is None."""
+    pair = pair_of("llama")
+    r = from_texts(PROMPTS, RESPONSES)
+    assert not any(x.requires_grad for x in grade(pair, r, full).values())
+    assert all(p.grad is None for p in pair.student.parameters())
+    pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
+    pair.teacher.base_model.register_forward_pre_hook(lambda *_: pytest.fail("it was read"))
+    (part,) = micro_batches(r, 10_000)
     given = []
-    pair.grade(
-        written(),
-        lambda log_p, log_q, y: given.append(log_q) or {"loss": log_p[:, 0]},
-        with_teacher=False,
-    )
+
+    def per_position(log_p, log_q, y):
+        given.append(log_q)
+        return {"loss": log_p[:, 0]}
+
+    values_of(pair, part, per_position, with_teacher=False)
     assert given == [None]
-
-
-def test_scale_multiplies_the_gradient():
-    """Twice the scale, twice the gradient; the values stay those of single positions."""
-    student, teacher = models("llama")
-    one, two = (
-        gradients(student, teacher, written(), scale=scale, budget=20) for scale in (1.0, 2.0)
-    )
-    close(two, {name: 2 * g for name, g in one.items()})
-    close(graded(student, teacher, written(), scale=2.0), graded(student, teacher, written()))
 
 
 def test_whole_numbers_and_vectors_have_their_grid_too():
     """A value a position may be an id, 0 where there is none, or a row of numbers."""
-    r = written()
-    out = graded(
-        *models("llama"),
-        r,
-        lambda log_p, log_q, y: {"loss": log_p[:, 0], "y": y, "three": log_p[:, :3]},
-        budget=20,
-    )
-    assert torch.equal(
-        out["y"], torch.where(r.response_mask, r.ids[:, -r.response_mask.size(1) :], 0)
-    )
-    assert (
-        out["three"].shape == (*r.response_mask.shape, 3)
-        and out["three"][~r.response_mask].isnan().all()
-    )
-    close(out["three"][..., 0], out["loss"])
-
-
-# --- what is written, what is given --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("world", [2, 3, 5])
-def test_the_shares_of_the_processes_are_the_whole(world):
-    """Of several processes each writes to every so many-th prompt what one alone would have written to it."""
-    pair = paired(*[model.double() for model in models("llama")])
-    whole = pair.write(PROMPTS, n=2, max_new_tokens=8, seed=3)
-    rows = [whole.response_ids(row) for row in range(len(whole.ids))]
-    for rank in range(min(world, len(PROMPTS))):
-        part = pair.write(PROMPTS, n=2, max_new_tokens=8, seed=3, share=(rank, world))
-        mine = [2 * i + j for i in range(rank, len(PROMPTS), world) for j in range(2)]
-        assert [part.response_ids(row) for row in range(len(part.ids))] == [rows[i] for i in mine]
-        for row, i in enumerate(mine):
-            close(part.log_p[row, : len(rows[i])], whole.log_p[i, : len(rows[i])])
-
-
-def test_another_model_writes_and_another_seed_draws():
-    """The student writes where nothing is said; every prompt has a seed of its own that follows from the seed."""
-    student, teacher = models("llama")
-    pair = paired(student, teacher)
-    texts = lambda seed, model=None: [  # noqa: E731
-        r.response_ids(row)
-        for r in [pair.write([[5, 6]] * 4, max_new_tokens=8, seed=seed, model=model)]
-        for row in range(4)
-    ]
-    assert texts(0) == texts(0, student) != texts(1) and texts(0) != texts(0, teacher)
-    assert len(set(map(tuple, texts(0)))) > 1
-
-
-def test_given_texts_are_a_rollout():
-    """Conversations as if the student had written them: the same grid, graded the same."""
-    student, teacher = models("llama")
-    ours, expected = paired(student, teacher).given(list(zip(PROMPTS, RESPONSES))), written()
-    for field in ("ids", "attention_mask", "is_response", "response_mask"):
-        assert torch.equal(getattr(ours, field), getattr(expected, field)), field
-    assert [ours.response_ids(row) for row in range(len(PROMPTS))] == RESPONSES
-    close(graded(student, teacher, ours), graded(student, teacher, expected))
+    pair = pair_of("llama", micro_batch_tokens=20)
+    r = from_texts(PROMPTS, RESPONSES)
+    grid = grade(pair, r, lambda log_p, log_q, y: {"y": y, "three": log_p[:, :3]})
+    T = r.response_mask.size(1)
+    assert torch.equal(grid["y"], torch.where(r.response_mask, r.ids[:, -T:], 0))
+    assert grid["three"].shape == (*r.response_mask.shape, 3)
+    assert torch.equal(grid["three"].isnan().all(-1), ~r.response_mask)
 
 
 def test_a_pair_computes_in_the_dtype_of_its_autocast():
-    """Rollout and grades under one autocast: what was sampled in bfloat16 is scored in bfloat16, by both models."""
-    student, teacher = models("llama")
-    pair, dtypes = (
-        paired(student, teacher, autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
-        [],
-    )
-    for model in (student, teacher):
-        model.get_output_embeddings().register_forward_hook(
-            lambda _, args, z: dtypes.append(z.dtype)
-        )
-    r = pair.write(PROMPTS, n=2, max_new_tokens=6, seed=0)
+    """What was sampled in bfloat16 is scored in bfloat16, by both models; gradients are float32."""
+    pair = pair_of("llama", dtype=torch.bfloat16)
+    dtypes = []
+    for model in (pair.student, pair.teacher):
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda _, args, z: dtypes.append(z.dtype))
+    with pair.autocast():
+        r = rollout(pair.student, PROMPTS, n=2, max_new_tokens=6, **pair.sampling)
     steps = len(dtypes)
-    log_p = pair.grade(r, full, scale=1.0)["log_p"]
-    assert (
-        set(dtypes) == {torch.bfloat16}
-        and len(dtypes) > steps == 6
-        and log_p.dtype == torch.float32
-    )
+    log_p = grade(pair, r, full)["log_p"]
+    assert set(dtypes) == {torch.bfloat16}
+    assert len(dtypes) > steps
+    assert log_p.dtype == torch.float32
     assert (log_p.nan_to_num() - r.log_p).abs().max() < 0.3
-    assert all(p.grad.dtype == torch.float32 for p in student.parameters())
+    assert {g.dtype for g in gradients(pair, r).values()} == {torch.float32}
 
 
-# --- the teacher ---------------------------------------------------------------------------------------------------
+# --- the teacher --------------------------------------------------------------------------------
 
 
 def test_the_teacher_gets_no_gradient_even_unfrozen(architecture):
-    """Its forward is under no_grad, its side of the loss detached."""
-    student, teacher = tiny(architecture), tiny(architecture, seed=1)
-    assert gradients(student, teacher, written())
-    assert all(p.grad is None for p in teacher.parameters())
+    """Its states and its side of the loss are computed under no_grad (ms-swift's _align_vocab)."""
+    pair = pair_of(architecture)
+    pair.teacher.requires_grad_(True)
+    assert gradients(pair, from_texts(PROMPTS, RESPONSES))
+    assert all(p.grad is None for p in pair.teacher.parameters())
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)},
-        lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
-        lambda log_p, log_q, y: {"loss": sampled_token(log_p, log_q, y)},
-    ],
-    ids=["full", "top-k", "sampled"],
-)
+OBJECTIVES = {
+    "full": lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)},
+    "top-k": lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 4)},
+    "sampled": lambda log_p, log_q, y: {"loss": sampled_token(log_p, log_q, y)},
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_the_teacher_decides_the_gradient(architecture, objective):
-    """Another teacher, another gradient (ms-swift#6857, atropos#456, #464);
-    the student itself as teacher: loss 0, no gradient."""
-    student = tiny(architecture)
-    one, other = (
-        gradients(student, tiny(architecture, seed=seed), written(), objective) for seed in (1, 2)
-    )
+    """Another teacher, another gradient (ms-swift#6857, atropos#456, atropos#464); itself: none."""
+    pair = pair_of(architecture)
+    r = from_texts(PROMPTS, RESPONSES)
+    one = gradients(pair, r, objective)
+    pair.teacher = tiny(architecture, seed=2)
+    other = gradients(pair, r, objective)
     assert max((one[name] - other[name]).abs().max() for name in one) > 1e-3
-    twin = tiny(architecture)
-    assert not graded(student, twin, written(), objective)["loss"].nansum()
-    assert (
-        max(g.abs().max() for g in gradients(student, twin, written(), objective).values()) < 1e-5
-    )
-
-
-@pytest.mark.parametrize("budget", [20, 10_000])
-def test_the_teacher_reads_each_micro_batch_once(budget):
-    """One forward a micro-batch, the loss's backward included, and it reads exactly the student's ids
-    (trl#4560; ms-swift#9414)."""
-    student, teacher = models("qwen3")
-    pair, seen = paired(student, teacher, budget=budget), {"student": [], "teacher": []}
-    for name, model in (("student", student), ("teacher", teacher)):
-
-        def record(_, args, kwargs, name=name):
-            seen[name].append((kwargs["input_ids"], kwargs["position_ids"]))
-
-        model.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    pair.grade(written(), full, scale=1.0)
-    assert len(seen["teacher"]) == len(list(micro_batches(written().attention_mask, budget)))
-    torch.testing.assert_close(seen["teacher"], seen["student"], rtol=0, atol=0)
+    pair.teacher = tiny(architecture)
+    assert not grade(pair, r, objective)["loss"].nansum()
+    assert max(g.abs().max() for g in gradients(pair, r, objective).values()) < 1e-5
 
 
 def test_architectures_may_differ():
-    """Whatever shares the vocabulary can teach: another architecture, width, depth and number of padded rows."""
-    student, teacher = (
-        tiny("gpt2", vocab_size=VOCAB + 3),
-        tiny("gemma3", vocab_size=VOCAB + 7, **TEACHER),
-    )
-    ours = graded(student, teacher, written(), budget=20)
+    """Whatever shares the vocabulary can teach: another family, width, depth, number of rows."""
+    student = tiny("gpt2", vocab_size=VOCAB + 3)
+    teacher = tiny("gemma3", vocab_size=VOCAB + 7, hidden=16, layers=3)
+    pair = Pair(student, teacher, None, VOCAB, [2], micro_batch_tokens=20)
+    grid = grade(pair, from_texts(PROMPTS, RESPONSES), full)
     for row, response in enumerate(RESPONSES):
-        log_p, log_q = (plain(model, row).log_softmax(-1).detach() for model in (student, teacher))
-        close(
-            {name: x[row, : len(response)] for name, x in ours.items()},
-            full(log_p, log_q, torch.tensor(response)),
-        )
+        log_p = plain(student, row)[:, :VOCAB].log_softmax(-1).detach()
+        log_q = plain(teacher, row)[:, :VOCAB].log_softmax(-1).detach()
+        expected = full(log_p, log_q, torch.tensor(response))
+        close({name: x[row, : len(response)] for name, x in grid.items()}, expected)
 
 
-@pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 1.0), (0.7, 2.0)])
-def test_what_was_sampled_is_what_is_graded(architecture, temperature, teacher_temperature):
-    """At the sampling temperature log p(y) of grade equals what rollout recorded: a ratio of 1 on the first update
-    (Qwen3#1799); the teacher's temperature is its own (trl GKD, slime#2085)."""
-    student, teacher = models(architecture)
+@pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 2.0)])
+@pytest.mark.parametrize("merge_ends", [True, False])
+def test_what_was_sampled_is_what_is_graded(
+    architecture, temperature, teacher_temperature, merge_ends
+):
+    """A ratio of 1 on the first update (Qwen3#1799); the teacher's temperature is its own.
+
+    trl GKD, slime#2085, miles#1345.
+    """
+    pair = pair_of(architecture, eos_ids=range(0, VOCAB, 6), merge_ends=merge_ends)
     r = rollout(
-        student,
+        pair.student,
         PROMPTS,
         n=2,
         max_new_tokens=8,
         temperature=temperature,
-        eos_ids=range(0, VOCAB, 6),
         seeds=[0, 1, 2, 3],
+        **pair.sampling,
     )
-    ours = graded(
-        student, teacher, r, temperature=temperature, teacher_temperature=teacher_temperature
-    )
-    torch.testing.assert_close(ours["log_p"].nan_to_num(), r.log_p, rtol=0, atol=1e-4)
-    logits = teacher(input_ids=torch.tensor([PROMPTS[1]])).logits[0, -1]
-    log_q = (logits / teacher_temperature).log_softmax(-1)[r.response_ids(2)[0]]
-    assert (ours["reward"] + ours["log_p"])[2, 0].item() == pytest.approx(log_q.item(), abs=1e-4)
+    temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
+    grid = grade(pair, r, full, **temperatures)
+    torch.testing.assert_close(grid["log_p"].nan_to_num(), r.log_p, rtol=0, atol=1e-4)
+    log_q_of = log_softmax_of(pair, pair.teacher, teacher_temperature)
+    h = pair.teacher.base_model(input_ids=torch.tensor([PROMPTS[1]]))[0][:, -1]
+    log_q = log_q_of(h)[0, r.response_ids(2)[0]]
+    close(grid["reward"][2, 0] + grid["log_p"][2, 0], log_q.detach())
 
 
-def kept_for_backward(student, teacher, r):
-    """Bytes of what autograd keeps of the trunk until its backward, each tensor once, weights aside."""
-    kept, weights = {}, {p.untyped_storage().data_ptr() for p in student.parameters()}
+# --- checkpointed layers ------------------------------------------------------------------------
+
+
+def kept_for_backward(pair, r):
+    """Bytes of what autograd keeps of the trunk until its backward, each tensor once, weights
+    aside."""
+    weights = {p.untyped_storage().data_ptr() for p in pair.student.parameters()}
+    kept = {}
 
     def pack(x):
-        if x.untyped_storage().data_ptr() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
         return x
 
-    pair = paired(student, teacher)
-    (trunk, *others), of_teacher = pair.splits
-
-    def watched(*args):
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            return trunk(*args)
-
-    pair.splits = Split(watched, *others), of_teacher
-    pair.grade(r, full, scale=1.0)
+    (part,) = micro_batches(r, 10_000)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        states(pair.student, part)
     return sum(kept.values())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
-    """transformers checkpoints in training mode alone, which dropout and rollout read too: the model stays in eval
-    mode, writes the same tokens, has the same gradients, and keeps less after a rollout too (trl#6827).
+    """transformers checkpoints in training mode alone: the model stays in eval mode all the same.
+
+    It writes the same tokens, has the same gradients, keeps less after a rollout too (trl#6827).
     """
-    student, teacher = models(architecture)
-    how = dict(n=2, max_new_tokens=6, eos_ids=(), seeds=[0, 1, 2, 3])
-    before = rollout(student, PROMPTS, **how)
-    plain, kept = gradients(student, teacher, before), kept_for_backward(student, teacher, before)
-    checkpoint_layers(student)
-    after = rollout(student, PROMPTS, **how)
-    assert (
-        not student.training
-        and torch.equal(before.ids, after.ids)
-        and torch.equal(before.log_p, after.log_p)
-    )
-    close(gradients(student, teacher, after), plain)
-    assert kept_for_backward(student, teacher, before) < 0.5 * kept
+    pair = pair_of(architecture, eos_ids=())
+    how = {"n": 2, "max_new_tokens": 6, "eos_ids": (), "seeds": [0, 1, 2, 3]}
+    before = rollout(pair.student, PROMPTS, **how)
+    expected = gradients(pair, before)
+    kept = kept_for_backward(pair, before)
+    checkpoint_layers(pair.student)
+    after = rollout(pair.student, PROMPTS, **how)
+    assert not pair.student.training
+    assert torch.equal(before.ids, after.ids)
+    assert torch.equal(before.log_p, after.log_p)
+    close(gradients(pair, after), expected)
+    assert kept_for_backward(pair, before) < 0.5 * kept
 
 
-def test_a_checkpointed_layer_does_not_drop_out():
-    """A layer that reads its own training flag for dropout, as OPT's does, would no longer be scored as it sampled."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            num_hidden_layers=2,
-            ffn_dim=64,
-            dropout=0.5,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            word_embed_proj_dim=32,
-        )
-    ).eval()
-    r = written()
-    plain = gradients(model, tiny("llama"), r)
-    checkpoint_layers(model)
-    close(gradients(model, tiny("llama"), r), plain)
+def test_a_pair_of_tokenizers_samples_and_grades_without_more(architecture):
+    """make_pair is all that a rollout and its grades need."""
+    pair = tiny_pair(architecture)
+    r = rollout(pair.student, [[7, 8], [9]], n=2, max_new_tokens=5, **pair.sampling)
+    grid = grade(pair, r, full)
+    assert int((~grid["loss"].isnan()).sum()) == int(r.response_mask.sum())
+    assert (r.ids < pair.vocab_size).all()
 
 
-def test_what_has_no_layers_to_checkpoint_is_refused():
-    with pytest.raises(ValueError, match="leave --gradient-checkpointing out"):
-        checkpoint_layers(torch.nn.Linear(2, 2))
-
-
-def test_a_teacher_is_placed_by_transformers(tmp_path):
-    """--teacher-device-map: the same grades; without accelerate one line says what to install."""
-    tiny("llama", vocab_size=len(WORDS)).save_pretrained(tmp_path)
-    word_tokenizer().save_pretrained(tmp_path)
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="pip install accelerate"):
-            Pair.load(tmp_path, tmp_path, device="cpu", teacher_device_map="auto")
-        return
-    pair = Pair.load(tmp_path, tmp_path, device="cpu", teacher_device_map="auto")
-    ids = torch.arange(6).unsqueeze(0)
-    assert torch.equal(pair.teacher(ids).logits, pair.student(ids).logits)
+def test_left_padding_is_what_micro_batches_cut_off():
+    """A long prompt of another row costs a row nothing once it is in a part of its own."""
+    r = from_texts([[3] * 30, [4]], [[5], [6]])
+    short = micro_batches(r, 40)[-1]
+    assert short.ids.tolist() == left_pad([[4, 6]], 0)[0].tolist()
