@@ -254,11 +254,12 @@ def seed_of(*what):
 def uniform(seeds, prompts, n, max_new_tokens):
     """A uniform number in [0, 1) for each token: an int a prompt, or None -> (prompts * n, T)."""
     if seeds is None:
-        seeds = torch.randint(2**62, (prompts,)).tolist()
+        seeds = torch.randint(2**62, (prompts,), device="cpu").tolist()
     numbers = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        numbers.append(torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator))
+        u = torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator, device="cpu")
+        numbers.append(u)
     return torch.cat(numbers)
 
 

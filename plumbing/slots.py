@@ -132,7 +132,7 @@ def kind_of(model):
 def in_pieces(model, prompts, prompts_at_once, *, n, seeds, pad_id, **how):
     """rollout.rollout of some prompts after the other, joined: -> Rollout."""
     if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist()
+        seeds = torch.randint(2**62, (len(prompts),), device="cpu").tolist()
     pieces = []
     for start in range(0, len(prompts), prompts_at_once):
         some = slice(start, start + prompts_at_once)
