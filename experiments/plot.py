@@ -1,30 +1,26 @@
-"""experiments/plot.py: runs as tables and pictures.
+"""experiments/plot.py: the results of the experiments as pictures (of a run: plumbing/figures.py).
 
-    diagnosis      the report of analysis.py before training, as a table
-    runs           directories of opd.py beside each other (python analysis.py --run): a table each, the paper's
-                   Figure 6, heat maps as its Figure 13
     phenomenology  results/phenomenology.json: accuracy and overlap ratio of its pairs
-    forecast       results/forecast.json: the gain that was predicted before training against the one that came
-    recipe         results/recipe.json: the cold start and its controls, the mixing of aligned prompts
+    forecast       results/forecast.json: the gain predicted before training against the real one
+    recipe         results/recipe.json: the cold start and its controls, mixing of aligned prompts
     mechanism      results/mechanism.json: success and failure side by side, supports
-    cost           results/cost.json: response budgets, depth, supports, coherence of the gradients
+    cost           results/cost.json: budgets, depth, supports, coherence of the gradients
     real           results/real.json: success, failures and recovery on a real language model
     again          results/again.json: one setting changed at a time on the same model
     overview       success, failure and recovery of several results in one picture
 
-Pictures need matplotlib, which is optional: without it the tables are still printed, and a line says what to install.
+Pictures need matplotlib, which is optional: without it a line says what to install.
 """
 
-import itertools
 import json
 import math
 import re
 import sys
-import textwrap
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analysis import plus_minus  # noqa: E402
+from plumbing import figures  # noqa: E402
+from plumbing.figures import PANELS, limit, read_rows, save, smooth  # noqa: E402, F401
 
 # the same in every figure
 COLOURS = {
@@ -50,44 +46,6 @@ NAMES = {
     "reverse": "post-trained student, its earlier self as teacher",
     "reverse-bigger": "post-trained student, the bigger one as teacher",
 }
-COLUMNS = (  # of the table of a run: metric, title, format
-    ("step", "step", "5d"),
-    ("loss", "loss", "7.4f"),
-    ("reverse_kl", "rev. KL", "7.4f"),
-    ("overlap_ratio", "overlap", "7.3f"),
-    ("overlap_mass_student", "mass p", "6.3f"),
-    ("overlap_mass_teacher", "mass q", "6.3f"),
-    ("overlap_token_advantage", "adv.", "7.4f"),
-    ("entropy_gap", "H gap", "6.3f"),
-    ("response_length", "length", "6.1f"),
-    ("truncated_fraction", "cut", "4.2f"),
-    ("grad_norm", "|grad|", "6.3f"),
-    ("accuracy", "acc.", "5.3f"),
-)  # 82 columns; accuracy where it was measured
-PANELS = (  # of Figure 6: title, unit, lower limit (None: the data's) or "log", upper limit, metric, teacher's
-    ("accuracy", "share of answers", 0, 1, "accuracy", None),
-    ("overlap ratio (Eq. 6)", "share of the top k", 0, 1, "overlap_ratio", None),
-    (
-        "overlap mass (Eq. 9; dashed: 10)",
-        "probability",
-        None,
-        1,
-        "overlap_mass_student",
-        "overlap_mass_teacher",
-    ),
-    ("overlap-token advantage (Eq. 7)", "nats", None, 0, "overlap_token_advantage", None),
-    ("entropy gap (Eq. 8)", "nats", 0, None, "entropy_gap", None),
-    ("entropy", "nats", 0, None, "entropy_student", "entropy_teacher"),
-    ("loss", "nats", "log", None, "loss", None),
-    ("reverse KL (Eq. 4)", "nats", "log", None, "reverse_kl", None),
-    ("gradient norm", "before clipping at 1", "log", None, "grad_norm", None),
-)
-MAPS = {
-    "entropy_student": "student entropy",
-    "entropy_teacher": "teacher entropy",
-    "reward": "reward",
-    "overlap_ratio": "overlap ratio",
-}
 ARMS = (
     "opd",
     "sft 100",
@@ -108,453 +66,27 @@ VERDICTS = {  # by how a verdict begins
 }
 
 
-# --- what a run left behind ----------------------------------------------------------------------------------------
-
-
-def load(paths):
-    """Directories of runs -> [{"path", "name", "rows", "config", "result"}]; result None: not finished."""
-    names = [Path(path).resolve().name for path in paths]
-    return [
-        {
-            "path": str(path),
-            "name": name if names.count(name) == 1 else str(path),
-            "rows": read_rows(path),
-            **{kind: read_json(Path(path) / f"{kind}.json") for kind in ("config", "result")},
-        }
-        for path, name in zip(paths, names)
-    ]
-
-
 def read_json(path):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def read_rows(path):
-    """The rows of metrics.jsonl; a last line that a kill has torn is left out, any other is a ValueError."""
-    lines, rows = (Path(path) / "metrics.jsonl").read_text().splitlines(), []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise ValueError(f"{path}/metrics.jsonl: line {number} is not JSON") from None
-    return rows
-
-
-def curve(rows, metric):
-    """Where a metric was measured, and what it was: -> (steps, values), None left out."""
-    pairs = [
-        (row["step"], row[metric])
-        for row in rows
-        if row.get(metric) is not None and math.isfinite(row[metric])
-    ]
-    return [step for step, _ in pairs], [value for _, value in pairs]
-
-
-# --- as tables -----------------------------------------------------------------------------------------------------
-
-
-def some(rows, count):
-    """About `count` rows evenly spread, first and last among them; an evaluated one is preferred to its neighbours."""
-    stride = max(1, (len(rows) - 1) / (count - 1))
-    picked = set()
-    for i in range(min(count, len(rows))):
-        at = i * stride
-        near = [
-            j
-            for j, row in enumerate(rows)
-            if abs(j - at) <= stride / 2 and row.get("accuracy") is not None
-        ]
-        inside = 0 < round(at) < len(rows) - 1
-        picked.add(min(near, key=lambda j: abs(j - at)) if near and inside else round(at))
-    return [rows[i] for i in sorted(picked)]
-
-
-def cell(value, form):
-    width = form.split(".")[0].rstrip("d")
-    return f"{'':>{width}}" if value is None else f"{value:{form}}"
-
-
-def table(run):
-    """What a run logged, at about ten of its steps, and what came of it: str."""
-    rows, config = run["rows"], run["config"] or {}
-    lines = [
-        run["path"]
-        + (": {student} <- {teacher}, {objective}, k = {k}".format(**config) if config else "")
-    ]
-    columns = [column for column in COLUMNS if any(row.get(column[0]) is not None for row in rows)]
-    lines.append(
-        " ".join(f"{title:>{form.split('.')[0].rstrip('d')}}" for _, title, form in columns)
-    )
-    lines += [
-        " ".join(cell(row.get(name), form) for name, _, form in columns).rstrip()
-        for row in some(rows, 10)
-    ]
-    return "\n".join(lines + [outcome(run)])
-
-
-def diagnosis(report):
-    """The report as a table: str."""
-    r, lines = report, []
-    lines.append(
-        f"{r['prompts']} prompts, {r['responses']} responses of {r['response_length']:.1f} tokens, "
-        f"{r['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts"
-    )
-    titles = {
-        "overlap_ratio": f"overlap ratio, k = {r['k']}, Eq. 6",
-        "overlap_mass_student": "overlap mass, student, Eq. 9",
-        "overlap_mass_teacher": "overlap mass, teacher, Eq. 10",
-        "overlap_token_advantage": "overlap-token advantage, Eq. 7",
-        "entropy_student": "entropy, student",
-        "entropy_teacher": "entropy, teacher",
-        "entropy_gap": "entropy gap |H(q) - H(p)|, Eq. 8",
-        "largest_gap": "largest gap, 4.1",
-        "reverse_kl": "reverse KL",
-        "reward": "mean reward",
-    }
-    for name in [*titles, *(name for name in r["metrics"] if name not in titles)]:
-        x = r["metrics"][name]
-        lines.append(
-            f"{titles.get(name, name):32} "
-            + ("none shared" if x["mean"] is None else plus_minus(x, "9.4f"))
-        )
-    if "continuation" in r:
-        score = "not defined" if r["auroc"] is None else f"{r['auroc']:9.4f}"
-        lines.append(
-            f"{'AUROC of the mean reward, 6.2':32} {score}   {r['right']} right, "
-            f"{r['responses'] - r['right']} not"
-        )
-        lines += ["", "who finishes the student's responses, 6.1:   student   teacher      gain"]
-        for c in r["continuation"]:
-            place = f"{c['depth']:.0%}" if isinstance(c["depth"], float) else f"{c['depth']} tokens"
-            lines.append(
-                f"  from {place:>9} ({c['tokens']:7.1f} tokens in) {c['student']['mean']:13.3f} "
-                f"{c['teacher']['mean']:9.3f} {plus_minus(c['gain'], '+9.3f')}"
-            )
-        lines.append(f"  {'mean over these depths':54} {plus_minus(r['predicted_gain'], '+8.3f')}")
-    b = r["by_position"]
-    lines += ["", "position      tokens    reward   overlap   H student   H teacher"]
-    for i, tokens in enumerate(b["tokens"]):
-        if tokens:
-            lines.append(
-                f"{i * b['width']:5d}-{(i + 1) * b['width'] - 1:<5d} {tokens:8d} {b['reward'][i]:9.3f} "
-                f"{b['overlap_ratio'][i]:9.3f} {b['entropy_student'][i]:11.3f} "
-                f"{b['entropy_teacher'][i]:11.3f}"
-            )
-    reasons = [
-        textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    ")
-        for reason in r["reasons"]
-    ]
-    return "\n".join([*lines, "", f"verdict: {r['verdict']}", *reasons])
-
-
-def outcome(run):
-    """The accuracies and the gap recovery of a finished run, or how far it has come: one line."""
-    result = run["result"]
-    if result is None:
-        of = f" of {run['config']['steps']}" if run["config"] else ""
-        return f"not finished: step {run['rows'][-1]['step'] if run['rows'] else 0}{of}"
-    if result.get("accuracy_after") is None:
-        return "accuracy not measured: the held-out prompts have no answers"
-    before, after, teacher = (
-        plus_minus(result[f"accuracy_{who}"]) for who in ("before", "after", "teacher")
-    )
-    recovered = result.get("gap_recovery")
-    return f"accuracy {before} -> {after}, teacher {teacher}; gap recovery " + (
-        "not given, teacher and student are within noise of each other"
-        if recovered is None
-        else f"{recovered:.2f}"
-    )
-
-
-def position_table(run):
-    """The four metrics by output position, at about six steps: str; a column a bucket, titled by its first position."""
-    rows, lines = run["rows"], [f"{run['path']}, by output position"]
-    width, buckets = (
-        rows[0]["by_position"]["width"],
-        max(len(row["by_position"]["tokens"]) for row in rows),
-    )
-    lines.append(f"{'step':>5} " + " ".join(f"{i * width:6d}" for i in range(buckets)))
-    for metric, title in MAPS.items():
-        lines.append(f"{title}, {'share of the top k' if metric == 'overlap_ratio' else 'nats'}")
-        lines += [
-            f"{row['step']:5d} " + " ".join(cell(x, "6.2f") for x in row["by_position"][metric])
-            for row in some(rows, 6)
-        ]
-    return "\n".join(lines)
-
-
-# --- as pictures ---------------------------------------------------------------------------------------------------
-
-
 def pyplot(again):
-    """matplotlib.pyplot set up for every figure here; without matplotlib None, and a line that says what to do."""
+    """matplotlib.pyplot; without matplotlib None, and a line that says what to do."""
     try:
-        import matplotlib
+        return figures.pyplot()
     except ModuleNotFoundError:
         print(f"no picture: pip install matplotlib, then {again}", file=sys.stderr)
         return None
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(
-        {
-            "font.size": 9,
-            "svg.fonttype": "none",
-            "svg.hashsalt": "opd",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-        }
-    )
-    return plt
 
 
 def opened(results, script):
-    """pyplot, and the runs of a results file; (None, None) without matplotlib, and a line that says what to do."""
+    """pyplot, and the runs of a results file; (None, None) without matplotlib."""
     plt = pyplot(f"python experiments/{script}.py --report {results}")
     return (plt, None) if plt is None else (plt, read_json(Path(results))["runs"])
 
 
-def save(plt, figure, out):
-    """The same bytes for the same data; coordinates in an .svg to a hundredth of a point, which takes off a quarter."""
-    figure.savefig(out, metadata={"Date": None}, facecolor="white")
-    plt.close(figure)
-    if str(out).endswith(".svg"):
-        text = re.sub(
-            r' [dxy]="[^"]+"',
-            lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]),
-            Path(out).read_text(encoding="utf-8"),
-        )
-        Path(out).write_text(text, encoding="utf-8")
-
-
-def ticks(plt, **how):
-    return plt.MaxNLocator(5, steps=(1, 2, 5, 10), **how)
-
-
-def runs(paths, plot=None, positions=None):
-    """Tables of runs; plot, positions: .svg files for Figure 6 and for the heat maps of Figure 13.
-
-    Raises ValueError where positions are asked for and a run has none.
-    """
-    loaded = load(paths)
-    if positions:
-        for run in loaded:
-            if any("by_position" not in row for row in run["rows"]):
-                raise ValueError(
-                    f"--positions: {run['path']} is older than by_position in metrics.jsonl; run it again"
-                )
-    begun = [run for run in loaded if run["rows"]]
-    print(
-        "\n\n".join(
-            [table(run) for run in loaded] + [position_table(run) for run in begun if positions]
-        )
-    )
-    asked = [f"--{name} {out}" for name, out in (("plot", plot), ("positions", positions)) if out]
-    if asked and not begun:
-        raise ValueError(f"{' '.join(asked)}: nothing to draw, no step was logged yet")
-    plt = (
-        pyplot(" ".join(["python analysis.py", *(f"--run {path}" for path in paths), *asked]))
-        if asked
-        else None
-    )
-    if plt and plot:
-        draw_runs(plt, begun, plot)
-    if plt and positions:
-        draw_positions(plt, begun, positions)
-
-
-def colours(paths):
-    """A colour a run: COLOURS where a word of its path is a pair's name (the last such word), else a spare one."""
-    spare, taken, out = itertools.cycle(SPARE), set(), []
-    for path in paths:
-        pair = next(
-            (word for word in reversed(re.split(r"[^a-z]+", str(path).lower())) if word in COLOURS),
-            None,
-        )
-        out.append(next(spare) if pair is None or pair in taken else COLOURS[pair])
-        taken.add(pair)
-    return out
-
-
-def smooth(values, window):
-    """Running mean over `window` values around each; at the start over 1, 3, 5, ..., at the end over what is left."""
-    out = []
-    for i in range(len(values)):
-        half = min(window // 2, i)
-        part = values[i - half : i + half + 1]
-        out.append(sum(part) / len(part))
-    return out
-
-
-def thin(steps, values, most):
-    """About `most` points of a line: both ends, the lowest and the highest of every stretch -> (steps, values)."""
-    stretch = max(1, -(-2 * len(steps) // most))
-    parts = [range(i, min(i + stretch, len(steps))) for i in range(0, len(steps), stretch)]
-    kept = {best(part, key=values.__getitem__) for part in parts for best in (min, max)}
-    kept = sorted(kept | {0, len(steps) - 1} if steps else kept)
-    return [steps[i] for i in kept], [values[i] for i in kept]
-
-
-def draw_runs(plt, loaded, out):
-    """The paper's Figure 6: every metric against the step, a colour a run."""
-    window = max(1, max(len(run["rows"]) for run in loaded) // 30) * 2 + 1
-    figure, grid = plt.subplots(3, 3, figsize=(9.5, 7), layout="constrained", sharex=True)
-    for run, colour in zip(loaded, colours([run["path"] for run in loaded])):
-        draw_accuracy(grid[0, 0], run, colour)
-        for axes, (*_, metric, of_teacher) in list(zip(grid.flat, PANELS))[1:]:
-            for name, style in ((metric, "-"), (of_teacher, "--")):
-                steps, values = curve(run["rows"], name)
-                axes.plot(
-                    *thin(steps, values, 200 // len(loaded)), color=colour, linewidth=0.6, alpha=0.4
-                )
-                axes.plot(
-                    *thin(steps, smooth(values, window), 200 // len(loaded)),
-                    style,
-                    color=colour,
-                    linewidth=1.7,
-                )
-        grid[0, 0].plot([], [], color=colour, linewidth=1.7, label=run["name"])
-    for axes, (title, unit, low, high, *_) in zip(grid.flat, PANELS):
-        axes.set_title(title, fontsize=9)
-        axes.set_ylabel(unit)
-        limit(plt, axes, low, high)
-    for axes in grid[-1]:
-        axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(ticks(plt, integer=True))
-    grid[0, 0].plot([], [], "k--", linewidth=1.2, label="its teacher")
-    figure.align_ylabels()
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"thin: single steps; bold: running mean over {window} steps", fontsize=9)
-    save(plt, figure, out)
-
-
-def limit(plt, axes, low, high):
-    """The limits of a panel; "log": where the values span a decade, else from 0, and free where one is negative."""
-    lowest, highest = axes.dataLim.intervaly
-    if low == "log" and highest > 10 * lowest > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(plt.LogLocator(subs=(1, 3)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(plt.NullLocator())
-    else:
-        axes.set_ylim(low if low != "log" else 0 if lowest >= 0 else None, high)
-
-
-def draw_accuracy(axes, run, colour):
-    """Before at step 0, where evaluated in between, after at the last step; the teacher's level dashed."""
-    steps, values = curve(run["rows"], "accuracy")
-    result = run["result"]
-    if result and result["accuracy_after"]:
-        steps = [0, *steps, result["steps"]]
-        values = [result["accuracy_before"]["mean"], *values, result["accuracy_after"]["mean"]]
-        axes.plot(
-            steps[:: len(steps) - 1],
-            2 * [result["accuracy_teacher"]["mean"]],
-            "--",
-            color=colour,
-            linewidth=1.2,
-        )
-    if steps:  # an unclipped line of no points upsets the layout
-        axes.plot(
-            steps, values, color=colour, linewidth=1.7, marker="o", markersize=3.5, clip_on=False
-        )
-
-
-def draw_positions(plt, loaded, out):
-    """The paper's Figures 13 and 23: a row a run, a map a metric; colour over output position (x) and step (y)."""
-    figure, grid = plt.subplots(
-        len(loaded),
-        4,
-        figsize=(9.5, 1.2 + 1.8 * len(loaded)),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-    )
-    values = {
-        metric: [
-            x
-            for run in loaded
-            for row in run["rows"]
-            for x in row["by_position"][metric]
-            if x is not None
-        ]
-        for metric in MAPS
-    }
-    nats, reward = (
-        scale(values["entropy_student"] + values["entropy_teacher"]),
-        scale(values["reward"]),
-    )
-    looks = {
-        "entropy_student": ("viridis", 0, nats),
-        "entropy_teacher": ("viridis", 0, nats),
-        "reward": ("RdBu", -reward, reward),
-        "overlap_ratio": ("magma", 0, 1),
-    }
-    for run, line in zip(loaded, grid):
-        for axes, (metric, title) in zip(line, MAPS.items()):
-            colours, low, high = looks[metric]
-            axes.imshow(**heat(run["rows"], metric, most=100), cmap=colours, vmin=low, vmax=high)
-            axes.set_facecolor("0.85")
-            axes.set_title(title if run is loaded[0] else "", fontsize=9)
-        line[0].yaxis.set_major_locator(ticks(plt, integer=True))
-        line[0].set_ylabel(textwrap.fill(run["name"], 24) + "\nstep")
-    for axes in grid[-1]:
-        axes.set(
-            xlabel="output position (tokens)",
-            xlim=(0, max(line[0].images[0].get_extent()[1] for line in grid)),
-        )
-    bars = (
-        (slice(0, 2), "nats", "max"),
-        (slice(2, 3), "nats", "both"),
-        (slice(3, 4), "share of the top k", "neither"),
-    )
-    for columns, unit, beyond in bars:
-        where = grid[:, columns]
-        figure.colorbar(
-            where[0, 0].images[0],
-            ax=where,
-            location="bottom",
-            label=unit,
-            extend=beyond,
-            shrink=0.8,
-            aspect=30 * where.shape[1],
-            ticks=ticks(plt),
-        )
-    figure.suptitle(
-        "means over the tokens of a step, at most 100 steps a run; grey: no response came this far",
-        fontsize=9,
-    )
-    save(plt, figure, out)
-
-
-def scale(values):
-    """Where a colour scale ends: 99 % of the sizes lie below, since one token at a rare position may be far out."""
-    return sorted(map(abs, values))[int(0.99 * (len(values) - 1))] or 1.0
-
-
-def heat(rows, metric, most):
-    """Rows of metrics.jsonl, at most `most` of them, evenly spread -> what imshow takes: values (steps, buckets), NaN
-    where there is no token, and their edges in tokens and steps.
-    """
-    buckets, width = (
-        max(len(row["by_position"]["tokens"]) for row in rows),
-        rows[0]["by_position"]["width"],
-    )
-    shown = rows[:: -(-len(rows) // most)]
-    values = [[math.nan if x is None else x for x in row["by_position"][metric]] for row in shown]
-    return {
-        "X": [line + [math.nan] * (buckets - len(line)) for line in values],
-        "aspect": "auto",
-        "origin": "lower",
-        "interpolation": "none",
-        "extent": (0, width * buckets, rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5),
-    }
-
-
 def forecast(results, out, note=""):
-    """Realised against predicted gain in accuracy, a point a run, coloured by the verdict before training."""
+    """Real against predicted gain in accuracy, a point for each run, coloured by its verdict."""
     plt, runs = opened(results, "forecast")
     if plt is None:
         return
@@ -582,7 +114,8 @@ def forecast(results, out, note=""):
     if len(known) > 2:
         label_outliers(axes, known)
     axes.set(
-        xlabel="predicted gain in accuracy: teacher - student, finishing the student's responses (± 1 s.e.)",
+        xlabel="predicted gain in accuracy: teacher - student, "
+        "finishing the student's responses (± 1 s.e.)",
         ylabel="realised gain in accuracy: after - before",
     )
     axes.set_title(note, fontsize=9)
@@ -591,7 +124,10 @@ def forecast(results, out, note=""):
 
 
 def label_outliers(axes, known, count=3):
-    """Names what lies two standard deviations off the line through all runs: a pair once, no name over another."""
+    """Names what lies two standard deviations off the line through all runs.
+
+    A pair is named once, and no name stands over another.
+    """
     import numpy  # is there where matplotlib is
 
     x, y = numpy.array([[run["predicted_gain"]["mean"], run["gain"]] for run in known]).T
@@ -616,7 +152,10 @@ def label_outliers(axes, known, count=3):
 
 
 def recipe(results, out):
-    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy against the aligned share of 5.2; mean, every seed."""
+    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy by the aligned share of 5.2.
+
+    The mean, and every seed.
+    """
     plt, runs = opened(results, "recipe")
     if plt is None:
         return
@@ -680,7 +219,10 @@ def recipe(results, out):
 
 
 def mechanism(results, out):
-    """Paper 4: metrics against step for success and failure, accuracy on other supports; mean, range of the seeds."""
+    """Paper 4: metrics against step for success and failure, accuracy on other supports.
+
+    Mean and range of the seeds.
+    """
     plt, runs = opened(results, "mechanism")
     if plt is None:
         return
@@ -728,7 +270,10 @@ def mechanism(results, out):
 
 
 def real(results, out):
-    """Figure 6 on a real language model: success beside other teachers, mean and range of the seeds; all accuracies."""
+    """Figure 6 on a real language model: success beside other teachers; all accuracies.
+
+    Mean and range of the seeds.
+    """
     plt, runs = opened(results, "real")
     if plt is None:
         return
@@ -801,8 +346,9 @@ def longer(results, out):
 
 
 def overlap_and_accuracy(results, out, name, followed, colours):
-    """The held-out overlap ratio before and after OPD of the runs followed, {run: (colour, label)}, and all accuracies
-    {run: colour}, before, after a cold start, and after OPD.
+    """The held-out overlap ratio before and after OPD of the runs followed, {run: (colour, label)}.
+
+    Beside it all accuracies {run: colour}: before, after a cold start, and after OPD.
     """
     plt, runs = opened(results, name)
     if plt is None:
@@ -841,7 +387,7 @@ def overlap_and_accuracy(results, out, name, followed, colours):
 
 
 def ends(results, out):
-    """Accuracy and length of the responses against step, where both end alike and where they do not."""
+    """Accuracy and length of responses against step; both end with the same token, or do not."""
     plt, runs = opened(results, "ends")
     if plt is None:
         return
@@ -864,7 +410,7 @@ def ends(results, out):
 
 
 def followups(results, out):
-    """What later papers say: accuracy of each arm, and against the reverse KL along success and failure."""
+    """What later papers say: accuracy of each arm, and against the reverse KL of two runs."""
     plt, runs = opened(results, "followups")
     if plt is None:
         return
@@ -908,13 +454,14 @@ def followups(results, out):
 
 
 def aligning(plt, grid, groups, window=7):
-    """Panels of Figure 6, and |p - q| of 4.1, with a band a group: {label: (colour, runs, one a seed)}. window: steps
-    that are averaged.
+    """Panels of Figure 6, and |p - q| of 4.1, with a band for each group.
+
+    groups: {label: (colour, runs, one for each seed)}; window: steps that are averaged.
     """
     panels = [
         panel
         for panel in PANELS
-        if panel[4]
+        if panel.metric
         in (
             "overlap_ratio",
             "overlap_mass_student",
@@ -926,11 +473,13 @@ def aligning(plt, grid, groups, window=7):
     ]
     panels.insert(
         4,
-        ("|p - q| at the token of largest advantage", "probability", 0, None, "largest_gap", None),
+        figures.Panel(
+            "|p - q| at the token of largest advantage", "probability", "largest_gap", low=0
+        ),
     )
-    for axes, (title, unit, low, high, *names) in zip(grid, panels):
+    for axes, panel in zip(grid, panels):
         for label, (colour, mine) in groups.items():
-            for name, style in zip(names, ("-", "--")):
+            for name, style in ((panel.metric, "-"), (panel.of_teacher, "--")):
                 if name:
                     band(
                         axes,
@@ -940,10 +489,10 @@ def aligning(plt, grid, groups, window=7):
                         style,
                         label if style == "-" else None,
                     )
-        axes.set_title(title, fontsize=9)
-        axes.set(xlabel="step", ylabel=unit)
+        axes.set_title(panel.title, fontsize=9)
+        axes.set(xlabel="step", ylabel=panel.unit)
         axes.locator_params(axis="x", integer=True)
-        limit(plt, axes, low, high)
+        limit(plt, axes, panel)
 
 
 def bars(axes, runs, colours):
@@ -961,7 +510,10 @@ def bars(axes, runs, colours):
 
 
 def cost(results, out):
-    """Paper 6: accuracy by response budget and support, gain by depth, what the mean reward and the gradients say."""
+    """Paper 6: accuracy by response budget and support, gain by depth, what the mean reward says.
+
+    And whether the gradients of positions point the same way.
+    """
     plt, runs = opened(results, "cost")
     if plt is None:
         return
@@ -1061,7 +613,7 @@ def cost(results, out):
 
 
 def band(axes, x, curves, colour, style="-", label=None):
-    """A line through the mean over seeds, and their range behind it; of a long one every second point, or fewer."""
+    """A line through the mean over seeds, their range behind it; at most some 60 points."""
     every = max(1, math.ceil(len(x) / 60))
     x, curves = x[::every], [values[::every] for values in curves]
     middle = [sum(values) / len(values) for values in zip(*curves)]
@@ -1077,7 +629,10 @@ def band(axes, x, curves, colour, style="-", label=None):
 
 
 def phenomenology(results, out):
-    """Accuracy and overlap ratio against step, the reversed pairs by themselves; mean, range of the seeds."""
+    """Accuracy and overlap ratio against step, the reversed pairs by themselves.
+
+    Mean and range of the seeds.
+    """
     plt, runs = opened(results, "phenomenology")
     if plt is None:
         return
@@ -1104,7 +659,7 @@ def phenomenology(results, out):
 
 
 def overview(results, out):
-    """The paper at a glance, from a folder of results: a pair that works, one that fails, and that one recovered.
+    """The paper at a glance: a pair that works, one that fails, and that one recovered.
 
     Draws nothing where phenomenology.json or recipe.json is not there yet.
     """
@@ -1170,7 +725,7 @@ def overview(results, out):
 
 
 def accuracies(runs):
-    """Of runs with the same steps -> the steps, where accuracy was measured, and what it was there, a list a run."""
+    """Runs with the same steps -> the steps, those with an accuracy, the accuracies of each run."""
     steps, known = runs[0]["curves"]["step"], runs[0]["curves"]["accuracy"]
     evaluated = [0, *(step for step, x in zip(steps, known) if x is not None), steps[-1]]
     return (

@@ -96,7 +96,8 @@ def load(paths):
         names = [str(path) for path in paths]
     loaded = []
     for path, name in zip(paths, names):
-        run = {"path": str(path), "name": name, "rows": read_rows(path)}
+        run = {"path": str(path), "rows": read_rows(path)}
+        run["name"] = name.replace("$", r"\$")  # no formula, in a picture
         for kind in ("config", "result"):
             file = Path(path) / f"{kind}.json"
             run[kind] = read_json(file) if file.is_file() else None
@@ -197,7 +198,6 @@ def pyplot():
     import matplotlib.pyplot as plt
 
     plt.rcParams["font.size"] = 9
-    plt.rcParams["text.parse_math"] = False  # a "$" in the name of a run is a dollar
     plt.rcParams["svg.fonttype"] = "none"
     plt.rcParams["svg.hashsalt"] = "opd"
     plt.rcParams["axes.spines.top"] = False
@@ -319,7 +319,8 @@ def draw_positions(loaded, out):
             axes.set_facecolor("0.85")
         grid[0, column].set_title(title, fontsize=9)
         grid[-1, column].set_xlabel("output position (tokens)")
-        figure.colorbar(image, ax=grid[:, column], location="bottom", label=unit, extend="both")
+        beyond = "neither" if metric == "overlap_ratio" else "both"
+        figure.colorbar(image, ax=grid[:, column], location="bottom", label=unit, extend=beyond)
     for axes, run in zip(grid[:, 0], loaded):
         axes.set_ylabel(textwrap.fill(run["name"], 24) + "\nstep")
         axes.yaxis.set_major_locator(whole_steps(plt))

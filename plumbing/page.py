@@ -66,7 +66,7 @@ def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, se
 
 def head(pair, count, k, temperature):
     """The page before its responses: what it shows, and what its colours and signs mean."""
-    scale = [tinted(f"{reward:+d}", reward) for reward in (-2, -1, 0, 1, 2)]
+    scale = [tinted(reward, float(reward)) for reward in ("-2", "-1", "0", "+1", "+2")]
     return HEAD.format(
         style=STYLE,
         student=escaped(pair.student.name_or_path),
@@ -188,9 +188,9 @@ HEAD = """<!doctype html>
 <body>
 <h1>What the teacher thinks of every token</h1>
 <p>student: {student}<br>teacher: {teacher}</p>
-<p>The student wrote one response to each of the first {count} prompts,
-in their order, at temperature {temperature}. The teacher graded each token. The reward of a token
-y is log q(y) − log p(y), in nats, where p is the student and q the teacher:</p>
+<p>The student wrote a response to each of {count} prompts, at temperature {temperature}. They are
+numbered as they were drawn, and each stands below its prompt. The teacher graded every token. The
+reward of a token y is log q(y) − log p(y), in nats, where p is the student and q the teacher:</p>
 <p class="response">{scale}</p>
 <p>Orange and underlined: the teacher finds the token less likely than the student does, at −1 nat
 2.7 times, at −2 nats 7.4 times. Blue: more likely. White: as likely.</p>
