@@ -1,350 +1,332 @@
-"""Laws of the first half of analysis.py: Eq. 6 to 10, a position at a time, in float64. And of files as JSON."""
+"""Laws of the first half of analysis.py: Eq. 6 to 10 at single states, in float64, against plain
+loops; then means with their errors, accuracies, and output positions."""
 
 import functools
-import json
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_loss import peak_bytes
 from torch.distributions import Categorical, kl_divergence
+from torch.profiler import ProfilerActivity, profile
 
+import analysis
 from analysis import (
-    FLOOR,
+    BUCKETS,
+    BY_POSITION,
+    GAIN,
+    SHARE,
+    ahead,
+    auroc,
     diagnose,
     entropy,
     entropy_gap,
+    estimate,
+    gap_recovery,
     largest_gap,
+    means_by_position,
     overlap_mass,
     overlap_ratio,
     overlap_token_advantage,
+    plus_minus,
     reverse_kl,
     shared_tokens,
+    sums_by_position,
+    sure,
 )
-from plumbing.files import write_json
 
 exact = functools.partial(torch.testing.assert_close, rtol=1e-9, atol=1e-10, equal_nan=True)
+ks = st.integers(1, 5)
 
-# Worked by hand at k = 3: P = {0, 1, 2}, Q = {2, 3, 0}, I = {0, 2}.
-P = torch.tensor([[0.50, 0.20, 0.15, 0.10, 0.05]], dtype=torch.float64)
-Q = torch.tensor([[0.20, 0.04, 0.40, 0.30, 0.06]], dtype=torch.float64)
+
+def float64(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 @st.composite
 def pairs(draw):
-    """Two sets of log-probabilities (N, V), float64, V in 5..8, from flat to peaked."""
-    size, scale = draw(st.integers(5, 8)), draw(st.sampled_from([0.3, 1.0, 3.0]))
+    """Log-probabilities of two models (4, V), V in 5..8, from flat to peaked."""
+    size = draw(st.integers(5, 8))
+    scale = draw(st.sampled_from([0.3, 1.0, 3.0]))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
-    z, u = (
-        scale * torch.randn(4, size, dtype=torch.float64, generator=generator) for _ in range(2)
-    )
-    return z.log_softmax(-1), u.log_softmax(-1)
+    logits = scale * torch.randn(2, 4, size, dtype=torch.float64, generator=generator)
+    return logits.log_softmax(-1).unbind()
 
 
 @st.composite
 def pairs_with_holes(draw):
-    """The same, where each model has ruled some tokens out, never all of a position."""
-    ruled_out = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 7)), max_size=12)
-
-    def with_holes(log_x):
-        log_x = log_x.clone()
-        for t, v in draw(ruled_out):
-            if v < log_x.size(-1) and log_x[t].isfinite().sum() > 1:
-                log_x[t, v] = -math.inf
-        return log_x.log_softmax(-1)
-
-    log_p, log_q = draw(pairs())
-    return with_holes(log_p), with_holes(log_q)
+    """The same, but each model rules some tokens out, never all of a state."""
+    ruled_out = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), max_size=12)
+    pair = []
+    for log_x in draw(pairs()):
+        for state, token in draw(ruled_out):
+            if log_x[state].isfinite().sum() > 1:
+                log_x[state, token] = -math.inf
+        pair.append(log_x.log_softmax(-1))
+    return pair
 
 
-def metrics(log_p, log_q, k, *shared):
-    """Every metric of two models: {name: (N,)}."""
-    mass_p, mass_q = overlap_mass(log_p, log_q, k, *shared)
-    H_p, H_q = entropy(log_p), entropy(log_q)
+def metrics(log_p, log_q, k):
+    """Every metric by its own function: {name: (N,)}."""
+    P, in_I = shared_tokens(log_p, log_q, k)
     return {
-        "overlap_ratio": overlap_ratio(log_p, log_q, k, *shared),
-        "overlap_mass_student": mass_p,
-        "overlap_mass_teacher": mass_q,
-        "overlap_token_advantage": overlap_token_advantage(log_p, log_q, k, *shared),
-        "entropy_gap": entropy_gap(H_p, H_q),
-        "largest_gap": largest_gap(log_p, log_q, k, *shared),
-        "entropy_student": H_p,
-        "entropy_teacher": H_q,
         "reverse_kl": reverse_kl(log_p, log_q),
+        "overlap_ratio": overlap_ratio(in_I),
+        "overlap_mass_student": overlap_mass(log_p, P, in_I),
+        "overlap_mass_teacher": overlap_mass(log_q, P, in_I),
+        "overlap_token_advantage": overlap_token_advantage(log_p, log_q, P, in_I),
+        "entropy_gap": entropy_gap(entropy(log_p), entropy(log_q)),
+        "largest_gap": largest_gap(log_p, log_q, P),
+        "entropy_student": entropy(log_p),
+        "entropy_teacher": entropy(log_q),
     }
 
 
-@pytest.mark.parametrize(
-    "name, by_hand",
-    {
-        "overlap_ratio": 2 / 3,  # Eq. 6
-        "overlap_token_advantage": (
-            10 / 13 * math.log((1 / 3) / (10 / 13))  # Eq. 7, p' = (.50, .15) / .65
-            + 3 / 13 * math.log((2 / 3) / (3 / 13))
-        )
-        / 2,  #        q' = (.20, .40) / .60
-        "entropy_gap": abs(
-            sum(-q * math.log(q) for q in Q[0].tolist())
-            - sum(-p * math.log(p) for p in P[0].tolist())
-        ),  # Eq. 8
-        "overlap_mass_student": 0.50 + 0.15,  # Eq. 9
-        "overlap_mass_teacher": 0.20 + 0.40,  # Eq. 10
-        "largest_gap": 0.50 - 0.20,  # .5 |ln .4| is most, though token 1 has the largest log-ratio
-    }.items(),
-)
-def test_equations_6_to_10_by_hand(name, by_hand):
-    """Each equation on the example at the top of this file."""
-    exact(metrics(P.log(), Q.log(), 3)[name], torch.tensor([by_hand], dtype=torch.float64))
+# --- the formulas, in loops over one state ------------------------------------------------------
 
 
-@given(pairs(), st.integers(1, 5))
-def test_overlap_against_python_sets(pair, k):
-    """Ratio and masses equal a loop over python sets; masses are not renormalised."""
-    log_p, log_q = pair
-    for t, (p, q) in enumerate(zip(log_p.exp().tolist(), log_q.exp().tolist(), strict=True)):
-        best = [set(sorted(range(len(x)), key=lambda v: -x[v])[:k]) for x in (p, q)]
-        shared = best[0] & best[1]
-        ours = metrics(log_p[t : t + 1], log_q[t : t + 1], k)
-        for name, oracle in (
-            ("overlap_ratio", len(shared) / k),
-            ("overlap_mass_student", sum(p[v] for v in shared)),
-            ("overlap_mass_teacher", sum(q[v] for v in shared)),
-        ):
-            exact(ours[name], torch.tensor([oracle], dtype=torch.float64))
+def log(x):
+    return math.log(x) if x > 0 else analysis.LOG_ZERO
 
 
-@given(pairs(), st.integers(1, 5))
-def test_overlap_token_advantage_is_minus_the_kl_on_the_shared_tokens_over_their_number(pair, k):
-    """Eq. 7 per position is exactly -KL(p' || q') / |I|, hence never positive."""
-    log_p, log_q = pair
-    for t, advantage in enumerate(overlap_token_advantage(log_p, log_q, k).tolist()):
-        I = sorted(set(log_p[t].topk(k).indices.tolist()) & set(log_q[t].topk(k).indices.tolist()))
-        if not I:
-            assert math.isnan(advantage)
-            continue
-        p, q = (Categorical(probs=x[t, I].exp()) for x in (log_p, log_q))
-        assert (
-            advantage == pytest.approx(-kl_divergence(p, q).item() / len(I), abs=1e-12)
-            and advantage <= 1e-12
-        )
+def entropy_of(p):
+    return -sum(x * log(x) for x in p)
+
+
+def advantage_of(p, q, I):
+    """Eq. 7."""
+    if not I:
+        return math.nan
+    mass_p = sum(p[v] for v in I)
+    mass_q = sum(q[v] for v in I)
+    total = 0
+    for v in I:
+        own = p[v] / mass_p
+        total += own * (math.log(q[v] / mass_q) - math.log(own))
+    return total / len(I)
+
+
+def gap_of(p, q, P):
+    """4.1."""
+
+    def asks(v):
+        return p[v] * abs(log(q[v]) - log(p[v]))
+
+    most = max(P, key=asks)
+    return abs(p[most] - q[most])
+
+
+def by_loops(p, q, P, I):
+    """All but Eq. 6 and 7, of one state; p, q: lists of probabilities; P, I: lists of tokens."""
+    return {
+        "reverse_kl": sum(x * (log(x) - log(y)) for x, y in zip(p, q)),
+        "overlap_mass_student": math.fsum(p[v] for v in I),
+        "overlap_mass_teacher": math.fsum(q[v] for v in I),
+        "entropy_gap": abs(entropy_of(q) - entropy_of(p)),
+        "largest_gap": gap_of(p, q, P),
+        "entropy_student": entropy_of(p),
+        "entropy_teacher": entropy_of(q),
+    }
+
+
+def sets(log_p, log_q, k):
+    """(P, I) of each state, as lists of tokens."""
+    found = []
+    for tokens, shared in zip(*shared_tokens(log_p, log_q, k)):
+        found.append((tokens.tolist(), tokens[shared].tolist()))
+    return found
+
+
+def likeliest(p, k):
+    return sorted(range(len(p)), key=lambda v: -p[v])[:k]
+
+
+@given(pairs(), ks)
+def test_the_shared_tokens_are_those_of_the_students_set_in_the_teachers(pair, k):
+    """P by falling probability; I in the order of P."""
+    found = sets(*pair, k)
+    for i, (p, q) in enumerate(zip(pair[0].tolist(), pair[1].tolist())):
+        P = likeliest(p, k)
+        assert found[i] == (P, [v for v in P if v in likeliest(q, k)])
+
+
+@given(st.one_of(pairs(), pairs_with_holes()), ks)
+def test_every_metric_is_its_formula(pair, k):
+    """Over the whole vocabulary and, for masses, not renormalised; 0 log 0 = 0, and a token that
+    the teacher alone rules out costs 1e4 nats. No number is infinite."""
+    ours = metrics(*pair, k)
+    assert analysis.LOG_ZERO == -1e4
+    for i, (P, I) in enumerate(sets(*pair, k)):
+        p = pair[0][i].exp().tolist()
+        q = pair[1][i].exp().tolist()
+        assert ours["overlap_ratio"][i].item() == pytest.approx(len(I) / k)  # Eq. 6
+        for name, x in by_loops(p, q, P, I).items():
+            exact(ours[name][i].item(), x, msg=name)
+
+
+@given(pairs(), ks)
+def test_the_overlap_token_advantage_is_minus_the_kl_on_the_shared_tokens(pair, k):
+    """Eq. 7 is -KL(p' || q') / |I|, so never positive; NaN if nothing is shared."""
+    ours = metrics(*pair, k)["overlap_token_advantage"]
+    for i, (_, I) in enumerate(sets(*pair, k)):
+        p = pair[0][i].exp()
+        q = pair[1][i].exp()
+        exact(ours[i].item(), advantage_of(p.tolist(), q.tolist(), I))
+        exact(ours[i : i + 1], float64(advantage_of(p.tolist(), q.tolist(), I)))
+        if I:
+            kl = kl_divergence(Categorical(probs=p[I]), Categorical(probs=q[I]))
+            exact(ours[i], -kl / len(I))
+            assert ours[i] <= 1e-12
+
+
+@given(pairs_with_holes(), ks)
+def test_where_tokens_are_ruled_out_the_advantage_is_finite_or_there_is_none(pair, k):
+    """Never infinite, never positive, and NaN exactly where nothing is shared."""
+    ours = metrics(*pair, k)
+    advantage = ours["overlap_token_advantage"]
+    assert torch.equal(advantage.isnan(), ours["overlap_ratio"] == 0)
+    assert not advantage.isinf().any()
+    assert (advantage.nan_to_num() <= 1e-12).all()
+
+
+# Worked by hand at k = 3: P = {0, 1, 2}, Q = {2, 3, 0}, I = {0, 2}.
+p = float64(0.50, 0.20, 0.15, 0.10, 0.05).unsqueeze(0)
+q = float64(0.20, 0.04, 0.40, 0.30, 0.06).unsqueeze(0)
+
+
+def test_equations_6_to_10_by_hand():
+    """p' = (.50, .15) / .65 and q' = (.20, .40) / .60. The gap is that of token 0, .5 |ln .4|,
+    though token 1 has the largest log-ratio."""
+    first = 10 / 13 * math.log((1 / 3) / (10 / 13))
+    second = 3 / 13 * math.log((2 / 3) / (3 / 13))
+    by_hand = {
+        "overlap_ratio": 2 / 3,
+        "overlap_token_advantage": (first + second) / 2,
+        "overlap_mass_student": 0.65,
+        "overlap_mass_teacher": 0.60,
+        "largest_gap": 0.30,
+    }
+    ours = metrics(p.log(), q.log(), 3)
+    for name, x in by_hand.items():
+        torch.testing.assert_close(ours[name].item(), x, rtol=1e-6, atol=0, msg=name)
 
 
 def test_an_empty_intersection_is_left_out_of_the_mean_and_counted():
-    """The paper is silent on it: the advantage is NaN there, nanmean skips it, isnan counts it;
-    ratio and masses are 0."""
-    rising = torch.arange(1, 6, dtype=torch.float64)[None] / 15
-    log_p, log_q = torch.cat([P, rising, P]).log(), torch.cat([Q, rising.flip(-1), P]).log()
-    ours = metrics(log_p, log_q, 2)  # {0, 1} and {2, 3}; {4, 3} and {0, 1}; {0, 1} twice
+    """nanmean skips it, isnan counts it; ratio and masses are 0 there."""
+    rising = float64(1, 2, 3, 4, 5).unsqueeze(0) / 15
+    log_p = torch.cat([p, rising, p]).log()  # at k = 2: {0, 1}, {4, 3}, {0, 1}
+    log_q = torch.cat([q, rising.flip(-1), p]).log()  # {2, 3}, {0, 1}, {0, 1}
+    ours = metrics(log_p, log_q, 2)
     for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher"):
-        assert not ours[name][:2].any() and ours[name][2] > 0
+        assert (ours[name] > 0).tolist() == [False, False, True]
     assert ours["overlap_token_advantage"].isnan().tolist() == [True, True, False]
-    assert ours["overlap_token_advantage"].nanmean() == ours["overlap_token_advantage"][2] == 0
+    assert ours["overlap_token_advantage"].nanmean() == 0
 
 
 @given(pairs())
 def test_entropy_and_reverse_kl_are_those_of_torch_distributions(pair):
-    """Over the whole vocabulary, not a renormalised top-k (nano-opd took the entropy gap there)."""
-    log_p, log_q = pair
-    p, q = (Categorical(logits=x) for x in pair)
-    exact(entropy(log_p), p.entropy())
-    exact(entropy_gap(entropy(log_p), entropy(log_q)), (q.entropy() - p.entropy()).abs())
-    exact(reverse_kl(log_p, log_q), kl_divergence(p, q))
+    """nano-opd took the entropy gap over a renormalised top-k; it is over the whole vocabulary."""
+    student = Categorical(logits=pair[0])
+    teacher = Categorical(logits=pair[1])
+    ours = metrics(*pair, 3)
+    exact(ours["entropy_student"], student.entropy())
+    exact(ours["entropy_gap"], (teacher.entropy() - student.entropy()).abs())
+    exact(ours["reverse_kl"], kl_divergence(student, teacher))
 
 
-@given(pairs_with_holes(), st.integers(1, 5))
-def test_where_a_token_is_ruled_out_all_is_finite_and_as_torch_distributions_say(pair, k):
-    """0 log 0 = 0; a token that the teacher alone rules out costs p(v) (log p(v) + 1e4), on top of what torch finds on
-    the others. No number is infinite, and the advantage alone may be NaN, where nothing is shared."""
-    log_p, log_q = pair
-    ours = diagnose(log_p, log_q, torch.zeros(len(log_p), dtype=torch.long), k)
-    p, q = (Categorical(logits=x) for x in pair)
-    for name, oracle in (
-        ("entropy_student", p.entropy()),
-        ("entropy_teacher", q.entropy()),
-        ("entropy_gap", (q.entropy() - p.entropy()).abs()),
-    ):
-        exact(ours[name], oracle)
-    dear = log_p.isfinite() & log_q.isinf()
-    priced = torch.where(dear, FLOOR, log_q)  # 1e4 nats: the price of a token ruled out
-    oracle = torch.where(log_p.isfinite(), log_p.exp() * (log_p - priced), 0).sum(-1)
-    exact(ours["reverse_kl"], oracle)
-    exact(ours["reverse_kl"][~dear.any(-1)], kl_divergence(p, q)[~dear.any(-1)])
-    assert FLOOR == -1e4 and (dear.any(-1) <= (ours["reverse_kl"] > 0)).all()
-    for name in ours.keys() - {"reward", "log_p", "overlap_token_advantage"}:
-        assert ours[name].isfinite().all(), name
-    advantage = ours["overlap_token_advantage"]
-    assert not advantage.isinf().any() and torch.equal(
-        advantage.isnan(), ours["overlap_ratio"] == 0
-    )
+def test_the_entropy_gap_is_absolute_at_each_state():
+    """Eq. 8: gaps of opposite sign add up. The gap of the two mean entropies would be 0."""
+    sharp = float64(0, 0, 9).log_softmax(-1)
+    flat = float64(0, 0, 0).log_softmax(-1)
+    H_p = entropy(torch.stack([sharp, flat]))
+    H_q = entropy(torch.stack([flat, sharp]))
+    exact(H_p.mean(), H_q.mean())
+    exact(entropy_gap(H_p, H_q).mean(), entropy(flat) - entropy(sharp))
 
 
-def test_the_entropy_gap_is_absolute_before_the_mean():
-    """Gaps of opposite sign add up (Eq. 8); the difference of the two mean entropies would be nothing."""
-    sharp, flat = (
-        torch.tensor([0.0, 0, 9]).double().log_softmax(-1),
-        torch.zeros(3).double().log_softmax(-1),
-    )
-    log_p, log_q = torch.stack([sharp, flat]), torch.stack([flat, sharp])
-    exact(entropy(log_p).mean(), entropy(log_q).mean())
-    exact(entropy_gap(entropy(log_p), entropy(log_q)).mean(), entropy(flat) - entropy(sharp))
-
-
-@given(pairs(), st.integers(1, 5))
+@given(pairs(), ks)
 def test_ranges(pair, k):
-    """Ratio in multiples of 1/k, masses in 0..1, entropies in 0..log V, reverse KL not negative."""
-    ours, size = metrics(*pair, k), pair[0].size(-1)
-    exact(ours["overlap_ratio"] * k, (ours["overlap_ratio"] * k).round())
-    for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher"):
-        assert (ours[name] >= 0).all() and (ours[name] <= 1 + 1e-12).all()
-    for name in ("entropy_student", "entropy_teacher"):
-        assert (ours[name] >= 0).all() and (ours[name] <= math.log(size) + 1e-12).all()
-    assert (ours["reverse_kl"] >= -1e-12).all()
+    """Ratio in multiples of 1/k, masses in 0..1, entropies in 0..log V, reverse KL above 0."""
+    ours = metrics(*pair, k)
+    tops = {
+        "overlap_ratio": 1,
+        "overlap_mass_student": 1,
+        "overlap_mass_teacher": 1,
+        "largest_gap": 1,
+        "entropy_student": math.log(pair[0].size(-1)),
+        "entropy_teacher": math.log(pair[0].size(-1)),
+        "reverse_kl": math.inf,
+    }
+    for name, top in tops.items():
+        assert (ours[name] >= 0).all()
+        assert (ours[name] <= top + 1e-6).all()
+    shared = ours["overlap_ratio"] * k
+    torch.testing.assert_close(shared, shared.round())
 
 
-@given(pairs(), st.integers(1, 5), st.randoms(use_true_random=False))
+@given(pairs(), ks, st.randoms(use_true_random=False))
 def test_the_order_of_the_vocabulary_does_not_matter(pair, k, random):
-    """Renaming the tokens changes no metric."""
+    """If the tokens are renamed, no metric changes."""
     order = list(range(pair[0].size(-1)))
     random.shuffle(order)
-    exact(metrics(*pair, k), metrics(*(x[:, order] for x in pair), k))
+    renamed = [log_x[:, order] for log_x in pair]
+    exact(metrics(*renamed, k), metrics(*pair, k))
 
 
-@given(pairs(), st.integers(1, 5))
+@given(pairs(), ks)
 def test_equal_models_are_at_distance_zero(pair, k):
-    """p = q: ratio 1, equal masses, and distances of exactly 0 (trl#6480: a held-out loss that was 0 for unequal ones
-    as well)."""
-    log_p, log_q = pair
-    ours = metrics(log_p, log_p.clone(), k)
+    """p = q: ratio 1, equal masses, distances of exactly 0; unequal models are apart (trl#6480: a
+    held-out loss that was 0 for these as well)."""
+    ours = metrics(pair[0], pair[0].clone(), k)
     assert (ours["overlap_ratio"] == 1).all()
-    assert torch.equal(ours["overlap_mass_student"], ours["overlap_mass_teacher"])
-    exact(ours["overlap_mass_student"], log_p.exp().topk(k).values.sum(-1))
-    assert all(
-        not ours[name].any() for name in ("reverse_kl", "entropy_gap", "overlap_token_advantage")
-    )
-    assert (reverse_kl(log_p, log_q) > 0).all()
-
-
-@given(st.one_of(pairs(), pairs_with_holes()), st.integers(1, 5))
-def test_diagnose_is_the_single_functions(pair, k):
-    """One top-k of each side gives the very numbers of the functions above, the reward and log p(y); each finds the
-    shared tokens itself where they are not given."""
-    log_p, log_q = pair
-    y = torch.arange(len(log_p))
-    log_p_y, log_q_y = (x[torch.arange(len(y)), y] for x in pair)
-    all_at_once = diagnose(log_p, log_q, y, k)
-    exact(all_at_once, {**metrics(log_p, log_q, k), "reward": log_q_y - log_p_y, "log_p": log_p_y})
-    alone, told = metrics(log_p, log_q, k), metrics(log_p, log_q, k, shared_tokens(log_p, log_q, k))
-    assert alone.keys() == told.keys() == all_at_once.keys() - {"reward", "log_p"}
-    for name, x in alone.items():
-        torch.testing.assert_close(told[name], x, rtol=0, atol=0, equal_nan=True)
-
-
-@given(pairs(), st.integers(1, 5))
-def test_the_shared_tokens_are_those_of_the_students_set_in_the_teachers(pair, k):
-    """(N, k) ids and (N, k) bool: P by falling probability, true where Q holds the token too."""
-    P, in_I = shared_tokens(*pair, k)
-    for t, (p, q) in enumerate(zip(*(x.tolist() for x in pair))):
-        best = [sorted(range(len(x)), key=lambda v: -x[v])[:k] for x in (p, q)]
-        assert P[t].tolist() == best[0] and in_I[t].tolist() == [v in best[1] for v in best[0]]
-
-
-def test_diagnose_holds_three_tensors_of_the_size_of_its_inputs():
-    """p and the two logarithms without their infinities, from as few (N, V) as will do: a fourth is a third more."""
-    log_p, log_q = torch.randn(2, 16, 20_000).log_softmax(-1)
-    held = peak_bytes(lambda: diagnose(log_p, log_q, torch.arange(16), 16))
-    assert held < 3.5 * 4 * log_p.numel()
-
-
-def test_diagnose_takes_no_gradient():
-    """Diagnostics are measurements: nothing of them reaches the student."""
-    log_p = P.log().requires_grad_()
-    assert not any(x.requires_grad for x in diagnose(log_p, Q.log(), torch.tensor([0]), 3).values())
+    exact(ours["overlap_mass_student"], pair[0].exp().topk(k).values.sum(-1))
+    exact(ours["overlap_mass_teacher"], ours["overlap_mass_student"])
+    for name in ("reverse_kl", "entropy_gap", "overlap_token_advantage", "largest_gap"):
+        assert not ours[name].any()
+    assert (reverse_kl(*pair) > 0).all()
 
 
 @given(pairs())
 def test_the_mean_reward_over_samples_is_minus_the_reverse_kl(pair):
-    """E over y ~ p of log q(y) - log p(y) = -KL(p || q): the sign of the paper's sequence mean reward."""
-    log_p, log_q = pair
-    rewards = [
-        diagnose(log_p, log_q, torch.full((len(log_p),), v), 3)["reward"]
-        for v in range(log_p.size(-1))
-    ]
-    exact((torch.stack(rewards, -1) * log_p.exp()).sum(-1), -reverse_kl(log_p, log_q))
+    """The mean of log q(y) - log p(y) over y ~ p is -KL(p || q): the sign of the paper's reward."""
+    log_p = pair[0]
+    total = torch.zeros(len(log_p), dtype=torch.float64)
+    for token in range(log_p.size(-1)):
+        y = torch.full((len(log_p),), token)
+        found = diagnose(*pair, y, 3)
+        exact(found["log_p"], log_p[:, token])
+        total += found["reward"] * log_p[:, token].exp()
+    exact(total, -reverse_kl(*pair))
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_tokens_of_probability_zero_are_harmless(k):
-    """0 log 0 = 0: what the student rules out counts nothing, k larger than its support included."""
-    ninf = -math.inf
-    log_p = torch.tensor([[1.0, 2, ninf, ninf, ninf]], dtype=torch.float64).log_softmax(-1)
-    log_q = torch.tensor([[2.0, 1, 0, ninf, ninf]], dtype=torch.float64).log_softmax(-1)
-    ours = metrics(log_p, log_q, k)
-    assert not any(ours[name].isinf().any() for name in ours)
-    exact(ours["entropy_student"], Categorical(logits=log_p[:, :2]).entropy())
-    exact(ours["reverse_kl"], (log_p[:, :2].exp() * (log_p - log_q)[:, :2]).sum(-1))
-    assert ours["overlap_token_advantage"].isnan().any() == (k == 1)  # P = {1}, Q = {0}
-    assert (ours["overlap_token_advantage"].nan_to_num() <= 0).all()
-
-
-@given(pairs(), st.integers(1, 5))
-def test_the_largest_gap_is_where_most_is_asked(pair, k):
-    """4.1 by a loop: of the student's k likeliest tokens the one with the largest p |log q/p|, and |p - q| there."""
-    gaps = []
-    for p, q in zip(*(x.exp().tolist() for x in pair)):
-        likeliest = sorted(range(len(p)), key=lambda v: -p[v])[:k]
-        v = max(likeliest, key=lambda v: p[v] * abs(math.log(q[v] / p[v])))
-        gaps.append(abs(p[v] - q[v]))
-    exact(largest_gap(*pair, k), torch.tensor(gaps, dtype=torch.float64))
-
-
-@given(pairs(), st.integers(1, 5))
-def test_a_rectangle_is_measured_as_its_positions_are(pair, k):
-    """(B, T, V) and packed (N, V) are the same positions, whatever axes stand before the vocabulary."""
-    rectangle = metrics(*(x.view(2, 2, -1) for x in pair), k)
-    exact({name: x.flatten() for name, x in rectangle.items()}, metrics(*pair, k))
-
-
-def test_the_metrics_have_the_dtype_of_their_side():
-    """Each is of the student's dtype but the teacher's own; a ratio of counts is no exception."""
-    ours = metrics(P.log().float(), Q.log(), 3)
-    assert ours["overlap_ratio"].dtype == ours["overlap_mass_student"].dtype == torch.float32
-    assert ours["overlap_mass_teacher"].dtype == ours["entropy_teacher"].dtype == torch.float64
+@given(st.one_of(pairs(), pairs_with_holes()), ks)
+def test_diagnose_is_the_single_functions(pair, k):
+    """The very numbers of the functions above, the reward, and log p(y)."""
+    y = torch.arange(len(pair[0]))
+    ours = diagnose(*pair, y, k)
+    expected = metrics(*pair, k)
+    expected["log_p"] = pair[0][y, y]
+    expected["reward"] = pair[1][y, y] - pair[0][y, y]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("k", [0, 6])
-@pytest.mark.parametrize(
-    "metric",
-    [
-        overlap_ratio,
-        overlap_token_advantage,
-        overlap_mass,
-        lambda *pair_k: diagnose(*pair_k[:2], torch.tensor([0]), pair_k[2]),
-    ],
-)
-def test_a_k_outside_of_the_vocabulary_is_refused(metric, k):
+def test_a_k_outside_of_the_vocabulary_is_refused(k):
     """The message repeats it; 1 and V themselves are in order."""
     with pytest.raises(ValueError, match=f"k={k} "):
-        metric(P.log(), Q.log(), k)
-    metric(P.log(), Q.log(), 1), metric(P.log(), Q.log(), 5)
+        diagnose(p.log(), q.log(), torch.tensor([0]), k)
+    diagnose(p.log(), q.log(), torch.tensor([0]), 1)
+    diagnose(p.log(), q.log(), torch.tensor([0]), 5)
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 5])
-def test_a_diagnosis_is_finite_where_a_side_rules_tokens_out(k):
-    """0 log 0 = 0 as in the single functions, and what the teacher alone rules out is dearer than float32 can say."""
-    ninf = -math.inf
-    log_p = (
-        torch.tensor([[1.0, 2, ninf, ninf, ninf], [3, 2, 1, ninf, ninf]]).double().log_softmax(-1)
-    )
-    log_q = torch.tensor([[2.0, 1, 0, ninf, ninf], [0, ninf, 1, 2, ninf]]).double().log_softmax(-1)
-    ours = diagnose(log_p, log_q, torch.tensor([0, 1]), k)
-    for name, x in metrics(log_p, log_q, k).items():
-        exact(ours[name], x)
-    assert (
-        104 * log_p[1, 1].exp() < ours["reverse_kl"][1] < math.inf
-    )  # the smallest float32 has the log -103.3
-    assert ours["reward"][1] == ninf  # as measured: the loss clamps, not we
+def test_diagnose_takes_no_gradient_and_changes_no_argument():
+    """Diagnostics are measurements: nothing of them reaches the student."""
+    log_p = p.log().requires_grad_()
+    log_q = q.log()
+    found = diagnose(log_p, log_q, torch.tensor([0]), 3)
+    assert not any(x.requires_grad for x in found.values())
+    assert torch.equal(log_p, p.log()) and torch.equal(log_q, q.log())
 
 
 def test_diagnose_is_float32_under_autocast():
@@ -359,20 +341,224 @@ def test_diagnose_is_float32_under_autocast():
     torch.testing.assert_close(under, plain, rtol=0, atol=0, equal_nan=True)
 
 
-def test_json_is_laid_out_by_a_blank_a_level_and_leaves_nothing_beside_it(tmp_path):
-    """A file to read: one key a line, a list of numbers on one; what was there before is replaced."""
-    for value in ({"old": 1}, {"a": [1, 2], "b": {"c": None}}):
-        write_json(tmp_path / "x.json", value)
-    assert (tmp_path / "x.json").read_text() == '{\n "a": [1, 2],\n "b": {\n  "c": null\n }\n}\n'
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
+def test_diagnose_holds_three_tensors_of_the_size_of_its_inputs():
+    """p and the two logarithms without their infinities; a fourth would be a third more memory."""
+    log_p, log_q = torch.randn(2, 16, 20_000).log_softmax(-1)
+    y = torch.arange(16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        diagnose(log_p, log_q, y, 16)
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    held = torch.tensor([event.nbytes() for event in events]).cumsum(0)  # bytes after each event
+    assert held.max() < 3.5 * log_p.nbytes
 
 
-def test_json_keeps_every_value_and_puts_numbers_on_one_line(tmp_path):
-    """What is read back is what was written, brackets and line ends inside of texts too."""
-    value = {
-        "x": [1, None, 2.5],
-        "runs": [{"text": "[\n1\n]", "y": []}, {"names": ["a, b", "c"], "z": [[1, 2], [3]]}],
-    }
-    write_json(tmp_path / "x.json", value)
-    text = (tmp_path / "x.json").read_text()
-    assert json.loads(text) == value and '"x": [1, null, 2.5]' in text and "[1, 2]" in text
+# --- 6.2 auroc ----------------------------------------------------------------------------------
+
+scored = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=12)
+
+
+def columns(rows):
+    """[(score, label)] -> (B,) float64, (B,) bool."""
+    scores = torch.tensor([score for score, _ in rows], dtype=torch.float64)
+    return scores, torch.tensor([label for _, label in rows])
+
+
+@given(scored)
+def test_auroc_counts_the_pairs_in_the_right_order_and_ties_half(rows):
+    """6.2: over all pairs of a true and a false one; None if there is no such pair."""
+    wins = []
+    for true in [score for score, label in rows if label]:
+        for false in [score for score, label in rows if not label]:
+            wins.append((true > false) + (true == false) / 2)
+    expected = pytest.approx(sum(wins) / len(wins)) if wins else None
+    assert auroc(*columns(rows)) == expected
+
+
+@given(scored, st.sampled_from([lambda x: x**3, lambda x: 2 * x - 7, torch.exp]))
+def test_auroc_knows_the_order_of_the_scores_alone(rows, rising):
+    """No monotone map of the scores changes it; negated, they give one minus it."""
+    scores, labels = columns(rows)
+    found = auroc(scores, labels)
+    assert auroc(rising(scores), labels) == found
+    if found is not None:
+        assert auroc(-scores, labels) == pytest.approx(1 - found)
+
+
+# --- means and their errors ---------------------------------------------------------------------
+
+number_or_nan = st.one_of(st.just(math.nan), st.floats(-5, 5))
+
+
+@given(st.lists(number_or_nan, max_size=8))
+def test_an_estimate_is_the_mean_and_its_standard_error_without_nan(x):
+    """sqrt(sum (x - mean)^2 / (n - 1) / n), NaN left out; None if n is too small for it."""
+    found = estimate(float64(*x))
+    kept = [y for y in x if not math.isnan(y)]
+    n = len(kept)
+    mean = sum(kept) / n if n else None
+    error = None
+    if n > 1:
+        error = math.sqrt(sum((y - mean) ** 2 for y in kept) / (n - 1) / n)
+    assert found["mean"] == pytest.approx(mean, abs=1e-9)
+    assert found["standard_error"] == pytest.approx(error, abs=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=8))
+def test_the_error_of_shares_is_at_least_that_with_one_more_prompt_of_each_kind(x):
+    """A few prompts that agree prove nothing; the mean stays that of what was seen."""
+    found = estimate(float64(*x), SHARE)
+    plain = estimate(float64(*x))
+    more = estimate(float64(*x, 0, 1))
+    assert found["mean"] == plain["mean"]
+    assert found["standard_error"] == max(plain["standard_error"], more["standard_error"])
+
+
+def test_two_prompts_that_agree_prove_nothing():
+    """Two that both gain .5 had a standard error of 0, and were "should work"."""
+    both = estimate(float64(0.5, 0.5), GAIN)
+    assert both["mean"] == 0.5 and both["standard_error"] > 0.25
+    assert not sure(both)
+    many = float64(*[0, 1] * 20)  # many that disagree: their own spread decides
+    assert estimate(many, SHARE) == estimate(many)
+
+
+@pytest.mark.parametrize("prompts", [2, 8, 24, 64])
+@pytest.mark.parametrize("chance", [0.02, 0.1, 0.5, 0.9])
+def test_two_errors_cover_an_accuracy(chance, prompts):
+    """19 times in 20, even with two prompts (8 coins allow .93), by simulation: two answers to
+    each."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        right = torch.distributions.Binomial(2, chance).sample((400, prompts)) / 2
+    covered = 0
+    for shares in right:
+        x = estimate(shares, SHARE)
+        covered += abs(x["mean"] - chance) <= 2 * x["standard_error"]
+    assert covered / len(right) >= 0.92
+
+
+@pytest.mark.parametrize(
+    "mean, error, expected",
+    [(0.2, 0.1, 0), (0.21, 0.1, 1), (-0.2, 0.1, 0), (-0.21, 0.1, -1), (0.5, None, 0), (0, 0, 0)],
+)
+def test_sure_is_beyond_two_standard_errors(mean, error, expected):
+    """Without an error nothing is sure."""
+    assert sure({"mean": mean, "standard_error": error}) == expected
+
+
+def test_an_estimate_to_read():
+    """The sign is that of the mean; an error that there is not is not made up."""
+    assert plus_minus({"mean": 0.5, "standard_error": 0.0123}) == "0.500 +- 0.012"
+    assert plus_minus({"mean": 0.5, "standard_error": 0.0123}, "+.2f") == "+0.50 +- 0.01"
+    assert plus_minus({"mean": 0.5, "standard_error": None}) == "0.500 +- ?"
+
+
+# --- accuracies ---------------------------------------------------------------------------------
+
+
+def accuracy(each, n=4):
+    """A result of measure.accuracy: right answers of n to each prompt."""
+    shares = float64(*each) / n
+    return {**estimate(shares, SHARE), "samples": n * len(each), "each": each}
+
+
+counts = st.lists(st.integers(0, 4), min_size=3, max_size=3)
+
+
+@given(counts, counts)
+def test_an_accuracy_is_ahead_prompt_by_prompt(a, b):
+    """The estimate of the differences, also if one of the two had twice as many answers."""
+    difference = float64(*a) / 4 - float64(*b) / 4
+    assert ahead(accuracy(a), accuracy(b)) == estimate(difference, GAIN)
+    twice = accuracy([2 * x for x in a], n=8)
+    assert ahead(twice, accuracy(b)) == estimate(difference, GAIN)
+
+
+@given(counts, counts, counts)
+def test_the_gap_recovery_is_the_share_of_the_gap_if_there_surely_is_one(before, after, teacher):
+    """None within two standard errors of the paired difference, whatever the two errors are."""
+    found = gap_recovery(accuracy(before), accuracy(after), accuracy(teacher))
+    if not sure(ahead(accuracy(teacher), accuracy(before))):
+        assert found is None
+    else:
+        gained = sum(after) - sum(before)
+        assert found == pytest.approx(gained / (sum(teacher) - sum(before)))
+
+
+def test_a_gap_is_seen_prompt_by_prompt():
+    """Prompts of all kinds, each .25 better with the teacher: far less than the spread of either,
+    and sure. The same numbers in another order are noise."""
+    before = [0, 1, 2, 3] * 10
+    teacher = [x + 1 for x in before]
+    half = [x + i % 2 for i, x in enumerate(before)]
+    assert gap_recovery(accuracy(before), accuracy(half), accuracy(teacher)) == pytest.approx(0.5)
+    assert gap_recovery(accuracy(before), accuracy(before), accuracy(teacher)) == 0
+    few = accuracy(before[:4])
+    assert gap_recovery(few, few, accuracy(teacher[:4])) is None
+    turned = accuracy(list(reversed(before)))
+    assert gap_recovery(accuracy(before), accuracy(half), turned) is None
+
+
+# --- output positions ---------------------------------------------------------------------------
+
+
+def in_buckets(responses, width):
+    """The means of responses, a list of numbers each: every metric has these numbers."""
+    numbers = []
+    places = []
+    for response in responses:
+        numbers += response
+        places += range(len(response))
+    values = dict.fromkeys(BY_POSITION, torch.tensor(numbers, dtype=torch.float32))
+    place = torch.tensor(places, dtype=torch.long)
+    return means_by_position(sums_by_position(values, place, width), width)
+
+
+@st.composite
+def responses(draw):
+    """A response of 0 to 60 numbers from -9 to 9."""
+    length = draw(st.integers(0, 60))
+    start = draw(st.integers(0, 18))
+    step = draw(st.integers(0, 18))
+    return [(start + step * i) % 19 - 9 for i in range(length)]
+
+
+@given(st.lists(responses(), min_size=1, max_size=6), st.integers(1, 12))
+def test_buckets_share_out_every_token(responses, width):
+    """Fig. 13: bucket i holds the positions from i * width on, the last all beyond. Lists end with
+    the last bucket that holds a token."""
+    inside = [[] for _ in range(BUCKETS)]
+    for response in responses:
+        for position, x in enumerate(response):
+            inside[min(position // width, BUCKETS - 1)].append(x)
+    inside = [numbers for numbers in inside if numbers]
+    means = in_buckets(responses, width)
+    assert means["width"] == width
+    assert means["tokens"] == [len(numbers) for numbers in inside]
+    for name in BY_POSITION:
+        expected = [sum(numbers) / len(numbers) for numbers in inside]
+        assert means[name] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sums_over_parts_are_the_sums_over_the_whole():
+    """Micro-batches and processes add their sums up."""
+    torch.manual_seed(0)
+    place = torch.randint(40, (30,))
+    values = {name: torch.randn(30) for name in BY_POSITION}
+    whole = sums_by_position(values, place, 2)
+    first = {name: x[:11] for name, x in values.items()}
+    second = {name: x[11:] for name, x in values.items()}
+    one = sums_by_position(first, place[:11], 2)
+    other = sums_by_position(second, place[11:], 2)
+    exact({name: one[name] + other[name] for name in whole}, whole)
+    assert whole["tokens"].sum() == 30
+
+
+def test_no_token_fills_no_bucket_and_json_has_no_nan():
+    """Lists are empty then. A mean that is not finite is None; the others have five decimals."""
+    empty = dict.fromkeys(BY_POSITION, [])
+    assert in_buckets([[], []], 4) == {"width": 4, "tokens": [], **empty}
+    thirds = dict.fromkeys(BY_POSITION, [0.33333, None, 0])
+    found = in_buckets([[1, 5, 0], [0, math.nan], [0]], 1)
+    assert found == {"width": 1, "tokens": [3, 2, 1], **thirds}
