@@ -27,7 +27,7 @@ body { max-width: 50rem; margin: 1.5rem auto; padding: 0 1rem; color: #1c1c1e; b
 section { border-top: 1px solid #999; margin-top: 1.5rem }
 .prompt { white-space: pre-wrap; color: #55555a; border-left: 3px solid #999; padding-left: .8rem }
 .response { line-height: 2 }
-.response span { padding: .1em 0 }
+.response span { padding: .1em 0; margin-right: 2px }
 .response span:hover { outline: 2px solid #1c1c1e }
 .more { background: rgb(60 150 225 / calc(.55 * var(--tint))) }
 .less { background: rgb(230 120 20 / calc(.55 * var(--tint)));
@@ -131,7 +131,7 @@ def note(tokenizer, text, values):
     p = math.exp(values["log_p"])
     q = math.exp(values["log_p"] + reward)
     numbers = f"p {p:.3g}, q {q:.3g}, reward {reward:+.3f}, overlap {overlap:.2f}"
-    lines = [text, numbers, "likely to both:"]
+    lines = [text, numbers, "likely to both:" if overlap > 0 else "no token is likely to both"]
     for i, p, q in zip(values["shared"], values["shared_p"], values["shared_q"]):
         if p > 0:
             other = visible(tokenizer, i)
