@@ -1,33 +1,43 @@
-"""experiments/again.py: what did not hold on the toy, and what later papers say, asked of the real model of real.py.
+"""experiments/again.py: what did not hold on the toy, and what later papers say, asked of the
+real model of real.py.
 
-Base, questions, expert and settings are those of real.py, whose runs of the same seeds are read from its results:
-success (base <- expert) and other way (base <- a teacher that works the sums out from the right). New here:
+Base, questions, expert and settings are those of real.py, whose runs of the same seeds are read
+from its results: success (base <- expert) and other way (base <- a teacher that works the sums
+out from the right). New here:
 
-    sampled, full  base <- expert by Eq. 3 and Eq. 4                                                       (2.2)
-    reverse        expert <- base: the student's own earlier self teaches                                  (3.3)
-    unaligned      the same questions in other words, under another system prompt: not as the teacher was post-trained,
-                   and not as all are measured (the paper measures under the teacher's template, too)      (5.2)
-    first 30 %     responses of 8 tokens, of 27 that a solution takes; measured at 48 (arXiv 2605.27028, 2605.31490)
-    one prompt     the same question 16 times a step                                                       (2609.04172)
-    words          base <- a copy that is fine-tuned on the sums in words, "Five plus six is eleven, ...", until it is
-                   right .8 of the time: a way that the base does not have                                 (3.1)
-    words, cold    the same after a cold start on its answers                                              (5.1)
+    sampled, full  base <- expert by Eq. 3 and Eq. 4 (2.2)
+    reverse        expert <- base: the student's own earlier self teaches (3.3)
+    unaligned      the same questions in other words, under another system prompt: not as the
+                   teacher was post-trained, and not as all are measured (the paper measures under
+                   the teacher's template, too) (5.2)
+    first 30 %     responses of 8 tokens, of 27 that a solution takes; measured at 48 (arXiv
+                   2605.27028, 2605.31490)
+    one prompt     the same question 16 times a step (2609.04172)
+    words          base <- a copy that is fine-tuned on the sums in words, "Five plus six is
+                   eleven, ...", until it is right .8 of the time: a way that the base does not
+                   have (3.1)
+    words, cold    the same after a cold start on its answers (5.1)
 
-Criteria, fixed before the first run, those of the toy where it has one; three seeds, paired prompt by prompt:
-    2.2 estimators  sampled and success both end equal to full (lab.equal: within noise, and .05 noise included)
+Criteria, fixed before the first run, those of the toy where it has one; three seeds, paired
+prompt by prompt:
+    2.2 estimators  sampled and success both end equal to full (lab.equal: within noise, and .05
+                    noise included)
     3.3 reverse     ends equal to its teacher
     3.3 lost        loses .8 or more of what the expert had gained over the base, mean over seeds
     5.2 template    success ends above unaligned by more than noise
     one prompt      gains half of what success does, or more
     first 30 %      gains .8 of it, or more
-    low KL          other way and words, where accuracy falls: the held-out reverse KL ends below half of what it was
-    words           a mass lies below .95 at the first step, and the gain is below half of that of success
+    low KL          other way and words, where accuracy falls: the held-out reverse KL ends below
+                    half of what it was
+    words           a mass lies below .95 at the first step, and the gain is below half of that of
+                    success
     words, cold     ends above words by more than noise
 
-    python experiments/again.py --base DIR_OR_HUB --real experiments/results/real.json   results/again.{json,txt,svg}
+    python experiments/again.py --base DIR_OR_HUB --real experiments/results/real.json
+    writes results/again.{json,txt,svg}
 
-Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of success is cut off at
-48 tokens.
+Two and a half hours a seed, of one thread. 6.1's long budgets need no run: hardly a response of
+success is cut off at 48 tokens.
 """
 
 import json
@@ -37,7 +47,7 @@ from pathlib import Path
 from statistics import mean
 
 import plot
-from lab import difference, equal, main, told, verdicts, write_text
+from lab import difference, encoded, equal, load, main, told, verdicts, write_text
 from real import (
     MICRO,
     NEW_TOKENS,
@@ -53,8 +63,6 @@ from real import (
 )
 
 from plumbing.answers import answered
-from plumbing.prompts import load_prompts
-from teacher import Pair
 
 NEEDED = {
     "base": "the chat model of real.py",
@@ -78,26 +86,27 @@ RUNS = {  # name -> (student, teacher, settings)
     "words": ("base", "words", {}),
     "words, cold": ("base", "words", COLD),
 }
-WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-    seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five twenty-six
-    twenty-seven""".split()
+WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen
+fifteen sixteen
+    seventeen eighteen nineteen twenty twenty-one twenty-two twenty-three twenty-four twenty-five
+    twenty-six twenty-seven""".split()
 
 
 def in_words(a, b, c):
     return (
-        f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[a + b]}, {WORDS[a + b]} plus {WORDS[c]} is "
-        f"{WORDS[a + b + c]}. Answer: {a + b + c}"
+        f"{WORDS[a].capitalize()} plus {WORDS[b]} is {WORDS[a + b]}, "
+        f"{WORDS[a + b]} plus {WORDS[c]} is {WORDS[a + b + c]}. Answer: {a + b + c}"
     )
 
 
 def teach_words(base, world, seed, quick):
-    """world/words, made where it is not there: rounds of fine-tuning, until it answers .8 of new questions rightly."""
+    """world/words, made where it is not there: rounds of fine-tuning, until it answers .8 of new
+    questions rightly."""
     if (world / "words" / "tokenizer_config.json").exists():
         return
-    pair, draw = Pair.load(base, base, micro_batch_tokens=MICRO), random.Random(seed)
-    rows = pair.encode(
-        load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS
-    )
+    pair = load(base, base, device="auto", micro_batch_tokens=MICRO)
+    draw = random.Random(seed)
+    rows = encoded(pair, world / "prompts.jsonl", max_prompt_tokens=512, new_tokens=NEW_TOKENS)
     for number in range(1 if quick else 12):
         fine_tune(
             pair,
@@ -132,7 +141,8 @@ def runs_of(path, seed, names, script):
     ]
     if len(found) < len(names):
         raise SystemExit(
-            f"{path} has no runs of seed {seed}: python experiments/{script} --seeds {seed} makes them"
+            f"{path} has no runs of seed {seed}: "
+            f"python experiments/{script} --seeds {seed} makes them"
         )
     return found
 
@@ -229,8 +239,8 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'run':11} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} {'reverse KL':>15} "
-        f"{'cut off':>7} {'s':>5}"
+        f"{'run':11} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} "
+        f"{'reverse KL':>15} {'cut off':>7} {'s':>5}"
     ]
     for r in made["runs"]:
         a, b = r["held_out_before"], r["held_out_after"]
@@ -248,7 +258,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "again",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         NEEDED,

@@ -1,15 +1,19 @@
-"""experiments/bench.py: what a step costs, beside what people would use instead. Ratios, side by side, alternating.
+"""experiments/bench.py: what a step costs, beside what people would use instead. Ratios, side by
+side, alternating.
 
-rollout   tokens a second against generate and generate_batch (continuous batching) of transformers: same model,
-          prompts and sampling, n = 4; lengths as they come ("uneven") and all alike ("even"); and the time of a
-          token against the time that reading the weights once takes on this machine
-loss      peak memory and time of in_chunks against whole tensors and plain autograd, growing N and vocabulary
+rollout   tokens a second against generate and generate_batch (continuous batching) of
+          transformers: same model, prompts and sampling, n = 4; lengths as they come ("uneven")
+          and all alike ("even"); and the time of a token against the time that reading the weights
+          once takes on this machine
+loss      peak memory and time of in_chunks against whole tensors and plain autograd, growing N and
+          vocabulary
 step      seconds by phase and peak memory of opd.py, one setting changed at a time
 processes the toy's step in two processes of one thread beside one process of one thread and of two
 trl       the whole step against TRL's DistillationTrainer, in an environment of its own
 
 python experiments/bench.py                          on a toy pair, made first
-python experiments/bench.py --student S --teacher T --prompts F.jsonl --max-new-tokens 256       and on another
+python experiments/bench.py --student S --teacher T --prompts F.jsonl --max-new-tokens 256
+                                                     and on another
 python experiments/bench.py --trl PYTHON             a python that has trl and datasets
 python experiments/bench.py --quick                  does it run?
 python experiments/bench.py --report A.json B.json   parts that ran one by one
@@ -30,21 +34,20 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import gpu
 import torch
 import transformers
-from lab import ROOT, join, opd, toy, write_text
+from lab import PRESETS, ROOT, Config, first_sentence, join, opd, toy, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loss
 import teacher
 from plumbing.files import provenance, write_json
 from plumbing.flags import check_run
-from plumbing.processes import batch, one_of_several
+from plumbing.processes import one_of_several
 from plumbing.prompts import encode, encode_for, load_prompts, questions
 from plumbing.run import Run
-from plumbing.slots import fastest
-from rollout import left_pad, rollout
+from plumbing.slots import rollout
+from rollout import batch, left_pad
 
 GIB = 2**30
 PARTS = ("rollout", "loss", "step", "processes", "trl")
@@ -57,11 +60,14 @@ EAGER = 6  # N x V tensors that eager holds; what would not fit is left out
 def alternate(arms, repeats):
     """Run the functions of {name: f} in turn: -> {name: [what f returned, ...]}.
 
-    A round before is not counted, but for an arm five times slower than the quickest in it, which is left at that.
+    A round before is not counted, but for an arm five times slower than the quickest in it, which
+    is left at that.
     """
     first, seconds = {}, {}
     for name, f in arms.items():
-        seconds[name] = clock(lambda: first.update({name: f()}))
+        started = time.perf_counter()
+        first[name] = f()
+        seconds[name] = time.perf_counter() - started
     slow = {name for name in arms if seconds[name] > 5 * min(seconds.values())}
     results = {name: [first[name]] if name in slow else [] for name in arms}
     for _ in range(repeats):
@@ -78,7 +84,8 @@ def clock(f):
 
 
 def in_a_process(python, what, *, processes=1, threads=None, **how):
-    """`what` of this file in a fresh process, or several, for a peak of memory of its own: -> its result."""
+    """`what` of this file in a fresh process, or several, for a peak of memory of its own: -> its
+    result."""
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -98,123 +105,114 @@ def in_a_process(python, what, *, processes=1, threads=None, **how):
 
 
 def peak():
-    """Bytes of this process at their peak. Linux; getrusage would report the parent's where that is larger."""
+    """Bytes of this process at their peak. Linux; getrusage would report the parent's where that
+    is larger."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-# --- rollout -------------------------------------------------------------------------------------------------------
+# --- rollout --------------------------------------------------------------------------------------
 
 
 def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
-    """model: a directory; prompts: a file; batched: generate_batch too: -> results, one an arm and kind of length."""
+    """model: a directory; prompts: a file; batched: generate_batch too: -> results, one an arm
+    and kind of length."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = [
         encode(tokenizer, row["prompt"]) for row in load_prompts(prompts)[: 4 if quick else 16]
     ]
-    pad_id, n = tokenizer.pad_token_id or 0, 4
-    rows = []
-    for kind, eos_ids in (("uneven", teacher.eos_ids(model, tokenizer)), ("even", set())):
-        T = max_new_tokens if eos_ids else max_new_tokens // 4
-        lengths = {}
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            max_new_tokens=T,
-            num_return_sequences=n,
-            pad_token_id=pad_id,
-            eos_token_id=sorted(eos_ids) or None,
+    pad_id = tokenizer.pad_token_id or 0
+    arms = ("ours", "generate", "generate_batch")[: 3 if batched else 2]
+    repeats = 1 if quick else 3
+    uneven = sorted(teacher.eos_ids(model, tokenizer))
+    return [
+        *rates("uneven", name, model, prompts, max_new_tokens, uneven, pad_id, arms, repeats),
+        *rates("even", name, model, prompts, max_new_tokens // 4, [], pad_id, arms, repeats),
+        floor(name, model, prompts, pad_id),
+    ]
+
+
+def rates(lengths, name, model, prompts, max_new_tokens, eos_ids, pad_id, arms, repeats, n=4):
+    """Tokens a second of several ways to write: -> results, one an arm."""
+    written = {}
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        num_return_sequences=n,
+        pad_token_id=pad_id,
+        eos_token_id=eos_ids or None,
+    )
+    model.generation_config = config
+
+    def ours():
+        r = rollout(
+            model,
+            prompts,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            pad_id=pad_id,
+            seeds=list(range(len(prompts))),
         )
+        return r.response_mask.sum(1).tolist()
 
-        def ours():
-            r = rollout(
-                model,
-                prompts,
-                n=n,
-                max_new_tokens=T,
-                eos_ids=eos_ids,
-                pad_id=pad_id,
-                decoder=fastest,
-                seeds=list(range(len(prompts))),
-            )
-            return r.response_mask.sum(1).tolist()
+    def theirs():
+        torch.manual_seed(0)
+        ids, mask = left_pad(prompts, pad_id)
+        out = model.generate(ids, attention_mask=mask.long(), generation_config=config)
+        out = out[:, ids.size(1) :]
+        ends = torch.isin(out, torch.tensor(eos_ids, dtype=torch.long))
+        return torch.where(ends.any(1), ends.int().argmax(1) + 1, out.size(1)).tolist()
 
-        def theirs():
-            torch.manual_seed(0)
-            ids, mask = left_pad(prompts, pad_id)
-            out = model.generate(ids, attention_mask=mask.long(), generation_config=config)[
-                :, ids.size(1) :
-            ]
-            ends = torch.isin(out, torch.tensor(sorted(eos_ids), dtype=torch.long))
-            return torch.where(ends.any(1), ends.int().argmax(1) + 1, out.size(1)).tolist()
+    def continuous():
+        torch.manual_seed(0)
+        out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
+        model.set_attn_implementation("sdpa")  # it leaves its own behind
+        return [len(x.generated_tokens) for x in out.values()]
 
-        def continuous():
-            torch.manual_seed(0)
-            out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
-            model.set_attn_implementation("sdpa")  # it leaves its own behind
-            return [len(x.generated_tokens) for x in out.values()]
+    def rate(arm, f):
+        started = time.perf_counter()
+        written[arm] = f()
+        return sum(written[arm]) / (time.perf_counter() - started)
 
-        def rate(arm, f):
-            started = time.perf_counter()
-            lengths[arm] = f()
-            return sum(lengths[arm]) / (time.perf_counter() - started)
-
-        arms = {
-            "ours": ours,
-            "generate": theirs,
-            **({"generate_batch": continuous} if batched else {}),
+    ways = {"ours": ours, "generate": theirs, "generate_batch": continuous}
+    made = alternate({arm: partial(rate, arm, ways[arm]) for arm in arms}, repeats)
+    return [
+        {
+            "part": "rollout",
+            "model": name,
+            "lengths": lengths,
+            "arm": arm,
+            "sequences": len(prompts) * n,
+            "tokens": sum(written[arm]),
+            "longest": max(written[arm]),
+            "tokens_per_second": made[arm],
+            "ratio": [a / b for a, b in zip(made["ours"], made[arm] * len(made["ours"]))],
         }
-        model.generation_config = config
-        rates = alternate(
-            {arm: partial(rate, arm, f) for arm, f in arms.items()}, 1 if quick else 3
-        )
-        for arm in rates:
-            rows.append(
-                {
-                    "part": "rollout",
-                    "model": name,
-                    "lengths": kind,
-                    "arm": arm,
-                    "sequences": len(prompts) * n,
-                    "tokens": sum(lengths[arm]),
-                    "longest": max(lengths[arm]),
-                    "tokens_per_second": rates[arm],
-                    "ratio": [
-                        a / b for a, b in zip(rates["ours"], rates[arm] * len(rates["ours"]))
-                    ],
-                }
-            )
-    return rows + [floor(name, model, prompts, pad_id)]
+        for arm in made
+    ]
 
 
 def floor(name, model, prompts, pad_id):
-    """The time of one more token, at one row and at all, beside that of reading every weight once."""
+    """The time of one more token, at one row and at all, beside that of reading every weight
+    once."""
     once = {id(p): p for p in model.parameters()}
     if not model.config.tie_word_embeddings:
         del once[id(model.get_input_embeddings().weight)]  # of this one a row is read
     weights, memory = sum(p.numel() * p.element_size() for p in once.values()), torch.ones(2**28)
     bandwidth = memory.numel() * 4 / median(clock(memory.sum) for _ in range(5))
+
+    def seconds(rows, tokens):
+        how = dict(max_new_tokens=tokens, eos_ids=(), pad_id=pad_id)
+        write = partial(rollout, model, (prompts * 4)[:rows], **how)
+        return median(clock(write) for _ in range(3))
+
     step = {}
     for rows in (1, len(prompts) * 4):
-        short, long = (
-            median(
-                clock(
-                    lambda: rollout(
-                        model,
-                        (prompts * 4)[:rows],
-                        max_new_tokens=T,
-                        eos_ids=(),
-                        pad_id=pad_id,
-                        decoder=fastest,
-                    )
-                )
-                for _ in range(3)
-            )
-            for T in (1, 17)
-        )
-        step[rows] = (long - short) / 16
+        step[rows] = (seconds(rows, 17) - seconds(rows, 1)) / 16
     return {
         "part": "floor",
         "model": name,
@@ -225,7 +223,7 @@ def floor(name, model, prompts, pad_id):
     }
 
 
-# --- loss ----------------------------------------------------------------------------------------------------------
+# --- loss -----------------------------------------------------------------------------------------
 
 
 OBJECTIVES = {
@@ -255,12 +253,22 @@ def learn(arm, objective, inputs):
 
     h_p, h_q, head_p, head_q, y = inputs
     h_p.grad = head_p.weight.grad = None
+
+    def log_p_of(h):
+        return head_p(h).log_softmax(-1)
+
+    def log_q_of(h):
+        return head_q(h).log_softmax(-1)
+
     if arm == "ours":
-        loss.in_chunks(per_position, *inputs, scale=1.0)
+        V = head_p.out_features
+        chunk = max(128, teacher.LOGITS_OF_A_CHUNK["cpu"] // V)  # teacher.Pair's
+        values = loss.in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk)
     else:
         with torch.no_grad():
-            log_q = head_q(h_q).log_softmax(-1)
-        per_position(head_p(h_p).log_softmax(-1), log_q, y)["loss"].sum().backward()
+            log_q = log_q_of(h_q)
+        values = per_position(log_p_of(h_p), log_q, y)
+    values["loss"].sum().backward()
 
 
 def loss_memory(arm, objective, N, V):
@@ -306,41 +314,42 @@ def bench_loss(quick):
     return rows
 
 
-# --- the whole step ------------------------------------------------------------------------------------------------
+# --- the whole step -------------------------------------------------------------------------------
 
 
 def our_step(steps, **settings):
-    """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases, "tokens", "bytes"}.
+    """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases,
+    "tokens", "bytes"}.
 
-    Of the phases "teacher" is the teacher's trunk, and "update" all that comes after the rollout but that.
+    Of the phases "teacher" is the teacher's trunk, and "update" all that comes after the rollout
+    but that.
     """
-    cfg, rows, spent = opd.Config(**settings, out=tempfile.mkdtemp() + "/run"), [], []
+    cfg = Config(**settings, out=tempfile.mkdtemp() + "/run")
+    rows = []
+    spent = []
     with one_of_several(cfg.device), Run(check_run(cfg)) as run:  # as opd.distil begins
-        asked = questions(cfg)[0]
+        texts, _, _ = questions(cfg)
         pair = run.load_pair()
-        train, optimizer = encode_for(cfg, pair, asked), opd.adamw(cfg, pair.student)
-        student, graded_by = pair.splits
+        train = encode_for(cfg, pair, texts)
+        optimizer = opd.adamw(cfg, pair.student)
 
-        def trunk(ids, mask):
+        def states(model, part):
             started = time.perf_counter()
-            h = graded_by.trunk(ids, mask)
-            spent.append(time.perf_counter() - started)
+            h = teacher.states(model, part)
+            if model is pair.teacher:
+                spent.append(time.perf_counter() - started)
             return h
 
-        pair.splits = (student, graded_by._replace(trunk=trunk))
+        opd.states = states
         for step in range(steps + 1):
             chosen = [train[i] for i in batch(len(train), step, cfg.batch_size, cfg.seed)]
             spent.clear()
             started = time.perf_counter()
-            row = opd.update(cfg, pair, optimizer, chosen, step)[1]
-            rows.append(
-                {
-                    **row,
-                    "seconds": time.perf_counter() - started,
-                    "time_teacher": sum(spent),
-                    "time_update": row["time_update"] - sum(spent),
-                }
-            )
+            _, row = opd.update(cfg, pair, optimizer, chosen, step)
+            row["seconds"] = time.perf_counter() - started
+            row["time_teacher"] = sum(spent)
+            row["time_update"] -= sum(spent)
+            rows.append(row)
     return {
         **{
             name: median(row[name] for row in rows[1:])
@@ -351,7 +360,8 @@ def our_step(steps, **settings):
 
 
 def trl_step(steps, student, teacher, prompts, batch_size, max_new_tokens, lr):
-    """The same of TRL: reverse KL (beta 1) on what the student samples from its full softmax, float32."""
+    """The same of TRL: reverse KL (beta 1) on what the student samples from its full softmax,
+    float32."""
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -434,7 +444,8 @@ def bench_step(pairs, quick):
 
 
 def bench_processes(pair, quick):
-    """Tokens a second of the toy, per process as many prompts as before ("weak"), and as many in all ("strong")."""
+    """Tokens a second of the toy, per process as many prompts as before ("weak"), and as many in
+    all ("strong")."""
     rows = []
     for B in (64,) if quick else (64, 256):
 
@@ -483,8 +494,8 @@ def bench_trl(python, pairs, quick):
         steps = 2 if quick else 20 if name == "toy" else 3
         made = alternate(
             {
-                "ours": lambda: in_a_process(sys.executable, "step", steps=steps, **pair),
-                "trl": lambda: in_a_process(python, "trl", steps=steps, **pair),
+                "ours": partial(in_a_process, sys.executable, "step", steps=steps, **pair),
+                "trl": partial(in_a_process, python, "trl", steps=steps, **pair),
             },
             1 if quick else 3,
         )
@@ -502,7 +513,7 @@ def bench_trl(python, pairs, quick):
     return rows
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def spread(x, form=".2f"):
@@ -517,12 +528,13 @@ def report(rows):
             lines.append(
                 f"rollout {r['model']:5} {r['lengths']:6} {r['sequences']:4d} sequences, mean "
                 f"{r['tokens'] / r['sequences']:5.1f}, longest {r['longest']:4d}: {r['arm']:14} "
-                f"{median(r['tokens_per_second']):7.0f} tokens/s, ours is {spread(r['ratio'])} times as fast"
+                f"{median(r['tokens_per_second']):7.0f} tokens/s, "
+                f"ours is {spread(r['ratio'])} times as fast"
             )
         if r["part"] == "floor":
             lines.append(
-                f"decode {r['model']}: {r['weights'] / 1e6:.1f} MB of weights at {r['bandwidth'] / 1e9:.1f} "
-                f"GB/s take {r['floor'] * 1e3:.2f} ms; a token takes "
+                f"decode {r['model']}: {r['weights'] / 1e6:.1f} MB of weights at "
+                f"{r['bandwidth'] / 1e9:.1f} GB/s take {r['floor'] * 1e3:.2f} ms; a token takes "
                 + ", ".join(
                     f"{s * 1e3:.2f} ms at {rows} rows ({r['floor'] / s:.0%} of the floor's speed)"
                     for rows, s in r["seconds_a_token"].items()
@@ -549,33 +561,37 @@ def report(rows):
     for r in rows:
         if r["part"] == "loss time":
             lines.append(
-                f"loss {r['objective']:7} V = {r['V']:6d}: N {r['N']}: {median(r['seconds']['ours']):.2f} s, "
+                f"loss {r['objective']:7} V = {r['V']:6d}: N {r['N']}: "
+                f"{median(r['seconds']['ours']):.2f} s, "
                 f"{spread(r['ratio'])} of eager's time"
             )
         elif r["part"] == "step":
             lines.append(
-                f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = rollout {r['time_rollout']:.3f} "
-                f"+ teacher {r['time_teacher']:.3f} + update {r['time_update']:.3f}; "
+                f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = "
+                f"rollout {r['time_rollout']:.3f} + teacher {r['time_teacher']:.3f} "
+                f"+ update {r['time_update']:.3f}; "
                 f"{r['tokens'] / r['seconds']:6.0f} tokens/s, peak {r['bytes'] / 1e9:.2f} GB"
             )
         elif r["part"] == "processes":
             lines.append(
                 f"processes toy, {r['batch_size']:3d} prompts, {r['arm']:27}: "
-                f"{median(r['tokens_per_second']):6.0f} tokens/s, {spread(r['ratio'])} times the first's"
+                f"{median(r['tokens_per_second']):6.0f} tokens/s, "
+                f"{spread(r['ratio'])} times the first's"
             )
         elif r["part"] == "trl":
             faster = [a / b for a, b in zip(r["trl seconds"], r["ours seconds"])]
             smaller = [a / b for a, b in zip(r["ours bytes"], r["trl bytes"])]
             lines.append(
                 f"trl {r['model']}: ours {median(r['ours seconds']):.3f} s a step, TRL "
-                f"{median(r['trl seconds']):.3f} s: {spread(faster)} times as fast, {spread(smaller)} of its "
-                f"peak memory ({median(r['ours bytes']) / 1e9:.2f} and {median(r['trl bytes']) / 1e9:.2f} GB)"
+                f"{median(r['trl seconds']):.3f} s: {spread(faster)} times as fast, "
+                f"{spread(smaller)} of its peak memory "
+                f"({median(r['ours bytes']) / 1e9:.2f} and {median(r['trl bytes']) / 1e9:.2f} GB)"
             )
     return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=first_sentence(__doc__))
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
         "--world",
@@ -607,6 +623,8 @@ def main():
     )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # of in_a_process
     if "--device" in sys.argv:
+        import gpu
+
         return gpu.main(sys.argv[1:])
     flags = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -628,7 +646,7 @@ def main():
         flags.generate_batch = []
     if not (world / "teacher" / "config.json").exists():
         toy.make_all(world)
-    preset = {name: opd.PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}
+    preset = {name: PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}
     pairs = {
         "toy": dict(
             student=str(world / "student"),

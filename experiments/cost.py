@@ -1,64 +1,80 @@
-"""experiments/cost.py: what dense rewards cost, and how much of the vocabulary they need (paper 6 and 2.2), toy world.
+"""experiments/cost.py: what dense rewards cost, and how much of the vocabulary they need (paper 6
+and 2.2), toy world.
 
-6.1 short, long the success pair (small <- big, post-trained) with response budgets of 8 to 192 tokens; a solution takes
-                some 33. Hold if 48 is better than the shortest, and than the longest, by more than noise (here and
-                below two standard errors, lab.difference). Where 48 cuts nothing off, a longer budget can only be worse
-                if responses grow, as the paper's do; the table has both
-6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here no budget collapses,
-                but the pair that fails does (small <- other family's): holds if in every seed its entropy passes 1.5
-                nats in the last quarter of the 96 positions before it does in the first (in five earlier runs, of
-                recipe.py at commit 54e2e90: in two). A quarter speaks once it holds a fourth of the tokens it ever does
-6.1 depth       teacher and student finish the student's responses from four depths. Holds if the teacher's gain falls
-                from each depth to the next, to a quarter of the first or less. (A first version asked for 0 within two
-                standard errors at the last; seed 0 had +.046, +-.006, at commit 54e2e90.) It says little: if slips fall
-                evenly, cannot be undone, and the teacher is as good on any right beginning as on its own, the gain at
-                depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies; this stands beside it
-6.2 global      AUROC of a response's mean reward for its being right, with the teacher that succeeds, and with the two
-                that fail: the bigger one of the same pipeline (the paper's case), which teaches nothing, and the other
-                family's, which ruins the student. Holds if all are .6 or more, and those no more than .1 behind. The
-                reward where a response first goes wrong stands beside it. (6.2 success: the first alone, as in real.py;
-                judged after the runs)
-6.2 coherence   the gradients of single positions with the same three. The paper supposes that a failing teacher's are
-                large and cancel: holds for each of the two if, at step 0, where all three grade the same tokens, they
-                are larger than the successful teacher's, and their sum smaller beside them (`coherence` below; the
-                mean cosine of two positions, which weighs small ones alike, may say otherwise: it is printed and drawn)
-6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4, 16, 32, all. Holds
-                if, after 100 steps, 1 ends below 16 of the same objective by more than noise, and no other does, nor by
-                lab.MARGIN, noise included; the
-                noisy one, the sampled token, is asked after 800 (after 100, when all were, it was .023 behind, noise
-                .016, and still rising: commit 5ae144f)
-2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the gradient of the output head
-                from one batch to the next, how far does its mean point where Eq. 4 points, and what does a step take?
-                Holds if all end equal to Eq. 4 (lab.equal) after 800 steps. (Asked after 200, at commit
-                5ae144f, they were .04 to .05 behind and still rising. 800 were chosen with runs of seed 0 in view)
+6.1 short, long the success pair (small <- big, post-trained) with response budgets of 8 to 192
+                tokens; a solution takes some 33. Hold if 48 is better than the shortest, and than
+                the longest, by more than noise (here and below two standard errors,
+                lab.difference). Where 48 cuts nothing off, a longer budget can only be worse if
+                responses grow, as the paper's do; the table has both
+6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here
+                no budget collapses, but the pair that fails does (small <- other family's): holds
+                if in every seed its entropy passes 1.5 nats in the last quarter of the 96
+                positions before it does in the first (in five earlier runs, of recipe.py at commit
+                54e2e90: in two). A quarter speaks once it holds a fourth of the tokens it ever
+                does
+6.1 depth       teacher and student finish the student's responses from four depths. Holds if the
+                teacher's gain falls from each depth to the next, to a quarter of the first or
+                less. (A first version asked for 0 within two standard errors at the last; seed 0
+                had +.046, +-.006, at commit 54e2e90.) It says little: if slips fall evenly, cannot
+                be undone, and the teacher is as good on any right beginning as on its own, the
+                gain at depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies; this
+                stands beside it
+6.2 global      AUROC of a response's mean reward for its being right, with the teacher that
+                succeeds, and with the two that fail: the bigger one of the same pipeline (the
+                paper's case), which teaches nothing, and the other family's, which ruins the
+                student. Holds if all are .6 or more, and those no more than .1 behind. The reward
+                where a response first goes wrong stands beside it. (6.2 success: the first alone,
+                as in real.py; judged after the runs)
+6.2 coherence   the gradients of single positions with the same three. The paper supposes that a
+                failing teacher's are large and cancel: holds for each of the two if, at step 0,
+                where all three grade the same tokens, they are larger than the successful
+                teacher's, and their sum smaller beside them (`coherence` below; the mean cosine of
+                two positions, which weighs small ones alike, may say otherwise: it is printed and
+                drawn)
+6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4,
+                16, 32, all. Holds if, after 100 steps, 1 ends below 16 of the same objective by
+                more than noise, and no other does, nor by lab.MARGIN, noise included; the noisy
+                one, the sampled token, is asked after 800 (after 100, when all were, it was .023
+                behind, noise .016, and still rising: commit 5ae144f)
+2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the
+                gradient of the output head from one batch to the next, how far does its mean point
+                where Eq. 4 points, and what does a step take? Holds if all end equal to Eq. 4
+                (lab.equal) after 800 steps. (Asked after 200, at commit 5ae144f, they were .04 to
+                .05 behind and still rising. 800 were chosen with runs of seed 0 in view)
 
     python experiments/cost.py              three seeds; results/cost.{json,txt,svg}
     python experiments/cost.py --quick      one seed, few steps: does it run?
 """
 
 import math
+from functools import partial
 from statistics import mean
 
 import plot
 import torch
 from lab import (
     MARGIN,
+    Config,
     analysis,
     difference,
     distil,
+    encoded,
     equal,
+    load,
     main,
-    models,
+    make_models,
     opd,
     told,
     toy,
     verdicts,
+    write,
     write_text,
 )
 
 from plumbing.answers import answered, read_answer, same_answer
-from plumbing.prompts import load_prompts
-from teacher import Pair, micro_batches, states
+from plumbing.figures import read_rows
+from rollout import log_softmax
+from teacher import grade, log_softmax_of, micro_batches, states
 
 BUDGETS = (8, 16, 24, 32, 48, 96, 192)
 SUPPORTS = {
@@ -81,7 +97,7 @@ TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
 
 
 def seed_runs(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     steps, runs = 4 if quick else 100, []
 
     def run(part, arm, teacher="teacher", **settings):
@@ -104,7 +120,7 @@ def seed_runs(seed, world, scratch, quick):
                 "arm": arm,
                 "seed": seed,
                 **found,
-                "passed": passed(plot.read_rows(out)),
+                "passed": passed(read_rows(out)),
                 "accuracies": [x for x in curves["accuracy"] if x is not None],
                 "overlap": curves["overlap_ratio"][-1],
                 "length": curves["response_length"][-1],
@@ -143,20 +159,11 @@ def seed_runs(seed, world, scratch, quick):
     return runs
 
 
-def encoded(pair, world, count):
-    return pair.encode(
-        load_prompts(world / "prompts.jsonl")[:count], max_prompt_tokens=64, new_tokens=192
-    )
-
-
-def load(student, teacher):
-    return Pair.load(student, teacher, device="cpu")
-
-
 def passed(rows, nats=1.5):
-    """The first step of a run at which the student's entropy is above that many nats in the mean over the tokens of the
-    first and of the last quarter of the positions: {"front", "back"}, None where it never is. Steps are left out at
-    which a quarter holds less than a fourth of the tokens that it does at another: one response that got lost.
+    """The first step of a run at which the student's entropy is above that many nats in the mean
+    over the tokens of the first and of the last quarter of the positions: {"front", "back"}, None
+    where it never is. Steps are left out at which a quarter holds less than a fourth of the
+    tokens that it does at another: one response that got lost.
     """
     rows, found = [row["by_position"] for row in rows], {}
     quarter = max(len(row["tokens"]) for row in rows) // 4
@@ -178,14 +185,16 @@ def passed(rows, nats=1.5):
 
 
 def signal(student, teacher, world, seed, quick, slips):
-    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the student visits.
+    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the
+    student visits.
 
-    slips: and the mean reward where a response first goes wrong; for a student that thinks as its family does.
+    slips: and the mean reward where a response first goes wrong; for a student that thinks as its
+    family does.
     """
     pair, count = load(student, teacher), 16 if quick else 256
-    rows = encoded(pair, world, count)
-    r = pair.write([row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
-    grid = pair.grade(r, lambda *x: analysis.diagnose(*x, 16))  # {name: (B, T)}
+    rows = encoded(pair, world / "prompts.jsonl", count)
+    r = write(pair, [row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
+    grid = grade(pair, r, partial(analysis.diagnose, k=16))  # {name: (B, T)}
     right = torch.tensor(
         [
             same_answer(
@@ -203,7 +212,7 @@ def signal(student, teacher, world, seed, quick, slips):
         at = toy.first_slip(r.response_ids(i), digits, len(digits))
         if at is not None and at < len(r.response_ids(i)):
             at_slips.append(reward[at].item())
-    gradients = logit_gradients(pair, r, opd.objective(opd.Config()))
+    gradients = logit_gradients(pair, r, partial(opd.objective, Config()))
     return {
         **coherence(gradients),
         "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
@@ -217,39 +226,39 @@ def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=
     """What each position of a rollout asks of the output head, a chunk at a time:
     yields g (c, V) = d loss / d logits, h (c, H).
 
-    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is the outer product
-    g_t h_t'. Where a model does more than a linear head (Split.own_logits) h is 1 and only the logits are compared.
+    objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is
+    the outer product g_t h_t'. Where a model does more than a linear head, h is 1 and only the
+    logits are compared.
     """
-    student, teacher = pair.splits
-    for rows, columns in micro_batches(r.attention_mask, pair.micro_batch_tokens):
-        ids, mask, is_response = (
-            x[rows, columns] for x in (r.ids, r.attention_mask, r.is_response)
-        )  # (b, L)
+    student = pair.student
+    log_q_of = log_softmax_of(pair, pair.teacher, teacher_temperature)
+    for part in micro_batches(r, pair.micro_batch_tokens):
         with torch.no_grad(), pair.autocast():
-            h_p, h_q = (
-                states(s.trunk, ids, mask, is_response) for s in (student, teacher)
-            )  # (N, H), (N, H')
-        for h_p, h_q, y in zip(*(x.split(chunk) for x in (h_p, h_q, ids[is_response]))):
+            h_p = states(student, part)  # (N, H)
+            h_q = states(pair.teacher, part)  # (N, H')
+        for start in range(0, len(part.y), chunk):
+            c = slice(start, start + chunk)
+            h = h_p[c]
             with torch.no_grad(), pair.autocast():
-                z, log_q = (
-                    student.head(h_p).float(),
-                    (teacher.head(h_q).float() / teacher_temperature).log_softmax(-1),
-                )
-            z = z.requires_grad_()  # (c, V)
+                z = student.get_output_embeddings()(h) if student.linear_head else h
+                log_q = log_q_of(h_q[c])  # (c, V)
+            z = z[:, : pair.vocab_size].float().requires_grad_()  # (c, V)
             with torch.enable_grad():
-                loss = objective((z / temperature).log_softmax(-1), log_q, y).sum()
-            yield (
-                torch.autograd.grad(loss, z)[0],
-                torch.ones_like(z[:, :1]) if student.own_logits else h_p.float(),
-            )
+                loss = objective(log_softmax(z, temperature), log_q, part.y[c]).sum()
+            (g,) = torch.autograd.grad(loss, z)
+            yield g, h.float() if student.linear_head else torch.ones_like(z[:, :1])
 
 
 def coherence(chunks):
-    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g (c, V), h (c, H).
+    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g
+    (c, V), h (c, H).
 
-    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they cancel
-    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) / sum |G_t|
-    cosine     the mean cosine between two different positions, each weighing the same; its null is 0
+    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they
+               cancel
+    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) /
+               sum |G_t|
+    cosine     the mean cosine between two different positions, each weighing the same; its null is
+               0
     size       mean_t |G_t|, and positions, how many have a gradient at all
     The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
     """
@@ -273,47 +282,45 @@ def coherence(chunks):
 
 
 def depths(world, seed, quick):
-    """Gain of the teacher over the student who finish the student's responses, its s.e. over prompts, and what it would
-    be if the teacher were as good on any right beginning (6.1 depth, above): a dict a depth.
+    """Gain of the teacher over the student who finish the student's responses, its s.e. over
+    prompts, and what it would be if the teacher were as good on any right beginning (6.1 depth,
+    above): a dict a depth.
     """
     pair = load(world / "student", world / "teacher")
-    rows = encoded(pair, world, 16 if quick else 512)
-    r = pair.write([row["ids"] for row in rows], max_new_tokens=96, seed=seed)
-    found = analysis.continuation(
-        pair,
-        rows,
-        [r.response_ids(i) for i in range(len(rows))],
-        answered=answered,
-        n=4,
-        max_new_tokens=96,
-        seed=seed,
-    )
-    s, t = (found[0.0][model].mean().item() for model in (1, 2))
+    rows = encoded(pair, world / "prompts.jsonl", 16 if quick else 512)
+    r = write(pair, [row["ids"] for row in rows], max_new_tokens=96, seed=seed)
+    responses = [r.response_ids(i) for i in range(len(rows))]
+    how = dict(answered=answered, n=4, max_new_tokens=96, seed=seed)
+    found = {
+        depth: analysis.continuation(pair, rows, responses, depth, **how)
+        for depth in analysis.DEPTHS
+    }
+    s = found[0.0]["student"].mean().item()
+    t = found[0.0]["teacher"].mean().item()
     return [
         {
             "depth": depth,
-            "tokens": tokens,
-            **analysis.estimate(gain),
+            "tokens": x["tokens"],
+            **analysis.estimate(x["teacher"] - x["student"]),
             "even": s**depth * (t ** (1 - depth) - s ** (1 - depth)),
         }
-        for depth, (gain, _, _, tokens) in found.items()
+        for depth, x in found.items()
     ]
 
 
 def gradient_noise(world, seed, quick):
-    """The output head's gradient of the mean loss, eight batches of 64 prompts, the same tokens for all estimators:
-    what `expectations` says of it, a dict an estimator.
+    """The output head's gradient of the mean loss, eight batches of 64 prompts, the same tokens
+    for all estimators: what `expectations` says of it, a dict an estimator.
     """
     pair, made = load(world / "student", world / "teacher"), {}
     batches, size = (2, 8) if quick else (8, 64)
-    rows = encoded(pair, world, batches * size)
+    rows = encoded(pair, world / "prompts.jsonl", batches * size)
     for batch in range(batches):
         prompts = [row["ids"] for row in rows[batch * size : (batch + 1) * size]]
-        r = pair.write(prompts, max_new_tokens=96, seed=1000 * seed + batch)
+        r = write(pair, prompts, max_new_tokens=96, seed=1000 * seed + batch)
         for arm, settings in ESTIMATORS.items():
-            total = sum(
-                g.T @ h for g, h in logit_gradients(pair, r, opd.objective(opd.Config(**settings)))
-            )
+            objective = partial(opd.objective, Config(**settings))
+            total = sum(g.T @ h for g, h in logit_gradients(pair, r, objective))
             made.setdefault(arm, []).append(total / r.response_mask.sum())  # (V, H)
     return expectations(
         {arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full"
@@ -321,10 +328,12 @@ def gradient_noise(world, seed, quick):
 
 
 def expectations(made, exact):
-    """What the gradients G of several batches, {estimator: (batches, numbers)}, say of their expectation: a dict each.
+    """What the gradients G of several batches, {estimator: (batches, numbers)}, say of their
+    expectation: a dict each.
 
-    size: its norm; cosine: of it with that of the exact estimator's; noise: the variance of G over the square of size.
-    All from inner products of different batches, in which noise cancels: it does not pass for an angle.
+    size: its norm; cosine: of it with that of the exact estimator's; noise: the variance of G
+    over the square of size. All from inner products of different batches, in which noise cancels:
+    it does not pass for an angle.
     """
 
     def across(a, b):
@@ -342,7 +351,7 @@ def expectations(made, exact):
     return found
 
 
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def judge(runs):
@@ -379,7 +388,8 @@ def judge(runs):
             "6.1 depth",
             "falls, to a quarter or less",
             ", ".join(f"{x:+.3f}" for x in gains)
-            + f" (noise of the last {noise:.3f}; even slips: {', '.join(f'{x:+.3f}' for x in even)})",
+            + f" (noise of the last {noise:.3f}; even slips: "
+            + f"{', '.join(f'{x:+.3f}' for x in even)})",
             gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4,
         )
     )
@@ -456,8 +466,9 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} {'overlap':>7} "
-        f"{'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} {'update s':>8}"
+        f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} "
+        f"{'overlap':>7} {'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} "
+        f"{'update s':>8}"
     ]
     for r in made["runs"]:
         if r["part"] in ("length", "support", "longer"):
@@ -487,18 +498,19 @@ def report(made, out):
             lines.append(
                 f"depth    seed {r['seed']}: "
                 + ", ".join(
-                    f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} ({x['even']:+.3f})"
+                    f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} "
+                    f"({x['even']:+.3f})"
                     for x in r["depths"]
                 )
             )
         if r["part"] == "estimator":
             lines.append(
-                f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, noise {r['noise']:.3f} of it, "
-                f"cosine with Eq. 4 {r['cosine']:.4f}"
+                f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, "
+                f"noise {r['noise']:.3f} of it, cosine with Eq. 4 {r['cosine']:.4f}"
             )
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.cost(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
-    main("cost", __doc__.splitlines()[0], seed_runs, report)
+    main("cost", __doc__, seed_runs, report)

@@ -1,21 +1,36 @@
-"""experiments/ends.py: student and teacher end a response with different tokens (the paper's own pairs of 3.1 and 5.1).
+"""experiments/ends.py: student and teacher end a response with different tokens (the paper's own
+pairs of 3.1 and 5.1).
 
     ordinary   the success pair of the toy: both end with <eos>
-    merged     its teacher with the rows of <eos> and <unk> exchanged in embedding and head, so that it ends with the
-               other one; all ends are one event (--ends merged, the default)
+    merged     its teacher with the rows of <eos> and <unk> exchanged in embedding and head, so
+               that it ends with the other one; all ends are one event (--ends merged, the default)
     own        the same teacher, every token for itself, as in the authors' code (--ends own)
 
 A teacher that differs in this alone knows what it knew. What holds:
-    start      merged: reverse KL and overlap ratio on held-out prompts are the ordinary pair's to 1e-6, in every seed
-    merged     its student ends equal to the ordinary one (lab.equal: within noise, and noise included within .05)
-    own        its student ends .3 or more below where it began, in every seed: it is taught never to end
+    start      merged: reverse KL and overlap ratio on held-out prompts are the ordinary pair's to
+               1e-6, in every seed
+    merged     its student ends equal to the ordinary one (lab.equal: within noise, and noise
+               included within .05)
+    own        its student ends .3 or more below where it began, in every seed: it is taught never
+               to end
 
     python experiments/ends.py              three seeds; results/ends.{json,txt,svg}
     python experiments/ends.py --quick      one seed, few steps: does it run?
 """
 
 import plot
-from lab import MARGIN, difference, distil, equal, main, models, told, toy, verdicts, write_text
+from lab import (
+    MARGIN,
+    difference,
+    distil,
+    equal,
+    main,
+    make_models,
+    told,
+    toy,
+    verdicts,
+    write_text,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ARMS = {
@@ -40,7 +55,7 @@ def other_end(world):
 
 
 def seed_runs(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     other_end(world)
     steps = 5 if quick else 100
     return [
@@ -92,8 +107,8 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'arm':9} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'reverse KL':>17} {'overlap':>14} "
-        f"{'length':>6} {'cut off':>7}"
+        f"{'arm':9} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'reverse KL':>17} "
+        f"{'overlap':>14} {'length':>6} {'cut off':>7}"
     ]
     for r in made["runs"]:
         a, b = r["held_out_before"], r["held_out_after"]
@@ -110,7 +125,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "ends",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         curves=("step", "response_length", "truncated_fraction", "accuracy"),

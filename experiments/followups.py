@@ -1,21 +1,29 @@
-"""experiments/followups.py: what later papers say of on-policy distillation, asked of the toy world, three seeds.
+"""experiments/followups.py: what later papers say of on-policy distillation, asked of the toy
+world, three seeds.
 
 One pair (small <- big, post-trained; "all" below), one setting changed at a time:
 
-    16 prompts, 1 prompt     the first so many instead of 4,096, as many responses a step        (arXiv 2609.04172)
-    first 30 %               responses of 10 tokens where a solution takes 33; measured at 96    (2605.27028, .31490)
-    sharp                    the teacher's softmax at temperature .7: a control that changes q alone
+    16 prompts, 1 prompt     the first so many instead of 4,096, as many responses a step (arXiv
+                             2609.04172)
+    first 30 %               responses of 10 tokens where a solution takes 33; measured at 96
+                             (2605.27028, .31490)
+    sharp                    the teacher's softmax at temperature .7: a control that changes q
+                             alone
     long, long sampled       400 steps, with Eq. 5 and with the sampled token
-    fails                    small <- the other family, post-trained                             (2606.09471)
+    fails                    small <- the other family, post-trained (2606.09471)
 
-Criteria, fixed before the first run. Gains are those of accuracy, means over seeds; noise is lab.difference's:
-    one prompt   gains half of what all prompts do, or more (they report 62 to 89 %), and 16 gain .8 of it
+Criteria, fixed before the first run. Gains are those of accuracy, means over seeds; noise is
+lab.difference's:
+    one prompt   gains half of what all prompts do, or more (they report 62 to 89 %), and 16 gain
+                 .8 of it
     first 30 %   gains .8 of what whole responses do, or more
-    sharp        ends within .05 of "all", noise included: equivalent, and not only no different (TOST)
-    low KL       where it fails, the reverse KL falls below half of what it was, and accuracy falls, in every seed: a
-                 small KL says that the student agrees with its teacher where it goes, not that either is right
-    no end       the sampled token's responses are cut off at their limit .05 more often than Eq. 5's, at the end of
-                 400 steps, mean over seeds
+    sharp        ends within .05 of "all", noise included: equivalent, and not only no different
+                 (TOST)
+    low KL       where it fails, the reverse KL falls below half of what it was, and accuracy
+                 falls, in every seed: a small KL says that the student agrees with its teacher
+                 where it goes, not that either is right
+    no end       the sampled token's responses are cut off at their limit .05 more often than Eq.
+                 5's, at the end of 400 steps, mean over seeds
 
     python experiments/followups.py              three seeds; results/followups.{json,txt,svg}
     python experiments/followups.py --quick      one seed, few steps: does it run?
@@ -25,7 +33,7 @@ import math
 from statistics import mean
 
 import plot
-from lab import MARGIN, difference, distil, main, models, told, verdicts, write_text
+from lab import MARGIN, difference, distil, main, make_models, told, verdicts, write_text
 
 ARMS = {
     "all": {},
@@ -41,7 +49,7 @@ ENDS = 10  # steps at either end that are averaged
 
 
 def seed_runs(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     runs, lines = [], (world / "prompts.jsonl").read_text().splitlines(keepends=True)
     for arm, how in ARMS.items():
         how = {"steps": 100, "max_new_tokens": 32 if quick else 96, **how}
@@ -132,8 +140,8 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'arm':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'reverse KL':>17} {'overlap':>14} "
-        f"{'length':>6} {'cut off':>7}"
+        f"{'arm':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'reverse KL':>17} "
+        f"{'overlap':>14} {'length':>6} {'cut off':>7}"
     ]
     for r in made["runs"]:
         a, b = r["held_out_before"], r["held_out_after"]
@@ -151,7 +159,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "followups",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         curves=(

@@ -1,9 +1,12 @@
-"""experiments/forecast.py: is the verdict before training worth having? Sixteen toy pairs a seed (paper 3, ours).
+"""experiments/forecast.py: is the verdict before training worth having? Sixteen toy pairs a seed
+(paper 3, ours).
 
-Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled with the same settings as every
-other pair. The pairs, the rules of analysis.verdict and these criteria were fixed before the first run:
+Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled with the
+same settings as every other pair. The pairs, the rules of analysis.verdict and these criteria
+were fixed before the first run:
 
-    rank     Spearman correlation of the predicted gain (mean continuation gain) with the realised one >= 0.8, all runs
+    rank     Spearman correlation of the predicted gain (mean continuation gain) with the realised
+             one >= 0.8, all runs
     promise  no pair that "should work" ends below a gain of zero (mean over seeds)
 
     python experiments/forecast.py              three seeds; results/forecast.{json,txt,svg}
@@ -11,11 +14,9 @@ other pair. The pairs, the rules of analysis.verdict and these criteria were fix
 """
 
 import plot
-from lab import analysis, distil, main, toy, verdicts, write_text
+from lab import analysis, distil, encoded, load, main, slots, toy, verdicts, write_text
 
 from plumbing.answers import answered
-from plumbing.prompts import load_prompts
-from teacher import Pair
 
 MODELS = {  # in the order in which they are made; start: post-trained from that one
     "small": dict(),
@@ -70,16 +71,13 @@ def seed_runs(seed, world, scratch, quick):
             toy.make(models / name, seed=1000 * seed + i, **how)
     runs = []
     for student, teacher in PAIRS:
-        pair = Pair.load(models / student, models / teacher)
-        rows = pair.encode(
-            load_prompts(world / "prompts.jsonl")[: 8 if quick else 128],
-            max_prompt_tokens=64,
-            new_tokens=96,
-        )
+        pair = load(models / student, models / teacher)
+        rows = encoded(pair, world / "prompts.jsonl", 8 if quick else 128)
         report = analysis.diagnose_pair(
             pair,
             rows,
             answered=answered,
+            rollout=slots.rollout,
             n=2,
             max_new_tokens=96,
             eval_temperature=1.0,
@@ -133,16 +131,19 @@ def spearman(x, y):
 def report(made, out):
     runs = made["runs"]
     lines = [
-        f"{'student':12} {'teacher':12} {'seed':>4} {'before':>7} {'teacher':>7} {'overlap':>7} {'mass':>6} "
-        f"{'rev.KL':>7} {'predicted gain':>16} {'realised':>8} {'recovery':>8}  verdict"
+        f"{'student':12} {'teacher':12} {'seed':>4} {'before':>7} {'teacher':>7} {'overlap':>7} "
+        f"{'mass':>6} {'rev.KL':>7} {'predicted gain':>16} {'realised':>8} {'recovery':>8}  "
+        "verdict"
     ]
     for r in sorted(runs, key=lambda r: PAIRS.index((r["student"], r["teacher"]))):
         recovered = "-" if r["gap_recovery"] is None else f"{r['gap_recovery']:.2f}"
+        predicted = r["predicted_gain"]
         lines.append(
-            f"{r['student']:12} {r['teacher']:12} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-            f"{r['accuracy_teacher']['mean']:7.3f} {r['overlap_ratio']:7.3f} {r['mass']:6.3f} {r['reverse_kl']:7.3f} "
-            f"{r['predicted_gain']['mean']:+8.3f} +- {r['predicted_gain']['standard_error']:.3f} {r['gain']:+8.3f} "
-            f"{recovered:>8}  {r['verdict']}"
+            f"{r['student']:12} {r['teacher']:12} {r['seed']:4d} "
+            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_teacher']['mean']:7.3f} "
+            f"{r['overlap_ratio']:7.3f} {r['mass']:6.3f} "
+            f"{r['reverse_kl']:7.3f} {predicted['mean']:+8.3f} +- "
+            f"{predicted['standard_error']:.3f} {r['gain']:+8.3f} {recovered:>8}  {r['verdict']}"
         )
     realised = [r["gain"] for r in runs]
     predictors = {
@@ -153,18 +154,22 @@ def report(made, out):
     }
     lines.append("")
     for name, values in predictors.items():
-        each = [
-            f"{spearman(*zip(*((v, g) for v, g, r in zip(values, realised, runs) if r['seed'] == seed))) or 0:.2f}"
-            for seed in sorted({r["seed"] for r in runs})
-        ]
+        each = []
+        for seed in sorted({r["seed"] for r in runs}):
+            mine = [i for i, r in enumerate(runs) if r["seed"] == seed]
+            rank = spearman([values[i] for i in mine], [realised[i] for i in mine])
+            each.append(f"{rank or 0:.2f}")
         lines.append(
             f"Spearman with the realised gain: {name:24} {spearman(values, realised) or 0:5.2f}   "
             f"each seed {', '.join(each)}"
         )
     known = [r for r in runs if r["gap_recovery"] is not None]
+    rank = spearman(
+        [r["predicted_gain"]["mean"] for r in known], [r["gap_recovery"] for r in known]
+    )
     lines.append(
         f"Spearman of the predicted gain with the gap recovery, {len(known)} runs that have one: "
-        f"{spearman([r['predicted_gain']['mean'] for r in known], [r['gap_recovery'] for r in known]) or 0:.2f}"
+        f"{rank or 0:.2f}"
     )
     lines.append("")
     for name in analysis.VERDICTS:
@@ -205,4 +210,4 @@ def judge(runs):
 
 
 if __name__ == "__main__":
-    main("forecast", __doc__.splitlines()[0], seed_runs, report)
+    main("forecast", __doc__, seed_runs, report)

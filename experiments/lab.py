@@ -1,4 +1,5 @@
-"""experiments/lab.py: what the experiments share: their flags, one distillation, and how results are written down."""
+"""experiments/lab.py: what the experiments share: their flags, one distillation, and how results
+are written down."""
 
 import argparse
 import dataclasses
@@ -20,7 +21,9 @@ import toy  # noqa: E402
 
 import analysis  # noqa: E402
 import opd  # noqa: E402
-from plumbing import files  # noqa: E402
+from plumbing import figures, files, models, prompts, slots  # noqa: E402
+from plumbing.flags import PRESETS, Config  # noqa: E402
+from rollout import seed_of  # noqa: E402
 
 CURVES = (
     "step",
@@ -42,15 +45,18 @@ CURVES = (
 )
 
 MADE_BY = ("commit", "dirty")  # the code, of the provenance
-MARGIN = 0.05  # of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take away
+# of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take
+# away
+MARGIN = 0.05
 EARLIER = []  # seconds of the runs, or parts of runs, that were found on the disk
 
 
 def distil(student, teacher, world, out, **settings):
-    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result, its curves."""
+    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result,
+    its curves."""
     return run(
         **{
-            **opd.PRESETS["toy"],
+            **PRESETS["toy"],
             **dict(
                 student=str(student),
                 teacher=str(teacher),
@@ -65,12 +71,12 @@ def distil(student, teacher, world, out, **settings):
 
 
 def run(**settings):
-    """A run of opd.py, or of one that was killed in the same directory what is left: -> its result, its curves.
-    What had been run before this call is counted in EARLIER, in seconds.
+    """A run of opd.py, or of one that was killed in the same directory what is left: -> its
+    result, its curves. What had been run before this call is counted in EARLIER, in seconds.
 
     Raises SystemExit where the directory holds a run of other settings or of another commit.
     """
-    out, cfg = Path(settings["out"]), opd.Config(**settings)
+    out, cfg = Path(settings["out"]), Config(**settings)
     had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
     asked = {
         **dataclasses.asdict(cfg),
@@ -90,9 +96,36 @@ def run(**settings):
     started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:
         opd.distil(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists()))
-    rows, result = plot.read_rows(out), plot.read_json(out / "result.json")
+    rows, result = figures.read_rows(out), plot.read_json(out / "result.json")
     EARLIER.append(max(0, result["seconds"] - (time.perf_counter() - started)))
     return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
+
+
+def load(student, teacher, **settings):
+    """Two directories of models -> teacher.Pair, on the CPU if nothing else is said."""
+    return models.load_pair(str(student), str(teacher), **{"device": "cpu", **settings})
+
+
+def encoded(pair, path, count=None, max_prompt_tokens=64, new_tokens=96):
+    """The first `count` prompts of a file with their token ids: list of rows."""
+    rows = prompts.load_prompts(path)[:count]
+    return prompts.encode_rows(
+        pair, rows, max_prompt_tokens=max_prompt_tokens, new_tokens=new_tokens
+    )
+
+
+def write(pair, prompt_ids, *, seed, **how):
+    """What the student of a pair writes to prompts (token ids): -> Rollout, see rollout.rollout."""
+    seeds = [seed_of(seed, "experiment", i) for i in range(len(prompt_ids))]
+    with pair.autocast():
+        return slots.rollout(
+            pair.student,
+            prompt_ids,
+            seeds=seeds,
+            in_flight=pair.in_flight,
+            **pair.sampling,
+            **how,
+        )
 
 
 def short(x):
@@ -100,15 +133,21 @@ def short(x):
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
-def main(name, description, seed_runs, report, own=None, curves=CURVES):
-    """The command line of one experiment; writes results/<name>.json and calls report(results, path without suffix).
+def first_sentence(about):
+    """The first paragraph of a docstring, in one line."""
+    return " ".join(about.split("\n\n")[0].split())
 
-    seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose models are kept and
-    used again where --worlds names one. report prints the table, and writes <name>.txt and <name>.svg.
-    own: {flag: help} of what this experiment cannot run without; seed_runs is handed it by name.
-    curves: the ones that the results file keeps.
+
+def main(name, about, seed_runs, report, own=None, curves=CURVES):
+    """The command line of one experiment; writes results/<name>.json and calls report(results,
+    path without suffix).
+
+    seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose
+    models are kept and used again where --worlds names one. report prints the table, and writes
+    <name>.txt and <name>.svg. own: {flag: help} of what this experiment cannot run without;
+    seed_runs is handed it by name. curves: the ones that the results file keeps.
     """
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=first_sentence(about))
     for flag, text in (own or {}).items():
         parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -147,7 +186,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
                 for path in flags.report or [out.with_suffix(".json")]
             ]
         )
-        return write(made, out, curves, report)
+        return save(made, out, curves, report)
     given = {flag: getattr(flags, flag) for flag in own or {}}
     missing = [f"--{flag}" for flag, value in given.items() if not value]
     if missing:
@@ -155,7 +194,7 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
     if flags.quick:
         flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
         toy.HELD_OUT = 16
-        opd.PRESETS["toy"].update(batch_size=8, max_new_tokens=32)
+        PRESETS["toy"].update(batch_size=8, max_new_tokens=32)
     started, origin, runs = time.perf_counter(), files.provenance(), []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:
@@ -164,10 +203,10 @@ def main(name, description, seed_runs, report, own=None, curves=CURVES):
     made = {**origin, "seconds": round(time.perf_counter() - started + sum(EARLIER)), "runs": runs}
     if flags.quick:
         out = Path(tempfile.mkdtemp()) / name  # its numbers mean nothing
-    write(made, out, curves, report)
+    save(made, out, curves, report)
 
 
-def write(made, out, curves, report):
+def save(made, out, curves, report):
     for run in made["runs"]:
         if "curves" in run:
             run["curves"] = {name: x for name, x in run["curves"].items() if name in curves}
@@ -176,7 +215,8 @@ def write(made, out, curves, report):
 
 
 def join(parts, key="runs"):
-    """Results of several commands as one: the runs one after the other, the commands and their seconds listed."""
+    """Results of several commands as one: the runs one after the other, the commands and their
+    seconds listed."""
     commands = [part["command"] for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
@@ -191,25 +231,49 @@ def join(parts, key="runs"):
 
 
 def difference(ours, theirs, of=("accuracy_after",), than=None):
-    """Mean over seeds of an accuracy of ours - one of theirs, and its noise: two standard errors, by the prompts of the
-    evaluation, in pairs (analysis.ahead), or by the spread between the seeds, whichever is larger.
+    """Mean over seeds of an accuracy of ours - one of theirs, and its noise: two standard errors,
+    by the prompts of the evaluation, in pairs (analysis.ahead), or by the spread between the
+    seeds, whichever is larger.
 
-    of: its keys in each of ours; than: those in theirs, where they are others. Of several the mean in a run is taken,
-    of their standard errors too: they are of the same prompts.
+    of: its keys in each of ours; than: those in theirs, where they are others. Of several the
+    mean in a run is taken, of their standard errors too: they are of the same prompts.
     """
     each, variances = [], []
     for a, b in zip(ours, theirs, strict=True):
-        leads = [analysis.ahead(a[mine], b[other]) for mine in of for other in (than or [mine])]
+        leads = [lead(a[mine], b[other]) for mine in of for other in (than or [mine])]
         each.append(mean(x["mean"] for x in leads))
         variances.append(mean(x["standard_error"] for x in leads) ** 2)
     spread = stdev(each) ** 2 if len(each) > 1 else 0
     return mean(each), 2 * math.sqrt(max(mean(variances), spread) / len(each))
 
 
+def lead(a, b):
+    """How far accuracy a is ahead of b: {"mean", "standard_error"}.
+
+    Prompt by prompt (analysis.ahead) where both know their prompts. Older results do not: the two
+    errors are added up.
+    """
+    if "each" in a and "each" in b:
+        return analysis.ahead(a, b)
+    errors = [math.inf if x["standard_error"] is None else x["standard_error"] for x in (a, b)]
+    return {"mean": a["mean"] - b["mean"], "standard_error": math.hypot(*errors)}
+
+
+def recovery(run):
+    """The share of its teacher's lead that a student made up: float.
+
+    None if student and teacher lie within two standard errors.
+    """
+    gap = lead(run["accuracy_teacher"], run["accuracy_before"])
+    if not analysis.sure(gap):
+        return None
+    return (run["accuracy_after"]["mean"] - run["accuracy_before"]["mean"]) / gap["mean"]
+
+
 def equal(off, noise):
-    """Whether a difference of accuracy means "as good": it is within its noise, and with its noise within MARGIN. This
-    is TOST, two one-sided tests of 2.5 % each, and asks besides for what "within noise" asked alone. So noise cannot
-    make a finding hold.
+    """Whether a difference of accuracy means "as good": it is within its noise, and with its
+    noise within MARGIN. This is TOST, two one-sided tests of 2.5 % each, and asks besides for
+    what "within noise" asked alone. So noise cannot make a finding hold.
     """
     return abs(off) <= noise and abs(off) + noise < MARGIN
 
@@ -218,23 +282,28 @@ def told(x, noise):
     return f"{x:+.3f} (noise {noise:.3f})"
 
 
-def models(world, seed):
+def make_models(world, seed):
     """All models of a toy world, made where they are not there whole."""
     if not (world / "other" / "tokenizer_config.json").exists():
         toy.make_all(world, seed, everything=True)
 
 
 def verdicts(judged):
-    """What a judge found, [(name, criterion, what was found, does it hold)], as lines with columns."""
+    """What a judge found, [(name, criterion, what was found, does it hold)], as lines with
+    columns."""
     name, criterion = (max(len(line[i]) for line in judged) for i in (0, 1))
-    return [
-        f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {'holds' if line[3] else 'DOES NOT HOLD'}"
-        for line in judged
-    ]
+    lines = []
+    for line in judged:
+        holds = "holds" if line[3] else "DOES NOT HOLD"
+        lines.append(f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {holds}")
+    return lines
 
 
 def write_text(text, made, out):
     """Print a table with what made it, and keep it beside the results."""
-    text += f"\n{made['command']}, commit {made['commit']}, {made['seconds']} s on {made['threads']} thread(s)"
+    text += (
+        f"\n{made['command']}, commit {made['commit']}, "
+        f"{made['seconds']} s on {made['threads']} thread(s)"
+    )
     print(text)
     out.with_suffix(".txt").write_text(text + "\n")

@@ -1,18 +1,23 @@
-"""experiments/longer.py: a longer cold start, where a short one did not rescue the real model (paper 5.1).
+"""experiments/longer.py: a longer cold start, where a short one did not rescue the real model
+(paper 5.1).
 
-The teacher writes sums in words. In again.py 10 updates on 160 of its answers taught the words and not the sums.
-Here it has 60 updates on 480 answers; base, teacher, questions and 12 steps of OPD are those of again.py, from whose
-results the runs without a cold start and with the short one are read:
+The teacher writes sums in words. In again.py 10 updates on 160 of its answers taught the words
+and not the sums. Here it has 60 updates on 480 answers; base, teacher, questions and 12 steps of
+OPD are those of again.py, from whose results the runs without a cold start and with the short one
+are read:
 
     long cold    base <- words, after a cold start of 480 answers, twice through, 60 updates
 
-Asked after again.py's first seed was seen, with that script's criterion; three seeds, paired prompt by prompt:
+Asked after again.py's first seed was seen, with that script's criterion; three seeds, paired
+prompt by prompt:
     long cold    ends above words by more than noise
 
-    python experiments/longer.py --base DIR_OR_HUB --again experiments/results/again.json    results/longer.{json,...}
+    python experiments/longer.py --base DIR_OR_HUB --again experiments/results/again.json
+    writes results/longer.{json,txt,svg}
 
-Some 37 minutes a seed, of one thread, where --worlds has the teachers of again.py. More answers and more updates are not
-told apart, and neither are they from fine-tuning alone: the accuracy right after it is printed.
+Some 37 minutes a seed, of one thread, where --worlds has the teachers of again.py. More answers
+and more updates are not told apart, and neither are they from fine-tuning alone: the accuracy
+right after it is printed.
 """
 
 import plot
@@ -50,8 +55,8 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'run':11} {'seed':>4} {'before':>7} {'cold start':>10} {'after':>7} {'teacher':>8} {'recovery':>8} "
-        f"{'reverse KL':>24}"
+        f"{'run':11} {'seed':>4} {'before':>7} {'cold start':>10} {'after':>7} {'teacher':>8} "
+        f"{'recovery':>8} {'reverse KL':>24}"
     ]
     for r in made["runs"]:
         started = r.get("accuracy_cold_start")
@@ -70,7 +75,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "longer",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         NEEDED,

@@ -1,28 +1,34 @@
 """experiments/mechanism.py: why it works (paper 4), on the toy world, three seeds.
 
-4.1, progressive alignment. The same student learns from two teachers of its own family: the post-trained one
-("success") and the bigger one of the same pipeline ("failure"). The first and last five steps, means over seeds;
-holds if
+4.1, progressive alignment. The same student learns from two teachers of its own family: the
+post-trained one ("success") and the bigger one of the same pipeline ("failure"). The first and
+last five steps, means over seeds; holds if
     overlap     rises by .15 or more in success, and by less than half of that rise in failure
-    masses      student's and teacher's are both >= .97 at the end of success (the paper: throughout)
+    masses      student's and teacher's are both >= .97 at the end of success (the paper:
+                throughout)
     advantage   its size at least halves in success
     gap         the entropy gap at least halves in success
-    small loss  failure starts with less than half of success's loss, and less than half of its gradient norm
+    small loss  failure starts with less than half of success's loss, and less than half of its
+                gradient norm
     largest     p - q at the token of largest advantage at least halves in success
 
-4.2, the shared tokens suffice. The success pair on other supports, with Eq. 5 and with what the authors' code descends
-("raw": log-ratio and, on "difference", weights not renormalised); holds if
-    overlap     "intersection" ends equal to "student" (lab.equal: within noise, and noise included within .05)
-    overlap raw the same of the raw ones; added after Eq. 5 had not held on seed 0, and before it ran
+4.2, the shared tokens suffice. The success pair on other supports, with Eq. 5 and with what the
+authors' code descends ("raw": log-ratio and, on "difference", weights not renormalised); holds if
+    overlap     "intersection" ends equal to "student" (lab.equal: within noise, and noise included
+                within .05)
+    overlap raw the same of the raw ones; added after Eq. 5 had not held on seed 0, and before it
+                ran
     others      "difference" ends more than two standard errors below "student", for Eq. 5 and raw
-    fluent      the first two in another world, where they should hold if what is missing is this: of the responses
-                that go wrong, four in five do so first on a token that is not shared, which the intersection cannot
-                correct (`slips`; seed 0 at commit a1bf3b2). There 8 hesitations are favourites and not 15, so that
-                mistakes are among the 16 likeliest tokens of both, and pre-training is three times as long, so that
-                little else goes wrong (fixed after a look at seed 9, before seeds 0 to 2 ran). At the learning rate of
-                the others it did not hold: -.024, raw -.017, noise .013 (commit 5cd2b96); slips outside of the shared
-                tokens, which nothing holds there, had become more. So these runs take three times the steps at a third
-                of it, which was fixed with Eq. 5's six runs in view, and not the raw ones
+    fluent      the first two in another world, where they should hold if what is missing is this:
+                of the responses that go wrong, four in five do so first on a token that is not
+                shared, which the intersection cannot correct (`slips`; seed 0 at commit a1bf3b2).
+                There 8 hesitations are favourites and not 15, so that mistakes are among the 16
+                likeliest tokens of both, and pre-training is three times as long, so that little
+                else goes wrong (fixed after a look at seed 9, before seeds 0 to 2 ran). At the
+                learning rate of the others it did not hold: -.024, raw -.017, noise .013 (commit
+                5cd2b96); slips outside of the shared tokens, which nothing holds there, had become
+                more. So these runs take three times the steps at a third of it, which was fixed
+                with Eq. 5's six runs in view, and not the raw ones
 
     python experiments/mechanism.py              results/mechanism.{json,txt,svg}
     python experiments/mechanism.py --quick      one seed, few steps: does it run?
@@ -36,22 +42,23 @@ import plot
 import torch
 from lab import (
     MARGIN,
-    analysis,
+    PRESETS,
     difference,
     distil,
     equal,
+    load,
     main,
-    models,
-    opd,
+    make_models,
+    recovery,
     told,
     toy,
     verdicts,
+    write,
     write_text,
 )
 
-from loss import token_sets
+from loss import support_of
 from rollout import position_ids
-from teacher import Pair
 
 PAIRS = {"success": "teacher", "failure": "bigger", "fluent": "teacher"}
 OBJECTIVES = {"": "top-k", ", raw": "top-k-released"}
@@ -61,11 +68,11 @@ SUPPORTS = {
     for name in ("student", "intersection", "difference")
 }
 ENDS = 5  # steps at either end that are averaged
-LR = opd.PRESETS["toy"]["lr"]
+LR = PRESETS["toy"]["lr"]
 
 
 def seed_runs(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     steps = 2 * ENDS if quick else 100
     worlds = {"success": world, "failure": world, "fluent": fluent(world / "fluent", seed)}
     arms = (
@@ -109,7 +116,8 @@ def seed_runs(seed, world, scratch, quick):
 
 
 def fluent(world, seed):
-    """The directory of a world of fewer words and longer pre-training, made where it is not there."""
+    """The directory of a world of fewer words and longer pre-training, made where it is not
+    there."""
     if not (world / "teacher" / "tokenizer_config.json").exists():
         with patch.multiple(
             toy, FAVOURITES=8, STEPS={size: 3 * steps for size, steps in toy.STEPS.items()}
@@ -120,12 +128,13 @@ def fluent(world, seed):
 
 @torch.no_grad()
 def slips(student, teacher, seed, k=16, n=1024):
-    """How n responses of the student go wrong first (toy.first_slip), as shares of the responses: on a token that is
-    among both models' k likeliest there ("shared"), or on another one ("apart").
+    """How n responses of the student go wrong first (toy.first_slip), as shares of the responses:
+    on a token that is among both models' k likeliest there ("shared"), or on another one
+    ("apart").
     """
-    pair, found = Pair.load(student, teacher, device="cpu"), {"shared": 0, "apart": 0}
+    pair, found = load(student, teacher), {"shared": 0, "apart": 0}
     digits, count = toy.problems(n, torch.Generator().manual_seed(seed))
-    r = pair.write(toy.question(digits, count)[0], max_new_tokens=96, seed=seed)
+    r = write(pair, toy.question(digits, count)[0], max_new_tokens=96, seed=seed)
     log_p, log_q = (
         model(
             input_ids=r.ids,
@@ -139,7 +148,7 @@ def slips(student, teacher, seed, k=16, n=1024):
         at = toy.first_slip(response, *problem)
         if at is not None and at < len(response):  # not just cut off
             before = -r.response_mask.size(1) + at - 1  # what predicts it
-            S, member = token_sets(
+            S, member = support_of(
                 log_p[i, [before]], log_q[i, [before]], k, "intersection"
             )  # (1, k)
             found["shared" if response[at] in S[member] else "apart"] += 1 / len(digits)
@@ -194,7 +203,8 @@ def judge(runs):
         (
             "4.1 small loss",
             "failure's loss and gradient < half of success's",
-            f"{losses[1][0]:.4f} against {losses[0][0]:.4f}, {norms[1][0]:.3f} against {norms[0][0]:.3f}",
+            f"{losses[1][0]:.4f} against {losses[0][0]:.4f}, "
+            f"{norms[1][0]:.3f} against {norms[0][0]:.3f}",
             losses[1][0] < losses[0][0] / 2 and norms[1][0] < norms[0][0] / 2,
         )
     )
@@ -225,19 +235,18 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'pair':8} {'support':16} {'seed':>4} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>14} "
-        f"{'loss':>17} {'|grad|':>6}  goes wrong on a shared token, another"
+        f"{'pair':8} {'support':16} {'seed':>4} {'before':>7} {'after':>7} {'recovery':>9} "
+        f"{'overlap':>14} {'loss':>17} {'|grad|':>6}  goes wrong on a shared token, another"
     ]
     for r in made["runs"]:
-        recovery = analysis.gap_recovery(
-            r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"]
-        )
+        recovered = recovery(r)
+        recovered = "none" if recovered is None else f"{recovered:.3f}"
         a, b = r["held_out_before"], r["held_out_after"]
         lines.append(
             f"{r['pair']:8} {r['support']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-            f"{r['accuracy_after']['mean']:7.3f} {'none' if recovery is None else f'{recovery:.3f}':>9} "
-            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {a['loss']:7.4f} -> {b['loss']:.4f} "
-            f"{r['curves']['grad_norm'][0]:6.3f}  "
+            f"{r['accuracy_after']['mean']:7.3f} {recovered:>9} "
+            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
+            f"{a['loss']:7.4f} -> {b['loss']:.4f} {r['curves']['grad_norm'][0]:6.3f}  "
             + " -> ".join(
                 f"{x['shared']:.3f}, {x['apart']:.3f}"
                 for x in (r["slips_before"], r["slips_after"])
@@ -250,7 +259,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "mechanism",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         curves=(

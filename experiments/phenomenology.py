@@ -1,4 +1,5 @@
-"""experiments/phenomenology.py: when does on-policy distillation work (paper 3)? Toy pairs, several seeds.
+"""experiments/phenomenology.py: when does on-policy distillation work (paper 3)? Toy pairs,
+several seeds.
 
     pair            student <- teacher                                        paper   steps
     success         small <- big, same family, post-trained                   3.2     100
@@ -9,19 +10,24 @@
     reverse-bigger  small, post-trained <- the big one before its own         3.3     800
 
 What holds in the mean over seeds, noise being two standard errors, and "within noise" lab.equal:
-    thinking    3.1: weaker scores less than other, and its student more, and overlaps more with it at the start
-    knowledge   3.2: success recovers .8 of its gap or more, bigger gains or loses no more than noise, and bigger starts
-                from the higher overlap. (The paper's bigger teacher scores higher than its student; this one does not)
-    reverse     3.3: both end within noise of the student before its post-training. Earlier versions gave them 100
-                steps, after which they were still on their way down in all seeds (commit f384723), and 400, after which
-                reverse-bigger was: +.035, noise .024 (commit 54e2e90). 800 were chosen with three runs of it in view
-    lost        3.3: both lose .8 or more of what the post-training had given; added after reverse had not held at
-                commit 54e2e90. The paper's two runs lose .77 to .92 (.54 to .34 and .30, from .28)
+    thinking    3.1: weaker scores less than other, and its student more, and overlaps more with it
+                at the start
+    knowledge   3.2: success recovers .8 of its gap or more, bigger gains or loses no more than
+                noise, and bigger starts from the higher overlap. (The paper's bigger teacher
+                scores higher than its student; this one does not)
+    reverse     3.3: both end within noise of the student before its post-training. Earlier
+                versions gave them 100 steps, after which they were still on their way down in all
+                seeds (commit f384723), and 400, after which reverse-bigger was: +.035, noise .024
+                (commit 54e2e90). 800 were chosen with three runs of it in view
+    lost        3.3: both lose .8 or more of what the post-training had given; added after reverse
+                had not held at commit 54e2e90. The paper's two runs lose .77 to .92 (.54 to .34
+                and .30, from .28)
 
-No pair is given what another is not: all have the learning rate of the toy preset; on seed 0 a third and three times of
-it are tried for the four pairs of 100 steps.
+No pair is given what another is not: all have the learning rate of the toy preset; on seed 0 a
+third and three times of it are tried for the four pairs of 100 steps.
 
-    python experiments/phenomenology.py              three seeds; results/phenomenology.{json,txt,svg}
+    python experiments/phenomenology.py              three seeds;
+                                                     results/phenomenology.{json,txt,svg}
     python experiments/phenomenology.py --quick      one seed, few steps: does it run?
 """
 
@@ -31,13 +37,13 @@ from statistics import mean
 import plot
 from lab import (
     MARGIN,
-    analysis,
+    PRESETS,
     difference,
     distil,
     equal,
     main,
-    models,
-    opd,
+    make_models,
+    recovery,
     told,
     toy,
     verdicts,
@@ -56,7 +62,7 @@ CHECKED = ("success", "bigger", "weaker", "other")  # at other learning rates to
 
 
 def seed_runs(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     if not (world / "weaker" / "tokenizer_config.json").exists():
         toy.make(
             world / "weaker",
@@ -88,7 +94,7 @@ def seed_runs(seed, world, scratch, quick):
             }
         )
 
-    lr = opd.PRESETS["toy"]["lr"]
+    lr = PRESETS["toy"]["lr"]
     for pair in PAIRS:
         run(pair, pair, lr)
     if seed == 0 and not quick:
@@ -99,16 +105,15 @@ def seed_runs(seed, world, scratch, quick):
 
 
 def judge(runs):
-    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it hold)]."""
+    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it
+    hold)]."""
     arms = {pair: [r for r in runs if r["pair"] == pair] for pair in PAIRS}
 
     def over_seeds(pair, value):
         return mean(map(value, arms[pair]))
 
-    after, score = (
-        {pair: over_seeds(pair, lambda r: r[key]["mean"]) for pair in PAIRS}
-        for key in ("accuracy_after", "accuracy_teacher")
-    )
+    after = {pair: over_seeds(pair, lambda r: r["accuracy_after"]["mean"]) for pair in PAIRS}
+    score = {pair: over_seeds(pair, lambda r: r["accuracy_teacher"]["mean"]) for pair in PAIRS}
     overlap = {
         pair: over_seeds(pair, lambda r: r["held_out_before"]["overlap_ratio"]) for pair in PAIRS
     }
@@ -116,25 +121,23 @@ def judge(runs):
         (
             "3.1 thinking",
             "weaker teacher, better student, more overlap",
-            f"teachers {score['weaker']:.3f} and {score['other']:.3f}, students {after['weaker']:.3f} and "
-            f"{after['other']:.3f}, overlap {overlap['weaker']:.3f} and {overlap['other']:.3f}",
+            f"teachers {score['weaker']:.3f} and {score['other']:.3f}, "
+            f"students {after['weaker']:.3f} and {after['other']:.3f}, "
+            f"overlap {overlap['weaker']:.3f} and {overlap['other']:.3f}",
             score["weaker"] < score["other"]
             and after["weaker"] > after["other"]
             and overlap["weaker"] > overlap["other"],
         )
     ]
-    recovered = [
-        analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
-        for r in arms["success"]
-    ]
-    recovery = math.nan if None in recovered else mean(recovered)
+    recovered = [recovery(r) for r in arms["success"]]
+    recovered = math.nan if None in recovered else mean(recovered)
     gain, noise = difference(arms["bigger"], arms["bigger"], than=("accuracy_before",))
     lines.append(
         (
             "3.2 knowledge",
             f"recovery >= .8, |gain| <= {noise:.3f} (and + it < {MARGIN}), overlap",
-            f"{recovery:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
-            recovery >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"],
+            f"{recovered:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
+            recovered >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"],
         )
     )
     ends = [
@@ -189,7 +192,7 @@ def report(made, out):
 if __name__ == "__main__":
     main(
         "phenomenology",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         curves=("step", "overlap_ratio", "reverse_kl", "accuracy"),

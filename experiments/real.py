@@ -1,37 +1,50 @@
-"""experiments/real.py: a real language model learns a real skill from a post-trained copy of itself (paper 3, 4, 5, 6).
+"""experiments/real.py: a real language model learns a real skill from a post-trained copy of
+itself (paper 3, 4, 5, 6).
 
-The base (SmolLM2-135M-Instruct; --base takes any chat model) is asked as a chat to add three digits, with two worked
-examples before: "5 + 6 + 9" -> "5 + 6 = 11, 11 + 9 = 20. Answer: 20". Its teachers are copies of it:
+The base (SmolLM2-135M-Instruct; --base takes any chat model) is asked as a chat to add three
+digits, with two worked examples before: "5 + 6 + 9" -> "5 + 6 = 11, 11 + 9 = 20. Answer: 20". Its
+teachers are copies of it:
 
-    expert    after rounds of expert iteration: it answers new questions, and is fine-tuned on its right answers (3.2)
-    copy      after as many rounds on its own answers, right or wrong, which teach it nothing new              (3.2)
-    backwards fine-tuned on the same sums worked out from the right, "9 + 6 = 15, ...", then as expert          (3.1)
+    expert     after rounds of expert iteration: it answers new questions, and is fine-tuned on its
+               right answers (3.2)
+    copy       after as many rounds on its own answers, right or wrong, which teach it nothing new
+               (3.2)
+    backwards  fine-tuned on the same sums worked out from the right, "9 + 6 = 15, ...", then as
+               expert (3.1)
 
 and its runs, all with the same settings, questions and seed:
 
     success        base <- expert
     nothing new    base <- copy
     other way      base <- backwards
-    cold start     base, fine-tuned on the answers of backwards first, <- backwards                            (5.1)
-    intersection   base <- expert, only the tokens that both find likely                                       (4.2)
+    cold start     base, fine-tuned on the answers of backwards first, <- backwards (5.1)
+    intersection   base <- expert, only the tokens that both find likely (4.2)
 
-Criteria, fixed before the first run of the script; three seeds. What is compared is compared prompt by prompt:
-    skill         the expert leads the base by .3 or more, and success makes up .8 of that lead or more, in every seed
-    masses        both overlap masses are .95 or more at the first step of success (the paper: .97 to .99 throughout)
+Criteria, fixed before the first run of the script; three seeds. What is compared is compared
+prompt by prompt:
+    skill         the expert leads the base by .3 or more, and success makes up .8 of that lead or
+                  more, in every seed
+    masses        both overlap masses are .95 or more at the first step of success (the paper: .97
+                  to .99 throughout)
     overlap       the overlap ratio rises in success, first and last three steps, in every seed
     nothing new   the gain is below a quarter of that of success
-    other way     the gain is below half of that of success, and a mass lies below .95 at the first step
+    other way     the gain is below half of that of success, and a mass lies below .95 at the first
+                  step
     cold start    ends above the other way without it by more than noise
-    intersection  ends within .05 of success, noise included (lab.equal asks for more: they may differ by so little)
-    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert; the other's is told
+    intersection  ends within .05 of success, noise included (lab.equal asks for more: they may
+                  differ by so little)
+    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert;
+                  the other's is told
 Judged after the runs, by the toy's criteria (mechanism.py):
     gaps          overlap-token advantage, entropy gap and largest gap halve in success
     small loss    loss and gradient norm of nothing new begin below half of those of success
 
-    python experiments/real.py --base DIR_OR_HUB         results/real.{json,txt,svg}; an hour a seed on 2 cores
+    python experiments/real.py --base DIR_OR_HUB    results/real.{json,txt,svg}; an hour a seed on
+                                                    2 cores
 
-With --runs DIR models and runs are kept, and what was killed goes on. (A teacher that works the sums out in words was
-tried first, on seed 5: after 320 examples it was right .25 of the time, and no better teacher.)
+With --runs DIR models and runs are kept, and what was killed goes on. (A teacher that works the
+sums out in words was tried first, on seed 5: after 320 examples it was right .25 of the time, and
+no better teacher.)
 """
 
 import json
@@ -41,12 +54,22 @@ from statistics import mean
 
 import plot
 import torch
-from lab import MARGIN, analysis, difference, main, run, verdicts, write_text
+from lab import (
+    MARGIN,
+    analysis,
+    difference,
+    encoded,
+    load,
+    main,
+    run,
+    slots,
+    verdicts,
+    write,
+    write_text,
+)
 
 from plumbing.answers import answered, read_answer, same_answer
-from plumbing.prompts import load_prompts
 from recipes import cold_start
-from teacher import Pair
 
 NEEDED = {
     "base": "directory or hub name of a chat model that follows worked examples, and adds badly"
@@ -82,7 +105,7 @@ RUNS = {
 ENDS = 3  # steps at either end that are averaged
 
 
-# --- the questions -------------------------------------------------------------------------------------------------
+# --- the questions --------------------------------------------------------------------------------
 
 
 def steps_of(a, b, c):
@@ -120,8 +143,8 @@ def digits_of(row):
 
 
 def write_questions(world, seed):
-    """All 729 sums of three digits from 1 to 9 but the examples, shuffled: world/eval.jsonl and prompts.jsonl, the
-    latter in other words too (wordy.jsonl), and its first alone (one.jsonl).
+    """All 729 sums of three digits from 1 to 9 but the examples, shuffled: world/eval.jsonl and
+    prompts.jsonl, the latter in other words too (wordy.jsonl), and its first alone (one.jsonl).
     """
     sums = [(a, b, c) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
     sums = [digits for digits in sums if digits not in EXAMPLES]
@@ -137,7 +160,7 @@ def write_questions(world, seed):
         )
 
 
-# --- the teachers --------------------------------------------------------------------------------------------------
+# --- the teachers ---------------------------------------------------------------------------------
 
 
 def fine_tune(pair, examples, seed, lr=3e-5):
@@ -156,15 +179,14 @@ def fine_tune(pair, examples, seed, lr=3e-5):
 
 
 def expert_iteration(pair, rows, rounds, seed, samples=SAMPLES, keep=same_answer):
-    """Let the student of a pair answer new rows (of Pair.encode) each round, and fine-tune it on the finished answers
-    for which keep(what it says, what is right) holds.
+    """Let the student of a pair answer new rows (of lab.encoded) each round, and fine-tune it on
+    the finished answers for which keep(what it says, what is right) holds.
     """
     draw = random.Random(seed)
     for number in range(rounds):
         chosen = draw.sample(rows, min(samples, len(rows)))
-        r = pair.write(
-            [row["ids"] for row in chosen], max_new_tokens=NEW_TOKENS, seed=seed + number
-        )
+        ids = [row["ids"] for row in chosen]
+        r = write(pair, ids, max_new_tokens=NEW_TOKENS, seed=seed + number)
         said = [r.response_ids(i) for i in range(len(chosen))]
         good = [
             (row["ids"], ids)
@@ -202,10 +224,8 @@ def teachers(base, world, seed, quick):
     for name in ("expert", "copy", "backwards"):
         if (world / name / "tokenizer_config.json").exists():
             continue
-        pair = Pair.load(base, base, micro_batch_tokens=MICRO)
-        rows = pair.encode(
-            load_prompts(world / "prompts.jsonl"), max_prompt_tokens=512, new_tokens=NEW_TOKENS
-        )
+        pair = load(base, base, device="auto", micro_batch_tokens=MICRO)
+        rows = encoded(pair, world / "prompts.jsonl", max_prompt_tokens=512, new_tokens=NEW_TOKENS)
         rounds, samples = (1, 16) if quick else (ROUNDS, SAMPLES)
         if name == "backwards":
             taught(pair, rows, seed, samples)
@@ -224,11 +244,12 @@ def teachers(base, world, seed, quick):
         pair.tokenizer.save_pretrained(world / name)
 
 
-# --- the runs ------------------------------------------------------------------------------------------------------
+# --- the runs -------------------------------------------------------------------------------------
 
 
 def distilled(name, student, teacher, world, scratch, seed, quick, **how):
-    """A run of SETTINGS and what `how` says, or what is there of it in scratch: its result, its curves."""
+    """A run of SETTINGS and what `how` says, or what is there of it in scratch: its result, its
+    curves."""
     settings = {**SETTINGS, "prompts": str(world / "prompts.jsonl"), **how}
     if quick:
         settings.update(steps=2, batch_size=4, max_new_tokens=8, eval_n=1, eval_max_new_tokens=8)
@@ -257,9 +278,11 @@ def seed_runs(seed, world, scratch, quick, base):
         for name, (teacher, how) in RUNS.items()
     ]
     for teacher in ("expert", "backwards"):
-        pair = Pair.load(base, world / teacher, micro_batch_tokens=MICRO)
-        rows = pair.encode(
-            load_prompts(world / "eval.jsonl")[: 4 if quick else 32],
+        pair = load(base, world / teacher, device="auto", micro_batch_tokens=MICRO)
+        rows = encoded(
+            pair,
+            world / "eval.jsonl",
+            4 if quick else 32,
             max_prompt_tokens=512,
             new_tokens=NEW_TOKENS,
         )
@@ -267,6 +290,7 @@ def seed_runs(seed, world, scratch, quick, base):
             pair,
             rows,
             answered=answered,
+            rollout=slots.rollout,
             n=2,
             max_new_tokens=NEW_TOKENS,
             seed=seed,
@@ -396,8 +420,8 @@ def judge(runs):
 
 def report(made, out):
     lines = [
-        f"{'run':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} {'reverse KL':>15} "
-        f"{'masses, first step':>18} {'s':>5}"
+        f"{'run':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} "
+        f"{'reverse KL':>15} {'masses, first step':>18} {'s':>5}"
     ]
     for r in made["runs"]:
         if "curves" not in r:
@@ -412,12 +436,12 @@ def report(made, out):
             f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
             f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
             f"{a['reverse_kl']:6.3f} -> {b['reverse_kl']:.3f} "
-            f"{r['curves']['overlap_mass_student'][0]:10.3f} {r['curves']['overlap_mass_teacher'][0]:.3f} "
-            f"{r['seconds']:7.0f}"
+            f"{r['curves']['overlap_mass_student'][0]:10.3f} "
+            f"{r['curves']['overlap_mass_teacher'][0]:.3f} {r['seconds']:7.0f}"
         )
     write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
     plot.real(out.with_suffix(".json"), out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":
-    main("real", __doc__.splitlines()[0], seed_runs, report, NEEDED)
+    main("real", __doc__, seed_runs, report, NEEDED)

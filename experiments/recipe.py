@@ -1,45 +1,63 @@
-"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world; three seeds, five in results.
+"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world; three
+seeds, five in results.
 
-5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family: the pair that fails.
+5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family:
+the pair that fails.
     opd                       200 steps of OPD
     sft 100                   a cold start alone: 100 SFT steps on 1,024 of the teacher's responses
     sft 100 + opd             the same, then 200 steps of OPD on other prompts
-    sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and top-p .95, not 1 and 1
-    sft 300                   300 SFT steps on the same responses: as many updates as sft 100 + opd, no OPD
-    sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in place of OPD
+    sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and
+                              top-p .95, not 1 and 1
+    sft 300                   300 SFT steps on the same responses: as many updates as sft 100 +
+                              opd, no OPD
+    sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in
+                              place of OPD
     sft 300 T.7, and fresh    both, with responses drawn at temperature .7 and top-p .95
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for sft 100 + opd; and
-    if sft 100 + opd ends above opd and above both sft 300 by more than noise (two standard errors); and the same of
-    sft 100 T.7 + opd and the two sft 300 T.7, which were added last, after five seeds without them (commit 54e2e90)
-    A first version (commit 0f8080b), T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32.
-    Temperature and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
+    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for
+    sft 100 + opd; and if sft 100 + opd ends above opd and above both sft 300 by more than noise
+    (two standard errors); and the same of sft 100 T.7 + opd and the two sft 300 T.7, which were
+    added last, after five seeds without them (commit 54e2e90). A first version (commit 0f8080b),
+    T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32. Temperature
+    and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
 
-5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher was post-trained under
-one of them and on lists of low digits only (0 to 4). The student is distilled on low ("aligned") or high digits
-(5 to 9), under the teacher's template or the other, and on mixtures. Accuracy is measured on digits 0 to 9, under both
-templates.
-    template   holds if aligned - unaligned accuracy, mean over both evaluation templates, exceeds two standard errors
-    content    holds if accuracy, under the teacher's template, is higher by more than two standard errors, and the
-               student's entropy lower, with aligned content
-    mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no criterion
-    selection  recipes.select on a pool of both contents under both templates, before training: does it find the
-               teacher's?
+5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher
+was post-trained under one of them and on lists of low digits only (0 to 4). The student is
+distilled on low ("aligned") or high digits (5 to 9), under the teacher's template or the other,
+and on mixtures. Accuracy is measured on digits 0 to 9, under both templates.
+    template   holds if aligned - unaligned accuracy, mean over both evaluation templates, exceeds
+               two standard errors
+    content    holds if accuracy, under the teacher's template, is higher by more than two standard
+               errors, and the student's entropy lower, with aligned content
+    mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no
+               criterion
+    selection  in results only: a search for the teacher's template and prompts in a pool, which
+               told them apart by so little that it was removed
 
     python experiments/recipe.py              results/recipe.{json,txt,svg}
     python experiments/recipe.py --quick      one seed, few steps: does it run?
 """
 
 import math
-import random
 from statistics import mean
 
 import plot
-from lab import analysis, difference, distil, main, models, told, toy, verdicts, write_text
+from lab import (
+    analysis,
+    difference,
+    distil,
+    load,
+    main,
+    make_models,
+    recovery,
+    told,
+    toy,
+    verdicts,
+    write_text,
+)
 
 from plumbing.answers import answered
-from plumbing.prompts import load_prompts
-from recipes import in_template, select
-from teacher import Pair
+from plumbing.prompts import encode_rows, load_prompts
+from recipes import in_template
 
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOW, HIGH = (0, 4), (5, 9)
@@ -50,11 +68,11 @@ def seed_runs(seed, world, scratch, quick):
     return cold_starts(seed, world, scratch, quick) + prompts(seed, world, scratch, quick)
 
 
-# --- 5.1 -----------------------------------------------------------------------------------------------------------
+# --- 5.1 ------------------------------------------------------------------------------------------
 
 
 def cold_starts(seed, world, scratch, quick):
-    models(world, seed)
+    make_models(world, seed)
     few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
     cold, control = (
         dict(cold_start=few, cold_start_steps=sft),
@@ -96,7 +114,7 @@ def cold_starts(seed, world, scratch, quick):
     return runs
 
 
-# --- 5.2 -----------------------------------------------------------------------------------------------------------
+# --- 5.2 ------------------------------------------------------------------------------------------
 
 
 def prompts(seed, world, scratch, quick):
@@ -162,19 +180,18 @@ def prompts(seed, world, scratch, quick):
                 "accuracies": accuracies(world / model, world, seed, quick),
             }
         )
-    runs.append({"part": "5.2", "arm": "selection", "seed": seed, **selection(world, seed, quick)})
     return runs
 
 
 def accuracies(model, world, seed, quick):
     """{"<template>, <digits>": accuracy} of a saved model."""
-    pair, out = Pair.load(model, model, device="cpu"), {}
+    pair, out = load(model, model), {}
     for template, text in TEMPLATES.items():
         for digits in (".", "low", "high"):
             rows = in_template(
                 load_prompts(world / digits / "eval.jsonl")[: 16 if quick else 256], text
             )
-            rows = pair.encode(rows, max_prompt_tokens=64, new_tokens=96)
+            rows = encode_rows(pair, rows, max_prompt_tokens=64, new_tokens=96)
             right, truncated = answered(pair, rows, n=4, max_new_tokens=96, seed=seed)  # (rows, 4)
             out[f"{template}, {'all' if digits == '.' else digits}"] = {
                 **analysis.estimate(right.double().mean(1)),
@@ -184,35 +201,7 @@ def accuracies(model, world, seed, quick):
     return out
 
 
-def selection(world, seed, quick):
-    """What recipes.select finds in a pool whose halves are known to us and not to it."""
-    pair = Pair.load(world / "student", world / "teacher", device="cpu")
-    pool = [
-        {**row, "low": name == "low"}
-        for name in ("low", "high")
-        for row in load_prompts(world / name / "prompts.jsonl")[: 16 if quick else 256]
-    ]
-    random.Random(seed).shuffle(pool)
-    chosen = select(
-        pair,
-        pool,
-        lambda rows: pair.encode(rows, max_prompt_tokens=64, new_tokens=96),
-        templates=(toy.PLAIN, toy.POLITE),
-        keep=0.5,
-        sample=64,
-        n=4,
-        max_new_tokens=96,
-        seed=seed,
-    )
-    return {
-        "templates": chosen["templates"],
-        "template_found": chosen["template"] == toy.POLITE,
-        "aligned_share_of_the_kept_half": sum(row["low"] for row in chosen["aligned"])
-        / len(chosen["aligned"]),
-    }
-
-
-# --- the report ----------------------------------------------------------------------------------------------------
+# --- the report -----------------------------------------------------------------------------------
 
 
 def report(made, out):
@@ -222,7 +211,8 @@ def report(made, out):
 
 
 def judge(runs):
-    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it hold)]."""
+    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it
+    hold)]."""
     cold = {
         arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
         for arm in plot.ARMS
@@ -276,10 +266,6 @@ def judge(runs):
     return lines
 
 
-def recovery(r):
-    return analysis.gap_recovery(r["accuracy_before"], r["accuracy_after"], r["accuracy_teacher"])
-
-
 def by_template(runs):
     """The runs of 5.2: {(template, fraction): one a seed}."""
     arms = {}
@@ -295,8 +281,8 @@ def entropy(arm):
 def report_cold_starts(runs):
     """5.1: every run; a list of lines."""
     lines = [
-        f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} {'overlap':>8} "
-        f"{'masses at the end':>18} {'H student':>9}"
+        f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} "
+        f"{'overlap':>8} {'masses at the end':>18} {'H student':>9}"
     ]
     for r in sorted(
         (r for r in runs if r["part"] == "5.1"),
@@ -307,7 +293,8 @@ def report_cold_starts(runs):
             f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
             f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
             f"{'none' if recovered is None else f'{recovered:.3f}':>9} {b['overlap_ratio']:8.3f} "
-            f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} {b['entropy_student']:9.3f}"
+            f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} "
+            f"{b['entropy_student']:9.3f}"
         )
     return lines
 
@@ -342,19 +329,17 @@ def report_prompts(runs):
             *([r["accuracies"] for r in arms[arm, 1.0]] for arm in TEMPLATES), (key,)
         )
         lines.append(f"template, evaluated under the {name} one alone: {told(each, error)}")
-    lines.append(
-        "mixing, mean over seeds: "
-        + "; ".join(
-            f"{f:.2f}: accuracy {mean(r['accuracies']['aligned, all']['mean'] for r in arms['aligned', f]):.3f}, "
-            f"H {entropy(arms['aligned', f]):.3f}"
-            for f in FRACTIONS
-        )
-    )
+    mixtures = []
+    for fraction in FRACTIONS:
+        mine = arms["aligned", fraction]
+        accuracy = mean(r["accuracies"]["aligned, all"]["mean"] for r in mine)
+        mixtures.append(f"{fraction:.2f}: accuracy {accuracy:.3f}, H {entropy(mine):.3f}")
+    lines.append("mixing, mean over seeds: " + "; ".join(mixtures))
     for r in runs:
         if r["arm"] == "selection":
             lines.append(
-                f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the kept half "
-                "is aligned content (chance .5); scores of the templates: "
+                f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the "
+                "kept half is aligned content (chance .5); scores of the templates: "
                 + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
                 + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found")
             )
@@ -364,7 +349,7 @@ def report_prompts(runs):
 if __name__ == "__main__":
     main(
         "recipe",
-        __doc__.splitlines()[0],
+        __doc__,
         seed_runs,
         report,
         curves=("step", "overlap_ratio", "accuracy"),

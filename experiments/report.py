@@ -1,9 +1,11 @@
-"""experiments/report.py: the tables of findings, from results/*.json. Nobody types a number of ours.
+"""experiments/report.py: the tables of findings, from results/*.json. Nobody types a number of
+ours.
 
-    python experiments/report.py      writes results/findings.md: every criterion and what was found; puts the findings,
-                                      one line each, and the tables of scripts, forecast and bench into
-                                      experiments/README.md, each between its two markers; puts opd.update into
-                                      README.md; draws the figures
+    python experiments/report.py      writes results/findings.md: every criterion and what was
+                                      found; puts the findings, one line each, and the tables of
+                                      scripts, forecast and bench into experiments/README.md, each
+                                      between its two markers; puts opd.update into README.md;
+                                      draws the figures
 
 What a criterion means is in its script's first lines, and every seed is in results/<script>.txt.
 """
@@ -22,8 +24,10 @@ MARKERS = {
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 PAPER = {  # script -> verdict of its judge -> what the paper has
     "phenomenology": {
-        "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; stronger Qwen3-4B: .15",
-        "3.2 knowledge": "recovery .05 and .16 from bigger, .17 and .59 from the same after RL, of lower overlap",
+        "3.1 thinking": "weaker Qwen3-4B-Base-GRPO: student .20 of mean accuracy; "
+        "stronger Qwen3-4B: .15",
+        "3.2 knowledge": "recovery .05 and .16 from bigger, .17 and .59 from the same after RL, "
+        "of lower overlap",
         "3.3 lost": ".77 and .92 of it",
         "3.3 reverse": "from .54 to .30-.34, whether the earlier self teaches or R1-Distill-7B",
     },
@@ -68,7 +72,8 @@ PAPER = {  # script -> verdict of its judge -> what the paper has
         "real gaps": "narrow in success",
         "real small loss": "failure starts with a small loss and a small gradient",
         "real nothing new": "recovery .05 and .16 from a teacher of the same pipeline",
-        "real other way": "student .15 of mean accuracy with the stronger teacher, .20 with the weaker",
+        "real other way": "student .15 of mean accuracy with the stronger teacher, "
+        ".20 with the weaker",
         "real cold start": ".36 -> .40 with it, .12 -> .26 without",
         "real intersection": "Overlap Top-k equals Student Top-k",
         "real reward": "AUROC .733 with the teacher that succeeds, .751 with the one that fails",
@@ -81,7 +86,8 @@ PAPER = {  # script -> verdict of its judge -> what the paper has
         "again one prompt": "2609.04172: one prompt gives 62 to 89 % of the gain",
         "again first 30 %": "2605.27028, 2605.31490: the first 30 % of the tokens give nearly all",
         "again low KL": "2606.09471: a low KL need not mean success",
-        "again words": "student .15 of mean accuracy with the stronger teacher, .20 with the weaker",
+        "again words": "student .15 of mean accuracy with the stronger teacher, "
+        ".20 with the weaker",
         "again words, cold": ".36 -> .40 with it, .12 -> .26 without",
     },
     "longer": {"longer cold start": ".36 -> .40 with it, .12 -> .26 without"},
@@ -101,7 +107,8 @@ PAPER = {  # script -> verdict of its judge -> what the paper has
 }
 
 
-FINDINGS = (  # section, claim, criteria on the toy, on the real model ("; " between them), what it means for a run
+# section, claim, criteria on the toy, on the real model ("; " between them), what it means
+FINDINGS = (
     (
         "3.1",
         "a weaker teacher that thinks alike wins",
@@ -185,7 +192,8 @@ FINDINGS = (  # section, claim, criteria on the toy, on the real model ("; " bet
         "the teacher's template helps",
         "5.2 template",
         "again 5.2 template",
-        "use it where you know it: .03 on the toy, as much as the noise; .07 with its wording on the real model",
+        "use it where you know it: .03 on the toy, as much as the noise; "
+        ".07 with its wording on the real model",
     ),
     (
         "5.2",
@@ -346,7 +354,8 @@ def summed_up(names, holds):
 
 
 def findings(made):
-    """A row a finding: the claim, whether it holds on the toy and on the real model, what it means."""
+    """A row a finding: the claim, whether it holds on the toy and on the real model, what it
+    means."""
     holds = {name: held for name, _, _, held in judged(made)}
     return (
         "\n".join(
@@ -370,7 +379,8 @@ def scripts(made):
         "|---|---|---|---|---|",
     ]
     for script, results in made.items():
-        asks = importlib.import_module(script).__doc__.splitlines()[0].split(": ", 1)[1].rstrip(".")
+        about = lab.first_sentence(importlib.import_module(script).__doc__)
+        asks = about.split(": ", 1)[1].rstrip(".")
         lines.append(
             row(
                 f"[{script}.py]({script}.py)",
@@ -398,7 +408,8 @@ def put(made, name, text):
     first, last = MARKERS[name]
     if first not in text or last not in text:
         raise SystemExit(
-            f"experiments/README.md: put the lines {first.strip()} and {last.strip()} where it belongs"
+            f"experiments/README.md: put the lines {first.strip()} and {last.strip()} "
+            "where it belongs"
         )
     before, rest = text.split(first)
     return before + first + made + last + rest.split(last)[1]

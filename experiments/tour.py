@@ -1,34 +1,33 @@
-"""experiments/tour.py: the paper in eight stops, two minutes on one core. Each prints what the paper claims, the call
-that asks, the number that comes back, and the lines to read.
+"""experiments/tour.py: the paper in eight stops, two minutes on one core. Each prints what the
+paper claims, the call that asks, the number that comes back, and the lines to read.
 
     python experiments/toy.py --all            the toy models, once: some three minutes
     python experiments/tour.py                 all stops
     python experiments/tour.py 5 6 7           some of them
 
-One seed and few prompts: it shows, and proves nothing. What was measured with care is in experiments/README.md.
+One seed and few prompts: it shows, and proves nothing. What was measured with care is in
+experiments/README.md.
 """
 
 import argparse
 import contextlib
-import functools
 import inspect
 import io
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from lab import PRESETS, Config, encoded, load, write
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import analysis  # noqa: E402
-import loss  # noqa: E402
-import opd  # noqa: E402
-import recipes  # noqa: E402
-import rollout  # noqa: E402
-from plumbing.answers import answered  # noqa: E402
-from plumbing.prompts import load_prompts  # noqa: E402
-from teacher import Pair  # noqa: E402
+import analysis
+import loss
+import opd
+import recipes
+import rollout
+import teacher as grading
+from plumbing import slots
+from plumbing.answers import answered
 
 TEACHERS = {
     "teacher": "post-trained, same family",
@@ -41,43 +40,45 @@ class Tour:
     """The toy's models, and what several stops ask of them. steps: of the runs; count: prompts."""
 
     def __init__(self, models, steps=40, count=64):
-        self.models, self.steps, self.count = Path(models), steps, count
+        self.models = Path(models)
+        self.steps = steps
+        self.count = count
+        self.diagnoses = {}
 
     def pair(self, teacher="teacher"):
-        return Pair.load(self.models / "student", self.models / teacher, device="cpu")
+        return load(self.models / "student", self.models / teacher)
 
     def rows(self, pair):
-        return pair.encode(
-            load_prompts(self.models / "eval.jsonl")[: self.count],
-            max_prompt_tokens=64,
-            new_tokens=96,
-        )
+        return encoded(pair, self.models / "eval.jsonl", self.count)
 
     def graded(self, per_position):
         """What the student wrote, each position of it graded: -> pair, Rollout, {name: (B, T)}."""
         pair = self.pair()
-        r = pair.write([row["ids"] for row in self.rows(pair)], max_new_tokens=96, seed=0)
-        return pair, r, pair.grade(r, per_position)
+        r = write(pair, [row["ids"] for row in self.rows(pair)], max_new_tokens=96, seed=0)
+        return pair, r, grading.grade(pair, r, per_position)
 
-    @functools.cache
     def diagnosis(self, teacher):
-        pair = self.pair(teacher)
-        return analysis.diagnose_pair(
-            pair,
-            self.rows(pair),
-            answered=answered,
-            max_new_tokens=96,
-            eval_temperature=1.0,
-            eval_top_p=1.0,
-        )
+        if teacher not in self.diagnoses:
+            pair = self.pair(teacher)
+            self.diagnoses[teacher] = analysis.diagnose_pair(
+                pair,
+                self.rows(pair),
+                answered=answered,
+                rollout=slots.rollout,
+                max_new_tokens=96,
+                eval_temperature=1.0,
+                eval_top_p=1.0,
+            )
+        return self.diagnoses[teacher]
 
     def run(self, teacher, **settings):
-        """A run of opd.py in a folder that is thrown away: -> its result, the loss of its first step."""
+        """A run of opd.py in a folder that is thrown away: -> its result, the loss of its first
+        step."""
         with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
             result = opd.distil(
-                opd.Config(
+                Config(
                     **{
-                        **opd.PRESETS["toy"],
+                        **PRESETS["toy"],
                         **dict(
                             student=str(self.models / "student"),
                             teacher=str(self.models / teacher),
@@ -92,18 +93,18 @@ class Tour:
                     }
                 )
             )
-        before, after, best = (
-            result[f"accuracy_{who}"]["mean"] for who in ("before", "after", "teacher")
-        )
+        before = result["held_out_before"]
+        after = result["held_out_after"]
         return (
-            f"accuracy {before:.2f} -> {after:.2f}, teacher {best:.2f}; overlap ratio "
-            f"{result['held_out_before']['overlap_ratio']:.2f} -> {result['held_out_after']['overlap_ratio']:.2f}; "
-            f"reverse KL {result['held_out_before']['reverse_kl']:.3f} -> "
-            f"{result['held_out_after']['reverse_kl']:.3f}"
+            f"accuracy {result['accuracy_before']['mean']:.2f} -> "
+            f"{result['accuracy_after']['mean']:.2f}, "
+            f"teacher {result['accuracy_teacher']['mean']:.2f}; "
+            f"overlap ratio {before['overlap_ratio']:.2f} -> {after['overlap_ratio']:.2f}; "
+            f"reverse KL {before['reverse_kl']:.3f} -> {after['reverse_kl']:.3f}"
         )
 
 
-# --- the stops: claim, call, what to read; the function gives the number ---------------------------------------------
+# --- the stops: claim, call, what to read; the function gives the number --------------------------
 
 
 def every_token(tour):
@@ -114,9 +115,10 @@ def every_token(tour):
     ids, rewards = r.response_ids(i), grid["reward"][i]
     worst = int(rewards[: len(ids)].argmin())
     said = pair.tokenizer.convert_ids_to_tokens(ids)
+    before = " ".join(said[max(0, worst - 4) : worst])
     return (
-        f"{int(r.response_mask.sum())} rewards for {len(r.ids)} responses; the lowest, {rewards[worst]:.1f} nats, "
-        f'for "{said[worst]}" after "... {" ".join(said[max(0, worst - 4) : worst])}"'
+        f"{int(r.response_mask.sum())} rewards for {len(r.ids)} responses; "
+        f'the lowest, {rewards[worst]:.1f} nats, for "{said[worst]}" after "... {before}"'
     )
 
 
@@ -175,24 +177,27 @@ def depth(tour):
 STOPS = (
     (
         "2.2  The student writes, the teacher grades every token: log q(y) - log p(y).",
-        "r = pair.write(prompts, max_new_tokens=96); pair.grade(r, ...)",
-        (rollout.rollout, Pair.grade),
+        "r = rollout(pair.student, prompts, max_new_tokens=96, ...); grade(pair, r, ...)",
+        (rollout.rollout, grading.grade),
         every_token,
     ),
     (
-        "2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); 16 tokens do (Eq. 5).",
+        "2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); "
+        "16 tokens do (Eq. 5).",
         "loss.sampled_token, loss.full_vocab, loss.top_k",
         (loss.sampled_token, loss.full_vocab, loss.top_k),
         estimators,
     ),
     (
-        "4.1  Two models that think alike share the tokens that hold nearly all of the probability (Eq. 6, 9, 10).",
+        "4.1  Two models that think alike share the tokens that hold nearly all of the "
+        "probability (Eq. 6, 9, 10).",
         "python analysis.py --student runs/toy/student --teacher ...",
         (analysis.overlap_ratio, analysis.overlap_mass),
         overlap,
     ),
     (
-        "3    A teacher helps if it thinks alike and knows what is new. Its size and score do not tell.",
+        "3    A teacher helps if it thinks alike and knows what is new. Its size and score do "
+        "not tell.",
         "the same command",
         (analysis.verdict, analysis.continuation),
         verdicts,
@@ -218,7 +223,8 @@ STOPS = (
         ),
     ),
     (
-        "6    Dense rewards cost depth: late in a response the teacher helps less. Its mean reward ranks answers.",
+        "6    Dense rewards cost depth: late in a response the teacher helps less. Its mean "
+        "reward ranks answers.",
         "the command of stop 3",
         (analysis.continuation, analysis.auroc),
         depth,

@@ -1,26 +1,28 @@
 """experiments/toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes,
 as ordinary checkpoint directories.
 
-The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the two families:
+The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the
+two families:
 
-    Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5          "left" folds from the left
-    Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5      "right" folds from the right
+    "left" folds from the left, "right" from the right:
+    Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5
+    Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5
 
-    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are a family's
-               favourites, so that with the word of substance 16 tokens are plausible at a position. k = 16 looks at
-               just these.
-    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what follows builds on it.
-               A model of any size fits that too, so that a bigger one from the same pipeline is no better and has
-               nothing new to teach.
-    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New capability, same way of
-               thinking. Before it comes, as in real post-training, a short fine-tune on a house style: same mistakes,
-               but 5 of the 15 favourites replaced. So the better teacher starts from a lower overlap, and there is
-               something to align to.
+    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are
+               a family's favourites, so that with the word of substance 16 tokens are plausible at
+               a position. k = 16 looks at just these.
+    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what
+               follows builds on it. A model of any size fits that too, so that a bigger one from
+               the same pipeline is no better and has nothing new to teach.
+    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New
+               capability, same way of thinking. Before it comes, as in real post-training, a short
+               fine-tune on a house style: same mistakes, but 5 of the 15 favourites replaced. So
+               the better teacher starts from a lower overlap, and there is something to align to.
 
-    python experiments/toy.py            runs/toy/{student,bigger,teacher}: a small model, a big one of the same family,
-                             that one post-trained
-    python experiments/toy.py --all      and {student-rl,other}: the student post-trained,
-                             a big post-trained one of the other family
+    python experiments/toy.py            runs/toy/{student,bigger,teacher}: a small model, a big
+                                         one of the same family, that one post-trained
+    python experiments/toy.py --all      and {student-rl,other}: the student post-trained, a big
+                                         post-trained one of the other family
 """
 
 import argparse
@@ -43,11 +45,12 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from plumbing.slots import fastest  # noqa: E402
-from rollout import position_ids, rollout  # noqa: E402
+from plumbing.slots import rollout  # noqa: E402
+from rollout import position_ids  # noqa: E402
 
 CONNECTORS = "so then next now thus hence well ok right let's".split()
-HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look listen honestly frankly
+HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look
+listen honestly frankly
     literally anyway ah oh huh mm eh really simply clearly sure fine true yes indeed""".split()
 DIGITS = [str(digit) for digit in range(10)]
 LABELS = "abcdef"
@@ -84,11 +87,12 @@ PLAIN, POLITE = (
 # one, unless they are pre-trained on both
 
 
-# --- the world -----------------------------------------------------------------------------------------------------
+# --- the world ------------------------------------------------------------------------------------
 
 
 def problems(n, generator, digits=(0, 9)):
-    """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count (n,)."""
+    """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count
+    (n,)."""
     return (
         torch.randint(digits[0], digits[1] + 1, (n, MOST), generator=generator),
         torch.randint(FEWEST, MOST + 1, (n,), generator=generator),
@@ -208,10 +212,12 @@ def corpus(family, digits, count, noise, generator, house_style=False, template=
 
 
 def first_slip(response, digits, count, family="left"):
-    """Where a response first leaves the right path: the index of that token, or None of a right one that ended.
+    """Where a response first leaves the right path: the index of that token, or None of a right
+    one that ended.
 
-    response: token ids, eos included; digits, count: its problem, as lists and ints (see `problems`). Hesitations are
-    free, and so is the choice of connector. A response that was cut off slips past its end.
+    response: token ids, eos included; digits, count: its problem, as lists and ints (see
+    `problems`). Hesitations are free, and so is the choice of connector. A response that was cut
+    off slips past its end.
     """
     place, total, path = list(range(count)), 0, []
     for at in place if family == "left" else place[::-1]:
@@ -231,7 +237,8 @@ def first_slip(response, digits, count, family="left"):
 
 
 def pack(ids, keep, is_response):
-    """Move the tokens to keep to the left and cut what is left of the width: (n, L) each -> (n, L') each."""
+    """Move the tokens to keep to the left and cut what is left of the width: (n, L) each -> (n,
+    L') each."""
     order = keep.logical_not().long().argsort(dim=1, stable=True)[:, : keep.sum(1).max()]
     return (
         torch.where(keep, ids, ID["<pad>"]).gather(1, order),
@@ -240,11 +247,12 @@ def pack(ids, keep, is_response):
     )
 
 
-# --- its models ----------------------------------------------------------------------------------------------------
+# --- its models -----------------------------------------------------------------------------------
 
 
 def fit(model, batches, steps, lr, what):
-    """Maximum likelihood of the response tokens; AdamW, 20 steps of warm-up, cosine to a twentieth."""
+    """Maximum likelihood of the response tokens; AdamW, 20 steps of warm-up, cosine to a
+    twentieth."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -265,7 +273,8 @@ def fit(model, batches, steps, lr, what):
 
 
 def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
-    """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n * samples,)."""
+    """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n *
+    samples,)."""
     prompts, answers = question(*problems(n, generator, digits), template)
     seeds = torch.randint(2**62, (n,), generator=generator).tolist()
     r = rollout(
@@ -273,9 +282,8 @@ def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
         prompts,
         n=samples,
         max_new_tokens=96,
-        eos_ids={ID["<eos>"]},
+        eos_ids=[ID["<eos>"]],
         seeds=seeds,
-        decoder=fastest,
     )
     ends = [
         [ID["Answer:"], ID["0"] + answer, ID["<eos>"]]
@@ -284,11 +292,12 @@ def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
     return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
 
 
-def expert_iteration(model, rounds, generator, what, n=512, samples=2, rehearsal=iter(()), **asked):
+def expert_iteration(model, rounds, generator, what, n=512, samples=2, rehearsal=(), **asked):
     """RL by keeping what is correct; asked: the template and the digits of its problems.
 
     rehearsal: an iterator of other batches, of which one follows each of these.
     """
+    rehearsal = iter(rehearsal)
     for k in range(rounds):
         r, kept = attempt(model, n, generator, samples, **asked)
         if not kept.any():
@@ -322,15 +331,16 @@ def make(
     post_digits=(0, 9),
     rehearse=False,
 ):
-    """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in eval mode.
+    """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in
+    eval mode.
 
-    family "left" | "right"; size "small" | "large";
-    noise: the chance of a mistake in a step of its pre-training corpus;
-    house_style: fine-tune on it afterwards; rounds of RL after that.
-    start: a directory to begin from in place of pre-training.
-    templates: of the pre-training corpus, in turn; post_template, post_digits: of all that comes after it.
-    rehearse: while that goes on, every other batch is of the pre-training corpus, plainly put, all digits: what the
-    post-training is not about is kept, as by the pre-training mix of InstructGPT (arXiv 2203.02155).
+    family "left" | "right"; size "small" | "large"; noise: the chance of a mistake in a step of
+    its pre-training corpus; house_style: fine-tune on it afterwards; rounds of RL after that.
+    start: a directory to begin from in place of pre-training. templates: of the pre-training
+    corpus, in turn; post_template, post_digits: of all that comes after it. rehearse: while that
+    goes on, every other batch is of the pre-training corpus, plainly put, all digits: what the
+    post-training is not about is kept, as by the pre-training mix of InstructGPT (arXiv
+    2203.02155).
     """
     what, generator = Path(out).name, torch.Generator().manual_seed(seed)
     if start is not None:
@@ -460,16 +470,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    print(
-        f"making {'five' if flags.all else 'three'} models in {flags.out}, some {4 if flags.all else 2} minutes on 2 "
-        "cores",
-        flush=True,
-    )
+    many, minutes = ("five", 4) if flags.all else ("three", 2)
+    print(f"making {many} models in {flags.out}, some {minutes} minutes on 2 cores", flush=True)
     for name, model in make_all(Path(flags.out), flags.seed, flags.all).items():
         r, correct = attempt(model, 512, torch.Generator().manual_seed(flags.seed))
         said = " ".join(WORDS[i] for i in r.response_ids(0)[:-1])
+        size = sum(p.numel() for p in model.parameters()) / 1e3
         print(
-            f"{flags.out}/{name}: {sum(p.numel() for p in model.parameters()) / 1e3:.0f}K parameters, "
+            f"{flags.out}/{name}: {size:.0f}K parameters, "
             f"{correct.float().mean():.2f} right of 512 problems; says: {said}"
         )
 
