@@ -1,497 +1,558 @@
-"""plumbing/flags.py: every flag of the three commands, with the reason for its default and the range that it allows.
+"""plumbing/flags.py: the flags of opd.py and analysis.py, their ranges, the reasons for defaults.
 
-A command's flags are the fields of a dataclass: Config (opd.py), DIAGNOSIS (analysis.py), ROLLOUTS and SELECTION
-(recipes.py). Whatever cannot work is a ValueError with flag and remedy, before a model is loaded.
+The flags of a command are the fields of a dataclass: Config (opd.py) and Diagnosis (analysis.py).
+What cannot work is a UserError that names the flag and the remedy, before any model is loaded.
 """
 
 import argparse
 import dataclasses
 import difflib
-import inspect
+import importlib.util
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from loss import SUPPORTS
-from plumbing.files import check_file
-from plumbing.models import load_pair, pick_device
+from plumbing.models import pick_device
 from recipes import apply_template
+from teacher import UserError
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
-POSITIVE, COUNT, FROM_0 = dict(above=0), dict(low=1), dict(low=0)  # ranges
-FILE = "JSON lines"  # how the reason of a flag begins whose value is such a file
+LARGEST_SEED = 2**31 - 1
 
 
-def flag(default, why, *choices, group=None, **range_):
-    """A field; `group` opens a labelled group of --help. range_: low (least), above (more than), high (most)."""
-    return field(
-        default=default,
-        metadata={"why": why, "choices": choices or None, "group": group, "range": range_},
+def flag(
+    default,
+    why,
+    choices=(),
+    *,
+    at_least=None,
+    above=None,
+    at_most=None,
+    is_file=False,
+    group="",
+):
+    """A field of a dataclass of flags.
+
+    why: what the flag is, and the reason for its default. choices, at_least, above, at_most: what
+    it may be. is_file: its value names a file of JSON lines that is read. group: the title of the
+    group of --help that begins with it.
+    """
+    about = dict(
+        why=why,
+        choices=choices,
+        at_least=at_least,
+        above=above,
+        at_most=at_most,
+        is_file=is_file,
+        group=group,
     )
+    return dataclasses.field(default=default, metadata=about)
 
 
 @dataclass(frozen=True)
 class Config:
-    """On-policy distillation: the student writes, the teacher grades every token. Why a default is what it is stands
-    beside it.
-    """
+    """On-policy distillation: the student writes, the teacher grades every token."""
 
     student: str = flag(
-        "", "directory or hub name of the model that learns", group="what matters first"
+        "", "the model that learns: a directory, or OWNER/NAME on the hub", group="the run"
     )
     teacher: str = flag(
-        "", "directory or hub name of the model that grades; same tokens as the student"
+        "", "the model that grades: a directory, or OWNER/NAME on the hub; same tokens"
     )
     prompts: str = flag(
-        "", FILE + ' {"prompt": ..., "answer": ...}; without it, additions of two numbers'
+        "",
+        'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers',
+        is_file=True,
     )
     eval: str = flag(
-        "", FILE + " to measure on; without it, a fifth of the prompts (64 at most), not trained on"
+        "",
+        "JSON lines to measure on; without it, a fifth of the prompts (64 at most), which are then "
+        "not trained on",
+        is_file=True,
     )
     out: str = flag("runs/opd", "directory of the run")
     preset: str = flag(
         "",
-        "settings of the toy world or of the paper (section 6); flags win over it",
-        "",
-        "toy",
-        "paper",
+        "settings for the toy world, or those of the paper's appendix A.2 and C.1; a flag that is "
+        "given wins over them",
+        choices=("", "toy", "paper"),
     )
     steps: int = flag(
-        100, "updates; enough to see which way a run goes. The paper's figures show 200", **FROM_0
+        100, "updates; enough to see where a run goes. The paper's figures show 200", at_least=0
     )
-    batch_size: int = flag(8, "prompts a step; the paper's 64 wants a GPU", **COUNT)
+    batch_size: int = flag(
+        8,
+        "prompts a step, and responses in an update of the cold start; the paper's 64 needs a GPU",
+        at_least=1,
+    )
     max_new_tokens: int = flag(
-        128, "response tokens; what a CPU can do. The paper finds 3K to 7K best (6.1)", **COUNT
+        128,
+        "tokens of a response, at most; what a CPU can do. The paper finds 3K to 7K best (6.1)",
+        at_least=1,
     )
     lr: float = flag(
         3e-5,
-        "learning rate, constant; worked here at 0.1 B and 8 rollouts a step. Paper: 1e-6, 256",
-        **POSITIVE,
+        "learning rate, constant; it worked here for 0.1 B parameters and 8 rollouts a step. The "
+        "paper takes 1e-6 for 256",
+        above=0,
     )
 
     objective: str = flag(
         "top-k",
-        "Eq. 5, 4, 3, or what the authors' code descends",
-        *OBJECTIVES,
+        "Eq. 5, Eq. 4, Eq. 3, or what the authors' code minimises",
+        choices=OBJECTIVES,
         group="what is learned (2.2)",
     )
     k: int = flag(
         16,
-        "likeliest tokens that loss and overlap metrics look at; the paper's. Larger gained nothing, 1 "
-        "was worse (6.3)",
-        **COUNT,
+        "how many of the likeliest tokens the top-k loss and the overlap metrics look at; the "
+        "paper's. More gained nothing, 1 was worse (6.3)",
+        at_least=1,
     )
     support: str = flag(
-        "student", "whose k likeliest tokens the top-k loss looks at (4.2)", *SUPPORTS
+        "student", "whose k likeliest tokens the top-k loss looks at (4.2)", choices=SUPPORTS
     )
     ends: str = flag(
         "merged",
-        "tokens that end a response are one event, whichever student and teacher use; own: each "
-        "its own, as in the authors' code: where they differ, the student is taught never to end",
-        "merged",
-        "own",
+        "if merged, all tokens that end a response count as one, whichever model uses them; if "
+        "own, each counts alone, as in the authors' code: where the ends of the models differ, the "
+        "student is taught never to end",
+        choices=("merged", "own"),
     )
     n: int = flag(
         1,
-        "rollouts a prompt; the paper takes 4, issue 22 of its code reports no clear gain over 1",
-        **COUNT,
+        "rollouts a prompt; the paper takes 4, its authors report no clear gain over 1 "
+        "(issue 22 of their code)",
+        at_least=1,
     )
     max_prompt_tokens: int = flag(
-        1024, "longer prompts are dropped and counted, never cut; the paper's", **COUNT
+        1024, "longer prompts are dropped and counted, never cut; the paper's", at_least=1
     )
     temperature: float = flag(
-        1.0, "of the student, when it writes and when it is scored; the paper's", **POSITIVE
+        1.0, "of the student, when it writes and when it is scored; the paper's", above=0
     )
-    teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's", **POSITIVE)
-    seed: int = flag(0, "of the prompts' order and of all sampling", low=0, high=2**31 - 1)
+    teacher_temperature: float = flag(1.0, "of the teacher when it grades; the paper's", above=0)
+    seed: int = flag(
+        0, "of the order of the prompts and of all sampling", at_least=0, at_most=LARGEST_SEED
+    )
 
     template: str = flag(
         "none",
-        "none (as they are), answer, boxed, or your own text with {question} in it (5.2)",
-        group="how the prompts are put, and the two recipes (5)",
+        "none (prompts as they are), answer, boxed, or a text of your own with {question} in it "
+        "(5.2)",
+        group="the prompts, and the two recipes (5)",
     )
     thinking: str = flag(
-        "default", "enable_thinking of chat templates that have it", "default", "on", "off"
+        "default",
+        "enable_thinking, for chat templates that have it",
+        choices=("default", "on", "off"),
     )
     cold_start: int = flag(
         0,
-        "prompts that the teacher answers for a fine-tuning before OPD, "
-        "which sees other ones (5.1)",
-        **FROM_0,
+        "how many prompts the teacher answers for a fine-tuning before OPD, which then sees the "
+        "other prompts (5.1)",
+        at_least=0,
     )
     cold_start_file: str = flag(
-        "", FILE + ' {"messages": [...]} for it, in place of asking the teacher'
+        "",
+        'JSON lines {"messages": [...]} for that fine-tuning, instead of asking the teacher',
+        is_file=True,
     )
     cold_start_steps: int = flag(
-        0, "updates of that fine-tuning; 0: one epoch, as in the paper", **FROM_0
-    )
-    cold_start_batch_size: int = flag(
-        16, "responses in one of these updates; the paper takes 64", **COUNT
+        0, "updates of that fine-tuning; 0 is one epoch, as in the paper", at_least=0
     )
     cold_start_lr: float = flag(
         1e-5,
         "highest learning rate of that fine-tuning: warm-up .05, then a cosine; the paper's",
-        **POSITIVE,
+        above=0,
     )
     cold_start_max_new_tokens: int = flag(
-        0, "of the teacher's responses; 0: as max_new_tokens; paper: 12,288", **FROM_0
+        0,
+        "tokens of the teacher's answers, at most; 0 is max_new_tokens. The paper takes 12,288",
+        at_least=0,
     )
     cold_start_temperature: float = flag(
-        0.7,
-        "the teacher's when it answers; the paper's. On the toy 1 ended as well "
-        "in the mean, and was never far behind (experiments/recipe.py)",
-        **FROM_0,
+        0.7, "of the teacher when it answers; the paper's", at_least=0
     )
     cold_start_top_p: float = flag(
-        0.95, "of the teacher when it answers; the paper's", above=0, high=1
+        0.95, "of the teacher when it answers; the paper's", above=0, at_most=1
     )
     aligned_prompts: str = flag(
-        "", FILE + " like what the teacher was post-trained on, to mix with --prompts (5.2)"
+        "",
+        "JSON lines like what the teacher was post-trained on, to mix with --prompts (5.2)",
+        is_file=True,
     )
     aligned_fraction: float = flag(
         0.5,
-        "their share of the mixture; on the toy .25 to .75 did alike, 0 and 1 worse. "
-        "The paper advises to mix and gives no share",
-        low=0,
-        high=1,
+        "their share of the mixture; on the toy .25 to .75 did equally well, 0 and 1 worse. The "
+        "paper advises a mixture and names no share",
+        at_least=0,
+        at_most=1,
     )
 
     eval_every: int = flag(
         0,
-        "steps between evaluations; 0: before and after only",
+        "steps between evaluations; 0: before and after the run only",
+        at_least=0,
         group="measuring and saving",
-        **FROM_0,
     )
-    eval_n: int = flag(4, "responses a prompt when evaluating; the paper takes 16", **COUNT)
-    eval_temperature: float = flag(0.7, "of the answers that are measured; the paper's", **FROM_0)
-    eval_top_p: float = flag(0.95, "of the same; the paper's", above=0, high=1)
-    eval_max_new_tokens: int = flag(0, "0: as max_new_tokens; the paper takes 31,744", **FROM_0)
+    eval_n: int = flag(
+        4, "responses a prompt when accuracy is measured; the paper takes 16", at_least=1
+    )
+    eval_temperature: float = flag(0.7, "of these responses; the paper's", at_least=0)
+    eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
+    eval_max_new_tokens: int = flag(
+        0, "their tokens, at most; 0 is max_new_tokens. The paper takes 31,744", at_least=0
+    )
     resume: bool = flag(False, "go on from the checkpoint in --out")
-    save_every: int = flag(25, "steps between checkpoints", **COUNT)
+    save_every: int = flag(25, "steps between checkpoints", at_least=1)
 
     device: str = flag(
-        "auto", "cuda where there is one, else cpu; or the name of one", group="machine and memory"
+        "auto",
+        "cuda if there is one, else cpu; or the name of a device",
+        group="machine and memory",
     )
     dtype: str = flag(
         "float32",
-        "of the computation; the student's weights stay float32: bfloat16 loses small updates",
-        "float32",
-        "bfloat16",
-    )
-    teacher_dtype: str = flag(
-        "",
-        "of the teacher's weights, where it is not --dtype: bfloat16 halves their memory",
-        "",
-        "float32",
-        "bfloat16",
-        "float16",
-    )
-    teacher_device_map: str = flag(
-        "",
-        "for a teacher larger than one GPU, placed on several by transformers (pip "
-        "install accelerate)",
-        "",
-        "auto",
-        "balanced",
-        "balanced_low_0",
-        "sequential",
+        "of the computation and of the teacher's weights. The student's weights are float32: "
+        "bfloat16 loses small updates",
+        choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = flag(
         False,
-        "compute the student's layers again in the backward pass: one more "
-        "forward, for long responses",
+        "compute the student's layers again in the backward pass: less memory for one more "
+        "forward pass",
     )
     shard: bool = flag(
         False,
-        "cut the student's weights, gradients and AdamW over the processes of torchrun: of more "
-        "than some 3e9 parameters they fit no GPU alone",
+        "cut both models over the processes of torchrun, weights, gradients and AdamW: a student "
+        "of more than about 3e9 parameters does not fit one GPU",
     )
     in_flight: int = flag(
         0,
-        "responses written at a time, the next prompts wait; bounds the cache's memory; 0: all",
-        **FROM_0,
-    )
-    chunk: int = flag(
-        0,
-        "positions whose logits exist at a time; changes memory, not the result. 0: 32 MiB of logits "
-        "on a CPU, 1 GiB on a GPU",
-        **FROM_0,
+        "responses that are written at a time while the other prompts wait; bounds the memory of "
+        "the cache. 0: all",
+        at_least=0,
     )
     micro_batch_tokens: int = flag(
         0,
-        "padded tokens in one forward and backward; changes memory, not the result. 0: "
-        "what keeps activations in a quarter GiB on a CPU, an eighth of a GPU's memory",
-        **FROM_0,
-    )
-    trust_remote_code: bool = flag(
-        False,
-        "run code that a checkpoint brings; read it first. Without it only "
-        "safetensors and transformers' own code are used",
+        "padded tokens in one forward and backward pass; changes the memory, not the result. "
+        "0: as many as keep activations within 256 MiB on a CPU, an eighth of a GPU's memory",
+        at_least=0,
     )
 
 
-PRESETS = {
-    "toy": dict(
-        batch_size=64,
-        max_new_tokens=96,
-        lr=1e-3,
-        eval_n=2,
-        eval_temperature=1.0,
-        eval_top_p=1.0,
-        cold_start_lr=2e-3,
-        cold_start_batch_size=64,
-        cold_start_temperature=1.0,
-        cold_start_top_p=1.0,
-    ),
-    "paper": dict(
-        steps=200,
-        batch_size=64,
-        n=4,
-        max_new_tokens=7168,
-        lr=1e-6,
-        template="answer",
-        eval_n=16,
-        eval_max_new_tokens=31744,
-        dtype="bfloat16",
-        cold_start_batch_size=64,
-        cold_start_max_new_tokens=12288,
-        in_flight=32,
-    ),
-}
+@dataclass(frozen=True)
+class Diagnosis:
+    """Diagnose a pair before training, or look at runs after it."""
 
-
-def command(doc, shared, **own):
-    """A dataclass of flags: those of Config whose names are in `shared`, and its own."""
-    of_config = {
-        f.name: (f.name, f.type, field(default=f.default, metadata=f.metadata))
-        for f in dataclasses.fields(Config)
-    }
-    made = [of_config[name] for name in shared.split()] + [
-        (name, type(f.default), f) for name, f in own.items()
-    ]
-    return dataclasses.make_dataclass("Flags", made, frozen=True, namespace={"__doc__": doc})
-
-
-BOTH = "student teacher prompts max_new_tokens max_prompt_tokens thinking ends seed device dtype trust_remote_code "
-DIAGNOSIS = command(
-    "Diagnose a pair before training, or look at runs after it.",
-    BOTH + "template temperature k eval_temperature eval_top_p",
-    count=flag(
+    student: str = flag(
+        "",
+        "the model that would learn: a directory, or OWNER/NAME on the hub",
+        group="before training: will this pair work?",
+    )
+    teacher: str = flag(
+        "", "the model that would grade: a directory, or OWNER/NAME on the hub; same tokens"
+    )
+    prompts: str = flag(
+        "",
+        'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers',
+        is_file=True,
+    )
+    count: int = flag(
         64,
-        "prompts to sample, the first ones of the file shuffled by --seed; with 64 a lead of .2 is told 9 "
-        "times in 10, with 24 in 5 (tests/test_diagnose.py)",
-        group="before: will this pair work?",
-        **COUNT,
-    ),
-    n=flag(2, "responses a prompt", **COUNT),
-    finishes=flag(2, "endings that each model writes at each depth (6.1)", **COUNT),
-    micro_batch_tokens=flag(
-        16384, "padded tokens in one forward; changes memory, not the result", **COUNT
-    ),
-    out=flag("diagnose.json", "where the report goes"),
-    tokens=flag("", "an .html file: a few responses, every token tinted by its reward"),
-    run=flag(
+        "how many prompts to ask, the first ones after shuffling by --seed. With 64 a lead of .2 "
+        "is seen 9 times in 10, with 24 5 times in 10",
+        at_least=1,
+    )
+    n: int = flag(2, "responses a prompt", at_least=1)
+    finishes: int = flag(
+        2, "how often each model finishes a response from each depth (6.1)", at_least=1
+    )
+    max_new_tokens: int = flag(128, "tokens of a response, at most; opd.py's", at_least=1)
+    max_prompt_tokens: int = flag(
+        1024, "longer prompts are dropped and counted, never cut; opd.py's", at_least=1
+    )
+    template: str = flag(
+        "none",
+        "none (prompts as they are), answer, boxed, or a text of your own with {question} in it "
+        "(5.2)",
+    )
+    thinking: str = flag(
+        "default",
+        "enable_thinking, for chat templates that have it",
+        choices=("default", "on", "off"),
+    )
+    ends: str = flag("merged", "as for opd.py", choices=("merged", "own"))
+    k: int = flag(
+        16, "how many of the likeliest tokens the overlap metrics look at; the paper's", at_least=1
+    )
+    temperature: float = flag(
+        1.0, "of the student, when it writes and when it is scored; the paper's", above=0
+    )
+    eval_temperature: float = flag(
+        0.7, "of the responses whose accuracy is measured; the paper's", at_least=0
+    )
+    eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
+    seed: int = flag(
+        0, "of the choice of prompts and of all sampling", at_least=0, at_most=LARGEST_SEED
+    )
+    device: str = flag("auto", "cuda if there is one, else cpu; or the name of a device")
+    dtype: str = flag(
+        "float32",
+        "of the computation and of the teacher's weights",
+        choices=("float32", "bfloat16"),
+    )
+    micro_batch_tokens: int = flag(
+        16384, "padded tokens in one forward pass; changes the memory, not the result", at_least=1
+    )
+    out: str = flag("runs/diagnose.json", "the file of the report; its folder is made if missing")
+    tokens: str = flag("", "an .html file: a few responses, every token tinted by its reward")
+
+    run: tuple = flag(
         (),
         "directory of a run; may be given several times, side by side",
-        group="after: what happened?",
-    ),
-    plot=flag(
+        group="after training: what happened?",
+    )
+    plot: str = flag(
         "",
-        "an .svg file: the paper's Figure 6, every metric against the step (pip install matplotlib)",
-    ),
-    positions=flag(
-        "", "an .svg file: entropies, reward and overlap by output position and step (Fig. 13)"
-    ),
+        "an .svg file: every metric against the step, as in the paper's Figure 6 "
+        "(pip install matplotlib)",
+    )
+    positions: str = flag(
+        "",
+        "an .svg file: entropies, reward and overlap by output position and step, as in Figure 13 "
+        "(pip install matplotlib)",
+    )
+
+
+TOY = dict(
+    batch_size=64,
+    max_new_tokens=96,
+    lr=1e-3,
+    eval_n=2,
+    eval_temperature=1.0,
+    eval_top_p=1.0,
+    cold_start_lr=2e-3,
+    cold_start_temperature=1.0,
+    cold_start_top_p=1.0,
 )
-ROLLOUTS = command(
-    "rollouts: the teacher answers every prompt, for a cold start (5.1)",
-    BOTH + "template",
-    out=flag("", "file to write; goes on with one that is there", group="what is written"),
-    count=flag(2**31, "the first so many prompts", **COUNT),
-    temperature=flag(0.7, "of the teacher; the paper's", **FROM_0),
-    top_p=flag(0.95, "of the teacher; the paper's", above=0, high=1),
+PAPER = dict(  # appendix A.2, and C.1 for the cold start
+    steps=200,
+    batch_size=64,
+    n=4,
+    max_new_tokens=7168,
+    lr=1e-6,
+    template="answer",
+    eval_n=16,
+    eval_max_new_tokens=31744,
+    dtype="bfloat16",
+    cold_start_max_new_tokens=12288,
+    in_flight=32,
 )
-SELECTION = command(
-    "select: rank a pool of prompts by measured alignment (ours)",
-    BOTH + "n k",
-    out=flag("", "file to write", group="what is written"),
-    templates=flag("none", "to compare, by name, separated by commas"),
-    keep=flag(0.5, "share of the pool that counts as aligned", low=0.01, high=0.99),
-)
+PRESETS = {"toy": TOY, "paper": PAPER}
+
+
+# --- words -> an instance of a dataclass ---------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose every refusal is a ValueError, with the nearest flag where one is misspelt."""
+    """argparse, whose refusals are UserErrors."""
 
     def error(self, message):
-        raise ValueError(message)
-
-    def parse_known_args(self, args=None, namespace=None):
-        given, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            self.error(
-                f"unknown flag {unknown[0]}"
-                + (f"; did you mean {near[0]}?" if near else "; --help lists them")
-            )
-        return given, unknown
+        raise UserError(message)
 
 
-def narrow(prog):
-    """The layout of --help: two screens of 50 lines and 100 columns for opd.py's."""
+def layout(prog):
     return argparse.HelpFormatter(prog, max_help_position=27)
 
 
-def of_pair(flags):
-    """Those of a command's flags that Pair.load takes, by name."""
-    names = set(inspect.signature(load_pair).parameters) - {"student", "teacher"}
-    return {f.name: getattr(flags, f.name) for f in dataclasses.fields(flags) if f.name in names}
-
-
 def named(name):
+    """The flag of a field: "max_new_tokens" -> "--max-new-tokens"."""
     return "--" + name.replace("_", "-")
 
 
-def parse(cls, words, prog):
-    """Words of a command line -> an instance of a dataclass of flags, checked; a preset fills in what was not given."""
-    parser = group = Parser(
-        prog=prog,
-        usage=f"{prog} --student S --teacher T [flags]",
-        description=cls.__doc__,
+def help_of(field):
+    """A field's line of --help: its choices, its reason and [its default]."""
+    text = field.metadata["why"]
+    choices = [choice for choice in field.metadata["choices"] if choice]
+    if choices:
+        text = f"{', '.join(choices)}: {text}"
+    if field.default not in ("", (), False) or field.type is int:
+        text += f" [{field.default}]"
+    return text.replace("%", "%%")
+
+
+def parser_of(kind, program):
+    """The argument parser of a dataclass of flags."""
+    parser = Parser(
+        prog=program,
+        usage=f"{program} --student S --teacher T [flags]",
+        description=kind.__doc__,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=narrow,
+        formatter_class=layout,
     )
-    for f in dataclasses.fields(cls):
-        group = parser.add_argument_group(f.metadata["group"]) if f.metadata["group"] else group
-        choices = f.metadata["choices"]
-        kinds = {bool: dict(action="store_true"), tuple: dict(action="append", metavar="X")}
-        how = kinds.get(
-            f.type, dict(type=f.type, choices=choices, metavar="N" if f.type is int else "X")
-        )
-        why = ", ".join(filter(None, choices or ())) + ": " * bool(choices) + f.metadata["why"]
-        why += "" if f.default is False or f.default in ("", ()) else f" [{f.default}]"
-        group.add_argument(named(f.name), help=why.replace("%", "%%"), **how)
-    given = vars(parser.parse_args(words))
-    return check(cls(**{**PRESETS.get(given.get("preset", ""), {}), **given}))
+    group = parser
+    for field in dataclasses.fields(kind):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        how = dict(type=field.type, metavar="X")
+        if field.type is bool:
+            how = dict(action="store_true")
+        if field.type is tuple:
+            how = dict(action="append", metavar="X")
+        if field.type is int:
+            how["metavar"] = "N"
+        group.add_argument(named(field.name), help=help_of(field), **how)
+    return parser
+
+
+def parse(kind, words, program):
+    """The words of a command line -> an instance of a dataclass of flags, checked.
+
+    A preset sets what is not given. Raises UserError.
+    """
+    given, unknown = parser_of(kind, program).parse_known_args(words)
+    if unknown:
+        known = [named(field.name) for field in dataclasses.fields(kind)]
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else "--help lists them"
+        raise UserError(f"unknown flag {unknown[0]}; {hint}")
+    given = vars(given)
+    preset = PRESETS.get(given.get("preset"), {})
+    return check(kind(**{**preset, **given}))
+
+
+# --- what cannot work ----------------------------------------------------------------------------
+
+
+def check_range(name, value, at_least, above, at_most):
+    """UserError if a number is not in its range. None: no bound."""
+    bounds = []
+    fits = math.isfinite(value)
+    if at_least is not None:
+        bounds.append(f"at least {at_least}")
+        fits = fits and value >= at_least
+    if above is not None:
+        bounds.append(f"above {above}")
+        fits = fits and value > above
+    if at_most is not None:
+        bounds.append(f"at most {at_most}")
+        fits = fits and value <= at_most
+    if not fits:
+        raise UserError(f"{name} {value}: must be a finite number, {' and '.join(bounds)}")
+
+
+def check_file(name, path):
+    """UserError if a file cannot be read."""
+    try:
+        open(path, "rb").close()
+    except OSError as error:
+        raise UserError(f"{name} {path}: {error.strerror}; give a file of JSON lines") from None
+
+
+def check_writable(name, path):
+    """UserError if a folder cannot be written to, or cannot be made. Nothing is made here."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"{name} {path}: {folder} cannot be written to ({error.strerror}); take another {name}"
+        ) from None
 
 
 def check(flags):
-    """The flags themselves, or ValueError with the first that is out of range, or no file, device or template."""
-    for f in dataclasses.fields(flags):
-        x, range_ = getattr(flags, f.name), f.metadata["range"]
-        low, above, high = (range_.get(name) for name in ("low", "above", "high"))
-        if f.type in (int, float) and not (
-            math.isfinite(x)
-            and (low is None or x >= low)
-            and (above is None or x > above)
-            and (high is None or x <= high)
-        ):
-            words = {
-                "at least": low,
-                "above": above,
-                "at most": high,
-                "finite": "" if f.type is float else None,
-            }
-            must = " and ".join(
-                f"{word} {bound}".strip() for word, bound in words.items() if bound is not None
-            )
-            raise ValueError(f"{named(f.name)} {x}: must be {must}")
-        if f.metadata["choices"] and x not in f.metadata["choices"]:
-            raise ValueError(
-                f"{named(f.name)} {x!r}: none of {', '.join(map(repr, f.metadata['choices']))}"
-            )
-        if x and f.metadata["why"].startswith(FILE):
-            check_file(x, named(f.name))
-    for template in (
-        flags.templates.split(",")
-        if hasattr(flags, "templates")
-        else [getattr(flags, "template", "none")]
-    ):
-        apply_template("", template)
+    """The flags themselves. UserError if one is out of range, or no file, device or template."""
+    for field in dataclasses.fields(flags):
+        value = getattr(flags, field.name)
+        about = field.metadata
+        if field.type in (int, float):
+            bounds = (about["at_least"], about["above"], about["at_most"])
+            check_range(named(field.name), value, *bounds)
+        if about["choices"] and value not in about["choices"]:
+            choices = ", ".join(choice for choice in about["choices"] if choice)
+            raise UserError(f"{named(field.name)} {value!r}: choose from {choices}")
+        if about["is_file"] and value:
+            check_file(named(field.name), value)
+    apply_template("", flags.template)
     pick_device(flags.device)
     return flags
 
 
 def need(flags, *names):
-    """The flags themselves, or ValueError with the first of these names that was not given."""
-    for f in dataclasses.fields(flags):
-        if f.name in names and not getattr(flags, f.name):
-            raise ValueError(f"{named(f.name)} is missing: {f.metadata['why']}")
-    return flags
+    """UserError if one of these flags was not given."""
+    for field in dataclasses.fields(flags):
+        if field.name in names and not getattr(flags, field.name):
+            raise UserError(f"{named(field.name)} is missing: {field.metadata['why']}")
 
 
 def check_run(cfg):
-    """A Config itself, or ValueError with the flag and the remedy; what two flags say together, too."""
-    need(check(cfg), "student", "teacher", "out")
-    cold = cfg.cold_start or cfg.cold_start_file
-    if cfg.steps == 0 and not cold:
-        raise ValueError("--steps 0: must be at least 1; 0 only after a cold start")
+    """A Config itself. UserError if a flag cannot work, or two of them not together."""
+    check(cfg)
+    need(cfg, "student", "teacher", "out")
+    has_cold_start = bool(cfg.cold_start or cfg.cold_start_file)
+    if cfg.steps == 0 and not has_cold_start:
+        raise UserError("--steps 0: must be at least 1; 0 is for a cold start alone")
     if cfg.cold_start and cfg.cold_start_file:
-        raise ValueError(
-            "--cold-start asks the teacher, --cold-start-file reads its answers: give one of the two"
+        raise UserError(
+            "--cold-start asks the teacher, --cold-start-file reads answers: give one of the two"
         )
-    if cfg.cold_start_steps and not cold:
-        raise ValueError(
-            "--cold-start-steps without --cold-start N, the number of prompts that the teacher answers"
+    if cfg.cold_start_steps and not has_cold_start:
+        raise UserError(
+            "--cold-start-steps needs --cold-start N, how many prompts the teacher answers"
         )
     if cfg.aligned_prompts and not cfg.prompts:
-        raise ValueError("--aligned-prompts needs --prompts, the others to mix them with")
-    check_writable(cfg.out)
+        raise UserError("--aligned-prompts needs --prompts, the others to mix them with")
+    check_writable("--out", cfg.out)
     return cfg
 
 
-def check_writable(out):
-    """ValueError where a run cannot leave its files; nothing is left by asking."""
-    folder = next(
-        folder
-        for folder in (Path(out).absolute(), *Path(out).absolute().parents)
-        if folder.exists()
-    )
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(
-            f"--out {out}: {folder} cannot be written to ({error.strerror}); take another --out"
-        ) from None
-
-
-def check_folders(*files):
-    for file in filter(None, files):
-        if not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"{file}: its folder does not exist; make it first")
-
-
 def parse_opd(words):
+    """The words of opd.py's command line -> Config. Raises UserError."""
     return check_run(parse(Config, words, "opd.py"))
 
 
 def parse_analysis(words):
-    flags = parse(DIAGNOSIS, words, "analysis.py")
-    if bool(flags.run) == bool(flags.student or flags.teacher):
-        raise ValueError("give either --student and --teacher, or --run")
-    if flags.run and flags.tokens or not flags.run and (flags.plot or flags.positions):
-        raise ValueError(
-            "--plot and --positions go with --run, --tokens with --student and --teacher"
-        )
+    """The words of analysis.py's command line -> Diagnosis. Raises UserError."""
+    flags = parse(Diagnosis, words, "analysis.py")
+    has_pair = bool(flags.student or flags.teacher)
+    if bool(flags.run) == has_pair:
+        raise UserError("give either --student and --teacher, or --run")
+    if flags.run and flags.tokens:
+        raise UserError("--tokens goes with --student and --teacher, not with --run")
+    for name in ("plot", "positions"):
+        if getattr(flags, name) and has_pair:
+            raise UserError(f"{named(name)} goes with --run, not with --student and --teacher")
+        if getattr(flags, name) and not importlib.util.find_spec("matplotlib"):
+            raise UserError(f"{named(name)} needs matplotlib: pip install matplotlib")
     for run in flags.run:
         if not (Path(run) / "metrics.jsonl").is_file():
-            raise ValueError(
-                f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run"
-            )
-    check_folders(flags.out, flags.tokens, flags.plot, flags.positions)
-    return flags if flags.run else need(flags, "student", "teacher")
+            raise UserError(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
+    for name in ("out", "tokens", "plot", "positions"):
+        path = getattr(flags, name)
+        if Path(path).is_dir() and path:
+            raise UserError(f"{named(name)} {path}: a folder; give a file in it")
+        check_writable(named(name), Path(path).parent)
+    if not flags.run:
+        need(flags, "student", "teacher")
+    return flags
 
 
-def parse_recipes(words):
-    """-> the name of the command, and its flags."""
-    commands = {"rollouts": ROLLOUTS, "select": SELECTION}
-    if not words or words[0] not in commands:
-        raise ValueError(
-            "say which: rollouts (the teacher answers prompts, 5.1) or select (prompts that suit a pair); "
-            "each has --help"
-        )
-    flags = parse(commands[words[0]], words[1:], "recipes.py " + words[0])
-    check_folders(flags.out)
-    return words[0], need(flags, "student", "teacher", "prompts", "out")
+def of_pair(flags):
+    """The flags that models.load_pair takes: {name: value}."""
+    names = (
+        "device",
+        "dtype",
+        "gradient_checkpointing",
+        "micro_batch_tokens",
+        "in_flight",
+        "ends",
+        "shard",
+    )
+    return {name: getattr(flags, name) for name in names if hasattr(flags, name)}

@@ -1,8 +1,16 @@
-"""plumbing/models.py: checkpoints from a directory or the hub, and whether they are what they should be."""
+"""plumbing/models.py: checkpoints from a directory or the hub, and whether they keep what is asked.
+
+load_pair reads two checkpoints and makes a teacher.Pair of them. Weights are read from safetensors
+alone, since a pickle may run code, and code that comes with a checkpoint is never run. `probe`
+tries each model on a few tokens: a model that would be trained on something else than it wrote is
+refused here, before the first step.
+"""
 
 import contextlib
+import logging
 import os
 import re
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,10 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from plumbing import slots
 from plumbing.exits import is_out_of_memory
-from plumbing.slots import fastest
-from rollout import position_ids, rollout
-from teacher import Pair, check_tokens
+from plumbing.prompts import positions
+from rollout import log_softmax, position_ids
+from teacher import UserError, check_tokens, make_pair
 
 
 def load_pair(
@@ -22,292 +31,363 @@ def load_pair(
     *,
     device="auto",
     dtype="float32",
-    teacher_dtype="",
-    teacher_device_map="",
     gradient_checkpointing=False,
-    trust_remote_code=False,
     micro_batch_tokens=0,
-    chunk=0,
     in_flight=0,
     ends="merged",
     shard=False,
 ):
-    """Two directories or hub names -> teacher.Pair. Raises ValueError where they cannot be read (load) or do not fit
-    (teacher.check_pair); what costs least is looked at first.
+    """Two directories or hub names -> teacher.Pair.
 
-    The student's weights are float32 whatever the dtype of the computation. micro_batch_tokens 0: see activations.
-    shard: cut them over all processes, see plumbing/shard.py; each reads all of them first, into the memory of its CPU.
+    dtype: of the computation and of the teacher's weights; the student's weights are float32.
+    micro_batch_tokens 0: as many as `activations` says. in_flight 0: all. shard: cut both models
+    over all processes; each process reads all of them into the memory of its CPU first.
+    Raises UserError if a checkpoint cannot be read or breaks a promise (load), or if the two do not
+    fit (teacher.check_pair). What costs least is looked at first.
     """
     device = pick_device(device)
-    mine, theirs = (load_tokenizer(path, trust_remote_code) for path in (student, teacher))
-    check_tokens(mine, theirs)
-    dtypes = [getattr(torch, name) for name in (dtype, teacher_dtype or dtype)]
-    student = load(
-        student,
-        device="cpu" if shard else device,
-        trust_remote_code=trust_remote_code,
-        trainable=True,
-    )
-    teacher = load(
-        teacher,
-        device=device,
-        dtype=dtypes[1],
-        device_map=teacher_device_map or None,
-        trust_remote_code=trust_remote_code,
-    )
-    for surprise in surprises(mine, theirs):
-        warnings.warn(surprise)
+    dtype = getattr(torch, dtype)
+    student_tokenizer = load_tokenizer(student)
+    teacher_tokenizer = load_tokenizer(teacher)
+    check_tokens(student_tokenizer, teacher_tokenizer)
+    place = torch.device("cpu") if shard else device
+    student = load(student, device=place, dtype=dtype, trainable=True)
+    teacher = load(teacher, device=place, dtype=dtype)
+    for surprise in surprises(student_tokenizer, teacher_tokenizer):
+        warnings.warn(surprise, stacklevel=2)
     if gradient_checkpointing:
         checkpoint_layers(student)
-    pair = Pair.of(
+    pair = make_pair(
         student,
         teacher,
-        mine,
-        theirs,
+        student_tokenizer,
+        teacher_tokenizer,
         merge_ends=ends == "merged",
-        chunk=chunk or None,
-        autocast=(
-            contextlib.nullcontext
-            if dtype == "float32"
-            else lambda: torch.autocast(device.type, dtypes[0])
-        ),
+        dtype=dtype,
+        micro_batch_tokens=micro_batch_tokens or activations(student, device, dtype.itemsize),
+        in_flight=in_flight or None,
     )
-    pair.micro_batch_tokens = micro_batch_tokens or activations(student, device, dtypes[0].itemsize)
-    pair.ending.update(in_flight=in_flight or None, decoder=fastest)
     if shard:
-        from plumbing.shard import shard_student  # torch.distributed: half a second
+        from plumbing.shard import shard_pair  # imports torch.distributed: half a second
 
-        shard_student(pair, device, dtypes[0])
+        shard_pair(pair, device)
     return pair
 
 
-def surprises(mine, theirs):
-    """What two tokenizers of the same tokens do otherwise, in words."""
-    special, text = (
-        [set(tokenizer.all_special_tokens) for tokenizer in (mine, theirs)],
-        next(iter(mine.get_vocab())),
-    )
-    if special[0] != special[1]:
-        yield f"special tokens of only one of the two: {sorted(special[0] ^ special[1])}"
-    if mine.chat_template != theirs.chat_template:
-        yield "chat templates differ: both models read the student's text"
-    if not mine.chat_template and mine(text).input_ids != theirs(text).input_ids:
-        yield f"the tokenizers encode {text!r} differently, by a BOS perhaps: both read the student's ids"
+def pick_device(name):
+    """The name of a device -> torch.device; "auto" is cuda if there is one, else cpu.
 
-
-def activations(model, device, width):
-    """How many tokens' activations, of `width` bytes a value, fit into a quarter GiB (CPU) or an eighth of a GPU: int.
-
-    17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits, attention scores
-    aside, which no longer are kept), with checkpointed layers one, and 17 in the layer at hand. Rough: norms and
-    residuals stay float32 under autocast.
+    Under torchrun each process takes a GPU of its own. UserError if the device is not there, has no
+    float64, with which tokens are drawn (mps), or holds no numbers (meta).
     """
-    config, layers = (
-        model.config.get_text_config(),
-        model.config.get_text_config().num_hidden_layers,
-    )
-    room = (
-        torch.cuda.get_device_properties(device).total_memory // 8
-        if device.type == "cuda"
-        else 2**28
-    )
-    kept = layers + 17 if model.is_activation_checkpointing else 17 * layers  # values a hidden unit
-    return max(1, room // (kept * width * config.hidden_size))
+    asked = name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        one = torch.ones((), dtype=torch.float64, device=name)
+        one.item()
+    except (RuntimeError, AssertionError, TypeError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"--device {asked}: {reason}; --device cpu works everywhere") from None
+    return one.device
 
 
-def load(
-    path,
-    *,
-    device="cpu",
-    dtype=torch.float32,
-    device_map=None,
-    trust_remote_code=False,
-    trainable=False,
-):
-    """A causal language model from a directory or the hub, in eval mode:
-    dropout would make sampled and scored softmax differ. device_map: of transformers, in place of device.
+# --- reading -------------------------------------------------------------------------------------
 
-    Read from safetensors alone, as a pickle may run code; code of the checkpoint's own runs with trust_remote_code.
-    Raises ValueError with the path for what is no whole checkpoint of a causal language model: a weight that is missing
-    or of another shape, which transformers would replace by random numbers, is one; so is a model that reads ahead.
+
+def load(path, *, device="cpu", dtype=torch.float32, trainable=False):
+    """A causal language model from a directory or the hub, probed, in eval mode.
+
+    dtype: of the computation. Weights have it, too; those of a trainable model are float32.
+    Raises UserError with the path if this is no whole checkpoint of a causal language model, and
+    nothing else: a weight that is missing, or of another shape than config.json says, would be
+    random, and a weight that config.json does not provide for would be left out.
     """
+    device = torch.device(device)
     with refused(f"{path} cannot be read"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if trainable and getattr(config, "quantization_config", None):
-        raise ValueError(
-            f"{path}: quantised weights cannot be trained; take the checkpoint that they were made from"
+        raise UserError(
+            f"{path}: quantised weights cannot be trained; take the checkpoint they were made from"
         )
     with refused(f"{path} cannot be read"):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             path,
-            dtype=dtype,
-            device_map=device_map,
+            dtype=torch.float32 if trainable else dtype,
             use_safetensors=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    lacks = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if lacks:
-        raise ValueError(
-            f"{path}: {lacks[0]} ({len(lacks)} such in all) is missing, or has another shape than "
-            "config.json says; take a whole checkpoint"
-        )
-    if any(weight.is_meta for weight in model.parameters()):
-        raise ValueError(
-            f"{path}: the devices here do not hold it; take a smaller model, or --teacher-dtype bfloat16"
-        )
-    model = (model if device_map else model.to(device)).eval()
-    probe(model, path)
+    check_weights(path, info)
+    model = model.to(device).eval()
+    probe(model, path, dtype)
     return model
 
 
-def load_tokenizer(path, trust_remote_code=False):
-    """The tokenizer of a directory or of the hub; ValueError with the path where there is none."""
+def check_weights(path, info):
+    """UserError if the weights of a checkpoint are not those of its model."""
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    lacking = sorted([*info["missing_keys"], *mismatched])
+    if lacking:
+        raise UserError(
+            f"{path}: {lacking[0]} ({len(lacking)} such in all) is missing, or has another shape "
+            "than config.json says; take a whole checkpoint"
+        )
+    unexpected = sorted(info["unexpected_keys"])
+    if unexpected:
+        raise UserError(
+            f"{path}: {unexpected[0]} ({len(unexpected)} such in all) has no place in the model "
+            "that config.json describes; take the config.json that belongs to these weights"
+        )
+
+
+def is_no_report(record):
+    """False for transformers' table of missing and unexpected weights: check_weights refuses them.
+
+    All else that transformers says while it loads is shown.
+    """
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "CONVERSION" in text
+
+
+logging.getLogger("transformers.modeling_utils").addFilter(is_no_report)
+
+
+def load_tokenizer(path):
+    """The tokenizer of a directory or of the hub. UserError with the path if there is none."""
     check_directory(path)
     with refused(f"{path} cannot be read"):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
 
 
 def check_directory(path):
-    """ValueError where a path is no directory of safetensors and no hub's name, NAME or OWNER/NAME: said at once, not
-    after a search online. Where OWNER is a folder here, a folder is meant.
+    """UserError if a path is no directory with safetensors and cannot be a name on the hub.
+
+    Only OWNER/NAME is looked for on the hub. If OWNER is a folder here, a folder is meant.
     """
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{path}: no config.json there; give the directory of a checkpoint")
-    if folder.is_dir() and not next(folder.glob("*.safetensors"), None):
-        raise ValueError(
+    if not folder.is_dir():
+        can_be_on_the_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+        if folder.exists() or folder.parent.is_dir() or not can_be_on_the_hub:
+            raise UserError(
+                f"{path}: no such directory here; give the directory of a checkpoint, or "
+                "OWNER/NAME on the hub"
+            )
+        print(f"{path}: no such directory here, asking the hub", file=sys.stderr)
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{path}: no config.json there; give the directory of a checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(
             f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "
             "convert it where you trust it: from_pretrained, then save_pretrained"
-        )
-    is_name = re.fullmatch(r"[\w.-]*\w[\w.-]*(/[\w.-]*\w[\w.-]*)?", str(path))
-    if not folder.is_dir() and (
-        folder.exists() or not is_name or "/" in path and folder.parent.is_dir()
-    ):
-        raise ValueError(
-            f"{path}: no such directory, and no hub name; give the directory of a checkpoint"
         )
 
 
 @contextlib.contextmanager
 def refused(what):
-    """Whatever a foreign checkpoint makes transformers raise is a ValueError, in one line."""
+    """Whatever a checkpoint makes transformers raise is a UserError, in one line."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
         if "trust_remote_code" in str(error):
-            error = (
-                "it brings code of its own; if you have read and trust it, add --trust-remote-code"
-            )
-        said = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"{what}: {said or type(error).__name__}; give a directory or hub name of a causal language "
+            reason = "it brings code of its own, which is never run here"
+        raise UserError(
+            f"{what}: {reason}; give the directory, or OWNER/NAME on the hub, of a causal language "
             "model with its tokenizer"
-        ) from None
+        ) from error
+
+
+def surprises(student_tokenizer, teacher_tokenizer):
+    """What two tokenizers with the same tokens do differently: a list of sentences."""
+    found = []
+    student_special = set(student_tokenizer.all_special_tokens)
+    teacher_special = set(teacher_tokenizer.all_special_tokens)
+    if student_special != teacher_special:
+        differing = sorted(student_special ^ teacher_special)
+        found.append(f"special tokens of only one of the two: {differing}")
+    if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
+        found.append("chat templates differ: both models read the student's text")
+    if not student_tokenizer.chat_template:
+        text = next(iter(student_tokenizer.get_vocab()))
+        if student_tokenizer(text).input_ids != teacher_tokenizer(text).input_ids:
+            found.append(
+                f"the tokenizers encode {text!r} differently, perhaps by a BOS: both models read "
+                "the student's ids"
+            )
+    return found
+
+
+# --- promises ------------------------------------------------------------------------------------
+
+WINDOWS = (  # what configurations call the length of a sliding or local window
+    "sliding_window",
+    "window_size",
+    "attention_window_size",
+    "local_attention",
+    "attention_chunk_size",
+)
+LONGEST_WINDOW = 4096  # tokens; the text of the probe is not made longer than that
+WRITTEN = 20  # tokens of a response of the probe; on a GPU rows leave at every 16th
+TEMPERATURE = 2.0  # of the probe: rows end early and late, whatever the model prefers
 
 
 @torch.no_grad()
-def probe(model, path):
-    """ValueError where a model breaks a promise that all of this rests on, found out by trying, in a dozen tokens:
+def probe(model, path, dtype=torch.float32):
+    """Try a model on a few tokens, in the dtype of the run. UserError with the path if
 
-    no token changes what is said of an earlier one (BERT loads as a causal model, too); a text reads the same alone and
-    in a batch padded on the left; what `rollout` records of each token is what a reading of the whole text says.
+    it cannot be run or cannot write in that dtype,
+    a later token changes what it says of an earlier one (BERT loads as a causal model, too),
+    it reads a text differently beside longer ones, with padding on the left, than alone, or
+    `rollout` records other log-probabilities than a reading of the whole text gives.
     """
-    V, device = len(model.get_input_embeddings().weight), model.get_input_embeddings().weight.device
+    name = f"{path}: {type(model).__name__}"
+    device = model.get_input_embeddings().weight.device
+    beside = []  # a row's log p as the loss scores it, with padding around it: (t, V)
+    alone = []  # as the row is read without the others: (t, V)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with refused(f"{name} cannot be run"):
+            text = torch.tensor([probe_prompt(model, 9)], device=device)  # (1, 9)
+            log_p = read(model, text, 9)  # (1, 9, V)
+            log_p_of_start = read(model, text[:, :-1], 8)  # (1, 8, V)
+        with refused(f"{name} cannot write"):
+            r = written(model)
+            T = r.log_p.size(1)
+            log_p_of_all = read(model, r.ids, T + 1, r.attention_mask)[:, :-1]  # (B, T, V)
+            for row, mask in enumerate(r.attention_mask):
+                t = len(r.response_ids(row))
+                text = r.ids[row, mask].unsqueeze(0)
+                beside.append(log_p_of_all[row, :t])
+                alone.append(read(model, text, t + 1)[0, :-1])
 
-    def read(ids, mask):  # (b, L) -> (b, L, V)
-        return (
-            model(
-                input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
-            )
-            .logits.float()
-            .log_softmax(-1)
-        )
-
-    def keeps(promise, *off):
-        if not max(off) <= torch.finfo(model.dtype).eps ** 0.5 * (
-            log_p.max() - log_p.min()
-        ):  # far above rounding
-            raise ValueError(
-                f"{path}: {type(model).__name__} {promise}; take a decoder that transformers runs so"
-            )
-
-    with refused(f"{path}: {type(model).__name__} cannot be run"):
-        text = torch.arange(3, 12, device=device).unsqueeze(0) % V  # (1, 9)
-        log_p, begun = (read(ids, torch.ones_like(ids)) for ids in (text, text[:, :-1]))
+    rounding = torch.finfo(dtype).eps ** 0.5 * (log_p.max() - log_p.min())  # nats
     if not log_p.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype"
         )
-    keeps(
-        "is no causal language model, a later token changes what it says of an earlier one",
-        (log_p[:, :-1] - begun).abs().max(),
-    )
-    with refused(f"{path}: {type(model).__name__} cannot write"):
-        r = rollout(
-            model,
-            [[5 % V, 3 % V, 6 % V, 4 % V], [7 % V, 3 % V]],
-            n=2,
-            max_new_tokens=8,
-            seeds=[0, 1],
-            eos_ids=range(0, V, 6),
-            decoder=fastest,
-        )  # some end before the others
-        padded = read(r.ids, r.attention_mask)
-        alone = [
-            read(ids[mask].unsqueeze(0), mask[mask].unsqueeze(0))[0]
-            for ids, mask in zip(r.ids, r.attention_mask)
-        ]
-    keeps(
-        "reads a text otherwise where padding stands before it",
-        *((x - y[mask]).abs().max() for x, y, mask in zip(alone, padded, r.attention_mask)),
-    )
-    for i, x in enumerate(alone):
-        y = r.ids[i, r.is_response[i]]
-        scored = x[-len(y) - 1 : -1].gather(-1, y.unsqueeze(-1)).squeeze(-1)
-        keeps(
-            "samples from another softmax than a reading of the whole text gives",
-            (scored - r.log_p[i, : len(y)]).abs().max(),
+    if apart(log_p[:, :-1], log_p_of_start) > rounding:
+        raise UserError(
+            f"{name} is no causal language model, a later token changes what it says of an earlier "
+            "one; take a decoder"
         )
+    for row in range(len(alone)):
+        y = torch.tensor(r.response_ids(row), device=device).unsqueeze(-1)  # (t, 1)
+        scored = beside[row].gather(-1, y).squeeze(-1)  # (t,)
+        if apart(beside[row], alone[row]) > rounding:
+            raise UserError(
+                f"{name} reads a text differently if padding stands before it; take another "
+                "architecture"
+            )
+        if apart(scored, r.log_p[row, : len(y)]) > rounding:
+            raise UserError(
+                f"{name} samples from another softmax than a reading of the whole text gives; take "
+                "another architecture"
+            )
 
 
-def pick_device(name):
-    """A torch.device; "auto" is cuda where there is one, else cpu. ValueError for one that is not there, or that has no
-    float64, with which tokens are drawn (mps), or no numbers (meta).
+def apart(x, y):
+    """The largest difference between two tensors, inf if one of them holds NaN: float."""
+    return (x - y).abs().nan_to_num(torch.inf).max().item()
+
+
+def read(model, ids, last, mask=None):
+    """log p of a model at the `last` positions of each row: (b, L), (b, L) -> (b, last, V)."""
+    if mask is None:
+        mask = torch.ones_like(ids, dtype=torch.bool)
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=position_ids(mask),
+        use_cache=False,
+        logits_to_keep=last,
+    ).logits
+    return log_softmax(logits, TEMPERATURE)
+
+
+def written(model):
+    """Six responses of the probe, three at a time: -> Rollout.
+
+    Two prompts are longer than the model's window. Every twelfth token of the vocabulary is an end,
+    so rows leave early and others join those that are on their way.
     """
-    name = name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    mine = (
-        f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-    )  # of torchrun: a GPU each
-    try:
-        one = torch.ones((), dtype=torch.float64, device=mine)
-        one.item()
-        return one.device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        said = str(error).splitlines()[0].split(". ")[0]
-        raise ValueError(f"--device {name}: {said}; --device cpu works everywhere") from None
+    config = model.config.get_text_config()
+    longest = max(8, min(window(config) + 4, positions(config) - WRITTEN))
+    lengths = (longest, 2, 4, longest - 1, 3, 6)
+    vocab_size = len(model.get_input_embeddings().weight)
+    return slots.rollout(
+        model,
+        [probe_prompt(model, length) for length in lengths],
+        max_new_tokens=WRITTEN,
+        temperature=TEMPERATURE,
+        eos_ids=list(range(0, vocab_size, 12)),
+        seeds=list(range(len(lengths))),
+        in_flight=3,
+    )
+
+
+def probe_prompt(model, length):
+    """Token ids from the middle of the vocabulary, whose beginning is full of special tokens.
+
+    Some models have never seen those, and amplify rounding in bfloat16 when they read them.
+    """
+    vocab_size = len(model.get_input_embeddings().weight)
+    return [(vocab_size // 2 + 37 * i) % vocab_size for i in range(length)]
+
+
+def window(config):
+    """The longest sliding or local window of a configuration that can be tried: int, 0 for none."""
+    lengths = [0]
+    for name in WINDOWS:
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length <= LONGEST_WINDOW:
+            lengths.append(length)
+    return max(lengths)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+def activations(model, device, width):
+    """How many tokens' activations, of `width` bytes a value, fit into 256 MiB on a CPU, or into an
+    eighth of a GPU's memory: int.
+
+    17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits,
+    without attention scores, which are no longer kept). With checkpointed layers 1, and 17 in the
+    layer at hand. Rough: norms and residuals stay float32 under autocast.
+    """
+    config = model.config.get_text_config()
+    layers = config.num_hidden_layers
+    room = 2**28  # bytes
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // 8
+    values = 17 * layers  # a hidden unit
+    if model.is_activation_checkpointing:
+        values = layers + 17
+    return max(1, room // (values * width * config.hidden_size))
 
 
 def checkpoint_layers(model):
-    """Keep the inputs of the layers for the backward pass and compute the rest again: memory for one more forward.
+    """Keep only the inputs of the layers for the backward pass, and compute the rest again there.
 
-    transformers does so in layers that are in training mode, and only where grad is enabled; what is inside them stays
-    in eval mode, and a layer that drops out by itself no longer does.
-    Raises ValueError for an architecture that has no such layers.
+    transformers does so in layers that are in training mode. So the layers alone are put in
+    training mode, not what is inside them, and a layer that drops out by itself no longer does.
+    UserError for an architecture without such layers.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no layers to checkpoint; leave --gradient-checkpointing out"
+        raise UserError(
+            f"{type(model).__name__} has no layers to checkpoint; "
+            "leave --gradient-checkpointing out"
         )
     model.activation_checkpointing_enable()
     for layer in layers:
-        layer.training = True  # of the layer alone, not of its parts
-        for name, x in vars(layer).items():
-            if "dropout" in name and isinstance(x, float):
+        layer.training = True
+        for name, value in vars(layer).items():
+            if "dropout" in name and isinstance(value, float):
                 setattr(layer, name, 0.0)
