@@ -1,4 +1,4 @@
-"""A file that its header calls fit to copy is: alone in an empty folder, with what the header names, it works."""
+"""A file is copied with what its header names: alone in an empty folder, it works."""
 
 import contextlib
 import os
@@ -25,26 +25,40 @@ student, teacher = tiny(0), tiny(1)
 TOKENIZER = """
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
 words = "[PAD] [BOS] [EOS] [UNK] user assistant : add the digits 3 7 + = so 0".split()
-inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+vocabulary = {word: i for i, word in enumerate(words)}
+inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
 inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="[BOS]", eos_token="[EOS]", unk_token="[UNK]",
-                                    pad_token="[PAD]")
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=inner, eos_token="[EOS]", unk_token="[UNK]", pad_token="[PAD]"
+)
 """
 
 LOSS = """
 import torch
 from loss import in_chunks, top_k
+
 torch.manual_seed(0)
 trunk, head_p, head_q = torch.nn.Linear(8, 8), torch.nn.Linear(8, 20), torch.nn.Linear(6, 20)
 x, h_q, y = torch.randn(50, 8), torch.randn(50, 6), torch.randint(20, (50,))
-optimizer, losses = torch.optim.AdamW([*trunk.parameters(), *head_p.parameters()], lr=0.05), []
+optimizer = torch.optim.AdamW([*trunk.parameters(), *head_p.parameters()], lr=0.05)
+losses = []
 for step in range(20):
-    values = in_chunks(lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 5)}, trunk(x), h_q, head_p, head_q, y,
-                       scale=1 / len(y), chunk=16)
+    values = in_chunks(
+        lambda log_p, log_q, y: {"loss": top_k(log_p, log_q, 5)},
+        trunk(x),
+        h_q,
+        lambda h: head_p(h).log_softmax(-1),
+        lambda h: head_q(h).log_softmax(-1),
+        y,
+        chunk=16,
+    )
+    loss = values["loss"].mean()
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    losses.append(values["loss"].mean().item())
+    losses.append(loss.item())
 assert losses[-1] < 0.5 * losses[0], losses
 """
 
@@ -52,12 +66,14 @@ ROLLOUT = (
     MODELS
     + """
 from rollout import rollout
-r = rollout(student, [[5, 6, 7], [8]], n=3, max_new_tokens=6, eos_ids=[2], seeds=[0, 1])
-assert r.ids.shape[0] == 6 and r.log_p.shape == r.response_mask.shape and r.response_mask[:, 0].all()
+
+prompts = [[5, 6, 7], [8]]
+r = rollout(student, prompts, n=3, max_new_tokens=6, eos_ids=[2], seeds=[0, 1])
+assert r.ids.shape[0] == 6 and r.log_p.shape == r.response_mask.shape
 for row in range(6):
-    prompt, response = [[5, 6, 7], [8]][row // 3], r.response_ids(row)
-    log_p = student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
-    expected = log_p[range(len(response)), response]
+    prompt, response = prompts[row // 3], r.response_ids(row)
+    logits = student(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+    expected = logits.log_softmax(-1)[range(len(response)), response]
     torch.testing.assert_close(r.log_p[row, :len(response)], expected.detach(), rtol=0, atol=1e-4)
 """
 )
@@ -68,61 +84,62 @@ TEACHER = (
     + """
 from loss import full_vocab
 from rollout import rollout
-from teacher import Pair, log_probs
-pair = Pair.of(student, teacher, tokenizer, tokenizer)
+from teacher import grade, log_probs, make_pair, micro_batches, values_of
+
+def per_position(log_p, log_q, y):
+    return {"loss": full_vocab(log_p, log_q)}
+
+pair = make_pair(student, teacher, tokenizer, tokenizer)
 prompts = [tokenizer("add the digits 3 7").input_ids, tokenizer("3 + 7 =").input_ids]
 optimizer, losses = torch.optim.AdamW(student.parameters(), lr=3e-3), []
 for step in range(15):
-    r = pair.write(prompts, n=4, max_new_tokens=6, seed=0)
-    grid = pair.grade(r, lambda log_p, log_q, y: {"loss": full_vocab(log_p, log_q)}, scale=1 / r.response_mask.sum())
+    r = rollout(student, prompts, n=4, max_new_tokens=6, seeds=[0, 1], **pair.sampling)
     of_r = (r.ids, r.attention_mask, r.is_response)
     plain = full_vocab(log_probs(student, *of_r), log_probs(teacher, *of_r)).detach()
+    grid = grade(pair, r, per_position)
     torch.testing.assert_close(grid["loss"][r.response_mask], plain, rtol=1e-4, atol=1e-5)
+    for part in micro_batches(r, pair.micro_batch_tokens):
+        (values_of(pair, part, per_position)["loss"].sum() / r.is_response.sum()).backward()
     optimizer.step()
     optimizer.zero_grad()
     losses.append(plain.mean().item())
 assert losses[-1] < 0.7 * losses[0], losses
-assert pair.given([(prompts[0], [7, 2])]).response_ids(0) == [7, 2]
 """
 )
 
 ANALYSIS = """
 import torch
-from analysis import auroc, diagnose, overlap_ratio
+from analysis import auroc, diagnose, overlap_ratio, shared_tokens
+
 torch.manual_seed(0)
 log_p, log_q = torch.randn(2, 30, 50).log_softmax(-1)
 found = diagnose(log_p, log_q, torch.randint(50, (30,)), 16)
-assert {name: x.shape for name, x in found.items()} == {name: (30,) for name in found} and "reverse_kl" in found
-assert torch.equal(found["overlap_ratio"], overlap_ratio(log_p, log_q, 16)) and 0 < found["overlap_ratio"].mean() < 1
-assert (diagnose(log_p, log_p, torch.zeros(30).long(), 16)["overlap_ratio"] == 1).all()
+assert {x.shape for x in found.values()} == {(30,)} and "reverse_kl" in found
+P, in_I = shared_tokens(log_p, log_q, 16)
+assert torch.equal(found["overlap_ratio"], overlap_ratio(in_I))
 assert auroc(torch.tensor([.1, .9]), torch.tensor([False, True])) == 1
 """
 
-RECIPES = """
-import torch
-from recipes import apply_template, cold_start, is_degenerate, mix_prompts
-assert apply_template("3 + 7", "boxed").startswith("3 + 7 ") and is_degenerate("so " * 40)
+RECIPES = (
+    MODELS
+    + TOKENIZER
+    + """
+from recipes import apply_template, cold_start, is_degenerate, mix_prompts, teacher_rollouts
+from teacher import make_pair
+
+assert apply_template("3 + 7", "boxed").startswith("3 + 7 ") and is_degenerate([5] * 40)
 asked = [{"prompt": f"{i} + {i}"} for i in range(8)]
 mixed = mix_prompts(asked[:4], asked[4:], 0.5, torch.Generator().manual_seed(0))
 assert sorted(row["prompt"] for row in mixed) == [row["prompt"] for row in asked]
-class Texts:                       # what a pair must be for a cold start: a student, `given` and `grade`
-    def given(self, examples):
-        self.ids = torch.tensor([prompt + response for prompt, response in examples])
-        self.response_mask = torch.ones(len(examples), len(examples[0][1]), dtype=torch.bool)
-        return self
-    def grade(self, r, per_position, *, scale, with_teacher):
-        T = self.response_mask.size(1)
-        log_p = self.student(self.ids)[:, -T - 1:-1].log_softmax(-1).flatten(0, 1)
-        loss = per_position(log_p, None, self.ids[:, -T:].flatten())["loss"]
-        (scale * loss.sum()).backward()
-        return {"loss": loss.detach().view(-1, T)}
-pair = Texts()
-pair.student = student = torch.nn.Sequential(torch.nn.Embedding(16, 32), torch.nn.Linear(32, 16))
-examples = [([5, 6, 7 + i], [9, 10, 2]) for i in range(4)]
+pair = make_pair(student, teacher, tokenizer, tokenizer)
+rows = [{"prompt": "3 + 7 =", "ids": tokenizer("3 + 7 =").input_ids}] * 4
+(answers,) = teacher_rollouts(pair, rows, max_new_tokens=8)
+examples = [(answer["prompt_ids"], answer["response_ids"]) for answer in answers]
 optimizer = torch.optim.AdamW(student.parameters())
-rows = list(cold_start(pair, optimizer, examples, steps=20, lr=1e-2, batch_size=4))
-assert [row["step"] for row in rows] == list(range(1, 21)) and rows[-1]["loss"] < 0.5 * rows[0]["loss"], rows
+told = list(cold_start(pair, optimizer, examples, steps=20, lr=1e-2, batch_size=4))
+assert told[-1]["loss"] < 0.5 * told[0]["loss"], told
 """
+)
 
 COPIES = {  # file -> what its header says, what goes with it, what a user would write
     "loss.py": ("To copy: this file alone.", [], LOSS),
@@ -130,14 +147,17 @@ COPIES = {  # file -> what its header says, what goes with it, what a user would
     "plumbing/slots.py": (
         "To copy: with rollout.py.",
         ["rollout.py"],
-        "from plumbing.slots import fastest\n"
-        + ROLLOUT.replace("seeds=[0, 1]", "seeds=[0, 1], decoder=fastest"),
+        ROLLOUT.replace("from rollout import", "from plumbing.slots import"),
     ),
     "teacher.py": ("To copy: with loss.py and rollout.py.", ["loss.py", "rollout.py"], TEACHER),
-    "analysis.py": ("To copy: this file alone.", [], ANALYSIS),
+    "analysis.py": (
+        "To copy: with rollout.py, teacher.py and loss.py.",
+        ["rollout.py", "teacher.py", "loss.py"],
+        ANALYSIS,
+    ),
     "recipes.py": (
-        "To copy: with analysis.py and plumbing/processes.py;",
-        ["analysis.py", "plumbing/processes.py"],
+        "To copy: with loss.py, rollout.py and teacher.py.",
+        ["loss.py", "rollout.py", "teacher.py"],
         RECIPES,
     ),
 }
@@ -145,8 +165,10 @@ COPIES = {  # file -> what its header says, what goes with it, what a user would
 
 @contextlib.contextmanager
 def started(tmp_path_factory):
-    """Each file in a folder of its own, and the user's script that runs there: {name: process}, all at a time."""
-    plain = {key: x for key, x in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    """Each file in a folder of its own, and a script that runs there: {name: process}, all at
+    once."""
+    plain = {**os.environ, "OMP_NUM_THREADS": "1"}
+    plain.pop("PYTHONPATH", None)
     running = {}
     for name, (_, with_it, script) in COPIES.items():
         folder = tmp_path_factory.mktemp("copied")
@@ -160,7 +182,7 @@ def started(tmp_path_factory):
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**plain, "OMP_NUM_THREADS": "1"},
+            env=plain,
         )
     yield running
     for process in running.values():
@@ -170,10 +192,11 @@ def started(tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_file_is_copied_with_what_its_header_names_and_nothing_else(tmp_path_factory):
-    """In a fresh interpreter that cannot see this repository a user's few lines run, and say nothing."""
+    """A user's few lines run in a fresh interpreter that cannot see this repository."""
     with started(tmp_path_factory) as running:
         for name, process in running.items():
             header = (ROOT / name).read_text(encoding="utf-8").split('"""')[1]
             assert COPIES[name][0] in " ".join(header.split())
             said, _ = process.communicate(timeout=300)
-            assert process.returncode == 0 and not said, f"{name}: {said}"
+            assert process.returncode == 0, f"{name}: {said}"
+            assert not said, f"{name}: {said}"
