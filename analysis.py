@@ -341,6 +341,7 @@ def diagnose_pair(
         right = judged(pair, with_answers, responses, answered)
         report["auroc"] = auroc(reward.flatten(), right.flatten())
         report["right"] = int(right.sum())
+        report["wrong"] = int((~right).sum())
         report["continuation"], report["predicted_gain"] = gains(
             pair,
             with_answers,

@@ -179,7 +179,7 @@ def continuation_lines(report):
     if report["auroc"] is not None:
         auroc = f"{report['auroc']:9.4f}"
     right = report["right"]
-    wrong = report["responses"] - right
+    wrong = report["wrong"]
     lines = [
         f"{'AUROC of the mean reward, 6.2':32} {auroc}   {right} right, {wrong} not",
         "",
