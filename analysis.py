@@ -197,7 +197,10 @@ def sure(x):
 
 def plus_minus(x, form=".3f"):
     """An estimate to read: {"mean": .5, "standard_error": .0123} -> "0.500 +- 0.012"."""
-    error = "?" if x["standard_error"] is None else f"{x['standard_error']:{form.lstrip('+')}}"
+    error = "?"
+    if x["standard_error"] is not None:
+        digits = form.split(".")[1]  # without sign and width
+        error = f"{x['standard_error']:.{digits}}"
     return f"{x['mean']:{form}} +- {error}"
 
 
