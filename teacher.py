@@ -312,7 +312,8 @@ def has_linear_head(model):
     ids = torch.arange(8, device=head.weight.device).unsqueeze(0) % len(head.weight)  # (1, 8)
     inputs = {"input_ids": ids, "position_ids": ids, "use_cache": False}
     logits = model(**inputs).logits
-    made = head(model.base_model(**inputs)[0])
+    h = model.base_model(**inputs)[0]
+    made = head(h.to(head.weight.dtype))  # of a Mamba in bfloat16 the states are float32
     off = (logits - made).abs().max()
     return bool(off <= torch.finfo(logits.dtype).eps * logits.abs().max())
 
