@@ -60,7 +60,8 @@ def is_in_template(question, template):
     form = TEMPLATES.get(template, template)
     before, _, after = form.partition("{question}")
     adds = bool(before.strip() or after.strip())
-    return adds and question.startswith(before) and question.endswith(after)
+    has_room = len(question) >= len(before) + len(after)  # they do not overlap
+    return adds and has_room and question.startswith(before) and question.endswith(after)
 
 
 def in_template(rows, template):
@@ -175,8 +176,11 @@ def teacher_rollouts(
     """
     rank, world = share
     first_batch = start - start % at_once  # batches are the same whether or not a run was cut
-    for first in progress(range(first_batch, len(rows), at_once), "teacher's responses"):
-        places = range(first, min(first + at_once, len(rows)))[rank::world]
+    batches = range(first_batch, len(rows), at_once) if start < len(rows) else []
+    for first in progress(batches, "teacher's responses"):
+        # row `start` is process 0's, so that the lists of all, taken in turn, are in order
+        mine = (rank + max(0, start - first)) % world
+        places = range(first, min(first + at_once, len(rows)))[mine::world]
         if not places:
             yield []
             continue
