@@ -249,23 +249,12 @@ def probe(model, path, dtype=torch.float32):
     """
     name = f"{path}: {type(model).__name__}"
     device = model.get_input_embeddings().weight.device
-    beside = []  # a row's log p as the loss scores it, with padding around it: (t, V)
-    alone = []  # as the row is read without the others: (t, V)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        with refused(f"{name} cannot be run"):
-            text = torch.tensor([probe_prompt(model, 9)], device=device)  # (1, 9)
-            log_p = read(model, text, 9)  # (1, 9, V)
-            log_p_of_start = read(model, text[:, :-1], 8)  # (1, 8, V)
-        with refused(f"{name} cannot write"):
-            r = written(model)
-            T = r.log_p.size(1)
-            log_p_of_all = read(model, r.ids, T + 1, r.attention_mask)[:, :-1]  # (B, T, V)
-            for row, mask in enumerate(r.attention_mask):
-                t = len(r.response_ids(row))
-                text = r.ids[row, mask].unsqueeze(0)
-                beside.append(log_p_of_all[row, :t])
-                alone.append(read(model, text, t + 1)[0, :-1])
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
+    with autocast, refused(f"{name} cannot be run"):
+        text = torch.tensor([probe_prompt(model, 9)], device=device)  # (1, 9)
+        log_p = read(model, text, 9)  # (1, 9, V)
+        log_p_of_start = read(model, text[:, :-1], 8)  # (1, 8, V)
     rounding = torch.finfo(dtype).eps ** 0.5 * (log_p.max() - log_p.min())  # nats
     if not log_p.isfinite().all():
         raise UserError(
@@ -276,15 +265,27 @@ def probe(model, path, dtype=torch.float32):
             f"{name} is no causal language model, a later token changes what it says of an earlier "
             "one; take a decoder"
         )
-    for row in range(len(alone)):
-        y = torch.tensor(r.response_ids(row), device=device).unsqueeze(-1)  # (t, 1)
-        scored = beside[row].gather(-1, y).squeeze(-1)  # (t,)
-        if apart(beside[row], alone[row]) > rounding:
+
+    with autocast, refused(f"{name} cannot write"):
+        r = written(model)
+        T = r.log_p.size(1)
+        log_p_beside = read(model, r.ids, T + 1, r.attention_mask)[:, :-1]  # (B, T, V)
+        log_p_alone = []  # of each row, (t, V)
+        for row, mask in enumerate(r.attention_mask):
+            text = r.ids[row, mask].unsqueeze(0)
+            t = len(r.response_ids(row))
+            log_p_alone.append(read(model, text, t + 1)[0, :-1])
+    for row, alone in enumerate(log_p_alone):
+        t = len(alone)
+        beside = log_p_beside[row, :t]  # (t, V)
+        if apart(beside, alone) > rounding:
             raise UserError(
                 f"{name} reads a text differently if padding stands before it; take another "
                 "architecture"
             )
-        if apart(scored, r.log_p[row, : len(y)]) > rounding:
+        y = torch.tensor(r.response_ids(row), device=device).unsqueeze(-1)  # (t, 1)
+        scored = beside.gather(-1, y).squeeze(-1)  # (t,)
+        if apart(scored, r.log_p[row, :t]) > rounding:
             raise UserError(
                 f"{name} samples from another softmax than a reading of the whole text gives; take "
                 "another architecture"
