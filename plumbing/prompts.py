@@ -180,7 +180,7 @@ def mixed(cfg, train, seen):
     aligned = put_in_template(aligned, cfg.template, "--aligned-prompts")
     aligned = once(aligned, "--aligned-prompts")
     aligned = without(aligned, seen, "--aligned-prompts", "held out or in the cold start")
-    others = without(train, keys_of(aligned), "--prompts", "in --aligned-prompts, too")
+    others = without(train, keys_of(aligned), "--prompts", "among --aligned-prompts")
     generator = torch.Generator().manual_seed(seed_of(cfg.seed, "mixture"))
     mixture = mix_prompts(aligned, others, cfg.aligned_fraction, generator)
     have = len(aligned) + len(others)
@@ -297,7 +297,7 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
     """
     fit = []
     for row in rows:
-        where = row.get("id") or f"prompt {str(row['prompt'])[:80]!r}"
+        where = f"prompt {row.get('id', str(row['prompt'])[:80])}"
         ids = encode(pair.tokenizer, row["prompt"], thinking, where)
         if 0 < len(ids) <= max_prompt_tokens:
             check_fits(pair, ids, new_tokens, where)

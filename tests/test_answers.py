@@ -278,7 +278,8 @@ def calls(monkeypatch):
     calls = []
 
     def write(model, prompts, *, n, max_new_tokens, **options):
-        calls.append({"prompts": prompts, "n": n, "max_new_tokens": max_new_tokens, **options})
+        lengths = {"n": n, "max_new_tokens": max_new_tokens}
+        calls.append({"model": model, "prompts": prompts, **lengths, **options})
         each = [prompt for prompt in prompts for _ in range(n)]
         said = [([6] * len(p) + [p[-1], EOS])[:max_new_tokens] for p in each]
         return from_texts(each, said)
@@ -353,6 +354,7 @@ def test_what_is_asked_of_a_model_reaches_the_rollout(pair, calls):
     answered(
         pair,
         rows(),
+        model=pair.teacher,
         starts=starts,
         n=2,
         max_new_tokens=9,
@@ -363,6 +365,7 @@ def test_what_is_asked_of_a_model_reaches_the_rollout(pair, calls):
     room = {tuple(p + start): 9 - len(start) for p, start in zip(PROMPTS, starts)}
     for call in calls:
         prompts = call.pop("prompts")
+        assert call.pop("model") is pair.teacher
         assert len(call.pop("seeds")) == len(prompts)
         assert call == {
             **pair.sampling,
@@ -383,6 +386,7 @@ def test_the_draws_of_a_row_follow_from_the_seed_and_its_place_alone(pair, calls
         return {tuple(p): seed for c in calls for p, seed in zip(c["prompts"], c["seeds"])}
 
     alone = seeds()
+    assert calls[0]["model"] is pair.student  # if no other is named
     assert len(set(alone.values())) == len(PROMPTS)
     assert seeds(at_once=2) == alone
     assert seeds(share=(0, 2)) | seeds(share=(1, 2)) == alone
