@@ -23,6 +23,7 @@ To copy: with rollout.py, teacher.py and loss.py. `main` needs plumbing/.
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 
@@ -505,6 +506,7 @@ def main(argv=None):
         if mismatch:
             print(f"warning: {mismatch}", file=sys.stderr)
         names = {"student": asked.student, "teacher": asked.teacher}
+        Path(asked.out).parent.mkdir(parents=True, exist_ok=True)
         files.write_json(asked.out, {**names, **report, **files.provenance()})
         print(f"\n{asked.out}")
 
