@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorDeviceMismatchError,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import loss
@@ -85,6 +86,16 @@ def in_cuda(*tensors):
     return all(x.device.type == "cuda" for x in tensors)
 
 
+class Strict(TorchDispatchMode):
+    """Refuses a CPU tensor. As an index it would be copied to the GPU, which no capture allows."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() > 0:
+            assert out.device.type == "cuda", func
+        return out
+
+
 @a_cuda_build
 def test_fake_tensors_refuse_a_mix_of_devices_and_a_read():
     """What the tests below rely on."""
@@ -113,9 +124,10 @@ def test_prompts_are_read_and_tokens_written_without_a_read_by_the_host(monkeypa
         u = torch.rand(2 * len(MANY), LENGTH, dtype=torch.float64, device="cuda")
         state = Static(model, ids, mask, 2, len(MANY), LENGTH)
         for _ in range(2):
-            log_p = merge_ends(log_softmax(state.logits[:, : VOCAB - 4], 0.7), ends)
-            y = draw(log_p, u[state.response, state.t])
-            state.feed(y, going=y != 3)
+            with Strict():
+                log_p = merge_ends(log_softmax(state.logits[:, : VOCAB - 4], 0.7), ends)
+                y = draw(log_p, u[state.response, state.t])
+                state.feed(y, going=y != 3)
             assert in_cuda(log_p, y, state.logits, *state.keys, *state.values)
         assert state.logits.shape == (2 * len(MANY), VOCAB)
         assert state.logits.dtype == dtype and log_p.dtype == torch.float32
@@ -166,7 +178,8 @@ def test_every_loss_and_every_diagnostic_stays_on_the_gpu(name, dtype, merged):
         h_p, h_q = hidden
         log_p_of = log_softmax_of(pair, pair.student, 0.7)
         log_q_of = log_softmax_of(pair, pair.teacher)
-        values = in_chunks(everything, h_p, h_q, log_p_of, log_q_of, ids.flatten(), chunk=100)
+        with Strict():
+            values = in_chunks(everything, h_p, h_q, log_p_of, log_q_of, ids.flatten(), chunk=100)
         assert len(values) >= 2 + 2 * len(loss.SUPPORTS) + 11
         for x in values.values():
             assert in_cuda(x) and x.shape == (ids.numel(),) and x.dtype == torch.float32
