@@ -160,6 +160,8 @@ def check(model, prompts, max_new_tokens, eos_ids):
         raise ValueError("there must be a prompt, and every prompt needs at least one token")
     if isinstance(eos_ids, int):
         raise ValueError(f"eos_ids must be a list of token ids: [{eos_ids}], not {eos_ids}")
+    if len(set(eos_ids)) < len(eos_ids):
+        raise ValueError(f"eos_ids={eos_ids} names a token twice")  # merged, it would count double
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
 
