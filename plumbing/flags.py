@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loss import SUPPORTS
+from plumbing.files import check_file
 from plumbing.models import pick_device
 from recipes import apply_template
 from teacher import UserError
@@ -442,16 +443,10 @@ def check_range(name, value, at_least, above, at_most):
     if at_most is not None:
         bounds.append(f"at most {at_most}")
         fits = fits and value <= at_most
+    if isinstance(value, float):
+        bounds.append("finite")
     if not fits:
-        raise UserError(f"{name} {value}: must be a finite number, {' and '.join(bounds)}")
-
-
-def check_file(name, path):
-    """UserError if a file cannot be read."""
-    try:
-        open(path, "rb").close()
-    except OSError as error:
-        raise UserError(f"{name} {path}: {error.strerror}; give a file of JSON lines") from None
+        raise UserError(f"{name} {value}: must be {' and '.join(bounds)}")
 
 
 def check_writable(name, path):
@@ -479,7 +474,7 @@ def check(flags):
             choices = ", ".join(choice for choice in about["choices"] if choice)
             raise UserError(f"{named(field.name)} {value!r}: choose from {choices}")
         if about["is_file"] and value:
-            check_file(named(field.name), value)
+            check_file(value, named(field.name))
     apply_template("", flags.template)
     pick_device(flags.device)
     return flags
@@ -535,10 +530,14 @@ def parse_analysis(words):
         if not (Path(run) / "metrics.jsonl").is_file():
             raise UserError(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
     for name in ("out", "tokens", "plot", "positions"):
-        path = getattr(flags, name)
-        if Path(path).is_dir() and path:
+        path = Path(getattr(flags, name))
+        if not getattr(flags, name):
+            continue
+        if path.is_dir():
             raise UserError(f"{named(name)} {path}: a folder; give a file in it")
-        check_writable(named(name), Path(path).parent)
+        if name != "out" and not path.parent.is_dir():
+            raise UserError(f"{named(name)} {path}: its folder does not exist; make it first")
+        check_writable(named(name), path.parent)
     if not flags.run:
         need(flags, "student", "teacher")
     return flags

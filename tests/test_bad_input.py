@@ -1,11 +1,14 @@
-"""What a user can get wrong: refused in one line that says what and what to do, with exit code 2, and nothing is left.
+"""What a user can get wrong: refused in one line that says what and what to do, with exit code 2.
 
-Each case is a change of a command that works. No case without a model takes five seconds, and none of those loads one.
+Each line of a table is a command that works with some flags changed, and the words of its refusal.
+Nothing is left behind. No refusal of flags and files loads a model.
 """
 
 import ast
+import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,75 +17,242 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, tiny, word_tokenizer
+from conftest import ROOT, WORDS, tiny, word_tokenizer
 from transformers import BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
+import analysis
 import opd
-from plumbing import models
+from plumbing import flags, models
+
+# "opd" and "analysis" begin with all that they need, "runs" is analysis.py without a pair.
+# {w} is the folder of good and bad files; " ... " stands for any text.
+FLAGS = """
+opd --frobnicate 3                 | unknown flag --frobnicate; --help lists them
+opd --stepz 3                      | unknown flag --stepz; did you mean --steps?
+opd --max-new 3                    | unknown flag --max-new; did you mean --max-new-tokens?
+opd --teacher-device-map auto      | unknown flag --teacher-device-map
+opd --chunk 5                      | unknown flag --chunk
+opd --batch-size                   | --batch-size: expected one argument
+opd --student ''                   | --student is missing: the model that learns
+opd --teacher ''                   | --teacher is missing: the model that grades
+opd --steps many                   | --steps: invalid int value: 'many'
+opd --batch-size 1.5               | --batch-size: invalid int value: '1.5'
+opd --steps 0                      | --steps 0: must be at least 1
+opd --steps -1                     | --steps -1: must be at least 0
+opd --save-every 0                 | --save-every 0: must be at least 1
+opd --n 0                          | --n 0: must be at least 1
+opd --max-new-tokens 0             | --max-new-tokens 0: must be at least 1
+opd --k 0                          | --k 0: must be at least 1
+opd --lr -1                        | --lr -1.0: must be above 0
+opd --lr nan                       | --lr nan: must be above 0
+opd --lr inf                       | --lr inf: must be above 0
+opd --temperature 0                | --temperature 0.0: must be above 0
+opd --temperature nan              | --temperature nan: must be above 0
+opd --teacher-temperature 0        | --teacher-temperature 0.0: must be above 0
+opd --teacher-temperature -1       | --teacher-temperature -1.0: must be above 0
+opd --teacher-temperature inf      | --teacher-temperature inf: must be above 0
+opd --eval-temperature nan         | --eval-temperature nan: must be at least 0
+opd --eval-top-p 0                 | --eval-top-p 0.0: must be above 0 and at most 1
+opd --aligned-fraction 1.5         | 1.5: must be at least 0 and at most 1
+opd --in-flight -1                 | --in-flight -1: must be at least 0
+opd --micro-batch-tokens -5        | --micro-batch-tokens -5: must be at least 0
+opd --seed -1                      | --seed -1: must be at least 0 and at most 2147483647
+opd --objective mse                | --objective 'mse': choose from top-k, full, sampled
+opd --support all                  | --support 'all': choose from student, teacher, intersection
+opd --dtype float8                 | --dtype 'float8': choose from float32, bfloat16
+opd --preset papre                 | --preset 'papre': choose from toy, paper
+opd --ends none                    | --ends 'none': choose from merged, own
+opd --template latex               | latex ... none of none, answer, boxed ... no {{question}} in it
+opd --device gpu                   | --device gpu: ... ; --device cpu works everywhere
+opd --device mps                   | --device mps: ... ; --device cpu works everywhere
+opd --device meta                  | --device meta: ... ; --device cpu works everywhere
+opd --cold-start 2 --cold-start-file {w}/one.jsonl | give one of the two
+opd --cold-start-steps 2           | --cold-start-steps needs --cold-start N
+opd --prompts '' --aligned-prompts {w}/one.jsonl   | --aligned-prompts needs --prompts
+opd --cold-start 9                 | --cold-start 9: only 8 prompts to train on
+opd --shard                        | --shard cuts the models over several processes
+opd --resume                       | no run there to resume, no checkpoint; leave --resume out
+opd --out {w}/one.jsonl            | cannot be written to (Not a directory); take another --out
+opd --out {w}/one.jsonl/run        | cannot be written to (Not a directory); take another --out
+opd --out /proc/run                | /proc/run: /proc cannot be written to ... take another --out
+opd --out {w}/student              | its config.json is not that of a run; take another --out
+opd --out {w}/done                 | the run there is complete; take another --out, or --resume it
+opd --out {w}/done --resume        | the run there is complete; take another --out, or --resume it
+opd --out {w}/cut                  | holds another run; add --resume to go on, or take another --out
+opd --out {w}/lost --resume        | has lost its checkpoint; restore it, or take another --out
+opd --out {w}/lost --seed 1        | has lost its checkpoint; restore it, or take another --out
+opd --out {w}/cut --resume --steps 1 | --steps 1: the run in ... ask for more, or take another --out
+opd --out {w}/cut --resume --k 5   | had --k 4; give the same flags, or take another --out
+opd --out {w}/damaged --resume     | state.pt is not a whole checkpoint ... with another --out
+opd --out {w}/stranger --resume    | state.pt is not a whole checkpoint ... with another --out
+
+analysis --frobnicate 3            | unknown flag --frobnicate; --help lists them
+analysis --positons x.svg          | unknown flag --positons; did you mean --positions?
+analysis --student ''              | --student is missing: the model that would learn
+analysis --student '' --teacher '' | give either --student and --teacher, or --run
+analysis --run {w}/done            | give either --student and --teacher, or --run
+analysis --count 0                 | --count 0: must be at least 1
+analysis --temperature nan         | --temperature nan: must be above 0
+analysis --temperature inf         | --temperature inf: must be above 0
+analysis --eval-temperature -1     | --eval-temperature -1.0: must be at least 0
+analysis --template latex          | latex ... none of none, answer, boxed ... no {{question}} in it
+analysis --device gpu              | --device gpu: ... ; --device cpu works everywhere
+analysis --plot x.svg              | --plot goes with --run, not with --student and --teacher
+analysis --positions x.svg         | --positions goes with --run, not with --student and --teacher
+analysis --out {w}                 | : a folder; give a file in it
+analysis --out /proc/d/d.json      | /proc cannot be written to ... take another --out
+analysis --tokens nowhere/x.html   | nowhere/x.html: its folder does not exist; make it first
+runs --run {w}/nowhere             | no metrics.jsonl there; give the --out of an opd.py run
+runs --run {w}/done --tokens x.html | --tokens goes with --student and --teacher, not with --run
+runs --run {w}/done --plot no/x.svg | --plot no/x.svg: its folder does not exist; make it first
+"""
+
+FILES = """
+opd --prompts nowhere.jsonl        | --prompts nowhere.jsonl: No such file or directory; give a
+opd --eval nowhere.jsonl           | --eval nowhere.jsonl: No such file or directory; give a
+opd --aligned-prompts nowhere      | --aligned-prompts nowhere: No such file or directory; give a
+opd --cold-start-file nowhere      | --cold-start-file nowhere: No such file or directory; give a
+opd --prompts {w}                  | : Is a directory; give a file of JSON lines
+opd --prompts {w}/empty.jsonl      | empty.jsonl holds no prompts; write one {{"prompt": text
+opd --prompts {w}/blank.jsonl      | blank.jsonl holds no prompts; write one {{"prompt": text
+opd --prompts {w}/cut.jsonl        | cut.jsonl:2 is not JSON ( ... ; write one JSON object a line
+opd --prompts {w}/deep.jsonl       | deep.jsonl:1 is not JSON ( ... ; write one JSON object a line
+opd --prompts {w}/digits.jsonl     | digits.jsonl:1 is not JSON ( ... ; write one JSON object a line
+opd --prompts {w}/latin.jsonl      | latin.jsonl:1 is not UTF-8; save the file as UTF-8
+opd --prompts {w}/list.jsonl       | list.jsonl:1 needs "prompt": text, or a list of {{"role": text,
+opd --prompts {w}/other-key.jsonl  | other-key.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/number.jsonl     | number.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/no-text.jsonl    | no-text.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/chat-empty.jsonl | chat-empty.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/chat-no-role.jsonl | chat-no-role.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/chat-strings.jsonl | chat-strings.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/chat-parts.jsonl | chat-parts.jsonl:1 needs "prompt": text, or a list of
+opd --prompts {w}/chat-answered.jsonl | jsonl:1 ends with what the assistant says; a prompt
+opd --prompts {w}/answer-number.jsonl | answer-number.jsonl:1 has an answer that is no text (int)
+opd --prompts {w}/answer-list.jsonl | answer-list.jsonl:1 has an answer that is no text (list)
+opd --eval {w}/answer-empty.jsonl  | answer-empty.jsonl:1 has an answer ... leave it out
+opd --cold-start-file {w}/chat.jsonl | jsonl:1 needs "messages" that end with what the
+opd --eval {w}/prompts.jsonl       | no prompt is left for training beside the held-out ones
+analysis --prompts nowhere.jsonl   | --prompts nowhere.jsonl: No such file or directory; give a
+analysis --prompts {w}/empty.jsonl | empty.jsonl holds no prompts; write one {{"prompt": text
+analysis --prompts {w}/cut.jsonl   | cut.jsonl:2 is not JSON ( ... ; write one JSON object a line
+"""
+
+CHECKPOINTS = """
+opd --student studnet              | studnet: no such directory here; give the directory of a
+opd --student {w}/nowhere          | nowhere: no such directory here; give the directory of a
+opd --teacher ./nowhere            | ./nowhere: no such directory here; give the directory of a
+opd --student {w}/one.jsonl        | one.jsonl: no such directory here; give the directory of a
+opd --student {w}/no-config        | no-config: no config.json there; give the directory of a
+opd --student {w}/pickle           | pickle: no safetensors there ... convert it where you trust it
+opd --student {w}/bad-config       | bad-config cannot be read: It looks like the config file
+opd --teacher {w}/no-tokenizer     | no-tokenizer cannot be read: Couldn't instantiate the backend
+opd --teacher {w}/bad-tokenizer    | bad-tokenizer cannot be read: Expecting property name
+opd --teacher {w}/other-tokens     | 12 token ids: 'user' (student 4, teacher 15) ... take a
+analysis --teacher studnet         | studnet: no such directory here; give the directory of a
+analysis --teacher {w}/other-tokens | 12 token ids: 'user' (student 4, teacher 15) ... take a
+"""
+
+MODELS = """
+opd --student {w}/own-code         | it brings code of its own, which is never run here
+opd --student {w}/unknown-type     | unknown-type cannot be read: The checkpoint ... give the
+opd --teacher {w}/truncated        | truncated cannot be read: Error while deserializing header
+opd --teacher {w}/garbage          | garbage cannot be read: Error while deserializing header
+opd --teacher {w}/another-size     | (21 such in all) is missing, or has another ... take a whole
+opd --student {w}/headless         | lm_head.weight (1 such in all) is missing, or has another
+opd --student {w}/more-layers      | (9 such in all) has no place in the model that
+opd --teacher {w}/not-finite       | its logits are not finite; the checkpoint is damaged
+opd --teacher {w}/bert             | BertLMHeadModel is no causal language ... take a decoder
+opd --teacher {w}/t5               | t5 cannot be read: Unrecognized configuration class
+opd --teacher {w}/end-beyond       | token 99 ends a response, ... output rows for 16 tokens
+opd --student {w}/no-end --teacher {w}/no-end | neither student nor teacher has a token that ends a
+opd --k 17                         | --k 17: the two models share 16 tokens; take a smaller k
+opd --prompts {w}/long.jsonl       | no prompt is left for training beside the held-out ones
+opd --max-prompt-tokens 2          | no prompt has 1 to 2 tokens; raise --max-prompt-tokens
+opd --max-new-tokens 70            | holds 64; lower --max-new-tokens
+opd --eval {w}/long.jsonl          | holds 64; lower --max-new-tokens
+analysis --teacher {w}/not-finite  | its logits are not finite; the checkpoint is damaged
+analysis --max-prompt-tokens 2     | no prompt has 1 to 2 tokens; raise --max-prompt-tokens
+"""
 
 LINE = '{"prompt": "add 3", "answer": "3"}'
-TEXTS = {  # name of a file of prompts: what it holds
-    "prompts": "\n".join(
-        json.dumps({"prompt": f"add {a} {b}", "answer": "0"}) for a in (0, 3, 7) for b in (0, 3, 7)
-    ),
+TEXTS = {  # name of a file: what it holds
+    "one": LINE,
     "empty": "",
     "blank": " \n\n",
     "cut": LINE + '\n{"prompt": "add',
+    "deep": '{"prompt": ' + "[" * 100_000,
+    "digits": '{"prompt": ' + "7" * 5000 + "}",
+    "long": '{"prompt": "' + "add " * 70 + '", "answer": "0"}',
     "list": '["add", "3"]',
     "other-key": '{"question": "add 3"}',
     "number": '{"prompt": 3}',
     "no-text": '{"prompt": "  "}',
-    "answer-number": '{"prompt": "add 3", "answer": 3}',
-    "answer-list": '{"prompt": "add 3", "answer": ["3"]}',
-    "answer-empty": '{"prompt": "add 3", "answer": ""}',
     "chat-empty": '{"prompt": []}',
     "chat-no-role": '{"prompt": [{"content": "add"}]}',
     "chat-strings": '{"prompt": ["add", "3"]}',
     "chat-parts": '{"prompt": [{"role": "user", "content": ["add"]}]}',
-    "half": '{"prompt": "\\ud83d add"}',
-    "deep": '{"prompt": ' + "[" * 100_000,
-    "digits": '{"prompt": ' + "7" * 5000 + "}",
-    "long": json.dumps({"prompt": "add " * 70, "answer": "0"}),
-    "one": LINE,
-    "conversation": '{"messages": [{"role": "user", "content": "add"}]}',
+    "chat-answered": '{"prompt": [{"role": "assistant", "content": "add"}]}',
+    "answer-number": '{"prompt": "add 3", "answer": 3}',
+    "answer-list": '{"prompt": "add 3", "answer": ["3"]}',
+    "answer-empty": '{"prompt": "add 3", "answer": ""}',
+    "chat": '{"messages": [{"role": "user", "content": "add"}]}',
 }
 
 
-def save(folder, model, tokenizer=True):
+def rows_of(table):
+    """[(command line, [what the refusal says])] of a table."""
+    rows = []
+    for line in table.strip().splitlines():
+        if line:
+            words, says = line.split(" | ")
+            rows.append((words.strip(), says.strip().split(" ... ")))
+    return rows
+
+
+# --- good and bad files --------------------------------------------------------------------------
+
+
+def save(folder, model, tokenizer):
     model.save_pretrained(folder)
-    if tokenizer:
-        (word_tokenizer() if tokenizer is True else tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def change(folder, **values):
-    """Other values in the config.json of a checkpoint."""
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **values}))
+    """Write other values into a checkpoint's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Checkpoints and files of prompts, most of them broken, each in one way."""
-    folder, V = tmp_path_factory.mktemp("bad"), len(WORDS)
+def bad(tmp_path_factory):
+    """A folder of a good pair, of checkpoints, files and runs that are broken, each in one way."""
+    folder = tmp_path_factory.mktemp("bad")
+    write_files(folder)
+    write_checkpoints(folder)
+    write_runs(folder)
+    return folder
+
+
+def write_files(folder):
     for name, text in TEXTS.items():
         (folder / f"{name}.jsonl").write_text(text)
     (folder / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    good = tiny("llama", vocab_size=V)
-    for name in (
-        "student",
-        "teacher",
-        "truncated",
-        "garbage",
-        "pickle",
-        "no-config",
-        "bad-config",
-        "bad-tokenizer",
-        "another-size",
-        "not-finite",
-        "own-code",
-        "unknown-type",
-    ):
-        save(folder / name, good)
+    with open(folder / "prompts.jsonl", "w") as file:
+        for a in (0, 3, 7):
+            for b in (0, 3, 7):
+                file.write(json.dumps({"prompt": f"add {a} {b}", "answer": "0"}) + "\n")
+
+
+def write_checkpoints(folder):
+    good = tiny("llama", vocab_size=len(WORDS))
+    save(folder / "student", good, word_tokenizer())
+    copies = (
+        "teacher truncated garbage pickle no-config bad-config bad-tokenizer no-tokenizer "
+        "another-size more-layers own-code unknown-type end-beyond"
+    )
+    for name in copies.split():
+        shutil.copytree(folder / "student", folder / name)
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (folder / "garbage" / "model.safetensors").write_bytes(b"no weights at all")
@@ -91,542 +261,209 @@ def world(tmp_path_factory):
     (folder / "no-config" / "config.json").unlink()
     (folder / "bad-config" / "config.json").write_text("{")
     (folder / "bad-tokenizer" / "tokenizer.json").write_text("{")
+    (folder / "no-tokenizer" / "tokenizer.json").unlink()
+    (folder / "no-tokenizer" / "tokenizer_config.json").unlink()
     change(folder / "another-size", hidden_size=64, head_dim=16)
+    change(folder / "more-layers", num_hidden_layers=1)
     change(folder / "unknown-type", model_type="none-that-there-is")
-    change(
-        folder / "own-code",
-        model_type="mine",
-        auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"},
-    )
+    classes = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M"}
+    change(folder / "own-code", model_type="mine", auto_map=classes)
     (folder / "own-code" / "mine.py").write_text(f"open({str(folder / 'was-run')!r}, 'w')")
-    broken = tiny("llama", vocab_size=V)
-    broken.get_output_embeddings().weight.data[3] = float("nan")
-    save(folder / "not-finite", broken)
-    save(folder / "no-tokenizer", good, tokenizer=False)
-    save(folder / "headless", good.model)
-    save(folder / "other-tokens", good, word_tokenizer(WORDS[:4] + WORDS[:3:-1]))
-    save(folder / "end-beyond", good)
     change(folder / "end-beyond", eos_token_id=99)
+
+    broken = tiny("llama", vocab_size=len(WORDS))
+    broken.get_output_embeddings().weight.data[3] = float("nan")
+    save(folder / "not-finite", broken, word_tokenizer())
+    save(folder / "headless", good.model, word_tokenizer())
+    save(folder / "other-tokens", good, word_tokenizer(WORDS[:4] + WORDS[:3:-1]))
     save(folder / "no-end", good, word_tokenizer(eos=None))
-    small = dict(
-        vocab_size=V,
+    bert = BertConfig(
+        vocab_size=len(WORDS),
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
     )
-    save(folder / "bert", BertForMaskedLM(BertConfig(**small)))
-    save(
-        folder / "t5",
-        T5ForConditionalGeneration(
-            T5Config(
-                vocab_size=V,
-                d_model=32,
-                d_kv=8,
-                d_ff=64,
-                num_layers=2,
-                num_heads=4,
-                decoder_start_token_id=0,
-            )
-        ),
-    )
-    opd.main(words(folder, folder / "done", {}))
+    save(folder / "bert", BertForMaskedLM(bert), word_tokenizer())
+    t5 = T5Config(vocab_size=len(WORDS), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    t5.decoder_start_token_id = 0
+    save(folder / "t5", T5ForConditionalGeneration(t5), word_tokenizer())
+
+
+def write_runs(folder):
+    opd.main(command("opd", folder, folder / "done")[1])
     shutil.copytree(folder / "done", folder / "cut")
     (folder / "cut" / "result.json").unlink()
-    shutil.copytree(folder / "cut", folder / "damaged")
+    for name in ("damaged", "lost", "stranger"):
+        shutil.copytree(folder / "cut", folder / name)
     state = folder / "damaged" / "checkpoint" / "state.pt"
     state.write_bytes(state.read_bytes()[:5000])
-    shutil.copytree(folder / "cut", folder / "lost")
     shutil.rmtree(folder / "lost" / "checkpoint")
-    shutil.copytree(folder / "cut", folder / "another's")
-    torch.save({"hello": 1}, folder / "another's" / "checkpoint" / "state.pt")
-    return folder
+    torch.save({"hello": 1}, folder / "stranger" / "checkpoint" / "state.pt")
 
 
-def words(world, out, flags):
-    """A command that works, as words, with some flags changed: None leaves one out, True is a switch."""
-    flags = {
-        **dict(
-            student=world / "student",
-            teacher=world / "teacher",
-            prompts=world / "prompts.jsonl",
-            out=out,
-            steps=2,
-            batch_size=2,
-            max_new_tokens=5,
-            k=4,
-            eval_n=1,
-            device="cpu",
-        ),
-        **flags,
-    }
-    return [
-        str(word)
-        for name, value in flags.items()
-        if value is not None
-        for word in ["--" + name.replace("_", "-")] + ([] if value is True else [value])
-    ]
-
-
-CPU = "; --device cpu works everywhere"  # what lines of a kind have in common
-WHERE = "no such directory, and no hub name; give the directory of a checkpoint"
-MODEL = "; give a directory or hub name of a causal language model with its tokenizer"
-FIELDS = 'needs "prompt": text, or a list of {"role": text, "content": text}'
-ANSWER = 'or empty; write "answer": "42", or leave it out'
-AGAIN = "restore it from a copy, or begin anew with another --out"
-NO_GPU = (
-    {} if torch.cuda.is_available() else {"no GPU": (dict(device="cuda"), "--device cuda: ", CPU)}
-)
-FLAGS = {  # each: the flags that are changed, what the line must say, remedy included
-    "unknown": (dict(frobnicate=3), "unknown flag --frobnicate; --help lists them"),
-    "misspelt": (dict(stepz=3), "unknown flag --stepz; did you mean --steps?"),
-    "abbreviated": (dict(max_new=3), "unknown flag --max-new; did you mean --max-new-tokens?"),
-    "no value": (dict(batch_size=True, steps=None), "--batch-size: expected one argument"),
-    "no student": (dict(student=None), "--student is missing: directory or hub name"),
-    "no teacher": (dict(teacher=""), "--teacher is missing: directory or hub name"),
-    "not a number": (dict(steps="many"), "--steps: invalid int value: 'many'"),
-    "half a prompt": (dict(batch_size=1.5), "--batch-size: invalid int value: '1.5'"),
-    "no step": (dict(steps=0), "--steps 0: must be at least 1"),
-    "no save": (dict(save_every=0), "--save-every 0: must be at least 1"),
-    "no rollout": (dict(n=0), "--n 0: must be at least 1"),
-    "no token": (dict(max_new_tokens=0), "--max-new-tokens 0: must be at least 1"),
-    "objective": (dict(objective="mse"), "--objective: invalid choice: 'mse' (choose from"),
-    "support": (dict(support="all"), "--support: invalid choice: 'all' (choose from"),
-    "dtype": (dict(dtype="float8"), "--dtype: invalid choice: 'float8' (choose from"),
-    "released without k": (dict(objective="top-k-released", k=0), "--k 0: must be at least 1"),
-    "lr below 0": (dict(lr=-1), "--lr -1.0: must be above 0"),
-    "lr nan": (dict(lr="nan"), "--lr nan: must be above 0"),
-    "temperature 0": (dict(temperature=0), "--temperature 0.0: must be above 0"),
-    "eval temperature nan": (
-        dict(eval_temperature="nan"),
-        "--eval-temperature nan: must be at least 0",
-    ),
-    "eval top-p 0": (dict(eval_top_p=0), "--eval-top-p 0.0: must be above 0 and at most 1"),
-    "fraction": (
-        dict(aligned_fraction=1.5),
-        "--aligned-fraction 1.5: must be at least 0 and at most 1",
-    ),
-    "in flight": (dict(in_flight=-1), "--in-flight -1: must be at least 0"),
-    "micro-batch": (dict(micro_batch_tokens=-5), "--micro-batch-tokens -5: must be at least 0"),
-    "chunk": (dict(chunk=-5), "--chunk -5: must be at least 0"),
-    "seed": (dict(seed=-1), "--seed -1: must be at least 0 and at most 2147483647"),
-    "template": (
-        dict(template="latex"),
-        "template 'latex' is none of none, answer, boxed and has no {question} in it",
-    ),
-    "two cold starts": (
-        dict(cold_start=2, cold_start_file="{world}/one.jsonl"),
-        "give one of the two",
-    ),
-    "steps of no cold start": (
-        dict(cold_start_steps=2),
-        "--cold-start-steps without --cold-start N",
-    ),
-    "aligned alone": (
-        dict(prompts=None, aligned_prompts="{world}/one.jsonl"),
-        "--aligned-prompts needs --prompts",
-    ),
-    "more than there is": (dict(cold_start=9), "--cold-start 9: only 8 prompts to train on"),
-    "resume of nothing": (
-        dict(resume=True),
-        "no run there to resume, no checkpoint; leave --resume out",
-    ),
-    "device": (dict(device="gpu"), "--device gpu: ", CPU),
-    **NO_GPU,
-    "mps": (dict(device="mps"), "--device mps: ", CPU),
-    "meta": (dict(device="meta"), "--device meta: ", CPU),
-    "out is a file": (
-        dict(out="{world}/one.jsonl"),
-        "one.jsonl cannot be written to (Not a directory); take another --out",
-    ),
-    "out in a file": (
-        dict(out="{world}/one.jsonl/run"),
-        "one.jsonl cannot be written to (Not a directory); take another --out",
-    ),
-    "out of the machine": (
-        dict(out="/proc/run"),
-        "--out /proc/run: /proc cannot be written to",
-        "; take another --out",
-    ),
-    "out is a model": (
-        dict(out="{world}/student"),
-        "its config.json is not that of a run; take another --out",
-    ),
-    "out is complete": (
-        dict(out="{world}/done"),
-        "the run there is complete; take another --out, or --resume it",
-    ),
-    "resumed and complete": (
-        dict(out="{world}/done", resume=True),
-        "complete; take another --out, or --resume",
-    ),
-    "out is another's": (
-        dict(out="{world}/cut"),
-        "holds another run; add --resume to go on, or take another --out",
-    ),
-    "checkpoint lost": (
-        dict(out="{world}/lost", resume=True),
-        "the run there has lost its checkpoint; restore it",
-    ),
-    "logs of another": (
-        dict(out="{world}/lost", seed=1),
-        "the run there has lost its checkpoint; restore it, or",
-    ),
-    "fewer steps": (
-        dict(out="{world}/cut", resume=True, steps=1),
-        "--steps 1: the run in ",
-        "; ask for more, or take",
-    ),
-    "another k": (
-        dict(out="{world}/cut", resume=True, k=5),
-        "had --k 4; give the same flags, or take another --out",
-    ),
-}
-FILES = {
-    "missing": (
-        dict(prompts="nowhere.jsonl"),
-        "--prompts nowhere.jsonl: No such file or directory; give a file of JSON lines",
-    ),
-    "eval missing": (
-        dict(eval="nowhere.jsonl"),
-        "--eval nowhere.jsonl: No such file or directory; give a file of JSON lines",
-    ),
-    "a directory": (dict(prompts="{world}"), ": Is a directory; give a file of JSON lines"),
-    "empty": (
-        dict(prompts="{world}/empty.jsonl"),
-        'empty.jsonl holds no prompts; write one {"prompt": text',
-    ),
-    "blank": (
-        dict(prompts="{world}/blank.jsonl"),
-        'blank.jsonl holds no prompts; write one {"prompt": text',
-    ),
-    "not JSON": (
-        dict(prompts="{world}/cut.jsonl"),
-        "cut.jsonl:2 is not JSON (",
-        "; write one JSON object a line",
-    ),
-    "too deep": (
-        dict(prompts="{world}/deep.jsonl"),
-        "deep.jsonl:1 is not JSON (",
-        "; write one JSON object a line",
-    ),
-    "too many digits": (
-        dict(prompts="{world}/digits.jsonl"),
-        "digits.jsonl:1 is not JSON (",
-        "; write one JSON object a line",
-    ),
-    "not UTF-8": (
-        dict(prompts="{world}/latin.jsonl"),
-        "latin.jsonl:1 is not UTF-8; save the file as UTF-8",
-    ),
-    "not an object": (dict(prompts="{world}/list.jsonl"), "list.jsonl:1 ", FIELDS),
-    "no prompt": (dict(prompts="{world}/other-key.jsonl"), "other-key.jsonl:1 ", FIELDS),
-    "a number": (dict(prompts="{world}/number.jsonl"), "number.jsonl:1 ", FIELDS),
-    "no text": (dict(prompts="{world}/no-text.jsonl"), "no-text.jsonl:1 ", FIELDS),
-    "half a character": (dict(prompts="{world}/half.jsonl"), "half.jsonl:1 ", FIELDS),
-    "answer a number": (
-        dict(prompts="{world}/answer-number.jsonl"),
-        "answer-number.jsonl:1 has an answer that is no text (int)",
-        ANSWER,
-    ),
-    "answer a list": (
-        dict(prompts="{world}/answer-list.jsonl"),
-        "answer-list.jsonl:1 has an answer that is no text (list)",
-        ANSWER,
-    ),
-    "answer empty": (
-        dict(eval="{world}/answer-empty.jsonl"),
-        "answer-empty.jsonl:1 has an answer that is no text",
-        ANSWER,
-    ),
-    "chat empty": (dict(prompts="{world}/chat-empty.jsonl"), "chat-empty.jsonl:1 ", FIELDS),
-    "chat without role": (
-        dict(prompts="{world}/chat-no-role.jsonl"),
-        "chat-no-role.jsonl:1 ",
-        FIELDS,
-    ),
-    "chat of strings": (
-        dict(prompts="{world}/chat-strings.jsonl"),
-        "chat-strings.jsonl:1 ",
-        FIELDS,
-    ),
-    "chat of parts": (dict(prompts="{world}/chat-parts.jsonl"), "chat-parts.jsonl:1 ", FIELDS),
-    "no assistant": (
-        dict(cold_start_file="{world}/conversation.jsonl"),
-        'conversation.jsonl:1 needs "messages" that end with what the assistant says',
-    ),
-    "none left": (
-        dict(eval="{world}/prompts.jsonl"),
-        "no prompt is left for training beside the held-out ones",
-    ),
-}
-CHECKPOINTS = {  # seen before weights are loaded
-    "no directory": (dict(student="{world}/nowhere"), "nowhere: ", WHERE),
-    "no relative one": (dict(teacher="./nowhere"), "./nowhere: ", WHERE),
-    "a file": (dict(student="{world}/one.jsonl"), "one.jsonl: ", WHERE),
-    "no config": (
-        dict(student="{world}/no-config"),
-        "no-config: no config.json there; give the directory of a checkpoint",
-    ),
-    "pickled": (
-        dict(student="{world}/pickle"),
-        "pickle: no safetensors there",
-        "convert it where you trust it: from_pretrained",
-    ),
-    "broken config": (
-        dict(student="{world}/bad-config"),
-        "bad-config cannot be read: It looks like the config file",
-        MODEL,
-    ),
-    "no tokenizer": (
-        dict(teacher="{world}/no-tokenizer"),
-        "no-tokenizer cannot be read: Couldn't instantiate the backend",
-        MODEL,
-    ),
-    "broken tokenizer": (
-        dict(teacher="{world}/bad-tokenizer"),
-        "bad-tokenizer cannot be read: Expecting property name",
-        MODEL,
-    ),
-    "other tokens": (
-        dict(teacher="{world}/other-tokens"),
-        "disagree on 12 token ids: 'user' (student 4, teacher 15)",
-        "; take a teacher with the",
-    ),
-}
-MODELS = {
-    "own code": (
-        dict(student="{world}/own-code"),
-        "it brings code of its own; if you have read and trust it, add --trust-remote-code",
-    ),
-    "unknown architecture": (
-        dict(student="{world}/unknown-type"),
-        "unknown-type cannot be read: The checkpoint you are",
-        MODEL,
-    ),
-    "truncated weights": (
-        dict(teacher="{world}/truncated"),
-        "truncated cannot be read: Error while deserializing header",
-        MODEL,
-    ),
-    "no weights": (
-        dict(teacher="{world}/garbage"),
-        "garbage cannot be read: Error while deserializing header",
-        MODEL,
-    ),
-    "weights of another size": (
-        dict(teacher="{world}/another-size"),
-        "(21 such in all) is missing, or has another shape",
-        "; take a whole checkpoint",
-    ),
-    "no head": (
-        dict(student="{world}/headless"),
-        "headless: lm_head.weight (1 such in all) is missing, or has another",
-        "; take a whole checkpoint",
-    ),
-    "not finite": (
-        dict(teacher="{world}/not-finite"),
-        "not-finite: its logits are not finite; the checkpoint is damaged",
-    ),
-    "not causal": (
-        dict(teacher="{world}/bert"),
-        "bert: BertLMHeadModel is no causal language model",
-        "; take a decoder",
-    ),
-    "encoder and decoder": (
-        dict(teacher="{world}/t5"),
-        "t5 cannot be read: Unrecognized configuration class",
-        MODEL,
-    ),
-    "an end beyond the rows": (
-        dict(teacher="{world}/end-beyond"),
-        "token 99 ends a response",
-        "output rows for 16 tokens; mend eos_token_id",
-    ),
-    "no end": (
-        dict(student="{world}/no-end", teacher="{world}/no-end"),
-        "neither student nor teacher has a token that ends a response",
-        "; set eos_token_id in",
-    ),
-    "k above the vocabulary": (
-        dict(k=17),
-        "--k 17: the two models share 16 tokens; take a smaller k",
-    ),
-    "no prompt fits": (
-        dict(prompts="{world}/long.jsonl"),
-        "no prompt is left for training beside the held-out ones",
-    ),
-    "no prompt is short enough": (
-        dict(max_prompt_tokens=2),
-        "no prompt has 1 to 2 tokens; raise --max-prompt-tokens",
-    ),
-    "outgrows the context": (dict(max_new_tokens=70), "holds 64; lower --max-new-tokens"),
-    "question outgrows the context": (
-        dict(eval="{world}/long.jsonl"),
-        "holds 64; lower --max-new-tokens",
-    ),
-    "no accelerate": (
-        dict(teacher_device_map="auto"),
-        "teacher cannot be read: Using a `device_map`",
-    ),
-    "damaged checkpoint": (
-        dict(out="{world}/damaged", resume=True),
-        "state.pt is not a whole checkpoint of opd.py (OSError)",
-        AGAIN,
-    ),
-    "checkpoint of something": (
-        dict(out="{world}/another's", resume=True),
-        "state.pt is not a whole checkpoint of opd.py (KeyError)",
-        AGAIN,
-    ),
-}
+def command(line, bad, out):
+    """A line of a table -> the main of its command, and the words that it gets."""
+    name, *words = shlex.split(line.format(w=bad))
+    if name == "runs":
+        return analysis.main, words
+    pair = f"--student {bad}/student --teacher {bad}/teacher --prompts {bad}/prompts.jsonl"
+    sizes = "--max-new-tokens 5 --k 4 --device cpu"
+    if name == "analysis":
+        return analysis.main, [*f"{pair} {sizes} --count 4 --out {out}.json".split(), *words]
+    run = f"--out {out} --steps 2 --batch-size 2 --eval-n 1"
+    return opd.main, [*f"{pair} {sizes} {run}".split(), *words]
 
 
 def listing(folder):
-    """What lies there, with its sizes."""
-    return sorted(
-        (str(path.relative_to(folder)), path.stat().st_size) for path in folder.rglob("*")
-    )
+    """The files there, with their sizes."""
+    return sorted((str(path), path.stat().st_size) for path in Path(folder).rglob("*"))
 
 
-KINDS = {"flags": FLAGS, "files": FILES, "checkpoints": CHECKPOINTS, "models": MODELS}
+# --- the tables ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param((case, kind), id=name)
-        for kind, cases in KINDS.items()
-        for name, case in cases.items()
-    ],
-)
-def test_what_cannot_work_is_one_line_with_the_remedy_and_leaves_nothing(
-    world, case, tmp_path, capfd, monkeypatch
-):
-    """prime-rl#1458 and every mistake that we could think of: exit code 2, one line, no traceback, no directory, and
-    without a model at once.
-    """
-    (flags, *says), kind = case
-    flags = {
-        name: value.format(world=world) if isinstance(value, str) else value
-        for name, value in flags.items()
-    }
-    if kind != "models":
-        monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("weights were loaded"))
+def check_refused(line, says, bad, tmp_path, capfd, monkeypatch):
+    """One line on stderr, exit code 2, at once, and no file made or changed."""
     monkeypatch.chdir(tmp_path)
-    out = Path(flags.get("out") or tmp_path / "run")
-    before = listing(out) if out.is_dir() and out.is_relative_to(world) else out.exists()
-    started = time.perf_counter()
+    main, words = command(line, bad, tmp_path / "run")
+    before = listing(bad)
+    started = time.process_time()
+    capfd.readouterr()
     with pytest.raises(SystemExit) as stop:
-        opd.main(words(world, tmp_path / "run", flags))
-    assert time.perf_counter() - started < 5
+        main(words)
+    assert time.process_time() - started < 5
     printed = capfd.readouterr().err
-    assert stop.value.code == 2 and all(part in printed for part in says), printed
-    assert (
-        printed.startswith("opd.py: ") and printed.count("\n") == 1 and "Traceback" not in printed
-    )
-    assert before == (listing(out) if isinstance(before, list) else out.exists()) and not list(
-        tmp_path.iterdir()
-    )
-    assert not (world / "was-run").exists()
+    assert stop.value.code == 2, printed
+    for part in says:
+        assert part.format(w=bad) in printed, printed
+    name = "opd.py: " if main is opd.main else "analysis.py: "
+    assert printed.startswith(name) and printed.count("\n") == 1 and "Traceback" not in printed
+    assert listing(bad) == before and not list(tmp_path.iterdir())
 
 
-def test_the_table_has_its_forty_cases():
-    """As many as were asked for, and more."""
-    assert sum(map(len, KINDS.values())) >= 40
+@pytest.mark.parametrize("line, says", rows_of(FLAGS) + rows_of(FILES) + rows_of(CHECKPOINTS))
+def test_what_cannot_work_is_one_line_before_a_model_is_loaded(
+    line, says, bad, tmp_path, capfd, monkeypatch
+):
+    """prime-rl#1458, and every mistake that we could think of."""
+    monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    check_refused(line, says, bad, tmp_path, capfd, monkeypatch)
+
+
+@pytest.mark.parametrize("line, says", rows_of(MODELS))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_that_cannot_work_is_one_line(line, says, bad, tmp_path, capfd, monkeypatch):
+    check_refused(line, says, bad, tmp_path, capfd, monkeypatch)
+    assert not (bad / "was-run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(bad, tmp_path, capfd, monkeypatch):
+    says = ["--device cuda: ", "; --device cpu works everywhere"]
+    check_refused("opd --device cuda", says, bad, tmp_path, capfd, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["plot", "positions"])
+def test_a_picture_without_matplotlib_is_refused(name, bad, tmp_path, capfd, monkeypatch):
+    """Case 22: exit code 0, and no file."""
+    plain = importlib.util.find_spec
+
+    def without_matplotlib(module, *package):
+        return None if module == "matplotlib" else plain(module, *package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_matplotlib)
+    line = f"runs --run {bad}/done --{name} x.svg"
+    says = [f"--{name} needs matplotlib: pip install matplotlib"]
+    check_refused(line, says, bad, tmp_path, capfd, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_command_itself_says_it_in_one_line(world, tmp_path):
-    """A process of its own: nothing that a library prints stands beside the line."""
-    flags = dict(teacher=f"{world}/garbage")
+def test_the_command_itself_says_it_in_one_line(bad, tmp_path):
+    """In a process of its own, nothing that a library prints stands beside the line."""
+    _, words = command("opd --teacher {w}/garbage", bad, tmp_path / "run")
     done = subprocess.run(
-        [sys.executable, opd.__file__, *words(world, tmp_path / "run", flags)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
+        [sys.executable, opd.__file__, *words], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr.startswith("opd.py: ") and done.stderr.count("\n") == 1
     assert "garbage cannot be read" in done.stderr
 
 
-def test_a_teacher_that_no_device_holds_is_refused(world, tmp_path, monkeypatch, capfd):
-    """A weight on the meta device has no numbers: what accelerate leaves there cannot grade."""
-    plain = models.AutoModelForCausalLM.from_pretrained
-
-    def placed(path, **how):
-        model, found = plain(path, **how)
-        return (model.to("meta") if str(path).endswith("teacher") else model), found
-
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", placed)
-    with pytest.raises(SystemExit) as stop:
-        opd.main(words(world, tmp_path / "run", {}))
-    assert stop.value.code == 2 and not (tmp_path / "run").exists()
-    assert (
-        "teacher: the devices here do not hold it; take a smaller model, or"
-        in capfd.readouterr().err
-    )
+# --- what works ----------------------------------------------------------------------------------
 
 
-def test_a_hub_is_asked_for_safetensors_and_no_code(world, monkeypatch):
-    """A directory is looked at before; of a name on the hub only transformers knows what there is."""
-    asked, plain = [], models.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(
-        models.AutoModelForCausalLM,
-        "from_pretrained",
-        lambda path, **how: asked.append(how) or plain(path, **how),
-    )
-    models.load(world / "student")
-    assert asked[0]["use_safetensors"] is True and asked[0]["trust_remote_code"] is False
+def test_a_report_goes_into_runs_and_its_folder_is_made(bad, tmp_path, monkeypatch):
+    """Case 27: it was left in the checkout, where git saw it."""
+    monkeypatch.chdir(tmp_path)
+    main, words = command("analysis", bad, tmp_path / "run")
+    where = words.index("--out")
+    main(words[:where] + words[where + 2 :])
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    report = json.loads((tmp_path / "runs" / "diagnose.json").read_text())
+    assert report["student"] == f"{bad}/student"
 
 
-def test_code_of_a_checkpoint_runs_where_the_user_says_so(world, tmp_path, capfd):
-    """--trust-remote-code, and only that, runs what stands beside the weights."""
-    with pytest.raises(SystemExit):
-        opd.main(
-            words(world, tmp_path / "run", dict(student=world / "own-code", trust_remote_code=True))
-        )
-    assert (world / "was-run").exists()
-    (world / "was-run").unlink()
+def test_every_flag_has_a_reason_and_a_default_that_works():
+    """`check` takes the defaults, and each preset beside them."""
+    for kind in (flags.Config, flags.Diagnosis):
+        flags.check(kind())
+        assert "--student" in flags.parser_of(kind, "x.py").format_help()
+    for name in flags.PRESETS:
+        cfg = flags.parse(flags.Config, ["--preset", name, "--lr", "0.5"], "opd.py")
+        assert cfg.lr == 0.5 and cfg.batch_size == flags.PRESETS[name]["batch_size"]
+
+
+def test_every_flag_is_read():
+    """prime-rl#1458: a flag that nobody reads would be accepted and do nothing."""
+    read = {"preset"}  # by flags.parse
+    for path in (ROOT / "opd.py", ROOT / "analysis.py", *(ROOT / "plumbing").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                owner = ast.unparse(node.value)
+                if owner in ("cfg", "self.cfg", "asked", "flags"):
+                    read.add(node.attr)
+    read |= set(flags.of_pair(flags.Config()))
+    fields = set(flags.Config.__dataclass_fields__) | set(flags.Diagnosis.__dataclass_fields__)
+    assert fields - read == set()
+
+
+# --- nothing that is read is run -----------------------------------------------------------------
 
 
 def test_nothing_that_is_read_is_evaluated():
-    """Text of models and files stays text: no eval, exec or pickle in the product, torch.load of weights alone."""
-    root = Path(opd.__file__).parent
-    for path in [
-        path for part in ("", "plumbing", "experiments") for path in (root / part).glob("*.py")
-    ]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
+    """Text of models and files stays text: no eval, exec or pickle, torch.load of weights alone."""
+    forbidden = ("eval", "exec", "compile", "__import__", "pickle.load", "os.system")
+    for part in (".", "plumbing", "experiments"):
+        for path in (ROOT / part).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if not isinstance(node, ast.Call):
+                    continue
                 name = ast.unparse(node.func)
-                assert name not in (
-                    "eval",
-                    "exec",
-                    "compile",
-                    "__import__",
-                    "pickle.load",
-                    "os.system",
-                ), path
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert name not in forbidden, path
+                assert "shell" not in keywords, path
                 if name == "torch.load":
-                    assert any(
-                        k.arg == "weights_only" and ast.unparse(k.value) == "True"
-                        for k in node.keywords
-                    ), path
-                assert not any(k.arg == "shell" for k in node.keywords), path
+                    assert keywords.get("weights_only") == "True", path
 
 
-def test_a_checkpoint_that_is_a_program_is_not_run(world, tmp_path, capfd):
-    """A pickle may call anything when it is read; state.pt is read as tensors alone."""
+class Program:
+    """What a pickle may hold: a call, made when it is read."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_checkpoint_that_is_a_program_is_not_run(bad, tmp_path, capfd):
+    """state.pt is read as tensors alone."""
     out = tmp_path / "run"
-    shutil.copytree(world / "cut", out)
-
-    class Program:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "was-run"),)
-
-    torch.save(Program(), out / "checkpoint" / "state.pt")
+    shutil.copytree(bad / "cut", out)
+    torch.save(Program(str(tmp_path / "was-run")), out / "checkpoint" / "state.pt")
+    main, words = command("opd --resume", bad, out)
     with pytest.raises(SystemExit) as stop:
-        opd.main(words(world, out, dict(resume=True)))
+        main(words)
     assert stop.value.code == 2 and not (tmp_path / "was-run").exists()
     assert "is not a whole checkpoint of opd.py" in capfd.readouterr().err
