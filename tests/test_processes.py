@@ -1,6 +1,6 @@
-"""Several processes are one run: what torchrun starts writes, learns and measures as a single process does.
+"""Several processes are one run: what torchrun starts writes, learns and measures as one process.
 
-This file is also what torchrun starts: `main` at its end runs one part of the tests in each process.
+This file is also what torchrun starts: `main` at its end runs a part of the tests in each process.
 """
 
 import json
@@ -15,200 +15,291 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_opd import config, ready, rows, weights  # noqa: F401: a fixture
+import torch.distributed as dist
+from conftest import Killed, config, ready, rows, tiny_pair, weights
+from torch.nn.utils import clip_grad_norm_
 
 import opd
 import recipes
-from plumbing import exits, flags, measure
-from plumbing.processes import one_of_several, over_processes, processes, summed_gradients
+from plumbing import flags, measure
+from plumbing.exits import one_line
+from plumbing.processes import (
+    equal_micro_batches,
+    gathered,
+    is_sharded,
+    one_of_several,
+    over_processes,
+    processes,
+    share,
+    sum_gradients,
+    whole,
+)
 from plumbing.run import Run
+from teacher import UserError
 
 EXAMPLES = [([4, 6], [7, 2]), ([4], [8, 9, 10, 2]), ([5, 5, 5], [2])]  # prompt ids, response ids
+COLD = {
+    "cold_start": 4,
+    "cold_start_steps": 2,
+    "cold_start_max_new_tokens": 40,
+    "cold_start_temperature": 1.0,
+}
 
 
-def start(*arguments, timeout=120):
-    """Two processes: -> what came out of them, with their exit code. Without -- torchrun takes --n for its own."""
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "--",
-    ]
+def start(*arguments):
+    """Two processes of a program: -> what came out of them, with their exit code."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc_per_node", "2", "--"]  # without -- it takes --n for its own
+    folder = str(Path(opd.__file__).parent)
     return subprocess.run(
-        [*torchrun, *map(str, arguments)],
+        torchrun + [str(argument) for argument in arguments],
         capture_output=True,
         text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(opd.__file__).parent)},
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": folder},
     )
 
 
 def words(cfg):
     """A Config as words of the command line."""
-    named = {
-        name: x
-        for name, x in vars(cfg).items()
-        if x not in (False, "") and x != getattr(opd.Config, name)
-    }
-    return [
-        word
-        for name, x in named.items()
-        for word in ["--" + name.replace("_", "-")] + ([] if x is True else [str(x)])
-    ]
+    found = []
+    for name, x in vars(cfg).items():
+        if x not in (False, "") and x != getattr(flags.Config, name):
+            found += [flags.named(name)] if x is True else [flags.named(name), str(x)]
+    return found
 
 
-def whole(p):
-    """The gradient of a parameter, of a sharded one put together."""
-    return (p.grad.full_tensor() if hasattr(p, "full_tensor") else p.grad).clone()
+# --- the same gradients and numbers ---------------------------------------------------------------
+
+
+def full_gradients(student):
+    """Of all processes together, put together: list of tensors."""
+    sum_gradients(student)
+    found = []
+    for p in student.parameters():
+        grad = p.grad.full_tensor() if is_sharded(p) else p.grad
+        found.append(grad.clone())
+    return found
 
 
 def gradients(cfg):
-    """Gradients and metrics of one update without its step, and of one of the cold start; held-out metrics."""
-    (cfg, pair, train, held_out), out = ready(cfg), {}
-    asked, steps = [row["ids"] for row in train[:3]], []
-    r = pair.write(asked, n=2, max_new_tokens=cfg.max_new_tokens, seed=0, share=processes())
-    out["tokens"] = [r.response_ids(row) for row in range(len(r.ids))]
-    total = over_processes(r.is_response.sum())
-    grid = pair.grade(r, opd.per_position(cfg), scale=1 / total)
-    out["gradients"] = [whole(p) for p in summed_gradients(pair.student)]
-    out["norm"] = torch.nn.utils.clip_grad_norm_(pair.student.parameters(), 1.0).item()
-    out["measured"] = measure.means(grid, r, cfg.max_new_tokens)
-    pair.student.zero_grad()
-    out["held"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))[
-        "reverse_kl"
-    ]  # less than one each
-    out["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
+    """An update without its step, one of the cold start, held-out measures: {name: ...}."""
+    pair, train, held_out = ready(cfg)
     optimizer = opd.adamw(cfg, pair.student)
-    optimizer.step = lambda: steps.append([whole(p) for p in pair.student.parameters()])
-    out["cold_start"] = next(recipes.cold_start(pair, optimizer, EXAMPLES, steps=4, batch_size=3))
-    return {**out, "cold": steps[0]}
+    found = {"items": gathered(share(list(range(5))))}
+    teacher = list(pair.teacher.parameters())
+    mine = sum(p.to_local().numel() if is_sharded(p) else p.numel() for p in teacher)
+    found["share of the teacher"] = mine / sum(p.numel() for p in teacher)
+
+    def descend(optimizer, student):
+        found["gradients"] = full_gradients(student)
+        norm = clip_grad_norm_(student.parameters(), 1.0).item()
+        student.zero_grad()
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(opd, "descend", descend)
+        r, found["row"] = opd.update(cfg, pair, optimizer, train[:3], 0)
+    found["tokens"] = [r.response_ids(row) for row in range(len(r.ids))]
+    found["of an update"] = found["gradients"]
+    found["held out"] = measure.distance(cfg, pair, held_out[:1], opd.per_position(cfg))
+    found["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
+    how = {"share": processes(), "descend": descend, "micro_batches": equal_micro_batches}
+    cold = recipes.cold_start(pair, optimizer, EXAMPLES, steps=4, batch_size=3, **how)
+    found["cold start"] = next(cold)
+    found["cold start"]["loss"] = over_processes(found["cold start"]["loss"]).item()
+    return found
+
+
+def numbers(row):
+    """The means in a row of metrics."""
+    kept = {}
+    for name, x in row.items():
+        if isinstance(x, (int, float)) and not name.startswith(("time_", "sampling_", "peak_")):
+            kept[name] = x
+    return kept
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "change, shard",
     [
-        (dict(objective="full"), False),
-        (dict(gradient_checkpointing=True, teacher="gemma3"), False),
-        (dict(gradient_checkpointing=True, student="gemma3"), True),
+        ({"objective": "full"}, False),
+        ({"gradient_checkpointing": True, "teacher": "gemma3"}, False),
+        ({"gradient_checkpointing": True, "student": "gemma3"}, True),
+        ({"objective": "sampled", "teacher": "gemma3"}, True),
     ],
 )
-def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change, shard):  # noqa: F811
-    """trl#4105, easydistill#16 over processes: one denominator for all, whatever each of them got: five or six
-    micro-batches of unlike sizes here; in the evaluation one process has nothing to do. The same of a student that is
-    sharded, the gradients put together again.
+def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change, shard):
+    """trl#4105, easydistill#16: one denominator for all, whatever each of them got, here five or
+    six micro-batches of unlike sizes. One held-out prompt (case 8) leaves a process idle, and it
+    counts nothing. The same of sharded models, whose gradients are put together again.
     """
-    change = {
-        name: f"{world}/{x}" if name in ("student", "teacher") else x for name, x in change.items()
-    }
-    cfg = config(world, tmp_path / "two", micro_batch_tokens=9, **change, shard=shard)
-    done = start(__file__, "gradients", tmp_path, *words(cfg))
-    assert done.returncode == 0, done.stderr
-    one = gradients(config(world, tmp_path / "one", micro_batch_tokens=9, **change))
-    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
-    assert (
-        both[0]["tokens"] == one["tokens"][:2] + one["tokens"][4:]
-        and both[1]["tokens"] == one["tokens"][2:4]
+    change = dict(change)
+    for name in ("student", "teacher"):
+        if name in change:
+            change[name] = f"{world}/{change[name]}"
+    how = {"micro_batch_tokens": 9, **change}
+    done = start(
+        __file__, "gradients", tmp_path, *words(config(world, tmp_path, **how, shard=shard))
     )
+    assert done.returncode == 0, done.stderr
+    one = gradients(config(world, tmp_path, **how))
+    both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    assert both[0]["tokens"] == one["tokens"][:2] + one["tokens"][4:]
+    assert both[1]["tokens"] == one["tokens"][2:4]
     for two in both:
-        for name in ("gradients", "cold"):
+        for name in ("of an update", "gradients"):  # the second: of the cold start
             for a, b in zip(two[name], one[name], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-        for name, x in one["measured"].items():
-            if name not in ("by_position", "sampling_mismatch"):
-                assert two["measured"][name] == pytest.approx(x, rel=1e-5, abs=1e-6), name
-        assert two["measured"]["by_position"]["tokens"] == one["measured"]["by_position"]["tokens"]
-        assert (
-            two["held"] == pytest.approx(one["held"], rel=1e-5)
-            and two["accuracy"] == one["accuracy"]
-        )
-        assert two["cold_start"] == pytest.approx(one["cold_start"], rel=1e-5)
-        assert two["norm"] == pytest.approx(one["norm"], rel=1e-5)
+        for name in ("row", "held out", "cold start"):
+            expected = pytest.approx(numbers(one[name]), rel=1e-5, abs=1e-6)
+            assert numbers(two[name]) == expected, name
+        assert two["row"]["by_position"]["tokens"] == one["row"]["by_position"]["tokens"]
+        assert two["accuracy"] == one["accuracy"]
+        assert two["items"] == [0, 1, 2, 3, 4]
+        assert two["share of the teacher"] == pytest.approx(0.5 if shard else 1, abs=0.1)
+
+
+# --- a whole run ----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):  # noqa: F811
-    """A process killed in step 4 ends all of them in seconds, with a word; one that is told to stop in step 4 stops all
-    of them after it; --resume then ends as the run that was not disturbed. The first process alone wrote: no line
-    stands twice. Sharded, not sharded, sharded again: the checkpoint is the same.
+def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):
+    """A process killed in step 4 ends all of them in seconds, with a word. One that is told to
+    stop in step 4 stops all of them after it. --resume then ends as a run of one process. Sharded,
+    not sharded, sharded again: the checkpoint is the same. The first process alone writes.
     """
-    how = dict(
-        steps=5,
-        cold_start=4,
-        cold_start_steps=2,
-        cold_start_batch_size=2,
-        cold_start_max_new_tokens=40,
-        cold_start_temperature=1.0,
-    )
-    cfg = config(world, tmp_path / "two", **how)
-    died = start(__file__, "dies", tmp_path, *words(cfg), "--shard")
-    assert died.returncode
-    assert "opd.py: stopped, as another process has died" in died.stderr
-    assert [row["step"] for row in rows(tmp_path / "two")] == [1, 2, 3]
-    assert not (tmp_path / "two" / "result.json").exists()
-    stopped = start(__file__, "stops", tmp_path, *words(cfg), "--resume")
-    assert (
-        stopped.returncode
-        and "opd.py: stopped after step 4 of 5; the checkpoint of step 4" in stopped.stderr
-    )
+    two = tmp_path / "two"
+    cfg = words(config(world, two, steps=5, **COLD))
+    died = start(__file__, "dies", tmp_path, *cfg, "--shard")
+    assert died.returncode and "another process has ended" in died.stderr
+    assert [row["step"] for row in rows(two)] == [1, 2, 3]
+    assert not (two / "result.json").exists()
+    stopped = start(__file__, "stops", tmp_path, *cfg, "--resume")
+    assert "stopped after step 4 of 5; the checkpoint of step 4 is whole" in stopped.stderr
     assert re.findall(r"exitcode +: (-?\d+)", stopped.stderr) == ["143", "143"]
-    done = start(opd.__file__, *words(cfg), "--resume", "--shard")
+    done = start(opd.__file__, *cfg, "--resume", "--shard")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("gap recovery") == 1  # one of them talks
-    assert stat.S_ISCHR(
-        os.stat(os.devnull).st_mode
-    )  # where the other's logs went, and which is there
-    opd.distil(config(world, tmp_path / "one", **how))
-    two, one = rows(tmp_path / "two"), rows(tmp_path / "one")
-    assert [row["step"] for row in two] == [1, 2, 3, 4, 5]
-    for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length"):
-        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], rel=1e-4), (
-            name
-        )
-    for name in ("cold_start.jsonl", "cold_start.jsonl.dropped.jsonl", "rollouts.jsonl"):
-        lines = [sorted((tmp_path / run / name).read_text().splitlines()) for run in ("one", "two")]
-        assert lines[0] == lines[1], name
-    theirs = weights(tmp_path / "one")
-    assert all(
-        torch.allclose(x, theirs[name], atol=1e-4) for name, x in weights(tmp_path / "two").items()
-    )
-    assert json.loads((tmp_path / "two" / "result.json").read_text())["processes"] == 2
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)  # nobody wrote a file over it
+
+    one = tmp_path / "one"
+    opd.distil(config(world, one, steps=5, **COLD))
+    assert [row["step"] for row in rows(two)] == [1, 2, 3, 4, 5]
+    for name in ("tokens", "reverse_kl", "overlap_ratio", "response_length", "grad_norm"):
+        expected = [row[name] for row in rows(one)]
+        assert [row[name] for row in rows(two)] == pytest.approx(expected, rel=1e-4), name
+    assert (two / "cold_start.jsonl").read_text() == (one / "cold_start.jsonl").read_text()
+    theirs = weights(one)
+    for name, x in weights(two).items():
+        torch.testing.assert_close(x, theirs[name], rtol=0, atol=1e-4)
+    assert json.loads((two / "result.json").read_text())["processes"] == 2
 
 
-def test_more_processes_than_responses_are_refused(world, tmp_path, monkeypatch):  # noqa: F811
-    """A process without a response would have no gradient to give, and all would wait for it."""
+@pytest.mark.slow
+def test_a_run_of_two_processes_goes_on_as_one_and_the_other_way_round(world, tmp_path):
+    """The checkpoint holds nothing of how many wrote it."""
+    out = tmp_path / "run"
+    assert start(opd.__file__, *words(config(world, out, steps=2))).returncode == 0
+    opd.distil(config(world, out, steps=3, resume=True))
+    cfg = config(world, out, steps=4, resume=True, shard=True)
+    assert start(opd.__file__, *words(cfg)).returncode == 0
+    opd.distil(config(world, out, steps=5, resume=True))
+    opd.distil(config(world, tmp_path / "one", steps=5))
+    expected = [row["loss"] for row in rows(tmp_path / "one")]
+    assert [row["loss"] for row in rows(out)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_processes_and_flags_say_together(world, tmp_path, monkeypatch):
+    """A process without a prompt would have no gradient to give, and all would wait for it."""
+    with (
+        pytest.raises(UserError, match="--shard .*torchrun"),
+        Run(config(world, tmp_path, shard=1)),
+    ):
+        pass
     monkeypatch.setattr("plumbing.run.processes", lambda: (0, 8))
-    with pytest.raises(ValueError, match="--batch-size 3, .*8 processes"):
-        Run(config(world, tmp_path))
+    with pytest.raises(UserError, match="--batch-size 3: .*8 processes"):
+        Run(config(world, tmp_path)).__enter__()
+
+
+# --- one process that is sharded ------------------------------------------------------------------
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A Pair whose models are cut over one process, and an optimizer."""
+    from plumbing.shard import shard_pair
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    pair = tiny_pair()
+    shard_pair(pair, pair.device)
+    yield pair, torch.optim.AdamW(pair.student.parameters(), lr=0.1)
+    dist.destroy_process_group()
+
+
+def test_an_exception_leaves_the_weights_cut(sharded):
+    """Case 13: the student stayed gathered."""
+    pair, _ = sharded
+    models = (pair.student, pair.teacher)
+    with pytest.raises(Killed), whole(*models):
+        assert not any(is_sharded(p) for model in models for p in model.parameters())
+        raise Killed
+    assert all(is_sharded(p) for model in models for p in model.parameters())
+
+
+def test_the_state_of_sharded_models_is_that_of_whole_ones(sharded):
+    """Written by one kind and read by the other, moments included; to ask for the state of an
+    optimizer before its first step counts no step.
+    """
+    from plumbing.shard import full_state, load_full_state
+
+    pair, optimizer = sharded
+    fresh = tiny_pair().student
+    weights, moments = full_state(pair.student, optimizer)
+    assert not optimizer.state and not moments["state"]
+    fresh.load_state_dict(weights)
+
+    ids = torch.arange(8).unsqueeze(0)
+    its_optimizer = torch.optim.AdamW(fresh.parameters(), lr=0.1)
+    for model, its in ((pair.student, optimizer), (fresh, its_optimizer)):
+        model(input_ids=ids).logits.square().mean().backward()
+        its.step()
+        its.zero_grad()
+    load_full_state(pair.student, optimizer, fresh.state_dict(), its_optimizer.state_dict())
+    weights, moments = full_state(pair.student, optimizer)
+    for name, x in fresh.state_dict().items():
+        torch.testing.assert_close(weights[name], x, rtol=0, atol=0)
+    expected = its_optimizer.state_dict()
+    torch.testing.assert_close(moments["state"], expected["state"], rtol=0, atol=0)
+    for name in ("params", "lr", "weight_decay"):
+        assert moments["param_groups"][0][name] == expected["param_groups"][0][name]
+
+
+# --- what torchrun starts -------------------------------------------------------------------------
 
 
 def main(what, folder, *words):
     cfg = flags.parse_opd(list(words))
-    with exits.one_line("opd.py"), one_of_several(cfg.device):
+    with one_line("opd.py"), one_of_several(cfg.device):
         if what == "gradients":
-            rank = torch.distributed.get_rank()
-            return torch.save(gradients(cfg), f"{folder}/{rank}.pt")
-        plain, leave, sent = (
-            opd.update,
-            Run.__exit__,
-            {"dies": signal.SIGKILL, "stops": signal.SIGTERM}[what],
-        )
+            torch.save(gradients(cfg), f"{folder}/{dist.get_rank()}.pt")
+            return
+        signum = {"dies": signal.SIGKILL, "stops": signal.SIGTERM}[what]
+        plain_update = opd.update
+        plain_exit = Run.__exit__
 
         def update(cfg, pair, optimizer, rows, step):
-            if step == 3 and torch.distributed.get_rank() == 1:
-                os.kill(os.getpid(), sent)
-            return plain(cfg, pair, optimizer, rows, step)
+            if step == 3 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signum)
+            return plain_update(cfg, pair, optimizer, rows, step)
 
-        def slowly(
-            run, *error
-        ):  # torchrun's SIGTERM to the others comes before they have said a word
-            leave(run, *error)
+        def slowly(run, *error):  # torchrun's SIGTERM to the others comes before their line
+            plain_exit(run, *error)
             time.sleep(2)
 
-        opd.update, Run.__exit__ = update, slowly
+        opd.update = update
+        Run.__exit__ = slowly
         opd.distil(cfg)
 
 
