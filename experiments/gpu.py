@@ -1,17 +1,21 @@
-"""experiments/gpu.py: what a token and a step cost on one GPU, at the shape of Qwen2-1.5B, beside the least they could.
+"""experiments/gpu.py: what a token and a step cost on one GPU, at the shape of Qwen2-1.5B.
 
-A pair of random weights is made from a configuration, so nothing is downloaded. bfloat16; 64 prompts of 64 tokens,
-n = 4, 512 new tokens.
+Two models of random weights are made from a configuration, so nothing is downloaded. They compute
+in bfloat16, on 64 prompts of 64 tokens with n = 4 and 512 new tokens.
 
-    decode   milliseconds a token at 1, 32 and 256 rows, by launches and by CUDA graphs, beside the floor: the bytes of
-             weights and cache that a token reads, over the bandwidth that a copy reaches here
-    rollout  tokens a second against generate of transformers (its own cache; a static one, by launches and compiled)
-             and generate_batch: same model and sampling; responses all alike long, and of uneven length
-    step     seconds of opd.update by phase, and its peak of memory: float32 weights of the student, autocast, AdamW
-    loss     peak of memory of in_chunks at 152k tokens, as positions grow
+    decode   milliseconds a token at 1, 32 and 256 rows, by launches and by CUDA graphs. Beside it
+             the floor: the bytes of weights and cache that a token reads, over the bandwidth that
+             a copy reaches here
+    rollout  tokens a second against generate of transformers (its own cache; a static one, by
+             launches and compiled) and generate_batch: same model and sampling; responses all
+             alike long, and of uneven length
+    step     seconds of opd.update by phase, and its peak of memory: float32 weights of the
+             student, autocast, AdamW
+    loss     peak of memory of in_chunks, forward and backward, at 152k tokens, as positions grow
 
     python experiments/bench.py --device cuda       results/gpu.{json,txt}; 6 minutes at most
-    bash experiments/gpu.sh                         after the tests marked gpu
+    bash experiments/gpu.sh                         after the tests that need a GPU
+    bash experiments/gpu.sh --quick                 tiny models on a CPU: does it run?
 """
 
 import argparse
@@ -20,6 +24,7 @@ import warnings
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import transformers
@@ -27,11 +32,12 @@ from lab import ROOT, opd, write_text
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 import loss
+from plumbing import slots
 from plumbing.files import provenance, write_json
+from plumbing.flags import Config
 from plumbing.models import activations
-from plumbing.slots import Captured, Slots
-from rollout import left_pad, rollout
-from teacher import Pair, split
+from rollout import left_pad
+from teacher import LOGITS_OF_A_CHUNK, Pair
 
 FULL = SimpleNamespace(
     shape=dict(
@@ -75,6 +81,7 @@ TINY = SimpleNamespace(
     arms=("generate", "generate, static"),
     seconds=240,
 )
+KINDS = {"launches": slots.Slots, "graphs": slots.Captured}
 
 
 def synchronize(device):
@@ -103,306 +110,281 @@ def peak(device, f):
     return torch.cuda.max_memory_allocated() - before
 
 
-def model(sizes, device, dtype, seed):
+def model_of(sizes, device, dtype, seed):
     torch.manual_seed(seed)
+    config = Qwen2Config(**sizes.shape, eos_token_id=None, bos_token_id=None)
     with torch.device(device):
-        made = AutoModelForCausalLM.from_config(
-            Qwen2Config(**sizes.shape, eos_token_id=None, bos_token_id=None), dtype=dtype
-        )
-    return made.eval()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def prompts_of(sizes):
-    draw = torch.Generator().manual_seed(0)
-    return torch.randint(
-        sizes.shape["vocab_size"], (sizes.prompts, sizes.prompt_tokens), generator=draw
-    ).tolist()
+    generator = torch.Generator().manual_seed(0)
+    size = (sizes.prompts, sizes.prompt_tokens)
+    return torch.randint(sizes.shape["vocab_size"], size, generator=generator).tolist()
 
 
-def bandwidth(device, size=2**28):
+def write(kind, model, prompts, **how):
+    """A rollout by launches or by graphs."""
+    with mock.patch.object(slots, "kind_of", lambda model: KINDS[kind]):
+        return slots.rollout(model, prompts, **how)
+
+
+def bandwidth(device):
     """Bytes a second, read and written, of a copy."""
-    x, y = torch.ones(2, size, device=device)
-    return (
-        2
-        * x.numel()
-        * x.element_size()
-        / median(clock(device, lambda: y.copy_(x)) for _ in range(5))
-    )
+    size = 2**28 if device.type == "cuda" else 2**20
+    x = torch.ones(size, device=device)
+    y = torch.ones(size, device=device)
+    seconds = [clock(device, lambda: y.copy_(x)) for _ in range(5)]
+    return 2 * x.numel() * x.element_size() / median(seconds)
+
+
+def bytes_of_weights(model):
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+def bytes_of_a_token(config):
+    """Keys and values that a token leaves in the cache, in bfloat16."""
+    d = config.hidden_size // config.num_attention_heads
+    return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * d
+
+
+# --- the parts ----------------------------------------------------------------------------------
 
 
 def bench_decode(sizes, device):
-    m = model(sizes, device, torch.bfloat16, 0)
-    prompts, speed, rows = (
-        prompts_of(sizes),
-        bandwidth(device, 2**28 if device.type == "cuda" else 2**20),
-        [],
-    )
-    weights = sum(p.numel() * p.element_size() for p in m.parameters())
-    config, (short, long) = m.config, sizes.decoded
-    token = (
-        2
-        * 2
-        * config.num_hidden_layers
-        * config.num_key_value_heads
-        * (config.hidden_size // config.num_attention_heads)
-    )
+    model = model_of(sizes, device, torch.bfloat16, seed=0)
+    speed = bandwidth(device)
+    weights = bytes_of_weights(model)
+    short, long = sizes.decoded
+    columns = sizes.prompt_tokens + (short + long) / 2
+    rows = [{"part": "bandwidth", "bytes_a_second": speed, "weights": weights}]
     for b in (1, 32, sizes.prompts * sizes.n):
-        row = {
-            "part": "decode",
-            "rows": b,
-            "floor": (weights + b * token * (sizes.prompt_tokens + (short + long) / 2)) / speed,
-        }
-        for name, decoder in (("launches", Slots), ("graphs", Captured)):
+        prompts = (prompts_of(sizes) * b)[:b]
+        read = weights + b * columns * bytes_of_a_token(model.config)
+        row = {"part": "decode", "rows": b, "floor": read / speed}
+        for kind in KINDS:
 
-            def write(tokens):
-                return clock(
-                    device,
-                    lambda: rollout(
-                        m, (prompts * b)[:b], max_new_tokens=tokens, eos_ids=(), decoder=decoder
-                    ),
-                )
+            def seconds(tokens, kind=kind, prompts=prompts):
+                how = dict(max_new_tokens=tokens, eos_ids=[])
+                return clock(device, lambda: write(kind, model, prompts, **how))
 
-            write(short)  # kernels are loaded and chosen
-            times = [(write(short), write(long)) for _ in range(2)]
-            row[name] = median((b - a) / (long - short) for a, b in times)
-            row[f"{name}, first tokens"] = (
-                median(a for a, _ in times) - short * row[name]
-            )  # prompts, captures
+            seconds(short)  # kernels are loaded and chosen
+            times = [(seconds(short), seconds(long)) for _ in range(2)]
+            a_token = median((b - a) / (long - short) for a, b in times)
+            row[kind] = a_token
+            first = median(a for a, _ in times)
+            row[f"{kind}, first tokens"] = first - short * a_token  # prompts, captures
         rows.append(row)
-    return [{"part": "bandwidth", "bytes_a_second": speed, "weights": weights}] + rows
-
-
-def bench_rollout(sizes, device):
-    m, prompts, rows = model(sizes, device, torch.bfloat16, 0), prompts_of(sizes), []
-    V, ids, mask = m.config.vocab_size, *left_pad(prompts_of(sizes), 0, device)
-    started = time.perf_counter()
-    for kind, eos in (
-        ("even", []),
-        ("uneven", list(range(0, V, 256))),
-    ):  # random weights: each token, 1 in 256
-
-        def config(**how):
-            return GenerationConfig(
-                do_sample=True,
-                temperature=1.0,
-                top_p=1.0,
-                top_k=0,
-                num_return_sequences=sizes.n,
-                max_new_tokens=sizes.new_tokens,
-                pad_token_id=0,
-                eos_token_id=eos or None,
-                **how,
-            )
-
-        def count(out):
-            if not eos:
-                return out.numel()
-            ends = torch.isin(out, torch.tensor(eos, device=device)).long()
-            return int((ends.cumsum(1) == ends).sum())
-
-        def ours(decoder):
-            return int(
-                rollout(
-                    m,
-                    prompts,
-                    n=sizes.n,
-                    max_new_tokens=sizes.new_tokens,
-                    eos_ids=eos,
-                    decoder=decoder,
-                    seeds=list(range(len(prompts))),
-                ).is_response.sum()
-            )
-
-        def theirs(**how):
-            return count(
-                m.generate(ids, attention_mask=mask.long(), generation_config=config(**how))[
-                    :, ids.size(1) :
-                ]
-            )
-
-        def batched():
-            out = m.generate_batch(prompts, generation_config=config(), progress_bar=False)
-            m.set_attn_implementation("sdpa")  # it leaves its own behind
-            return sum(len(x.generated_tokens) for x in out.values())
-
-        arms = {
-            "graphs": lambda: ours(Captured),
-            "launches": lambda: ours(Slots),
-            "generate": theirs,
-            "generate, static": lambda: theirs(cache_implementation="static", disable_compile=True),
-            "generate, static, compiled": lambda: theirs(cache_implementation="static"),
-            "generate_batch": batched,
-        }
-        arms = {arm: f for arm, f in arms.items() if arm in ("graphs", "launches", *sizes.arms)}
-        tokens, seconds, said = {}, {arm: [] for arm in arms}, {}
-        for turn in range(3):  # the first is not counted
-            for arm, write in arms.items():
-                if time.perf_counter() - started > sizes.seconds:
-                    said[arm] = "left out for time"
-                if arm in said:
-                    continue
-                try:
-                    spent = clock(device, lambda: tokens.update({arm: write()}))
-                except Exception as error:  # of an arm that does not run here
-                    said[arm] = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"[
-                        :200
-                    ]
-                    continue
-                seconds[arm] += [spent] * (turn > 0)
-        rows += [
-            {
-                "part": "rollout",
-                "lengths": kind,
-                "arm": arm,
-                "failed": said.get(arm),
-                "tokens": tokens.get(arm),
-                "seconds": seconds[arm],
-            }
-            for arm in arms
-        ]
     return rows
 
 
+def bench_rollout(sizes, device):
+    model = model_of(sizes, device, torch.bfloat16, seed=0)
+    V = model.config.vocab_size
+    started = time.perf_counter()
+    rows = []
+    # random weights: each token that ends a response comes once in 256
+    for lengths, eos in (("even", []), ("uneven", list(range(0, V, 256)))):
+        arms = arms_of(sizes, device, model, eos)
+        tokens = {}
+        failed = {}
+        seconds = {arm: [] for arm in arms}
+        for turn in range(3):  # the first is not counted
+            for arm, run in arms.items():
+                if time.perf_counter() - started > sizes.seconds:
+                    failed[arm] = "left out for time"
+                if arm in failed:
+                    continue
+
+                written = []
+
+                def counted(run=run, written=written):
+                    written.append(run())
+
+                try:
+                    spent = clock(device, counted)
+                except Exception as error:  # of an arm that does not run here
+                    first_line = str(error).strip().splitlines()[:1]
+                    failed[arm] = f"{type(error).__name__}: {first_line}"[:200]
+                    continue
+                tokens[arm] = written[0]
+                if turn > 0:
+                    seconds[arm].append(spent)
+        for arm in arms:
+            row = {"part": "rollout", "lengths": lengths, "arm": arm, "failed": failed.get(arm)}
+            row["tokens"] = tokens.get(arm)
+            row["seconds"] = seconds[arm]
+            rows.append(row)
+    return rows
+
+
+def arms_of(sizes, device, model, eos):
+    """The ways to write, {name: a function that writes and returns the number of tokens}."""
+    prompts = prompts_of(sizes)
+    ids, mask = left_pad(prompts, 0, device)
+
+    def ours(kind):
+        how = dict(n=sizes.n, max_new_tokens=sizes.new_tokens, eos_ids=eos)
+        r = write(kind, model, prompts, seeds=list(range(len(prompts))), **how)
+        return int(r.is_response.sum())
+
+    def config(**how):
+        return GenerationConfig(
+            do_sample=True,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            num_return_sequences=sizes.n,
+            max_new_tokens=sizes.new_tokens,
+            pad_token_id=0,
+            eos_token_id=eos or None,
+            **how,
+        )
+
+    def generate(**how):
+        out = model.generate(ids, attention_mask=mask.long(), generation_config=config(**how))
+        out = out[:, ids.size(1) :]
+        if not eos:
+            return out.numel()
+        ends = torch.isin(out, torch.tensor(eos, device=device)).long()
+        before_the_end = ends.cumsum(1) - ends == 0
+        return int(before_the_end.sum())
+
+    def generate_batch():
+        out = model.generate_batch(prompts, generation_config=config(), progress_bar=False)
+        model.set_attn_implementation("sdpa")  # it leaves its own behind
+        return sum(len(x.generated_tokens) for x in out.values())
+
+    static = dict(cache_implementation="static")
+    arms = {
+        "graphs": lambda: ours("graphs"),
+        "launches": lambda: ours("launches"),
+        "generate": generate,
+        "generate, static": lambda: generate(**static, disable_compile=True),
+        "generate, static, compiled": lambda: generate(**static),
+        "generate_batch": generate_batch,
+    }
+    chosen = ("graphs", "launches", *sizes.arms)
+    return {arm: run for arm, run in arms.items() if arm in chosen}
+
+
 def pair_of(sizes, device):
-    student, teacher = (
-        model(sizes, device, torch.float32, 1),
-        model(sizes, device, torch.bfloat16, 2),
-    )
+    student = model_of(sizes, device, torch.float32, seed=1)
+    teacher = model_of(sizes, device, torch.bfloat16, seed=2).requires_grad_(False)
     V = student.config.vocab_size
     return Pair(
-        student,
-        teacher.requires_grad_(False),
-        None,
-        dict(
-            eos_ids=list(range(0, V, 256)),
-            merge_ends=False,
-            pad_id=0,
-            vocab_size=V,
-            decoder=Captured if device.type == "cuda" else Slots,
-        ),
-        (split(student, V), split(teacher, V)),
-        device,
-        autocast=lambda: torch.autocast(device.type, torch.bfloat16),
+        student=student,
+        teacher=teacher,
+        tokenizer=None,
+        vocab_size=V,
+        eos_ids=list(range(0, V, 256)),
+        merge_ends=False,
+        dtype=torch.bfloat16,
         micro_batch_tokens=activations(student, device, 2),
     )
 
 
 def bench_step(sizes, device):
-    cfg = opd.Config(
+    cfg = Config(
         student="-", teacher="-", n=sizes.n, max_new_tokens=sizes.new_tokens, dtype="bfloat16"
     )
     pair = pair_of(sizes, device)
-    optimizer, asked = (
-        opd.adamw(cfg, pair.student),
-        [{"ids": ids, "prompt": "-"} for ids in prompts_of(sizes)],
-    )
+    optimizer = opd.adamw(cfg, pair.student)
+    rows = [{"ids": ids, "prompt": "-"} for ids in prompts_of(sizes)]
+    names = ("time_rollout", "time_update", "tokens", "sampling_mismatch", "grad_norm")
     steps = []
 
-    def step(number):
-        def run():
-            made = {}
-            seconds = clock(
-                device,
-                lambda: made.update(
-                    opd.update(cfg, pair, optimizer, asked[: sizes.batch], number)[1]
-                ),
-            )
-            steps.append(
-                {
-                    "seconds": seconds,
-                    **{
-                        name: made[name]
-                        for name in (
-                            "time_rollout",
-                            "time_update",
-                            "tokens",
-                            "sampling_mismatch",
-                            "grad_norm",
-                        )
-                    },
-                }
-            )
+    def step():
+        started = time.perf_counter()
+        _, row = opd.update(cfg, pair, optimizer, rows[: sizes.batch], len(steps))
+        synchronize(device)
+        seconds = time.perf_counter() - started
+        steps.append({"seconds": seconds, **{name: row[name] for name in names}})
 
-        return run
-
-    step(0)()
-    found = [peak(device, step(1 + i)) for i in range(2)]
-    return [
-        {
-            "part": "step",
-            "responses": sizes.batch * sizes.n,
-            "bytes_above_weights": max(found),
-            **row,
-        }
-        for row in steps[1:]
-    ]
+    step()
+    found = max(peak(device, step) for _ in range(2))
+    size = {"responses": sizes.batch * sizes.n, "bytes_above_weights": found}
+    return [{"part": "step", **size, **row} for row in steps[1:]]
 
 
 def bench_loss(sizes, device):
-    V, H, rows = sizes.shape["vocab_size"], sizes.shape["hidden_size"], []
-    heads = [torch.nn.Linear(H, V, bias=False, device=device) for _ in range(2)]
-    heads[1].requires_grad_(False)
-    for N in sizes.positions:
-        h_p, h_q = (
-            torch.randn(N, H, device=device, requires_grad=True),
-            torch.randn(N, H, device=device),
-        )
-        y, seconds = torch.randint(V, (N,), device=device), []
+    V = sizes.shape["vocab_size"]
+    H = sizes.shape["hidden_size"]
+    student_head = torch.nn.Linear(H, V, bias=False, device=device)
+    teacher_head = torch.nn.Linear(H, V, bias=False, device=device).requires_grad_(False)
 
-        def learn():
-            h_p.grad = heads[0].weight.grad = None
+    def top_k(log_p, log_q, y):
+        return {"loss": loss.top_k(log_p, log_q, 16)}
+
+    def log_p_of(h):
+        return student_head(h).float().log_softmax(-1)
+
+    def log_q_of(h):
+        return teacher_head(h).float().log_softmax(-1)
+
+    chunk = max(128, LOGITS_OF_A_CHUNK[device.type] // V)  # as Pair.chunk
+    rows = []
+    for N in sizes.positions:
+        h_p = torch.randn(N, H, device=device, requires_grad=True)
+        h_q = torch.randn(N, H, device=device)
+        y = torch.randint(V, (N,), device=device)
+        seconds = []
+
+        def learn(h_p=h_p, h_q=h_q, y=y, seconds=seconds):
+            h_p.grad = None
+            student_head.weight.grad = None
+            started = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16):
-                loss.in_chunks(
-                    lambda log_p, log_q, y: {"loss": loss.top_k(log_p, log_q, 16)},
-                    h_p,
-                    h_q,
-                    *heads,
-                    y,
-                    scale=1.0,
-                )
+                values = loss.in_chunks(top_k, h_p, h_q, log_p_of, log_q_of, y, chunk)
+            values["loss"].sum().backward()
+            synchronize(device)
+            seconds.append(time.perf_counter() - started)
 
         learn()
-        found = peak(device, lambda: seconds.append(clock(device, learn)))
-        rows.append({"part": "loss", "N": N, "V": V, "bytes": found, "seconds": seconds[0]})
+        found = peak(device, learn)
+        rows.append({"part": "loss", "N": N, "V": V, "bytes": found, "seconds": seconds[-1]})
     return rows
 
 
-def report(made):
-    lines = [f"{made['card']}, torch {made['torch']}, transformers {made['transformers']}"]
-    for r in made["rows"]:
-        if r["part"] == "bandwidth":
-            lines.append(
-                f"a copy moves {r['bytes_a_second'] / 1e12:.2f} TB/s; weights {r['weights'] / 1e9:.2f} GB"
-            )
-        elif r["part"] == "decode":
-            lines.append(
-                f"decode  {r['rows']:4d} rows: floor {1e3 * r['floor']:6.2f} ms a token, graphs "
-                f"{1e3 * r['graphs']:6.2f} ({r['graphs'] / r['floor']:.1f} x the floor), launches "
-                f"{1e3 * r['launches']:6.2f} ({r['launches'] / r['graphs']:.1f} x graphs)"
-            )
-        elif r["part"] == "rollout" and r["seconds"]:
-            rates = sorted(r["tokens"] / s for s in r["seconds"])
-            lines.append(
-                f"rollout {r['lengths']:6} {r['arm']:26}: {rates[0]:8.0f} to {rates[-1]:8.0f} tokens/s"
-            )
-        elif r["part"] == "rollout":
-            lines.append(f"rollout {r['lengths']:6} {r['arm']:26}: did not run: {r['failed']}")
-        elif r["part"] == "step":
-            lines.append(
-                f"step    {r['responses']} responses, {r['tokens']:.0f} tokens: {r['seconds']:.2f} s = "
-                f"rollout {r['time_rollout']:.2f} + grade and update {r['time_update']:.2f};\n        "
-                f"{r['bytes_above_weights'] / 1e9:.1f} GB above weights and AdamW; "
-                f"sampled and scored differ by {r['sampling_mismatch']:.1e} at most"
-            )
-        elif r["part"] == "loss":
-            lines.append(
-                f"loss    N {r['N']:6d}, V {r['V']}: peak {r['bytes'] / 2**20:7.0f} MiB, "
-                f"{1e3 * r['seconds']:.1f} ms"
-            )
-    return lines
-
-
 PARTS = {"decode": bench_decode, "step": bench_step, "loss": bench_loss, "rollout": bench_rollout}
+
+
+# --- the table ----------------------------------------------------------------------------------
+
+
+def line_of(row):
+    """One row of the table."""
+    r = SimpleNamespace(**row)
+    if r.part == "bandwidth":
+        return f"a copy moves {r.bytes_a_second / 1e12:.2f} TB/s; weights {r.weights / 1e9:.2f} GB"
+    if r.part == "decode":
+        return (
+            f"decode  {r.rows:4d} rows: floor {1e3 * r.floor:6.2f} ms a token, "
+            f"graphs {1e3 * r.graphs:6.2f} ({r.graphs / r.floor:.1f} x the floor), "
+            f"launches {1e3 * r.launches:6.2f} ({r.launches / r.graphs:.1f} x graphs)"
+        )
+    if r.part == "rollout" and not r.seconds:
+        return f"rollout {r.lengths:6} {r.arm:26}: did not run: {r.failed}"
+    if r.part == "rollout":
+        slowest = r.tokens / max(r.seconds)
+        fastest = r.tokens / min(r.seconds)
+        return f"rollout {r.lengths:6} {r.arm:26}: {slowest:8.0f} to {fastest:8.0f} tokens/s"
+    if r.part == "step":
+        return (
+            f"step    {r.responses} responses, {r.tokens:.0f} tokens: {r.seconds:.2f} s = "
+            f"rollout {r.time_rollout:.2f} + grade and update {r.time_update:.2f};\n"
+            f"        {r.bytes_above_weights / 1e9:.1f} GB above weights and AdamW; "
+            f"sampled and scored differ by {r.sampling_mismatch:.1e} at most"
+        )
+    size = f"N {r.N:6d}, V {r.V}"
+    return f"loss    {size}: peak {r.bytes / 2**20:7.0f} MiB, {1e3 * r.seconds:.1f} ms"
+
+
+def report(made):
+    versions = f"torch {made['torch']}, transformers {made['transformers']}"
+    lines = [f"{made['card']}, {versions}"]
+    lines += [line_of(row) for row in made["rows"]]
+    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -420,23 +402,22 @@ def main(argv=None):
         )
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
-    device, sizes, rows = torch.device(flags.device), TINY if flags.quick else FULL, []
-    started, out = time.perf_counter(), Path(flags.out) / "gpu"
+    device = torch.device(flags.device)
+    sizes = TINY if flags.quick else FULL
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    out = Path(flags.out) / "gpu"
     out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    rows = []
     for part in flags.parts:
         print(f"--- {part}", flush=True)
         rows += PARTS[part](sizes, device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        card = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-        made = {
-            **provenance(),
-            "card": card,
-            "seconds": round(time.perf_counter() - started),
-            "rows": rows,
-        }
+        made = {**provenance(), "card": card, "seconds": round(time.perf_counter() - started)}
+        made["rows"] = rows
         write_json(out.with_suffix(".json"), made)  # what is measured is not lost
-    write_text("\n".join(report(made)), made, out)
+    write_text(report(made), made, out)
 
 
 if __name__ == "__main__":
