@@ -43,7 +43,7 @@ def read_answer(text):
     if len(parts) == 1:
         return None
     first_line = LINE_END.split(parts[-1])[0]
-    return first_line.strip("* ") or None
+    return first_line.strip().strip("*").strip() or None
 
 
 def last_box(text):
