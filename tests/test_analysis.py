@@ -448,7 +448,8 @@ def test_sure_is_beyond_two_standard_errors(mean, error, expected):
 
 
 def test_an_estimate_to_read():
-    """The sign is that of the mean; an error that there is not is not made up."""
+    """Sign and width are those of the mean; an error that there is not is not made up."""
+    assert plus_minus({"mean": 0.5, "standard_error": 0.0123}, "9.4f") == "   0.5000 +- 0.0123"
     assert plus_minus({"mean": 0.5, "standard_error": 0.0123}) == "0.500 +- 0.012"
     assert plus_minus({"mean": 0.5, "standard_error": 0.0123}, "+.2f") == "+0.50 +- 0.01"
     assert plus_minus({"mean": 0.5, "standard_error": None}) == "0.500 +- ?"

@@ -418,7 +418,7 @@ PARTS = (
     "prompts responses k response_length truncated_fraction metrics by_position sampling_mismatch "
     "verdict reasons"
 ).split()
-WITH_ANSWERS = ["auroc", "right", "continuation", "predicted_gain"]
+WITH_ANSWERS = ["auroc", "right", "wrong", "continuation", "predicted_gain"]
 
 
 def test_a_diagnosis_is_means_over_tokens_then_over_prompts():
@@ -453,7 +453,7 @@ def test_a_diagnosis_with_answers_says_who_is_right_and_who_gains():
     r = written(pair)
     right = [is_right(ids, ANSWERS[i // 2]) for i, ids in enumerate(responses(r))]
     rewards = measured(pair, r)["reward"].nanmean(1)
-    assert 0 < found["right"] == sum(right)
+    assert 0 < found["right"] == sum(right) == 16 - found["wrong"]
     assert found["auroc"] == pytest.approx(auroc(rewards, torch.tensor(right)))
     assert [x["depth"] for x in found["continuation"]] == list(DEPTHS)
     gains = [x["gain"]["mean"] for x in found["continuation"]]
@@ -494,7 +494,7 @@ def test_some_answers_are_enough(kept):
     right = 0
     for i, ids in enumerate(responses(written(pair, n=8))):
         right += i // 8 in kept and is_right(ids, ANSWERS[i // 8])
-    assert found["right"] == right > 0
+    assert found["right"] == right > 0 and found["right"] + found["wrong"] == 8 * len(kept)
     assert found["metrics"] == diagnosed(pair, rows(NO_ANSWERS), n=8)["metrics"]
 
 
@@ -669,7 +669,7 @@ def command(files, tmp_path):
             "student": files / "student",
             "teacher": files / "teacher",
             "prompts": files / "prompts.jsonl",
-            "out": tmp_path / "d.json",
+            "out": tmp_path / "made" / "d.json",
             "device": "cpu",
             "k": 3,
             "max_new_tokens": LENGTH,
@@ -679,7 +679,7 @@ def command(files, tmp_path):
         for name, value in named.items():
             words += [f"--{name.replace('_', '-')}", str(value)]
         analysis.main(words)
-        return json.loads((tmp_path / "d.json").read_text())
+        return json.loads((tmp_path / "made" / "d.json").read_text())
 
     return run
 
@@ -687,10 +687,10 @@ def command(files, tmp_path):
 def test_the_command_writes_the_report_with_its_origin_and_prints_the_table(
     command, files, capsys, tmp_path
 ):
-    """The file holds the numbers of the table and what made them."""
+    """The file holds the numbers of the table and what made them; its folder is made."""
     report = command(count=5)
     assert show.diagnosis(report) in capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["d.json"]
+    assert [path.name for path in tmp_path.rglob("*")] == ["made", "d.json"]
     assert {"command", "commit", "python", "transformers", "threads"} <= report.keys()
     assert report["student"] == f"{files}/student" and report["teacher"] == f"{files}/teacher"
     assert report["torch"] == torch.__version__
