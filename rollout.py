@@ -260,8 +260,8 @@ def uniform(seeds, prompts, n, max_new_tokens):
     numbers = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        u = torch.rand(n, max_new_tokens, dtype=torch.float64, generator=generator, device="cpu")
-        numbers.append(u)
+        u = torch.rand(max_new_tokens, n, dtype=torch.float64, generator=generator, device="cpu")
+        numbers.append(u.T)  # drawn token by token: a longer limit changes none of the earlier ones
     return torch.cat(numbers)
 
 
