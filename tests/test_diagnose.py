@@ -487,14 +487,18 @@ def test_a_diagnosis_has_its_means_bucket_by_bucket():
 
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3), (3, 4, 5, 6, 7), (1, 4, 6)])
 def test_some_answers_are_enough(kept):
-    """Prompts without an answer count in the metrics and not in what is right."""
+    """Prompts without an answer count in the metrics, and not in what is right or in the AUROC of
+    the mean rewards."""
     pair = different()
     some = [answer if i in kept else None for i, answer in enumerate(ANSWERS)]
     found = diagnosed(pair, rows(some), n=8)
-    right = 0
-    for i, ids in enumerate(responses(written(pair, n=8))):
-        right += i // 8 in kept and is_right(ids, ANSWERS[i // 8])
-    assert found["right"] == right > 0 and found["right"] + found["wrong"] == 8 * len(kept)
+    r = written(pair, n=8)
+    places = [row for row in range(64) if row // 8 in kept]
+    right = torch.tensor([is_right(r.response_ids(row), ANSWERS[row // 8]) for row in places])
+    rewards = measured(pair, r)["reward"][places]
+    assert found["right"] == right.sum() > 0
+    assert found["wrong"] == (~right).sum()
+    assert found["auroc"] == pytest.approx(auroc(rewards.nanmean(1), right))
     assert found["metrics"] == diagnosed(pair, rows(NO_ANSWERS), n=8)["metrics"]
 
 
