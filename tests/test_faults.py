@@ -619,7 +619,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         files.write_whole(tmp_path / "none" / "a", breaks)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 10**5, "1" * 5000])
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", "[" * 100_000, "1" * 5000])
 def test_a_file_that_is_not_what_was_written_is_named(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="latin-1")
