@@ -235,6 +235,7 @@ WINDOWS = (  # what configurations call the length of a sliding or local window
 )
 LONGEST_WINDOW = 4096  # tokens; the text of the probe is not made longer than that
 WRITTEN = 20  # tokens of a response of the probe; on a GPU rows leave at every 16th
+ROUNDING = {torch.float32: 1.5e-3, torch.bfloat16: 0.09}  # share of the range of log p
 TEMPERATURE = 2.0  # of the probe: rows end early and late, whatever the model prefers
 
 
@@ -255,7 +256,7 @@ def probe(model, path, dtype=torch.float32):
         text = torch.tensor([probe_prompt(model, 9)], device=device)  # (1, 9)
         log_p = read(model, text, 9)  # (1, 9, V)
         log_p_of_start = read(model, text[:, :-1], 8)  # (1, 8, V)
-    rounding = torch.finfo(dtype).eps ** 0.5 * (log_p.max() - log_p.min())  # nats
+    rounding = ROUNDING[dtype] * (log_p.max() - log_p.min())  # nats
     if not log_p.isfinite().all():
         raise UserError(
             f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype"

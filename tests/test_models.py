@@ -399,8 +399,15 @@ def mamba(kind, seed):
     return MambaForCausalLM(MambaConfig(**sizes, **ids, initializer_range=0.3)).eval()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon-mamba"])
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [
+        ("mamba", "float32"),
+        ("mamba", "bfloat16"),
+        ("falcon-mamba", "bfloat16"),
+        pytest.param("mamba2", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_models_of_states_alone_work_in_the_dtype_of_the_run(kind, dtype, tmp_path):
     """Case 9, transformers#43828, #46773: with a bfloat16 teacher, or under autocast, there was a
     traceback in the middle of a run. It works, with gradients."""
