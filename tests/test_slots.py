@@ -219,8 +219,9 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
     """A queue, not waves: prompts are read while others are being written, each prompt once."""
     model = tiny("llama")
     eos_ids = common(model, 8)
+    prompts = MANY * 4
     seen = forwards(model)
-    r = sample(model, eos_ids=eos_ids, in_flight=9)
+    r = sample(model, prompts, eos_ids=eos_ids, in_flight=9, seeds=list(range(len(prompts))))
     in_waves = sum(int(part.max()) for part in r.response_mask.sum(1).split(9))
     assert len(seen) < in_waves
 
