@@ -21,7 +21,7 @@ import pytest
 import torch
 import transformers
 from conftest import PROMPTS, TEMPLATE, Killed, config, ready, rows, tiny, write_lines
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -211,7 +211,8 @@ def a_half_line(path, lines):
     raise Killed
 
 
-@settings(max_examples=10, phases=[Phase.generate])  # to shrink takes minutes
+@settings(max_examples=9, phases=[Phase.explicit, Phase.generate])  # to shrink takes minutes
+@example(kills=[("a line of a log", 4, "torn")])  # after the checkpoint within the cold start
 @given(kills=st.lists(st.one_of(a_line, anywhere), min_size=1, max_size=3))
 def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
     world, whole_cold, tmp_path_factory, kills
