@@ -67,18 +67,22 @@ def rollout(
     prompts_at_once = len(prompts)
     if in_flight:
         prompts_at_once = min(prompts_at_once, max(1, in_flight // n))
-    how = dict(
-        max_new_tokens=max_new_tokens,
-        eos_ids=eos_ids,
-        merge=merge,
-        temperature=temperature,
-        top_p=top_p,
-        pad_id=pad_id,
-        vocab_size=vocab_size,
-    )
     kind = kind_of(model)
     if kind is None:
-        return in_pieces(model, prompts, prompts_at_once, n=n, seeds=seeds, **how)
+        return in_pieces(
+            model,
+            prompts,
+            prompts_at_once,
+            n=n,
+            max_new_tokens=max_new_tokens,
+            eos_ids=eos_ids,
+            merge=merge,
+            temperature=temperature,
+            top_p=top_p,
+            pad_id=pad_id,
+            vocab_size=vocab_size,
+            seeds=seeds,
+        )
 
     device = model.get_input_embeddings().weight.device
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
@@ -271,9 +275,8 @@ class Slots(DynamicCache):
                 self.keys.append(layer.values.new_zeros(B, heads, self.columns, d))
                 self.values.append(layer.values.new_zeros(B, heads, self.columns, d_of_values))
         for i, layer in enumerate(cache.layers):
-            start = self.P - layer.keys.size(
-                2
-            )  # of a sliding window only the last columns are kept
+            # of a sliding window only the last columns are kept
+            start = self.P - layer.keys.size(2)
             self.keys[i][new, :, start : self.P] = layer.keys[copies].to(self.keys[i].dtype)
             self.values[i][new, :, start : self.P] = layer.values[copies]
 
