@@ -180,7 +180,7 @@ def test_both_kinds_are_drawn_at_random_and_shuffled_together():
     mixed = mix_prompts(some("a", 20), some("o", 200), 0.5, seeded())
     assert 2 < sum(row["prompt"].startswith("a") for row in mixed[:20]) < 18
     taken = [row for row in mixed if row["prompt"].startswith("o")]
-    assert sorted(taken, key=str) != sorted(some("o", 20), key=str)
+    assert any(row not in some("o", 40) for row in taken)
     assert mixed != mix_prompts(some("a", 20), some("o", 200), 0.5, seeded(1))
 
 
@@ -262,9 +262,8 @@ PREFIX = list(range(60))
         (list(range(400)) + block[:33] * 4, False),  # a block of 33 items is too long
         ([*range(21)] * 3, False),  # 63 items are too few to say it again
         ([*range(21)] * 3 + [0, 30], True),
-        ([*range(40)] * 2, False),  # 33 of 73 runs
-        ([*range(40)] * 2 + [50], False),
-        ([*range(40)] * 2 + [*range(20)], True),
+        ([*range(40)] * 2 + [*range(7)], False),  # 40 of 80 runs
+        ([*range(40)] * 2 + [*range(8)], True),
     ],
 )
 def test_degenerate_at_its_borders(ids, expected):
@@ -542,7 +541,9 @@ def test_ends_count_as_one_token_in_the_cold_start_too():
 def test_the_cold_start_asks_nothing_of_the_teacher():
     """The teacher is not even read."""
     pair = tiny_pair()
-    pair.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
+    pair.teacher.base_model.register_forward_pre_hook(
+        lambda *_: pytest.fail("the teacher was read")
+    )
     one_update(pair)
 
 
