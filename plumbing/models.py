@@ -235,7 +235,10 @@ WINDOWS = (  # what configurations call the length of a sliding or local window
 )
 LONGEST_WINDOW = 4096  # tokens; the text of the probe is not made longer than that
 WRITTEN = 20  # tokens of a response of the probe; on a GPU rows leave at every 16th
-ROUNDING = {torch.float32: 1.5e-3, torch.bfloat16: 0.09}  # share of the range of log p
+# what rounding may do, as a share of the range of log p: to a text that goes on, and to a text that
+# is written in a cache, or read beside others
+ROUNDING_ALONE = {torch.float32: 3.5e-4, torch.bfloat16: 0.09}
+ROUNDING = {torch.float32: 1.5e-3, torch.bfloat16: 0.09}
 TEMPERATURE = 2.0  # of the probe: rows end early and late, whatever the model prefers
 
 
@@ -256,12 +259,12 @@ def probe(model, path, dtype=torch.float32):
         text = torch.tensor([probe_prompt(model, 9)], device=device)  # (1, 9)
         log_p = read(model, text, 9)  # (1, 9, V)
         log_p_of_start = read(model, text[:, :-1], 8)  # (1, 8, V)
-    rounding = ROUNDING[dtype] * (log_p.max() - log_p.min())  # nats
+    log_p_range = log_p.max() - log_p.min()  # nats
     if not log_p.isfinite().all():
         raise UserError(
             f"{path}: its logits are not finite; the checkpoint is damaged, or outgrows --dtype"
         )
-    if apart(log_p[:, :-1], log_p_of_start) > rounding:
+    if apart(log_p[:, :-1], log_p_of_start) > ROUNDING_ALONE[dtype] * log_p_range:
         raise UserError(
             f"{name} is no causal language model, a later token changes what it says of an earlier "
             "one; take a decoder"
@@ -279,14 +282,14 @@ def probe(model, path, dtype=torch.float32):
     for row, alone in enumerate(log_p_alone):
         t = len(alone)
         beside = log_p_beside[row, :t]  # (t, V)
-        if apart(beside, alone) > rounding:
+        if apart(beside, alone) > ROUNDING[dtype] * log_p_range:
             raise UserError(
                 f"{name} reads a text differently if padding stands before it; take another "
                 "architecture"
             )
         y = torch.tensor(r.response_ids(row), device=device).unsqueeze(-1)  # (t, 1)
         scored = beside.gather(-1, y).squeeze(-1)  # (t,)
-        if apart(scored, r.log_p[row, :t]) > rounding:
+        if apart(scored, r.log_p[row, :t]) > ROUNDING[dtype] * log_p_range:
             raise UserError(
                 f"{name} samples from another softmax than a reading of the whole text gives; take "
                 "another architecture"
