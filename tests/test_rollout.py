@@ -27,7 +27,6 @@ from rollout import (
     draw,
     from_texts,
     left_pad,
-    log_softmax,
     merge_ends,
     position_ids,
     rollout,
@@ -184,7 +183,7 @@ def test_a_response_is_what_a_reading_token_by_token_draws(name, how):
     wanted = []
     for i, seed in enumerate(SEEDS):
         generator = torch.Generator().manual_seed(seed)
-        for u in torch.rand(n, LENGTH, dtype=torch.float64, generator=generator):
+        for u in torch.rand(LENGTH, n, dtype=torch.float64, generator=generator).T:
             wanted.append(written_alone(model, PROMPTS[i], u, **options))
     assert responses(r) == [response for response, _ in wanted]
     copies = [prompt for prompt in PROMPTS for _ in range(n)]
@@ -258,7 +257,7 @@ def test_finished_rows_leave_the_batch(model, use_cache):
     That a checkpoint says use_cache: false (training leaves it there) changes nothing. Logits are
     computed for one position.
     """
-    eos_ids = common(model, 3)
+    eos_ids = common(model, 5)
     model.config.use_cache = use_cache
     seen = inputs_of(model)
     scored = set()
@@ -488,11 +487,15 @@ def test_padding_by_hand():
 
 
 def test_uniform_numbers_follow_from_the_seed_of_their_prompt():
-    """Each token has its own, in float64; those of one seed are the same beside any other."""
+    """Each token has its own, in float64; those of one seed are the same beside any other.
+
+    A longer limit changes none of the earlier ones.
+    """
     u = uniform([7, 8], 2, 3, 1000)
     assert u.shape == (6, 1000)
     assert u.dtype == torch.float64
     assert torch.equal(u[3:], uniform([8], 1, 3, 1000))
+    assert torch.equal(u[:, :10], uniform([7, 8], 2, 3, 10))
     assert len(u.unique()) == u.numel()
     share = torch.histc(u, bins=10, min=0, max=1) / u.numel()
     assert (share - 0.1).abs().max() < 0.02
