@@ -9,7 +9,7 @@ pi_teacher(.|s_t):
     code   top-k, released   sum over S_t of w(v) (log p(v) - log q(v)); w is p renormalised on S_t
                              and held constant. The authors' code descends this in place of Eq. 5
 
-Each loss takes log-probabilities (N, V) at N states and returns one number a state, (N,), in
+Each loss takes log-probabilities (N, V) at N states and returns one number per state, (N,), in
 nats. The gradient flows into log_p alone. At k = V all four have the same expected gradient, that
 of Eq. 4 (but for the support "difference", which is then empty).
 
@@ -28,7 +28,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
-LOG_ZERO = -1e4  # nats; stands for log 0, so that a token ruled out on one side is dear but finite
+LOG_ZERO = (
+    -1e4
+)  # nats; stands for log 0, a token ruled out on one side costs much, and not infinitely much
 
 
 # --- the four losses ----------------------------------------------------------------------------
@@ -142,11 +144,14 @@ def renormalised(log_p, S, counts):
 def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
     """per_position at N positions, while the logits of only `chunk` of them are in memory.
 
+        h = trunk(ids, attention_mask, position_ids)    # (B, L, H) of a rollout, padding included
+        h_p = h[:, :-1][is_response[:, 1:]]             # (N, H): the state at t-1 predicts token t
+        y = ids[is_response]                            # (N,)
         values = in_chunks(lambda log_p, log_q, y: {"loss": top_k(log_p, log_q)},
                            h_p, h_q, log_p_of, log_q_of, y)
-        values["loss"].mean().backward()
+        (values["loss"].sum() / response_tokens_of_the_step).backward()
 
-    h_p (N, H), h_q (N, H'): hidden states of student and teacher; y (N,): the drawn tokens.
+    h_p (N, H), h_q (N, H'): states of student and teacher before each drawn token; y (N,): these.
     log_p_of, log_q_of: hidden states (c, H) -> log-probabilities (c, V), for example
     lambda h: head(h).float().log_softmax(-1). Without a teacher h_q is None, and so is log_q.
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}.

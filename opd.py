@@ -2,13 +2,16 @@
 
     python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
-    once:       0  fine-tune on what the teacher answers, if --cold-start asks for it    recipes.py
-    each step:  1  take the next prompts of an endless shuffled list                     rollout.py
-                2  the student writes n responses to each, y ~ p(.|x)                    rollout.py
-                3  both models read them: states, log p, log q                           teacher.py
-                4  reverse KL at every token, its mean over the step's tokens, backward  loss.py
-                5  Eq. 6 to 10 from the same softmaxes                                   analysis.py
-                6  one AdamW update of the student
+    once:       0  fine-tune on what the teacher answers, if --cold-start asks for it   recipes.py
+    each step:  1  take the next prompts of an endless shuffled list                    rollout.py
+                2  the student writes n responses to each, y ~ p(.|x)                   rollout.py *
+                3  both models read them: states, log p, log q                          teacher.py
+                4  the loss at every token, a chunk of logits at a time                 loss.py
+                   and Eq. 6 to 10 from the same softmaxes                              analysis.py
+                5  its mean over the response tokens of the step, backward
+                6  clip the gradient, one AdamW update of the student
+
+    * the commands take its faster twin, plumbing/slots.py
 
 `update` is a step, `distil` is a run.
 
@@ -29,8 +32,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-import loss as losses
 from analysis import diagnose, gap_recovery
+from loss import full_vocab, in_chunks, sampled_token, top_k, top_k_released
 from plumbing import files, flags, measure, prompts, show
 from plumbing.exits import one_line
 from plumbing.processes import (
@@ -52,23 +55,23 @@ from teacher import UserError, log_softmax_of, states
 def objective(cfg, log_p, log_q, y):
     """The loss that --objective names: (N, V), (N, V), (N,) -> (N,)."""
     if cfg.objective == "sampled":
-        return losses.sampled_token(log_p, log_q, y)  # Eq. 3
+        return sampled_token(log_p, log_q, y)  # Eq. 3
     if cfg.objective == "full":
-        return losses.full_vocab(log_p, log_q)  # Eq. 4
+        return full_vocab(log_p, log_q)  # Eq. 4
     if cfg.objective == "top-k-released":
-        return losses.top_k_released(log_p, log_q, cfg.k, cfg.support)
-    return losses.top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
+        return top_k_released(log_p, log_q, cfg.k, cfg.support)
+    return top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
 
 
-def per_position(cfg):
-    """Loss and diagnostics as a function: log_p (N, V), log_q (N, V), y (N,) -> {name: (N,)}."""
+def loss_and_metrics(cfg):
+    """A function of log_p (N, V), log_q (N, V), y (N,) -> {name: (N,)}, evaluated at each state."""
 
-    def loss_and_diagnostics(log_p, log_q, y):
+    def per_position(log_p, log_q, y):
         values = {"loss": objective(cfg, log_p, log_q, y)}
-        values.update(diagnose(log_p, log_q, y, cfg.k))
+        values.update(diagnose(log_p, log_q, y, cfg.k))  # Eq. 6 to 10
         return values
 
-    return loss_and_diagnostics
+    return per_position
 
 
 def update(cfg, pair, optimizer, rows, step):
@@ -89,11 +92,13 @@ def update(cfg, pair, optimizer, rows, step):
             temperature=cfg.temperature,
             seeds=share(seeds),
             in_flight=pair.in_flight,
-            **pair.sampling,
+            **pair.sampling,  # which tokens end a response, and whether they count as one
         )
     written = time.perf_counter()
 
-    total = over_processes(r.is_response.sum())  # one denominator, whatever the cut into parts
+    total = over_processes(r.is_response.sum())  # one denominator for all parts and processes
+    per_position = loss_and_metrics(cfg)
+    # from hidden states to log-probabilities: head, temperature, merged ends
     log_p_of = log_softmax_of(pair, pair.student, cfg.temperature)
     log_q_of = log_softmax_of(pair, pair.teacher, cfg.teacher_temperature)
     metrics = measure.Means(cfg.max_new_tokens, pair.device)
@@ -102,10 +107,8 @@ def update(cfg, pair, optimizer, rows, step):
             h_p = states(pair.student, part)  # (N, H) before each response token
             with torch.no_grad():
                 h_q = states(pair.teacher, part)  # (N, H')
-            values = losses.in_chunks(  # {name: (N,)}
-                per_position(cfg), h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk
-            )
-        loss = values["loss"].sum() / total  # Eq. 5, its mean over the response tokens of the step
+            values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
+        loss = values["loss"].sum() / total  # mean over the response tokens of the step
         loss.backward()
         metrics.add(values, part)
     grad_norm = descend(optimizer, pair.student)
@@ -212,7 +215,7 @@ def distil(cfg):
             before = {
                 "accuracy_teacher": measure.accuracy(cfg, pair, held_out, pair.teacher),
                 "accuracy_before": measure.accuracy(cfg, pair, held_out, pair.student),
-                "held_out_before": measure.distance(cfg, pair, held_out, per_position(cfg)),
+                "held_out_before": measure.distance(cfg, pair, held_out, loss_and_metrics(cfg)),
             }
             measure.check_on_policy(before["held_out_before"], cfg.dtype)
             run.before.update(before)
@@ -223,7 +226,7 @@ def distil(cfg):
             fine_tune(cfg, run, pair, optimizer, cold)
             accuracy = measure.accuracy(cfg, pair, held_out, pair.student)
             run.before["accuracy_cold_start"] = accuracy
-            distance = measure.distance(cfg, pair, held_out, per_position(cfg))
+            distance = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
             run.before["held_out_cold_start"] = distance
             optimizer = run.optimizer = adamw(cfg, pair.student)
             run.save_when_due(0, cfg.steps)
@@ -237,7 +240,7 @@ def distil(cfg):
             run.log({"step": step + 1, **row}, r)
 
         after = measure.accuracy(cfg, pair, held_out, pair.student)
-        distance = measure.distance(cfg, pair, held_out, per_position(cfg))
+        distance = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
         before, teacher = run.before["accuracy_before"], run.before["accuracy_teacher"]
         return run.finish(
             {

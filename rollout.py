@@ -1,9 +1,10 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that is
 scored.
 
-Nothing stands between softmax and draw: no top-k, no top-p, no repetition penalty. The `generate`
-of transformers has such defaults, and the student would be trained on text that it did not write.
-(top_p is here for evaluation.)
+Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
+evaluate. The `generate` of transformers has such defaults, and the student would be trained on
+text that it did not write. Score a rollout with the same vocab_size, temperature and merged ends,
+in eval mode.
 
 `rollout` is one plain loop. The commands of this project take plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
@@ -59,11 +60,12 @@ def rollout(
     Rollout.
 
     prompts: lists of token ids. Temperature 0 takes the likeliest token. top_p < 1 draws from the
-    smallest set of tokens with that mass; log_p is that of the whole softmax nevertheless.
-    Any of eos_ids ends a response and belongs to it; with merge they count as one token, see
-    merge_ends. pad_id fills the rectangle and may equal an end. seeds: an int a prompt, random by
-    default; each token has a uniform number of its own that follows from it. So a response is the
-    same whatever is written beside it, but for rounding. ValueError if nothing can be written.
+    smallest set of tokens with that mass; log_p is that of the whole softmax nevertheless. Any of
+    eos_ids ends a response and belongs to it; with merge they count as one token, see merge_ends.
+    pad_id fills the rectangle and may equal an end. seeds: one int per prompt, random by default.
+    Each token is drawn with a uniform number of its own, which follows from the seed of its
+    prompt. So a response is the same whatever is written beside it, but for rounding. ValueError
+    if nothing can be written.
     """
     check(model, prompts, max_new_tokens, eos_ids)
     device = model.get_input_embeddings().weight.device
@@ -186,13 +188,14 @@ def log_softmax(logits, temperature=1.0):
 def merge_ends(log_p, ends):
     """All end tokens as one: the first of `ends` gets the probability of them all, the others none.
 
-    log-probabilities (..., V), ends (e,) token ids -> (..., V), still a distribution.
+    log-probabilities (..., V), token ids (e,), each once -> (..., V), still a distribution.
 
     Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base
     <|endoftext|>, Qwen3-4B <|im_end|>: the paper's pairs of 3.1 and 5.1). Token by token each
     rules out the other's end, and the student is taught never to end. Differs from the paper,
     which compares tokens. With one end nothing changes.
     """
+    ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     if len(ends) < 2:
         return log_p
     together = log_p[..., ends].logsumexp(-1, keepdim=True)  # (..., 1)
@@ -254,9 +257,12 @@ def seed_of(*what):
 
 
 def uniform(seeds, prompts, n, max_new_tokens):
-    """A uniform number in [0, 1) for each token: an int a prompt, or None -> (prompts * n, T)."""
+    """A uniform number in [0, 1) for each token: one int per prompt -> (prompts * n, T) on the
+    CPU."""
     if seeds is None:
         seeds = torch.randint(2**62, (prompts,), device="cpu").tolist()
+    if isinstance(seeds, int) or len(seeds) != prompts:
+        raise ValueError(f"seeds={seeds}: there must be one for each of the {prompts} prompts")
     numbers = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)

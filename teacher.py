@@ -47,7 +47,7 @@ def log_probs(
     ).logits  # (B, L, V)
     logits = logits[:, :-1][is_response[:, 1:]]  # (N, V): the state at t-1 predicts token t
     log_p = log_softmax(logits[:, :vocab_size], temperature)
-    return merge_ends(log_p, torch.tensor(list(ends), dtype=torch.long, device=log_p.device))
+    return merge_ends(log_p, ends)
 
 
 # --- does the pair fit? -------------------------------------------------------------------------
@@ -55,7 +55,11 @@ def log_probs(
 
 @dataclass
 class Pair:
-    """Student and teacher over the tokens that they share; the teacher is frozen. See make_pair."""
+    """Student and teacher over the tokens that they share; the teacher is frozen.
+
+    make_pair checks that they fit. Models without tokenizers: Pair(student, teacher, None, V,
+    ends).
+    """
 
     student: torch.nn.Module
     teacher: torch.nn.Module
@@ -272,15 +276,20 @@ def states(model, part):
 
     If a model does more than a linear head, its own logits take their place, and H = V.
     """
-    trunk = model.base_model if getattr(model, "linear_head", True) else model
-    trunk = getattr(model, "trunk", trunk)  # a sharded model's, see plumbing/shard.py
-    h = trunk(
+    h = trunk_of(model)(
         input_ids=part.ids,
         attention_mask=part.attention_mask,
         position_ids=position_ids(part.attention_mask),
         use_cache=False,
     )[0]  # (b, L, H)
     return h[:, :-1][part.is_response[:, 1:]]  # the state at t-1 predicts token t
+
+
+def trunk_of(model):
+    """What makes a model's hidden states, or logits if its head is not linear."""
+    if hasattr(model, "trunk"):
+        return model.trunk  # of a sharded model, see plumbing/shard.py
+    return model.base_model if getattr(model, "linear_head", True) else model
 
 
 def log_softmax_of(pair, model, temperature=1.0):
@@ -292,12 +301,12 @@ def log_softmax_of(pair, model, temperature=1.0):
     merged = pair.eos_ids if pair.merge_ends else []
     ends = torch.tensor(merged, dtype=torch.long, device=pair.device)
 
-    def log_p_of(h):
+    def to_log_probs(h):
         logits = h if head is None else head(h)
         log_p = log_softmax(logits[:, : pair.vocab_size], temperature)
         return merge_ends(log_p, ends)
 
-    return log_p_of
+    return to_log_probs
 
 
 @torch.no_grad()

@@ -158,7 +158,7 @@ def test_the_buckets_of_a_training_step_add_up_to_its_means():
     pair = different()
     r = written(pair, n=3, max_new_tokens=20)
     means = measure.Means(20, pair.device)
-    per_position = opd.per_position(Config(k=3))
+    per_position = opd.loss_and_metrics(Config(k=3))
     for part in measure.micro_batches(r, 30):
         means.add(measure.values_of(pair, part, per_position), part)
     row = means.means(r)

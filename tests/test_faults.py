@@ -727,7 +727,7 @@ def test_held_out_prompts_that_break_end_the_run(world, out):
     pair, _, held_out = ready(cfg)
     pair.teacher.get_output_embeddings().weight[3] = math.nan
     with pytest.raises(RunEnded, match="not finite"):
-        measure.distance(cfg, pair, held_out, opd.per_position(cfg))
+        measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg))
 
 
 def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, out, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
     assert row["overlap_ratio"] == 1
     cfg = config(world, tmp_path)
     pair, _, held_out = ready(cfg)
-    assert measure.distance(cfg, pair, held_out, opd.per_position(cfg))["reverse_kl"] > 0.01
+    assert measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg))["reverse_kl"] > 0.01
 
 
 def test_temperatures_are_those_of_writing_and_of_scoring(world, tmp_path):
