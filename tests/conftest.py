@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    logging,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU here"))
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """What one test lets transformers say decides nothing of the next."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
 
 
 # --- tiny models --------------------------------------------------------------------------------

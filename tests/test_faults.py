@@ -826,12 +826,6 @@ def test_each_end_has_its_exit_code_and_line(error, code, said, capsys):
     assert stop.value.code == code and capsys.readouterr().err == said
 
 
-def test_what_transformers_says_at_loading_reaches_the_user():
-    """Case 1: it warns of tokenizers saved by an old version, and nobody saw it."""
-    with one_line("x.py"):
-        assert transformers.logging.get_verbosity() <= transformers.logging.WARNING
-
-
 # --- the same twice -----------------------------------------------------------------------------
 
 
