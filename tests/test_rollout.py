@@ -311,6 +311,8 @@ def test_the_model_is_left_as_it_was_and_its_generation_defaults_are_not_read(mo
         ({"prompts": torch.tensor([[5, 6]])}, "one list a prompt: use ids.tolist()"),
         ({"eos_ids": 2}, r"eos_ids must be a list of token ids: \[2\], not 2"),
         ({"eos_ids": [2, 5, 2]}, "names a token twice"),
+        ({"seeds": 3}, "seeds=3: there must be one for each of the 1 prompts"),
+        ({"seeds": [3, 4]}, "there must be one for each"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
     ],
 )
@@ -346,6 +348,7 @@ def test_merged_ends_are_one_event_in_value_and_gradient(seed, order, count, tem
     scaled = z / temperature
     p = scaled.softmax(-1)
     merged = merge_ends(scaled.log_softmax(-1), ends)
+    assert torch.equal(merged, merge_ends(scaled.log_softmax(-1), ends.tolist()))
     wanted = p.index_fill(1, ends, 0)
     wanted[:, ends[0]] = p[:, ends].sum(-1)
     torch.testing.assert_close(merged.exp(), wanted)
