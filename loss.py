@@ -156,7 +156,8 @@ def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
     lambda h: head(h).float().log_softmax(-1). Without a teacher h_q is None, and so is log_q.
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}.
     -> {name: (N,)}, differentiable in h_p and in what log_p_of is made of. The backward pass
-    computes the logits of a chunk again, as far as the gradient needs them.
+    computes the logits of a chunk again, as far as the gradient needs them. What per_position
+    only measures should be computed under no_grad, after the loss.
     """
     if len(h_p) != len(y):
         raise ValueError(f"h_p has {len(h_p)} positions, y has {len(y)}")
@@ -171,9 +172,9 @@ def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
                 log_q = log_q_of(h_q)  # (c, V)
         return per_position(log_p, log_q, y)
 
+    chunks_of_h_p = h_p.split(chunk)  # one empty chunk if there is no position
+    chunks_of_h_q = [None] * len(chunks_of_h_p) if h_q is None else h_q.split(chunk)
     parts = []
-    for start in range(0, max(1, len(y)), chunk):  # one empty chunk where there is no position
-        c = slice(start, start + chunk)
-        h_q_chunk = None if h_q is None else h_q[c]
-        parts.append(checkpoint(one_chunk, h_p[c], h_q_chunk, y[c], use_reentrant=False))
+    for inputs in zip(chunks_of_h_p, chunks_of_h_q, y.split(chunk)):
+        parts.append(checkpoint(one_chunk, *inputs, use_reentrant=False))
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
