@@ -19,18 +19,16 @@ we.
 
 `in_chunks` evaluates any of them from hidden states, and N x V logits never exist at once.
 
-To copy: this file alone. Tensors only: no models, no files. Not here: forward KL, JSD, and top-k
-sums without renormalisation, whose gradient pays the student for moving its mass out of the set
-(tests/test_loss.py shows it).
+To copy: this file alone. Tensors only: no models, no files. Not here, as the paper has none:
+forward KL and JSD. Nor top-k sums without renormalisation: their gradient pays the student for
+moving its mass out of the set (tests/test_loss.py shows it).
 """
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 SUPPORTS = ("student", "teacher", "intersection", "union", "difference")
-LOG_ZERO = (
-    -1e4
-)  # nats; stands for log 0, a token ruled out on one side costs much, and not infinitely much
+LOG_ZERO = -1e4  # nats, for log 0: a token ruled out on one side costs much, and a finite amount
 
 
 # --- the four losses ----------------------------------------------------------------------------

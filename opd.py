@@ -54,13 +54,15 @@ from teacher import UserError, log_softmax_of, states
 
 def objective(cfg, log_p, log_q, y):
     """The loss that --objective names: (N, V), (N, V), (N,) -> (N,)."""
-    if cfg.objective == "sampled":
-        return sampled_token(log_p, log_q, y)  # Eq. 3
+    if cfg.objective == "top-k":
+        return top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
     if cfg.objective == "full":
         return full_vocab(log_p, log_q)  # Eq. 4
+    if cfg.objective == "sampled":
+        return sampled_token(log_p, log_q, y)  # Eq. 3
     if cfg.objective == "top-k-released":
         return top_k_released(log_p, log_q, cfg.k, cfg.support)
-    return top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
+    raise ValueError(f"objective={cfg.objective!r} has no loss")
 
 
 def loss_and_metrics(cfg):

@@ -23,9 +23,10 @@ from conftest import (
 from transformers import AutoModelForCausalLM
 
 import opd
+from loss import full_vocab, sampled_token, top_k, top_k_released
 from plumbing import measure, prompts, show
-from plumbing.flags import PRESETS, parse_opd
-from rollout import batch, rollout
+from plumbing.flags import OBJECTIVES, PRESETS, Config, parse_opd
+from rollout import batch, from_texts, rollout
 from teacher import UserError, log_probs, micro_batches
 
 METRICS = """loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher
@@ -177,6 +178,43 @@ def test_responses_that_are_one_token_over_and_over_are_counted(world, tmp_path)
     assert after["response_length"] == 20
 
 
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_objective_is_the_one_that_is_named(name):
+    """prime-rl#1458: a name without a loss of its own would train another one in silence."""
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = torch.randn(2, 7, 20, generator=generator).log_softmax(-1)
+    y = torch.arange(7)
+    expected = {
+        "top-k": top_k(log_p, log_q, 4),
+        "full": full_vocab(log_p, log_q),
+        "sampled": sampled_token(log_p, log_q, y),
+        "top-k-released": top_k_released(log_p, log_q, 4),
+    }
+    assert torch.equal(opd.objective(Config(objective=name, k=4), log_p, log_q, y), expected[name])
+    with pytest.raises(ValueError, match="has no loss"):
+        opd.objective(Config(objective="mse"), log_p, log_q, y)
+
+
+def test_a_step_counts_each_token_once_whatever_the_parts():
+    """The largest mismatch of any part; a state without shared tokens is left out of Eq. 7
+    alone."""
+    means = measure.Means(max_new_tokens=8, device=torch.device("cpu"))
+    names = [name for name in METRICS[:11] if name != "loss"]
+    for advantages, off in (([-1.0, math.nan], 0.5), ([-3.0], 0.1)):
+        count = len(advantages)
+        values = {name: torch.ones(count) for name in ("loss", *names)}
+        values["overlap_token_advantage"] = torch.tensor(advantages)
+        values["log_p"] = torch.full((count,), off)
+        part = SimpleNamespace(log_p=torch.zeros(count), place=torch.arange(count))
+        means.add(values, part)
+    row = means.means(from_texts([[5], [6]], [[7, 2], [8]]))
+    assert row["overlap_token_advantage"] == -2
+    assert row["overlap_empty"] == 1
+    assert row["tokens"] == 3
+    assert row["loss"] == 1
+    assert row["sampling_mismatch"] == 0.5
+
+
 # --- a step, watched ----------------------------------------------------------------------------
 
 
@@ -258,6 +296,27 @@ def test_a_run_leaves_the_files_and_metrics_that_it_promises(world, tmp_path):
     promised = "accuracy_before accuracy_after accuracy_teacher gap_recovery seconds command commit"
     assert set(promised.split()) <= result.keys()
     assert result["accuracy_after"]["samples"] == 2  # a fifth of ten prompts, once each
+
+
+def test_the_seed_decides_the_order_of_prompts(world, tmp_path, monkeypatch):
+    """A run takes the batches of its own seed."""
+    asked = []
+    update = opd.update
+
+    def watched(cfg, pair, optimizer, chosen, step):
+        asked.append([row["prompt"] for row in chosen])
+        return update(cfg, pair, optimizer, chosen, step)
+
+    monkeypatch.setattr(opd, "update", watched)
+    cfg = config(world, tmp_path / "run", seed=3, steps=2, eval_every=1)
+    opd.distil(cfg)
+    _, train, _ = ready(cfg)
+    for step in range(2):
+        expected = batch(len(train), step, cfg.batch_size, seed=3)
+        assert asked[step] == [train[i]["prompt"] for i in expected]
+    first, last = rows(tmp_path / "run")
+    assert first["accuracy"] is not None
+    assert "accuracy" not in last  # it is measured after the last step anyway
 
 
 @pytest.mark.parametrize(

@@ -452,8 +452,13 @@ def test_the_teacher_gets_no_gradient_even_unfrozen(architecture):
     """Its states and its side of the loss are computed under no_grad (ms-swift's _align_vocab)."""
     pair = pair_of(architecture)
     pair.teacher.requires_grad_(True)
+    graphs = []
+    pair.teacher.base_model.register_forward_pre_hook(
+        lambda *_: graphs.append(torch.is_grad_enabled())
+    )
     assert gradients(pair, from_texts(PROMPTS, RESPONSES))
     assert all(p.grad is None for p in pair.teacher.parameters())
+    assert graphs == [False]
 
 
 OBJECTIVES = {
