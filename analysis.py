@@ -475,40 +475,40 @@ def main(argv=None):
     from plumbing import answers, exits, figures, files, flags, models, page, prompts, show, slots
 
     with exits.one_line("analysis.py"):
-        asked = flags.parse_analysis(sys.argv[1:] if argv is None else argv)
-        if asked.run:
-            figures.runs(asked.run, asked.plot, asked.positions)
+        args = flags.parse_analysis(sys.argv[1:] if argv is None else argv)
+        if args.run:
+            figures.runs(args.run, args.plot, args.positions)
             return
-        rows = prompts.some_questions(asked.prompts, asked.template, asked.seed, asked.count)
-        pair = models.load_pair(asked.student, asked.teacher, **flags.of_pair(asked))
-        rows = prompts.encode_for(asked, pair, rows)
+        rows = prompts.some_questions(args.prompts, args.template, args.seed, args.count)
+        pair = models.load_pair(args.student, args.teacher, **flags.of_pair(args))
+        rows = prompts.encode_for(args, pair, rows)
         sampling = {
-            "k": asked.k,
-            "max_new_tokens": asked.max_new_tokens,
-            "temperature": asked.temperature,
-            "seed": asked.seed,
+            "k": args.k,
+            "max_new_tokens": args.max_new_tokens,
+            "temperature": args.temperature,
+            "seed": args.seed,
         }
-        if asked.tokens:
-            page.write_page(pair, rows[:8], asked.tokens, **sampling)
+        if args.tokens:
+            page.write_page(pair, rows[:8], args.tokens, **sampling)
         report = diagnose_pair(
             pair,
             rows,
             answered=answers.answered,
             rollout=slots.rollout,
-            n=asked.n,
-            finishes=asked.finishes,
-            eval_temperature=asked.eval_temperature,
-            eval_top_p=asked.eval_top_p,
+            n=args.n,
+            finishes=args.finishes,
+            eval_temperature=args.eval_temperature,
+            eval_top_p=args.eval_top_p,
             **sampling,
         )
         print(show.diagnosis(report))
-        mismatch = show.mismatch(report, asked.dtype)
+        mismatch = show.mismatch(report, args.dtype)
         if mismatch:
             print(f"warning: {mismatch}", file=sys.stderr)
-        names = {"student": asked.student, "teacher": asked.teacher}
-        Path(asked.out).parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(asked.out, {**names, **report, **files.provenance()})
-        print(f"\n{asked.out}")
+        names = {"student": args.student, "teacher": args.teacher}
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(args.out, {**names, **report, **files.provenance()})
+        print(f"\n{args.out}")
 
 
 if __name__ == "__main__":
