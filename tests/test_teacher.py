@@ -268,6 +268,14 @@ def test_micro_batches_keep_rows_of_like_length_together():
     assert all(part.all() for part in parts)
 
 
+def test_a_chunk_is_what_a_budget_of_logits_holds():
+    """32 MiB of logits on a CPU, 128 positions at least: Qwen's 151,665 tokens, and a toy's 16."""
+    pair = pair_of("llama")
+    for vocab_size, chunk in ((151_665, 128), (16_384, 512), (16, 2**19)):
+        pair.vocab_size = vocab_size
+        assert pair.chunk == chunk
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("budget", [1, 20])
 def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
