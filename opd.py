@@ -27,6 +27,7 @@ Ctrl-C: plumbing/run.py.
 import math
 import sys
 import time
+from functools import partial
 
 import torch
 from torch.nn.utils import clip_grad_norm_
@@ -185,7 +186,7 @@ def ask_teacher(cfg, pair, rows, path):
             seed=cfg.seed,
             start=start,
             share=processes(),
-            rollout=rollout,
+            rollout=partial(rollout, in_flight=pair.in_flight),
         )
 
     with whole(pair.teacher):
