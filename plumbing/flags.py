@@ -524,8 +524,6 @@ def parse_analysis(words):
     for name in ("plot", "positions"):
         if getattr(flags, name) and has_pair:
             raise UserError(f"{named(name)} goes with --run, not with --student and --teacher")
-        if getattr(flags, name) and not importlib.util.find_spec("matplotlib"):
-            raise UserError(f"{named(name)} needs matplotlib: pip install matplotlib")
     for run in flags.run:
         if not (Path(run) / "metrics.jsonl").is_file():
             raise UserError(f"--run {run}: no metrics.jsonl there; give the --out of an opd.py run")
@@ -538,6 +536,9 @@ def parse_analysis(words):
         if name != "out" and not path.parent.is_dir():
             raise UserError(f"{named(name)} {path}: its folder does not exist; make it first")
         check_writable(named(name), path.parent)
+    for name in ("plot", "positions"):
+        if getattr(flags, name) and not importlib.util.find_spec("matplotlib"):
+            raise UserError(f"{named(name)} needs matplotlib: pip install matplotlib")
     if not flags.run:
         need(flags, "student", "teacher")
     return flags

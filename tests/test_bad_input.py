@@ -422,7 +422,7 @@ def test_every_flag_is_read():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):
                 owner = ast.unparse(node.value)
-                if owner in ("cfg", "self.cfg", "asked", "flags"):
+                if owner in ("cfg", "self.cfg", "args", "flags"):
                     read.add(node.attr)
     read |= set(flags.of_pair(flags.Config()))
     fields = set(flags.Config.__dataclass_fields__) | set(flags.Diagnosis.__dataclass_fields__)
