@@ -1,5 +1,4 @@
-"""rollout.py: the student writes (paper 2.2): y ~ p(.|x), drawn from exactly the softmax that is
-scored.
+"""rollout.py: the student writes (paper 2.2): y ~ p(.|x), from exactly the softmax that is scored.
 
 Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
 evaluate. The `generate` of transformers has such defaults, and the student would be trained on
@@ -56,16 +55,15 @@ def rollout(
     vocab_size=None,
     seeds=None,
 ):
-    """Sample n responses to each prompt from softmax(logits[:vocab_size] / temperature): ->
-    Rollout.
+    """Sample n responses to each prompt from softmax(logits[:vocab_size] / temperature).
 
-    prompts: lists of token ids. Temperature 0 takes the likeliest token. top_p < 1 draws from the
-    smallest set of tokens with that mass; log_p is that of the whole softmax nevertheless. Any of
-    eos_ids ends a response and belongs to it; with merge they count as one token, see merge_ends.
-    pad_id fills the rectangle and may equal an end. seeds: one int per prompt, random by default.
-    Each token is drawn with a uniform number of its own, which follows from the seed of its
-    prompt. So a response is the same whatever is written beside it, but for rounding. ValueError
-    if nothing can be written.
+    -> Rollout. prompts: lists of token ids. Temperature 0 takes the likeliest token. top_p < 1
+    draws from the smallest set of tokens with that mass; log_p is that of the whole softmax
+    nevertheless. Any of eos_ids ends a response and belongs to it; with merge they count as one
+    token, see merge_ends. pad_id fills the rectangle and may equal an end. seeds: one int per
+    prompt, random by default. Each token is drawn with a uniform number of its own, which follows
+    from the seed of its prompt. So a response is the same whatever is written beside it, but for
+    rounding. ValueError if nothing can be written.
     """
     check(model, prompts, max_new_tokens, eos_ids)
     device = model.get_input_embeddings().weight.device
@@ -177,8 +175,7 @@ def has_keys(cache):
 
 
 def log_softmax(logits, temperature=1.0):
-    """log softmax(logits / temperature) in float32, at temperature 0 that of 1: (..., V) -> (...,
-    V)."""
+    """log softmax(logits / temperature) in float32: (..., V) -> (..., V). Temperature 0 is as 1."""
     logits = logits.float()
     if temperature in (0, 1):
         return logits.log_softmax(-1)
@@ -221,8 +218,10 @@ def draw(log_p, u, top_p=1.0):
 
 
 def likeliest(p, top_p):
-    """The smallest set of tokens with mass >= top_p: (b, V) -> probabilities, else 0, and ids:
-    (b, m)."""
+    """The smallest set of tokens with mass >= top_p: (b, V) -> (b, m), (b, m).
+
+    Their probabilities, 0 for what is not in the set, and their ids.
+    """
     top, order = p.topk(min(1024, p.size(-1)))  # a few tokens hold that mass: no need to sort all V
     if (top.double().sum(-1) < top_p).any():
         top, order = p.sort(descending=True)
@@ -234,8 +233,7 @@ def likeliest(p, top_p):
 
 
 def left_pad(prompts, pad_id, device=None):
-    """[[5, 6], [7]] -> ids [[5, 6], [pad, 7]], mask [[1, 1], [0, 1]]: lists -> (B, P) long,
-    bool."""
+    """[[5, 6], [7]] -> ids [[5, 6], [pad, 7]], mask [[1, 1], [0, 1]], (B, P) each."""
     P = max(len(prompt) for prompt in prompts)
     ids = [[pad_id] * (P - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[False] * (P - len(prompt)) + [True] * len(prompt) for prompt in prompts]
@@ -257,8 +255,7 @@ def seed_of(*what):
 
 
 def uniform(seeds, prompts, n, max_new_tokens):
-    """A uniform number in [0, 1) for each token: one int per prompt -> (prompts * n, T) on the
-    CPU."""
+    """A uniform number in [0, 1) for each token, on the CPU: one int per prompt -> (B, T)."""
     if seeds is None:
         seeds = torch.randint(2**62, (prompts,), device="cpu").tolist()
     if isinstance(seeds, int) or len(seeds) != prompts:
