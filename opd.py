@@ -203,6 +203,16 @@ def ask_teacher(cfg, pair, rows, path):
     return counts
 
 
+def student_now(cfg, pair, exam, held_out, when):
+    """The student on held-out prompts: {"accuracy_<when>", "greedy_<when>", "held_out_<when>"}.
+
+    exam: the prompts in the template of --eval-template; held_out: in that of training.
+    """
+    found = measure.accuracies(cfg, pair, exam, pair.student, when)
+    found[f"held_out_{when}"] = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
+    return found
+
+
 def distil(cfg):
     """The whole run, in the folder --out: -> what its result.json holds."""
     with Run(flags.check_run(cfg)) as run:
@@ -211,15 +221,13 @@ def distil(cfg):
         train = prompts.encode_for(cfg, pair, texts)
         cold = prompts.encode_for(cfg, pair, cold_texts)
         held_out = prompts.encode_for(cfg, pair, held_out_texts)
+        exam = prompts.encode_for(cfg, pair, prompts.for_accuracy(cfg, held_out_texts))
         optimizer = adamw(cfg, pair.student)
         run.restore(pair, optimizer, train, cold, held_out)
 
         if not run.before:
-            before = {
-                "accuracy_teacher": measure.accuracy(cfg, pair, held_out, pair.teacher),
-                "accuracy_before": measure.accuracy(cfg, pair, held_out, pair.student),
-                "held_out_before": measure.distance(cfg, pair, held_out, loss_and_metrics(cfg)),
-            }
+            before = measure.accuracies(cfg, pair, exam, pair.teacher, "teacher")
+            before.update(student_now(cfg, pair, exam, held_out, "before"))
             measure.check_on_policy(before["held_out_before"], cfg.dtype)
             run.before.update(before)
             run.save_when_due(0, cfg.steps)
@@ -227,10 +235,7 @@ def distil(cfg):
         wants_cold_start = cfg.cold_start or cfg.cold_start_file
         if wants_cold_start and "held_out_cold_start" not in run.before:
             fine_tune(cfg, run, pair, optimizer, cold)
-            accuracy = measure.accuracy(cfg, pair, held_out, pair.student)
-            run.before["accuracy_cold_start"] = accuracy
-            distance = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
-            run.before["held_out_cold_start"] = distance
+            run.before.update(student_now(cfg, pair, exam, held_out, "cold_start"))
             optimizer = run.optimizer = adamw(cfg, pair.student)
             run.save_when_due(0, cfg.steps)
 
@@ -238,20 +243,18 @@ def distil(cfg):
             chosen = batch(len(train), step, cfg.batch_size, cfg.seed)
             r, row = update(cfg, pair, optimizer, [train[i] for i in chosen], step)
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
-                accuracy = measure.accuracy(cfg, pair, held_out, pair.student)
+                accuracy = measure.accuracy(cfg, pair, exam, pair.student)
                 row["accuracy"] = accuracy and accuracy["mean"]
             run.log({"step": step + 1, **row}, r)
 
-        after = measure.accuracy(cfg, pair, held_out, pair.student)
-        distance = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
-        before, teacher = run.before["accuracy_before"], run.before["accuracy_teacher"]
-        return run.finish(
-            {
-                "accuracy_after": after,
-                "held_out_after": distance,
-                "gap_recovery": after and gap_recovery(before, after, teacher),
-            }
-        )
+        result = student_now(cfg, pair, exam, held_out, "after")
+        before = run.before["accuracy_before"]
+        after = result["accuracy_after"]
+        teacher = run.before["accuracy_teacher"]
+        result["gap_recovery"] = after and gap_recovery(before, after, teacher)
+        result["eval_temperature"] = cfg.eval_temperature
+        result["eval_top_p"] = cfg.eval_top_p
+        return run.finish(result)
 
 
 def progress(steps, name, done, total):

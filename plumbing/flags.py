@@ -202,8 +202,20 @@ class Config:
     eval_n: int = flag(
         4, "responses a prompt when accuracy is measured; the paper takes 16", at_least=1
     )
-    eval_temperature: float = flag(0.7, "of these responses; the paper's", at_least=0)
+    eval_temperature: float = flag(
+        0.7,
+        "of these responses; the paper's. Greedy accuracy is measured beside it, with one response "
+        "a prompt",
+        at_least=0,
+    )
     eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
+    eval_template: str = flag(
+        "",
+        "the template of the held-out prompts when accuracy is measured, if it is another than "
+        "--template. The paper trains under answer and measures under boxed. Their distance (KL, "
+        "overlap) is measured under --template, because it is about the states that training "
+        "visits",
+    )
     eval_max_new_tokens: int = flag(
         0, "their tokens, at most; 0 is max_new_tokens. The paper takes 31,744", at_least=0
     )
@@ -333,12 +345,8 @@ TOY = dict(
     batch_size=64,
     max_new_tokens=96,
     lr=1e-3,
-    eval_n=2,
-    eval_temperature=1.0,
-    eval_top_p=1.0,
+    eval_n=1,
     cold_start_lr=2e-3,
-    cold_start_temperature=1.0,
-    cold_start_top_p=1.0,
 )
 PAPER = dict(  # appendix A.2, and C.1 for the cold start
     steps=200,
@@ -347,6 +355,7 @@ PAPER = dict(  # appendix A.2, and C.1 for the cold start
     max_new_tokens=7168,
     lr=1e-6,
     template="answer",
+    eval_template="boxed",
     eval_n=16,
     eval_max_new_tokens=31744,
     dtype="bfloat16",
@@ -490,6 +499,8 @@ def need(flags, *names):
 def check_run(cfg):
     """A Config itself. UserError if a flag cannot work, or two of them not together."""
     check(cfg)
+    if cfg.eval_template:
+        apply_template("", cfg.eval_template)
     need(cfg, "student", "teacher", "out")
     has_cold_start = bool(cfg.cold_start or cfg.cold_start_file)
     if cfg.steps == 0 and not has_cold_start:

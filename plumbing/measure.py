@@ -84,9 +84,39 @@ def of_responses(r):
     }
 
 
-def accuracy(cfg, pair, rows, model):
-    """How often a model of the pair is right on the rows that have answers, eval_n times each.
+def accuracies(cfg, pair, rows, model, when):
+    """The accuracy of a model as the paper measures it, and greedily.
 
+    -> {"accuracy_<when>": ..., "greedy_<when>": ...}
+    """
+    return {
+        f"accuracy_{when}": accuracy(cfg, pair, rows, model),
+        f"greedy_{when}": greedy_accuracy(cfg, pair, rows, model),
+    }
+
+
+def accuracy(cfg, pair, rows, model):
+    """How often a model is right if it samples eval_n answers to each row, see share_right."""
+    return share_right(
+        cfg,
+        pair,
+        rows,
+        model,
+        n=cfg.eval_n,
+        temperature=cfg.eval_temperature,
+        top_p=cfg.eval_top_p,
+    )
+
+
+def greedy_accuracy(cfg, pair, rows, model):
+    """How often a model is right if it takes the likeliest token each time, see share_right."""
+    return share_right(cfg, pair, rows, model, n=1, temperature=0.0)
+
+
+def share_right(cfg, pair, rows, model, *, n, **how):
+    """How often a model of the pair is right on the rows that have answers, n times each.
+
+    how: temperature, top_p.
     -> {"mean", "standard_error", "samples", "truncated", "each": right answers to each prompt}, or
     None if no row has an answer. Every model gets the same random numbers. The standard error is
     that of the mean over prompts: the answers to one prompt are not independent.
@@ -98,12 +128,11 @@ def accuracy(cfg, pair, rows, model):
         pair,
         rows,
         model=model,
-        n=cfg.eval_n,
+        n=n,
         max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
-        temperature=cfg.eval_temperature,
-        top_p=cfg.eval_top_p,
         seed=cfg.seed,
         share=processes(),
+        **how,
     )
     right = over_processes(right.int().to(pair.device)).cpu()  # (rows, n)
     truncated = over_processes(truncated.int().to(pair.device)).cpu()

@@ -12,7 +12,7 @@ import warnings
 import torch
 
 from plumbing.files import json_lines
-from recipes import distinct, in_template, is_in_template, mix_prompts, question_key
+from recipes import TEMPLATES, distinct, in_template, is_in_template, mix_prompts, question_key
 from rollout import seed_of
 from teacher import UserError
 
@@ -145,6 +145,8 @@ def questions(cfg):
 
     if cfg.eval:
         held_out = load_prompts(cfg.eval)
+        if cfg.eval_template:
+            held_out = out_of_template(held_out, cfg.eval_template)
         held_out = once(put_in_template(held_out, cfg.template, "--eval"), "--eval")
         in_both = len(keys_of(held_out) & learnt)
         tell("--eval", in_both, held_out, "are answered in --cold-start-file")
@@ -197,11 +199,44 @@ def put_in_template(rows, template, flag):
     """in_template, and a warning that counts those that were in the template before."""
     already = 0
     for row in rows:
-        prompt = row["prompt"]
-        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-        already += is_in_template(question, template)
+        already += is_in_template(question_text(row["prompt"]), template)
     tell(flag, already, rows, "are in the template already and stay as they are")
     return in_template(rows, template)
+
+
+def for_accuracy(cfg, held_out):
+    """The held-out rows as they are asked when accuracy is measured, in --eval-template: -> rows.
+
+    held_out: rows in --template, from `questions`.
+    """
+    if cfg.eval_template in ("", cfg.template):
+        return held_out
+    return in_template(out_of_template(held_out, cfg.template), cfg.eval_template)
+
+
+def out_of_template(rows, template):
+    """The questions alone, of the rows that are in a template; the others as they are: -> rows."""
+    before, _, after = TEMPLATES.get(template, template).partition("{question}")
+    done = []
+    for row in rows:
+        prompt = row["prompt"]
+        text = question_text(prompt)
+        if is_in_template(text, template):
+            prompt = with_question(prompt, text[len(before) : len(text) - len(after)])
+        done.append({**row, "prompt": prompt})
+    return done
+
+
+def question_text(prompt):
+    """What a template stands around: a text, or the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def with_question(prompt, question):
+    """The prompt, a text or a chat, with another question in place of its own."""
+    if isinstance(prompt, str):
+        return question
+    return [*prompt[:-1], {**prompt[-1], "content": question}]
 
 
 def conversation_keys(cfg):

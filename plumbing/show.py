@@ -102,19 +102,29 @@ def change(before, after, metric, form):
 
 
 def outcome(result):
-    """The accuracies of a finished run and its gap recovery: two lines, none without answers."""
+    """The accuracies of a finished run and its gap recovery: three lines, none without answers."""
     if result["accuracy_after"] is None:
         return []
-    stages = [plus_minus(result["accuracy_before"])]
-    if result.get("accuracy_cold_start"):
-        stages.append(f"{plus_minus(result['accuracy_cold_start'])} (cold start)")
-    stages.append(plus_minus(result["accuracy_after"]))
-    teacher = plus_minus(result["accuracy_teacher"])
+    sampled = f"T {result['eval_temperature']:g}, top-p {result['eval_top_p']:g}"
     asked = how_many(result["accuracy_after"])
     return [
-        f"accuracy       {' -> '.join(stages)}, teacher {teacher}; {asked}",
+        f"accuracy       {course(result, 'accuracy')}; {sampled}, {asked}",
+        f"greedy         {course(result, 'greedy')}",
         f"gap recovery   {recovery(result)}",
     ]
+
+
+def course(result, kind):
+    """The student before -> (after a cold start) -> after, and the teacher: str.
+
+    kind: "accuracy" or "greedy".
+    """
+    stages = [plus_minus(result[f"{kind}_before"])]
+    if result.get(f"{kind}_cold_start"):
+        stages.append(f"{plus_minus(result[f'{kind}_cold_start'])} (cold start)")
+    stages.append(plus_minus(result[f"{kind}_after"]))
+    teacher = plus_minus(result[f"{kind}_teacher"])
+    return f"{' -> '.join(stages)}, teacher {teacher}"
 
 
 def how_many(accuracy):

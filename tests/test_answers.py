@@ -18,7 +18,7 @@ from analysis import ahead, estimate, gap_recovery
 from plumbing import answers
 from plumbing.answers import answered, canonical, read_answer, same_answer
 from plumbing.flags import Config
-from plumbing.measure import accuracy
+from plumbing.measure import accuracy, greedy_accuracy
 from recipes import is_degenerate
 from rollout import from_texts
 from teacher import make_pair
@@ -445,6 +445,31 @@ def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(pair, cal
     assert got["truncated"] == pytest.approx(1 / 3)
     assert got["standard_error"] >= (2 / 3 * 1 / 3 / 2) ** 0.5 - 1e-6
     assert accuracy(cfg, pair, asked[2:3], pair.student) is None  # no answer, no accuracy
+
+
+def likeliest(model, ids, end):
+    """What a model says if it takes the likeliest token each time: token ids."""
+    said = []
+    while len(said) < LENGTH and said[-1:] != [end]:
+        logits = model(torch.tensor([ids + said])).logits
+        said.append(logits[0, -1].argmax().item())
+    return said
+
+
+@torch.no_grad()
+def test_greedy_accuracy_takes_the_likeliest_token_each_time(pair):
+    """One answer to each prompt, whatever the settings of the sampled ones."""
+    asked = rows()
+    expected = []
+    for row in asked:
+        text = pair.tokenizer.decode(likeliest(pair.student, row["ids"], EOS))
+        expected.append(int(same_answer(read_answer(text), row["answer"])))
+    assert 0 < sum(expected) < len(expected)
+    for seed in (0, 1):
+        cfg = Config(eval_n=3, eval_temperature=2.0, max_new_tokens=LENGTH, seed=seed)
+        got = greedy_accuracy(cfg, pair, asked, pair.student)
+        assert got["each"] == expected
+        assert got["samples"] == len(asked)
 
 
 def of(each):

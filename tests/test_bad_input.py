@@ -63,6 +63,7 @@ opd --dtype float8                 | --dtype 'float8': choose from float32, bflo
 opd --preset papre                 | --preset 'papre': choose from toy, paper
 opd --ends none                    | --ends 'none': choose from merged, own
 opd --template latex               | latex ... none of none, answer, boxed ... no {{question}} in it
+opd --eval-template latex          | latex ... none of none, answer, boxed ... no {{question}} in it
 opd --device gpu                   | --device gpu: ... ; --device cpu works everywhere
 opd --device mps                   | --device mps: ... ; --device cpu works everywhere
 opd --device meta                  | --device meta: ... ; --device cpu works everywhere
@@ -83,6 +84,7 @@ opd --out {w}/lost --resume        | has lost its checkpoint; restore it, or tak
 opd --out {w}/lost --seed 1        | has lost its checkpoint; restore it, or take another --out
 opd --out {w}/cut --resume --steps 1 | --steps 1: the run in ... ask for more, or take another --out
 opd --out {w}/cut --resume --k 5   | had --k 4; give the same flags, or take another --out
+opd --out {w}/cut --resume --eval-template boxed | had --eval-template ''; give the same flags
 opd --out {w}/damaged --resume     | state.pt is not a whole checkpoint ... with another --out
 opd --out {w}/stranger --resume    | state.pt is not a whole checkpoint ... with another --out
 

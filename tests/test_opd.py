@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import opd
 from loss import full_vocab, sampled_token, top_k, top_k_released
 from plumbing import measure, prompts, show
+from plumbing.answers import answered
 from plumbing.flags import OBJECTIVES, PRESETS, Config, parse_opd
 from rollout import batch, from_texts, rollout
 from teacher import UserError, log_probs, micro_batches
@@ -294,8 +295,81 @@ def test_a_run_leaves_the_files_and_metrics_that_it_promises(world, tmp_path):
         assert row["peak_memory_bytes"] > 0
     assert json.loads((out / "result.json").read_text()) == result
     promised = "accuracy_before accuracy_after accuracy_teacher gap_recovery seconds command commit"
-    assert set(promised.split()) <= result.keys()
+    greedy = "greedy_before greedy_after greedy_teacher"
+    assert set(promised.split() + greedy.split()) <= result.keys()
     assert result["accuracy_after"]["samples"] == 2  # a fifth of ten prompts, once each
+    assert result["greedy_after"].keys() == result["accuracy_after"].keys()
+    assert (result["eval_temperature"], result["eval_top_p"]) == (0.7, 0.95)
+
+
+COLD_START = {"cold_start": 2, "cold_start_max_new_tokens": 24, "cold_start_temperature": 1.0}
+
+
+@pytest.fixture
+def exams(monkeypatch):
+    """What is asked when accuracy is measured: [(model, prompts, answers to each, T, top-p)]."""
+    exams = []
+
+    def watched(pair, rows, *, model, n, **how):
+        who = "teacher" if model is pair.teacher else "student"
+        questions = [row["prompt"] for row in rows]
+        exams.append((who, questions, n, how["temperature"], how.get("top_p", 1.0)))
+        return answered(pair, rows, model=model, n=n, **how)
+
+    monkeypatch.setattr(measure, "answered", watched)
+    return exams
+
+
+def test_accuracy_is_the_papers_and_greedy_at_every_stage(world, tmp_path, exams):
+    """A gain at T .7 may be sharpness alone, a greedy one is not: both, of both models.
+
+    While it trains, at T .7 only.
+    """
+    result = opd.distil(
+        config(world, tmp_path / "run", **COLD_START, steps=2, eval_every=1, eval_n=3)
+    )
+    paper = (3, 0.7, 0.95)
+    greedy = (1, 0.0, 1.0)
+    assert [(who, *how) for who, _, *how in exams] == [
+        ("teacher", *paper),
+        ("teacher", *greedy),
+        ("student", *paper),
+        ("student", *greedy),
+        ("student", *paper),  # after the cold start
+        ("student", *greedy),
+        ("student", *paper),  # after step 1
+        ("student", *paper),  # after step 2
+        ("student", *greedy),
+    ]
+    for when in ("teacher", "before", "cold_start", "after"):
+        assert result[f"accuracy_{when}"]["samples"] == 6
+        assert result[f"greedy_{when}"]["samples"] == 2
+
+
+def test_accuracy_may_have_a_template_of_its_own(world, tmp_path, exams, monkeypatch):
+    """The paper trains under "Answer:" and measures under \\boxed{}; KL and overlap are those of
+    training."""
+    read = []
+    distance = measure.distance
+
+    def watched(cfg, pair, rows, per_position):
+        read.append([row["prompt"] for row in rows])
+        return distance(cfg, pair, rows, per_position)
+
+    monkeypatch.setattr(measure, "distance", watched)
+    of_training = "{question} so"
+    of_exams = "the digits {question}"
+    cfg = config(world, tmp_path / "run", **COLD_START, template=of_training, steps=2, eval_every=1)
+    cfg = dataclasses.replace(cfg, eval_template=of_exams)
+    opd.distil(cfg)
+    _, _, held_out = prompts.questions(cfg)
+    trained_on = [row["prompt"] for row in held_out]
+    questions = [text.removesuffix(" so") for text in trained_on]
+    assert len(read) == 3
+    assert all(asked == trained_on for asked in read)
+    assert len(exams) == 9
+    for _, asked, *_ in exams:
+        assert asked == [f"the digits {question}" for question in questions]
 
 
 def test_the_seed_decides_the_order_of_prompts(world, tmp_path, monkeypatch):
@@ -361,6 +435,7 @@ def test_without_answers_there_is_no_accuracy_and_the_same_training(world, tmp_p
     bare = opd.distil(config(world, tmp_path / "bare", prompts=f"{world}/bare.jsonl", steps=2))
     assert with_answers["accuracy_after"]["mean"] is not None
     assert bare["accuracy_before"] is bare["accuracy_after"] is bare["gap_recovery"] is None
+    assert bare["greedy_before"] is bare["greedy_after"] is bare["greedy_teacher"] is None
     assert "accuracy" not in show.summary(bare)
     assert rows(tmp_path / "bare") == rows(tmp_path / "answers")
     expected = weights(tmp_path / "answers")
@@ -516,3 +591,13 @@ def test_a_preset_gives_way_to_a_flag():
     cfg = parse_opd(["--student", "s/s", "--teacher", "t/t", "--preset", "toy", "--lr", "1"])
     assert cfg.lr == 1.0
     assert cfg.batch_size == PRESETS["toy"]["batch_size"]
+
+
+@pytest.mark.parametrize("name", ["", *PRESETS])
+def test_every_preset_measures_as_the_paper_does(name):
+    """T .7 and top-p .95, for accuracy and for what the teacher answers (A.2, C.1)."""
+    cfg = Config(**PRESETS.get(name, {}))
+    assert (cfg.eval_temperature, cfg.eval_top_p) == (0.7, 0.95)
+    assert (cfg.cold_start_temperature, cfg.cold_start_top_p) == (0.7, 0.95)
+    if name == "paper":
+        assert (cfg.template, cfg.eval_template) == ("answer", "boxed")

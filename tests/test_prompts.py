@@ -19,6 +19,7 @@ from plumbing.prompts import (
     check_fits,
     encode,
     encode_rows,
+    for_accuracy,
     load_conversations,
     load_prompts,
     positions,
@@ -294,6 +295,35 @@ def test_the_questions_of_a_file_of_conversations_are_not_asked_again(tmp_path, 
     assert cold == []
     asked = {row["prompt"] for row in train + held_out}
     assert asked == {apply_template(row["prompt"], template) for row in some(20)[10:]}
+
+
+@pytest.mark.parametrize("training", ["none", "answer", "Q: {question}"])
+@pytest.mark.parametrize("of_accuracy", ["", "none", "answer", "boxed"])
+def test_one_template_stands_around_a_question_in_training_and_one_in_accuracy(
+    tmp_path, training, of_accuracy
+):
+    """The paper trains under "answer" and measures under "boxed". A file may have its prompts
+    in one of the two already, as text or as a chat: it is taken out of that one first."""
+    measured = of_accuracy or training
+    held_out = [
+        {"prompt": "add 1"},
+        {"prompt": apply_template("add 2", training)},
+        {"prompt": apply_template("add 3", measured)},
+        {"prompt": [user("so"), said("so"), user(apply_template("add 4", measured))]},
+    ]
+    cfg = config(tmp_path, some(9)[3:], eval=held_out, template=training, eval_template=of_accuracy)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train, _, held_out = questions(cfg)
+
+    def put(template):
+        texts = [apply_template(f"add {i}", template) for i in (1, 2, 3, 4)]
+        return [*texts[:3], [user("so"), said("so"), user(texts[3])]]
+
+    assert [row["prompt"] for row in held_out] == put(training)
+    assert [row["prompt"] for row in for_accuracy(cfg, held_out)] == put(measured)
+    assert apply_template("add 3", training) not in [row["prompt"] for row in train]
+    assert len(train) == 5
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
