@@ -1,4 +1,9 @@
-"""loss.py: what the student minimises (paper 2.2 and 4.2; Eq. 3, 4, 5).
+"""loss.py: what the student minimises (paper 2.1, 2.2 and 4.2; Eq. 1 to 5).
+
+For a prompt x, over whole responses y:
+
+    Eq. 1  sequence level    KL(pi_student(.|x) || pi_teacher(.|x)), mean over the prompts
+    Eq. 2  the same, split   sum over t of KL(p || q) at s_t, mean over y ~ pi_student(.|x)
 
 At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q =
 pi_teacher(.|s_t):
@@ -13,15 +18,17 @@ Each loss takes log-probabilities (N, V) at N states and returns one number per 
 nats. The gradient flows into log_p alone. At k = V all four have the same expected gradient, that
 of Eq. 4 (but for the support "difference", which is then empty).
 
-All of them hold the visited prefixes fixed. The gradient of the sequence-level KL (Eq. 1, 2) has
-one more term, because the choice of y_t moves the later KLs. The paper leaves it out, and so do
-we.
+All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
+score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
+The paper, the authors' code and we leave this term out (tests/test_loss.py has both parts).
 
 `in_chunks` evaluates any of them from hidden states, and N x V logits never exist at once.
 
-To copy: this file alone. Tensors only: no models, no files. Not here, as the paper has none:
-forward KL and JSD. Nor top-k sums without renormalisation: their gradient pays the student for
-moving its mass out of the set (tests/test_loss.py shows it).
+`forward_kl` is not the paper's: a control for experiments. Not here: JSD, which the paper has not
+either, and top-k sums without renormalisation. Their gradient pays the student for moving its
+mass out of the set (tests/test_loss.py shows it).
+
+To copy: this file alone. Tensors only: no models, no files.
 """
 
 import torch
@@ -89,6 +96,20 @@ def top_k_released(log_p, log_q, k=16, support="student"):
 def ratio(log_p):
     """p / stopgrad(p): 1 in value, grad log p in gradient."""
     return (log_p - log_p.detach()).exp()
+
+
+# --- a control, not the paper's -----------------------------------------------------------------
+
+
+def forward_kl(log_p, log_q):
+    """KL(q || p) over the whole vocabulary: (N, V), (N, V) -> (N,). Not the paper's.
+
+    arXiv 2609.35259 asks what matters, the direction of the KL or who wrote the prefix. Forward
+    KL is here for experiments that ask so too. No --objective names it.
+    """
+    log_p = log_p.clamp_min(LOG_ZERO)
+    log_q = log_q.detach().clamp_min(LOG_ZERO)
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
 # --- supports: the tokens that a top-k loss looks at (4.2) --------------------------------------

@@ -3,12 +3,13 @@
     5.1  off-policy cold start     the teacher answers some prompts, the student is fine-tuned on
                                    the answers, and OPD goes on with other prompts
     5.2  teacher-aligned prompts   the template and the problems that the teacher was post-trained
-                                   on, mixed with others
+                                   on. The paper advises to mix these problems with others
 
 `opd.py --cold-start`, `--template` and `--aligned-prompts` call these.
 
 To copy: with loss.py, rollout.py and teacher.py. Not here: a filter by correctness (the paper has
-none), and embeddings to find copies of a prompt (the paper's way; ours compares the text).
+none), and embeddings to find copies of a prompt (the paper compares texts, then embeddings; we
+compare texts alone).
 """
 
 import json
@@ -27,14 +28,15 @@ from teacher import micro_batches as plain_micro_batches
 
 TEMPLATES = {
     "none": "{question}",
-    # DAPO's, the student's in the paper
+    # DAPO's, under which the paper trains
     "answer": (
         "Solve the following math problem step by step. The last line of your response should be "
         "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
         "\n\n"
         '{question}\n\nRemember to put your answer on its own line after "Answer:".'
     ),
-    # that of the teacher JustRL. The authors' data has a literal \boxed{{}} here, a slip
+    # that of the teacher JustRL, and of the paper's evaluations. The authors' data has a literal
+    # \boxed{{}} here, a slip
     "boxed": ("{question} Please reason step by step, and put your final answer within \\boxed{}."),
 }
 
@@ -103,8 +105,8 @@ def mix_prompts(aligned, others, fraction, generator):
     """The largest mixture of which round(fraction * size) prompts are aligned, shuffled: -> list.
 
     aligned, others: lists of rows. A prompt of `others` that is also in `aligned` is left out, and
-    so are repeats. The paper advises the mixture and gives no ratio. UserError if fraction is
-    outside 0..1, or if the mixture would lack one of the two.
+    so are repeats. The paper advises a mixture, but runs none and gives no ratio. UserError if
+    fraction is outside 0..1, or if the mixture would lack one of the two.
     """
     if not 0 <= fraction <= 1:
         raise UserError(f"the aligned fraction {fraction} is outside 0..1")

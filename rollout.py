@@ -188,9 +188,12 @@ def merge_ends(log_p, ends):
     log-probabilities (..., V), token ids (e,), each once -> (..., V), still a distribution.
 
     Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base
-    <|endoftext|>, Qwen3-4B <|im_end|>: the paper's pairs of 3.1 and 5.1). Token by token each
-    rules out the other's end, and the student is taught never to end. Differs from the paper,
-    which compares tokens. With one end nothing changes.
+    <|endoftext|>, Qwen3-4B <|im_end|>: a pair of the paper's 3.1 and 5.1). Compared token by
+    token, each model rules out the other's end. On our toy the student then learns never to end.
+    Differs from the paper, which compares tokens; its runs with such a pair improve nevertheless.
+    arXiv 2609.20511 has the same idea, under the name of equivalent stopping actions. It reports
+    that responses stop growing if such ends are one action, and not if a response may merely end
+    with either. Our toy is independent support. With one end nothing changes.
     """
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     if len(ends) < 2:

@@ -118,8 +118,8 @@ class Config:
     ends: str = flag(
         "merged",
         "if merged, all tokens that end a response count as one, whichever model uses them; if "
-        "own, each counts alone, as in the authors' code: where the ends of the models differ, the "
-        "student is taught never to end",
+        "own, each counts alone, as in the authors' code: where the ends of the models differ, our "
+        "toy's student then learns never to end",
         choices=("merged", "own"),
     )
     n: int = flag(

@@ -1,4 +1,4 @@
-"""Laws of loss.py: Eq. 3, 4, 5, the released loss, the supports, evaluation in chunks.
+"""Laws of loss.py: Eq. 1 to 5, the released loss, forward KL, supports, evaluation in chunks.
 
 Oracles enumerate a small vocabulary in float64. Gradients are those of the logits, unless a test
 says otherwise. For "fact 1" and names like trl#5594 see README.md beside this file.
@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from torch.profiler import ProfilerActivity, profile
 
-from loss import SUPPORTS, full_vocab, in_chunks, sampled_token, support_of, top_k, top_k_released
+from loss import (
+    SUPPORTS,
+    forward_kl,
+    full_vocab,
+    in_chunks,
+    sampled_token,
+    support_of,
+    top_k,
+    top_k_released,
+)
 from plumbing import flags
 from rollout import log_softmax, merge_ends
 
@@ -29,14 +38,16 @@ OBJECTIVES = {  # name -> (log_p, log_q, y) -> (N,)
 for s in SUPPORTS:
     OBJECTIVES[f"top-k {s}"] = lambda log_p, log_q, y, s=s: top_k(log_p, log_q, 3, s)
     OBJECTIVES[f"top-k-released {s}"] = lambda p, q, y, s=s: top_k_released(p, q, 3, s)
-each_objective = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES.keys())
+CONTROLS = {"forward": lambda log_p, log_q, y: forward_kl(log_p, log_q)}  # of experiments alone
+EVERY_LOSS = {**OBJECTIVES, **CONTROLS}
+each_objective = pytest.mark.parametrize("objective", EVERY_LOSS.values(), ids=EVERY_LOSS.keys())
 each_support = pytest.mark.parametrize("support", SUPPORTS)
 each_top_k = pytest.mark.parametrize("top_k_loss", [top_k, top_k_released])
 Y = torch.arange(4)  # the drawn tokens
 
 
 def test_every_objective_of_the_command_line_is_held_to_these_laws():
-    """If you add a divergence, add it to OBJECTIVES above."""
+    """If you add a divergence, add it to OBJECTIVES above. CONTROLS have no --objective."""
     assert {name.split()[0] for name in OBJECTIVES} == set(flags.OBJECTIVES)
 
 
@@ -115,27 +126,28 @@ def bucketed(log_p, log_q, S):
     return truncated_kl(log_p, log_q, S) + p * (p / q).log()
 
 
-# --- Eq. 1 and Eq. 3 ----------------------------------------------------------------------------
+# --- Eq. 1, 2 and 3 -----------------------------------------------------------------------------
 
 
-def test_the_gradient_of_eq_1_is_that_of_fixed_prefixes_plus_that_of_the_future():
-    """The header of loss.py: y_t moves the later KLs, and that term is left out.
+def test_the_gradient_of_eq_1_is_the_fixed_prefix_gradient_plus_the_future_term():
+    """2.1: Eq. 1 is Eq. 2. Its gradient has a score-function term that every loss here leaves out.
 
-    Two tokens, two steps, all four texts. States: before the first token, after token 0, after 1.
+    A world of two tokens: two steps, all four responses by enumeration. States: before the first
+    token, after token 0, after token 1.
     """
     theta = seeded(4, seed=1).requires_grad_()
     log_p = (seeded(3, 2, 4) @ theta).log_softmax(-1)  # (3, 2)
     log_q = seeded(3, 2, seed=2).log_softmax(-1)
     eq_1 = 0
     for first, second in itertools.product([0, 1], [0, 1]):
-        log_p_text = log_p[0, first] + log_p[1 + first, second]
-        log_q_text = log_q[0, first] + log_q[1 + first, second]
-        eq_1 = eq_1 + log_p_text.exp() * (log_p_text - log_q_text)
+        log_p_y = log_p[0, first] + log_p[1 + first, second]  # of the whole response
+        log_q_y = log_q[0, first] + log_q[1 + first, second]
+        eq_1 = eq_1 + log_p_y.exp() * (log_p_y - log_q_y)
 
     kl = full_vocab(log_p, log_q)  # (3,)
     visits = log_p[0].exp().detach()  # (2,) the probability of each of the later states
-    fixed_prefixes = kl[0] + (visits * kl[1:]).sum()
-    future = (visits * kl[1:].detach() * log_p[0]).sum()  # a score function
+    fixed_prefixes = kl[0] + (visits * kl[1:]).sum()  # in value, Eq. 2
+    future = (visits * kl[1:].detach() * log_p[0]).sum()  # the first choice moves the later KL
 
     def gradient(x):
         return torch.autograd.grad(x, theta, retain_graph=True)[0]
@@ -460,8 +472,16 @@ def test_extreme_logits_give_finite_losses_and_gradients(objective, temperature,
 # --- direction ----------------------------------------------------------------------------------
 
 
-def forward_kl(log_p, log_q):
-    return reverse_kl(log_q, log_p)
+@given(pairs())
+def test_forward_kl_is_the_kl_from_teacher_to_student(pair):
+    """2609.35259: KL(q || p), never negative, and its gradient for the logits is p - q."""
+    z, log_q = pair
+    value, gradient = with_grad(lambda log_p: forward_kl(log_p, log_q), z)
+    teacher = Categorical(logits=log_q)
+    student = Categorical(logits=z)
+    exact(value, kl_divergence(teacher, student))
+    assert (value >= -1e-12).all()
+    exact(gradient, z.softmax(-1) - log_q.exp())
 
 
 @pytest.mark.parametrize("divergence", [full_vocab, top_k, top_k_released, forward_kl])
@@ -675,7 +695,7 @@ def test_in_chunks_gives_the_teacher_no_gradient():
     assert inputs["h_q"].grad is None
 
 
-@pytest.mark.parametrize("objective", [full_vocab, top_k], ids=["full", "top-k"])
+@pytest.mark.parametrize("objective", [full_vocab, top_k, forward_kl])
 def test_bf16_states_are_scored_in_float32(objective):
     """A divergence of near-equal bf16 models stays >= -1e-6 (ms-swift#10156: mixed precision)."""
     inputs = positions(N=256, V=500)
