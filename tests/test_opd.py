@@ -307,13 +307,13 @@ COLD_START = {"cold_start": 2, "cold_start_max_new_tokens": 24, "cold_start_temp
 
 @pytest.fixture
 def exams(monkeypatch):
-    """What is asked when accuracy is measured: [(model, prompts, answers to each, T, top-p)]."""
+    """What is asked when accuracy is measured: [(prompts, (model, answers to each, T, top-p))]."""
     exams = []
 
     def watched(pair, rows, *, model, n, **how):
         who = "teacher" if model is pair.teacher else "student"
         questions = [row["prompt"] for row in rows]
-        exams.append((who, questions, n, how["temperature"], how.get("top_p", 1.0)))
+        exams.append((questions, (who, n, how["temperature"], how.get("top_p", 1.0))))
         return answered(pair, rows, model=model, n=n, **how)
 
     monkeypatch.setattr(measure, "answered", watched)
@@ -328,19 +328,13 @@ def test_accuracy_is_the_papers_and_greedy_at_every_stage(world, tmp_path, exams
     result = opd.distil(
         config(world, tmp_path / "run", **COLD_START, steps=2, eval_every=1, eval_n=3)
     )
-    paper = (3, 0.7, 0.95)
-    greedy = (1, 0.0, 1.0)
-    assert [(who, *how) for who, _, *how in exams] == [
-        ("teacher", *paper),
-        ("teacher", *greedy),
-        ("student", *paper),
-        ("student", *greedy),
-        ("student", *paper),  # after the cold start
-        ("student", *greedy),
-        ("student", *paper),  # after step 1
-        ("student", *paper),  # after step 2
-        ("student", *greedy),
-    ]
+    of_teacher = [("teacher", 3, 0.7, 0.95), ("teacher", 1, 0.0, 1.0)]
+    of_student = [("student", 3, 0.7, 0.95), ("student", 1, 0.0, 1.0)]
+    before = of_teacher + of_student
+    cold_start = of_student
+    first_step = of_student[:1]
+    after = of_student
+    assert [how for _, how in exams] == before + cold_start + first_step + after
     for when in ("teacher", "before", "cold_start", "after"):
         assert result[f"accuracy_{when}"]["samples"] == 6
         assert result[f"greedy_{when}"]["samples"] == 2
@@ -368,7 +362,7 @@ def test_accuracy_may_have_a_template_of_its_own(world, tmp_path, exams, monkeyp
     assert len(read) == 3
     assert all(asked == trained_on for asked in read)
     assert len(exams) == 9
-    for _, asked, *_ in exams:
+    for asked, _ in exams:
         assert asked == [f"the digits {question}" for question in questions]
 
 
