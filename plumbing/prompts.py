@@ -85,6 +85,15 @@ def additions(count, seed=0):
     return rows
 
 
+def given_or_additions(path, seed):
+    """The rows of a file; without one, additions, and a warning that says so."""
+    if path:
+        return load_prompts(path)
+    rows = additions(512, seed)
+    warnings.warn(f"no --prompts: asks built-in additions, such as {rows[0]['id']}", stacklevel=2)
+    return rows
+
+
 def read_conversations(path):
     """Read JSON lines {"messages": [...]} that end with what the assistant says.
 
@@ -138,7 +147,7 @@ def questions(cfg):
     Rows are {"prompt", "answer", "id"}, put into the template. Two prompts are the same question if
     all of their text is the same; what is left out for that is counted in a warning.
     """
-    given = load_prompts(cfg.prompts) if cfg.prompts else additions(512, cfg.seed)
+    given = given_or_additions(cfg.prompts, cfg.seed)
     train = once(put_in_template(given, cfg.template, "--prompts"), "--prompts")
     learnt = conversation_keys(cfg)
     train = without(train, learnt, "--prompts", "answered in --cold-start-file")
@@ -273,7 +282,7 @@ def tell(flag, count, rows, what):
 
 def some_questions(path, template, seed, count):
     """`count` rows of a file, or of additions without one, drawn by the seed, in a template."""
-    rows = load_prompts(path) if path else additions(512, seed)
+    rows = given_or_additions(path, seed)
     rows = put_in_template(rows, template, "--prompts")
     random.Random(seed_of(seed, "some questions")).shuffle(rows)
     return rows[:count]
@@ -328,7 +337,7 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
     """Rows {"prompt", ...} -> those that fit, each with its token ids "ids".
 
     Longer prompts are dropped and counted, never cut. Raises UserError if none is left, if a prompt
-    and new_tokens outgrow a model, or if a token has no output row.
+    and new_tokens outgrow a model, if a token has no output row, or if most tokens are unknown.
     """
     fit = []
     for row in rows:
@@ -345,7 +354,20 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
             f"{max_prompt_tokens} tokens",
             stacklevel=2,
         )
+    check_known(pair.tokenizer, [row["ids"] for row in fit])
     return fit
+
+
+def check_known(tokenizer, prompts):
+    """UserError if most tokens of these prompts, lists of ids, stand for text without a token."""
+    ids = [i for prompt in prompts for i in prompt]
+    unknown = ids.count(tokenizer.unk_token_id)
+    if unknown > len(ids) / 2:
+        raise UserError(
+            f"{unknown} of {len(ids)} tokens of the prompts are {tokenizer.unk_token}: the "
+            "student's tokenizer does not know their words; give --prompts that it knows, without "
+            "a --template of other words"
+        )
 
 
 def encode_for(cfg, pair, rows):

@@ -2,7 +2,7 @@
 
 import textwrap
 
-from analysis import plus_minus
+from analysis import FIRST_TOKENS, LEAD, SHARED_MASS, plus_minus, sure, surely_below
 
 MISMATCH = {  # nats: rounding stays well below, another softmax does not
     "float32": 0.01,
@@ -156,13 +156,19 @@ def recovery(result):
 
 # --- before training -----------------------------------------------------------------------------
 
+FOR = "for"
+AGAINST = "against"
+NOTHING = "says nothing"
+DIRECTIONS = {1: FOR, 0: NOTHING, -1: AGAINST}  # of a gain, by analysis.sure
+
 
 def diagnosis(report):
-    """The report of analysis.diagnose_pair as a table: str."""
+    """The report of analysis.diagnose_pair as tables, and the verdict: str."""
     lines = metric_lines(report)
     if "continuation" in report:
-        lines += continuation_lines(report)
+        lines += accuracy_lines(report)
     lines += position_lines(report["by_position"])
+    lines += sign_lines(report)
     lines += ["", f"verdict: {report['verdict']}"]
     for reason in report["reasons"]:
         lines.append(textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    "))
@@ -170,42 +176,117 @@ def diagnosis(report):
 
 
 def metric_lines(report):
-    """A line for each metric of the diagnosis."""
+    """A line for each metric of the diagnosis; of the overlap, also where it is least."""
     names = {**METRICS, "overlap_ratio": f"overlap ratio, k = {report['k']}, Eq. 6"}
+    first = f"first {FIRST_TOKENS}"
     lines = [
         f"{report['prompts']} prompts, {report['responses']} responses of "
-        f"{report['response_length']:.1f} tokens, {report['truncated_fraction']:.0%} cut off; "
-        "nats, +- standard error over prompts"
+        f"{report['response_length']:.1f} tokens at T {report['temperature']:g}, "
+        f"{report['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts",
+        "",
+        f"{'':34} {'all tokens':17} {first:17} worst bucket of positions",
     ]
     for metric, found in report["metrics"].items():
-        shown = "none shared" if found["mean"] is None else plus_minus(found, "9.4f")
-        lines.append(f"{names.get(metric, metric):32} {shown}")
+        shown = "none shared" if found["mean"] is None else plus_minus(found, "8.4f")
+        line = f"{names.get(metric, metric):32} {shown:18}"
+        if metric in report["first_tokens"]:
+            first = plus_minus(report["first_tokens"][metric], "8.4f")
+            line += f"{first:18}{report['worst_bucket'][metric]:8.4f}"
+        lines.append(line.rstrip())
     return lines
 
 
-def continuation_lines(report):
-    """Who finishes the student's responses better: a line for each depth."""
-    auroc = "not defined"
-    if report["auroc"] is not None:
-        auroc = f"{report['auroc']:9.4f}"
-    right = report["right"]
-    wrong = report["wrong"]
-    lines = [
-        f"{'AUROC of the mean reward, 6.2':32} {auroc}   {right} right, {wrong} not",
-        "",
-        "who finishes the student's responses, 6.1:   student   teacher      gain",
-    ]
+def accuracy_lines(report):
+    """How often each model is right, on its own and finishing what the student began (6.1)."""
+    title = f"right answers at T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
+    rows = [("greedy, from the start", report["greedy"])]
     for cut in report["continuation"]:
-        depth = cut["depth"]
-        place = f"{depth:.0%}" if isinstance(depth, float) else f"{depth} tokens"
-        student = cut["student"]["mean"]
-        teacher = cut["teacher"]["mean"]
-        gain = plus_minus(cut["gain"], "+9.3f")
-        start = f"  from {place:>9} ({cut['tokens']:7.1f} tokens in)"
-        lines.append(f"{start} {student:13.3f} {teacher:9.3f} {gain}")
-    gain = plus_minus(report["predicted_gain"], "+8.3f")
-    lines.append(f"  {'mean over these depths':54} {gain}")
+        tokens = f" ({cut['tokens']:.1f} tokens) of a student's answer" if cut["depth"] else ""
+        rows.append((from_depth(cut) + tokens, cut))
+    lines = ["", f"{title:52} student   teacher"]
+    for name, found in rows:
+        student = found["student"]["mean"]
+        teacher = found["teacher"]["mean"]
+        lines.append(f"  {name:48} {student:9.3f} {teacher:9.3f}")
     return lines
+
+
+def from_depth(cut):
+    """Where both take over from the student, in words: str."""
+    depth = cut["depth"]
+    if depth == 0:
+        return "from the start"
+    return f"after {depth} tokens" if isinstance(depth, int) else f"after {depth:.0%}"
+
+
+def sign_lines(report):
+    """Which way each measurement points, beside the paper's runs: a table."""
+    title = "in the paper (4.1: a success, a failure)"
+    lines = ["", f"{'which way it points':28} {'here':16} {'for OPD?':13} {title}"]
+    for name, measured, points, why in signs(report):
+        start = f"{name:28} {measured:16} {points:13} "
+        row = textwrap.fill(start + why, 100, subsequent_indent=" " * len(start))
+        lines.append(row.rstrip())
+    return lines
+
+
+def signs(report):
+    """What points for OPD, or against it: rows of name, what was measured, which way, and why.
+
+    The paper's figures are of the section named before them. Which way a number points is our
+    reading.
+    """
+    ratio = report["metrics"]["overlap_ratio"]
+    why = "4.1: success about .72, failure .745"
+    rows = [("overlap ratio", plus_minus(ratio), NOTHING, why)]
+    for side in ("student", "teacher"):
+        mass = report["metrics"][f"overlap_mass_{side}"]
+        rows.append((f"overlap mass, {side}", plus_minus(mass), *of_mass(mass)))
+    if "continuation" not in report:
+        return rows
+
+    lead = report["greedy"]["gain"]
+    rows.append(("teacher's lead, greedy", plus_minus(lead, "+.3f"), *of_greedy_lead(lead)))
+    T = report["eval_temperature"]
+    for cut in report["continuation"]:
+        gain = cut["gain"]
+        points, why = DIRECTIONS[sure(gain)], ""
+        if cut["depth"] == 0:
+            points, why = of_lead(gain)
+        rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
+    gain = report["predicted_gain"]
+    why = "6.1: +.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens"
+    rows.append(("  mean over these depths", plus_minus(gain, "+.3f"), DIRECTIONS[sure(gain)], why))
+
+    auroc = "not defined" if report["auroc"] is None else f" {report['auroc']:.3f}"
+    name = f"AUROC, {report['right']} right, {report['wrong']} not"
+    rows.append((name, auroc, NOTHING, "6.2: success .733, failure .751"))
+    return rows
+
+
+def of_mass(mass):
+    """Which way an overlap mass points, and why: (str, str)."""
+    if surely_below(mass, SHARED_MASS):
+        return AGAINST, f"below {SHARED_MASS}; Figure 10: .3 to .8, worse prompts"
+    return NOTHING, "4.1: .97 to .99 in success and failure"
+
+
+def of_greedy_lead(lead):
+    """Which way the teacher's lead in greedy accuracy points, and why: (str, str)."""
+    if sure(lead) < 0:
+        return AGAINST, "it knows less; see 3.3"
+    if surely_below(lead, LEAD):
+        return AGAINST, f"3.2: nothing new, the lead is below {LEAD}"
+    if sure(lead) > 0:
+        return FOR, "3.2: it knows something new"
+    return NOTHING, "within noise: more prompts would tell"
+
+
+def of_lead(lead):
+    """Which way the teacher's lead in sampled accuracy points, and why: (str, str)."""
+    if sure(lead) < 0:
+        return AGAINST, "3.3: the student fell, .54 to about .3"
+    return NOTHING, "4.1: about +.25 in success and failure"
 
 
 def position_lines(by_position):

@@ -17,6 +17,7 @@ from analysis import (
     GAIN,
     HARMFUL,
     INCOMPATIBLE,
+    LEAD,
     NOTHING_NEW,
     SHARE,
     SHARED_MASS,
@@ -32,13 +33,14 @@ from analysis import (
     plus_minus,
     sure,
     verdict,
+    worst_bucket,
 )
 from plumbing import figures, measure, page, prompts, show
 from plumbing.answers import answered, read_answer, same_answer
 from plumbing.flags import Config, parse_analysis
 from plumbing.models import load_pair
 from rollout import rollout, seed_of
-from teacher import grade, make_pair
+from teacher import UserError, grade, make_pair
 
 WORDS = "[PAD] [BOS] [EOS] [UNK] add the so + \\boxed{3} \\boxed{7} \\boxed{0}".split()
 EOS = 2
@@ -279,13 +281,14 @@ def report(
     mass_teacher=0.97,
     kl=0.3,
     alone=(0.2, 0.01),
+    greedy=(0.2, 0.01),
     gain=(0.1, 0.01),
     student=0.3,
     answers=True,
     cut=0.0,
 ):
-    """What verdict reads, made by hand: alone and gain are (mean, standard error) of teacher -
-    student."""
+    """What verdict reads, made by hand: alone, greedy and gain are (mean, standard error) of
+    teacher - student."""
 
     def of(mean, error=0.01):
         return {"mean": mean, "standard_error": error}
@@ -302,6 +305,7 @@ def report(
     if answers:
         first = {"student": of(student), "teacher": of(student + alone[0]), "gain": of(*alone)}
         made["continuation"] = [{"depth": 0.0, "tokens": 0.0, **first}]
+        made["greedy"] = {"gain": of(*greedy)}
         made["predicted_gain"] = of(*gain)
     return made
 
@@ -309,7 +313,7 @@ def report(
 UNSURE_BELOW = SHARED_MASS - 0.0199  # within two errors of .01
 SURELY_BELOW = SHARED_MASS - 0.0201
 BORDERS = [
-    ({}, SHOULD_WORK),  # alike, and better where the student is
+    ({}, SHOULD_WORK),  # alike, knows more, and is better where the student is
     ({"mass": SHARED_MASS}, SHOULD_WORK),
     ({"mass": UNSURE_BELOW}, SHOULD_WORK),
     ({"mass": SURELY_BELOW}, INCOMPATIBLE),
@@ -318,24 +322,29 @@ BORDERS = [
     ({"mass": UNSURE_BELOW, "answers": False}, UNDECIDED),
     ({"mass": SURELY_BELOW, "answers": False}, INCOMPATIBLE),
     ({"answers": False}, UNDECIDED),
-    ({"gain": (-0.1, 0.01)}, INCOMPATIBLE),  # better alone, lost where the student is
-    ({"gain": (-0.02, 0.01)}, NOTHING_NEW),
-    ({"gain": (-0.020001, 0.01)}, INCOMPATIBLE),
-    ({"gain": (0.02, 0.01)}, NOTHING_NEW),
     ({"gain": (0.020001, 0.01)}, SHOULD_WORK),
-    ({"alone": (0.0, 0.01)}, SHOULD_WORK),  # the student's states are what counts
+    ({"gain": (0.02, 0.01)}, UNDECIDED),
+    ({"gain": (0.0, 0.01)}, UNDECIDED),  # it knows more, but not where the student is
+    ({"gain": (-0.02, 0.01)}, UNDECIDED),
+    ({"gain": (-0.020001, 0.01)}, INCOMPATIBLE),  # better alone, lost where the student is
     ({"alone": (0.02, 0.01), "gain": (-0.1, 0.01)}, HARMFUL),  # no better alone, and worse there
     ({"alone": (0.020001, 0.01), "gain": (-0.1, 0.01)}, INCOMPATIBLE),
+    ({"alone": (0.0, 0.01)}, SHOULD_WORK),  # the student's states are what counts
     ({"alone": (-0.02, 0.01)}, SHOULD_WORK),
     ({"alone": (-0.020001, 0.01)}, HARMFUL),
     ({"alone": (-0.2, 0.01), "mass": 0.3}, HARMFUL),  # 3.3 comes before 3.1
-    ({"alone": (0.0, 0.01), "gain": (0.0, 0.01), "mass": 0.3}, INCOMPATIBLE),
+    ({"greedy": (-0.020001, 0.01)}, HARMFUL),
+    ({"greedy": (-0.02, 0.01)}, NOTHING_NEW),  # it samples more sharply, and knows no more
+    ({"greedy": (0.0799, 0.01)}, NOTHING_NEW),
+    ({"greedy": (0.0801, 0.01)}, SHOULD_WORK),
+    ({"greedy": (0.1, 0.0501)}, UNDECIDED),
+    ({"greedy": (0.0, 0.0499), "gain": (0.0, 0.5)}, NOTHING_NEW),  # nothing to know
+    ({"greedy": (0.0, 0.0501), "gain": (0.0, 0.01)}, UNDECIDED),  # too few prompts to say so
+    ({"greedy": (0.0, 0.01), "mass": 0.3}, INCOMPATIBLE),
     ({"kl": 9e-7}, NOTHING_NEW),
     ({"kl": 9e-7, "answers": False}, NOTHING_NEW),
     ({"kl": 1e-6}, SHOULD_WORK),
-    ({"alone": (0.0, None), "gain": (0.0, None)}, UNDECIDED),  # one prompt: no standard error
-    ({"alone": (0.0, 0.05), "gain": (0.0, 0.0501)}, UNDECIDED),
-    ({"alone": (0.0, 0.05), "gain": (0.0, 0.0499)}, NOTHING_NEW),  # at most LEAD
+    ({"alone": (0.0, None), "greedy": (1.0, None), "gain": (1.0, None)}, UNDECIDED),  # one prompt
     ({"student": 0.0, "alone": (0.0, 0.04), "gain": (0.0, 0.04)}, UNDECIDED),  # nobody solved any
     ({"student": 0.0, "alone": (0.0, 0.0), "mass": 0.3}, INCOMPATIBLE),
 ]
@@ -343,28 +352,42 @@ BORDERS = [
 
 @pytest.mark.parametrize("change, expected", BORDERS, ids=str)
 def test_a_verdict_at_each_border(change, expected):
-    """3.1 to 3.3: the mass against SHARED_MASS, gains against two standard errors, harm first."""
+    """3.1 to 3.3: the mass against SHARED_MASS, gains against two standard errors, the greedy lead
+    against LEAD, harm first."""
     found, reasons = verdict(report(**change))
     assert found == expected and reasons
 
 
-def test_every_verdict_is_one_of_the_five_and_names_its_numbers():
-    """The smaller mass and both gains stand in the reasons as measured; each of the five can come
-    out."""
-    gains = (-0.4, 0.0, 0.3)
+def test_every_verdict_is_one_of_the_five_and_has_reasons():
+    """Each of the five can come out."""
+    leads = (-0.4, 0.0, 0.3)
     found = set()
-    for mass, alone, gain, error, answers in itertools.product(
-        (0.25, 0.95), gains, gains, (0.01, 0.3), (True, False)
+    for mass, alone, greedy, gain, error, answers in itertools.product(
+        (0.25, 0.95), leads, leads, leads, (0.01, 0.3), (True, False)
     ):
         name, reasons = verdict(
-            report(mass=mass, alone=(alone, error), gain=(gain, error), answers=answers)
+            report(
+                mass=mass,
+                alone=(alone, error),
+                greedy=(greedy, error),
+                gain=(gain, error),
+                answers=answers,
+            )
         )
         found.add(name)
-        assert f"{mass:.3f} +- 0.010" in reasons[0]
-        if answers:
-            assert f"{alone:+.3f} +- {error:.3f}" in reasons[1]
-            assert f"{gain:+.3f} +- {error:.3f}" in reasons[2]
+        assert reasons and all(isinstance(reason, str) for reason in reasons)
     assert found == set(VERDICTS) and len(VERDICTS) == 5
+
+
+@pytest.mark.parametrize("x", [(0.2, 0.09), (0.2, 0.11), (0.05, 0.01), (0.2, None)])
+def test_what_is_promised_or_denied_is_outside_two_standard_errors(x):
+    """ "Should work" and "nothing new" exclude each other: the same interval cannot say both."""
+    found, _ = verdict(report(greedy=x, gain=x))
+    mean, error = x
+    sure_lead = error is not None and mean - 2 * error > 0
+    sure_none = error is not None and mean + 2 * error < LEAD
+    assert (found == NOTHING_NEW) == sure_none
+    assert (found == SHOULD_WORK) == (sure_lead and not sure_none)
 
 
 @pytest.mark.parametrize(
@@ -376,12 +399,15 @@ def test_every_verdict_is_one_of_the_five_and_names_its_numbers():
         ({"student": 0.1, "alone": (0.0, 0.0)}, False, "neither solved"),
         ({"student": 0.0, "alone": (0.1, 0.01)}, False, "neither solved"),
         ({"gain": (0.05, 0.1)}, True, "take more (--count)"),
-        ({"gain": (0.05, None)}, True, "+0.050 +- ?"),
+        ({"greedy": (0.0, 0.01)}, True, "samples more sharply"),
+        ({"greedy": (0.0, 0.01), "gain": (0.0, 0.01)}, False, "samples more sharply"),
+        ({"answers": False}, True, "without answers"),
+        ({"mass": 0.3}, True, "less than 0.8"),
     ],
     ids=str,
 )
-def test_what_would_mend_a_diagnosis_is_said(change, said, words):
-    """Responses that were cut off, prompts beyond both, too few prompts."""
+def test_the_reasons_say_what_decided_and_what_would_mend_a_diagnosis(change, said, words):
+    """Responses that were cut off, prompts beyond both, too few prompts, a sharper teacher."""
     assert any(words in reason for reason in verdict(report(**change))[1]) == said
 
 
@@ -415,10 +441,11 @@ def diagnosed(pair, given=None, **change):
 
 NO_ANSWERS = [None] * 8
 PARTS = (
-    "prompts responses k response_length truncated_fraction metrics by_position sampling_mismatch "
-    "verdict reasons"
+    "prompts responses k temperature eval_temperature eval_top_p response_length "
+    "truncated_fraction metrics first_tokens worst_bucket by_position sampling_mismatch verdict "
+    "reasons"
 ).split()
-WITH_ANSWERS = ["auroc", "right", "wrong", "continuation", "predicted_gain"]
+WITH_ANSWERS = ["auroc", "right", "wrong", "greedy", "continuation", "predicted_gain"]
 
 
 def test_a_diagnosis_is_means_over_tokens_then_over_prompts():
@@ -485,6 +512,53 @@ def test_a_diagnosis_has_its_means_bucket_by_bucket():
         assert mean == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_overlap_of_the_first_tokens_is_told_apart():
+    """Later rules may want it: over the first eight tokens of each response, then over prompts."""
+    pair = different()
+    found = diagnosed(pair, rows(NO_ANSWERS), max_new_tokens=20)["first_tokens"]
+    r = written(pair, max_new_tokens=20)
+    assert r.response_mask.size(1) > 8
+    grid = measured(pair, r)
+    assert sorted(found) == sorted(analysis.SHARED)
+    for name in found:
+        prompts = []
+        for i in range(8):
+            prompts.append(grid[name][2 * i : 2 * i + 2, :8].nanmean())
+        assert found[name] == pytest.approx(estimate(torch.stack(prompts)), rel=1e-5)
+
+
+def test_the_worst_bucket_is_the_least_mean_of_enough_tokens():
+    """Each metric has a worst bucket of its own. One with less than 2 % of the tokens does not
+    count, and one without any has no mean."""
+    by_position = {
+        "tokens": [60, 0, 38, 2, 1],
+        "overlap_ratio": [0.7, None, 0.6, 0.5, 0.1],
+        "overlap_mass_student": [0.8, None, 0.9, 0.9, 0.1],
+        "overlap_mass_teacher": [0.8, None, 0.9, 0.7, 0.1],
+    }
+    worst = {"overlap_ratio": 0.6, "overlap_mass_student": 0.8, "overlap_mass_teacher": 0.8}
+    assert worst_bucket(by_position) == worst
+    by_position["tokens"] = [60, 0, 37, 2, 1]
+    worst = {"overlap_ratio": 0.5, "overlap_mass_student": 0.8, "overlap_mass_teacher": 0.7}
+    assert worst_bucket(by_position) == worst
+    found = diagnosed(different(), rows(NO_ANSWERS))
+    assert found["worst_bucket"] == worst_bucket(found["by_position"])
+
+
+def test_the_greedy_lead_is_the_likeliest_answer_of_each_model():
+    """3.2: new knowledge is a lead in greedy accuracy, which sharper sampling cannot give."""
+    pair = different()
+    found = diagnosed(pair)["greedy"]
+    right = {}
+    for name, model in (("student", pair.student), ("teacher", pair.teacher)):
+        r = rollout(model, PROMPTS, max_new_tokens=LENGTH, temperature=0.0, **pair.sampling)
+        each = [is_right(ids, answer) for ids, answer in zip(responses(r), ANSWERS)]
+        right[name] = torch.tensor(each).double()
+        assert found[name] == estimate(right[name], SHARE)
+    assert right["student"].any() or right["teacher"].any()
+    assert found["gain"] == estimate(right["teacher"] - right["student"], GAIN)
+
+
 @pytest.mark.parametrize("kept", [(0, 1, 2, 3), (3, 4, 5, 6, 7), (1, 4, 6)])
 def test_some_answers_are_enough(kept):
     """Prompts without an answer count in the metrics, and not in what is right or in the AUROC of
@@ -504,7 +578,7 @@ def test_some_answers_are_enough(kept):
 
 def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
     """temperature is that of the student's own responses and of the measurement, the eval_ pair
-    that of the endings."""
+    that of the endings; greedy answers have none."""
     pair = different()
     asked = {}
 
@@ -546,8 +620,9 @@ def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
         "grade": {"temperature": 0.8},
     }
     first = responses(written(pair, n=3, max_new_tokens=5, temperature=0.8, seed=7))[::3]
+    greedy = {"temperature": 0.0}
+    expected = [(pair.student, [[]] * 8, 1, 5, greedy), (pair.teacher, [[]] * 8, 1, 5, greedy)]
     how = {"temperature": 0.3, "top_p": 0.6, "seed": 7}
-    expected = []
     for starts in ([[]] * 8, [ids[:3] for ids in first]):
         for model in (pair.student, pair.teacher):
             expected.append((model, starts, 2, 5, how))
@@ -588,7 +663,7 @@ def test_deeper_cuts_are_not_tried_if_nobody_solves_anything():
     pair = different()
     judge = Judge(pair)
     found = diagnosed(pair, answered=judge, depths=(0.0, 0.25, 0.5))
-    assert len(found["continuation"]) == 1 and len(judge.shares) == 2
+    assert len(found["continuation"]) == 1 and len(judge.shares) == 2 + 2  # the greedy ones, too
     assert any("neither solved" in reason for reason in found["reasons"])
 
 
@@ -600,15 +675,15 @@ def test_the_report_tells_student_from_teacher_and_errors_are_over_prompts(stude
     judge = Judge(pair, student=student, teacher=teacher)
     found = diagnosed(pair, answered=judge, depths=(0.0, 0.25, 0.5))
     gains = []
-    for i, at in enumerate(found["continuation"]):
+    for i, at in enumerate([found["greedy"], *found["continuation"]]):
         of_student = judge.shares[2 * i]
         of_teacher = judge.shares[2 * i + 1]
         gains.append(of_teacher - of_student)
         assert at["student"] == estimate(of_student, SHARE)
         assert at["teacher"] == estimate(of_teacher, SHARE)
         assert at["gain"] == estimate(gains[-1], GAIN)
-    assert len(gains) == 3
-    assert found["predicted_gain"] == estimate(torch.stack(gains).mean(0), GAIN)
+    assert len(gains) == 1 + 3
+    assert found["predicted_gain"] == estimate(torch.stack(gains[1:]).mean(0), GAIN)
 
 
 def test_a_diagnosis_is_made_on_the_device_of_the_pair():
@@ -635,16 +710,52 @@ def test_the_table_holds_every_number_and_says_what_there_is_not():
     nothing = {"mean": None, "standard_error": None}
     for change in ({}, {"auroc": None, "predicted_gain": {"mean": 0.5, "standard_error": None}}):
         text = " ".join(show.diagnosis({**made, **change}).split())
-        for x in made["metrics"].values():
+        for x in (*made["metrics"].values(), *made["first_tokens"].values()):
             assert plus_minus(x, ".4f") in text
-        for x in made["continuation"]:
+        for x in made["worst_bucket"].values():
+            assert f"{x:.4f}" in text
+        for x in (made["greedy"], *made["continuation"]):
+            assert f"{x['student']['mean']:.3f} {x['teacher']['mean']:.3f}" in text
             assert plus_minus(x["gain"], "+.3f") in text
+        assert max(map(len, show.diagnosis(made).splitlines())) <= 100
         assert f"verdict: {made['verdict']}" in text
     made["metrics"]["overlap_token_advantage"] = nothing
     assert "none shared" in show.diagnosis(made)
     for name in WITH_ANSWERS:
         del made[name]
     assert show.diagnosis(made)
+
+
+SIGNS = [  # what is changed, the row, which way it points
+    ({}, "overlap ratio", "says nothing"),
+    ({"mass": UNSURE_BELOW}, "overlap mass, student", "says nothing"),
+    ({"mass": SURELY_BELOW}, "overlap mass, student", "against"),
+    ({"mass_teacher": SURELY_BELOW}, "overlap mass, teacher", "against"),
+    ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
+    ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
+    ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "says nothing"),
+    ({"greedy": (-0.5, 0.01)}, "teacher's lead, greedy", "against"),
+    (
+        {"alone": (0.3, 0.01)},
+        "at T 0.7, from the start",
+        "says nothing",
+    ),  # 4.1: in its failure, too
+    ({"alone": (-0.3, 0.01)}, "at T 0.7, from the start", "against"),
+    ({"gain": (0.3, 0.01)}, "mean over these depths", "for"),
+    ({"gain": (0.02, 0.01)}, "mean over these depths", "says nothing"),
+    ({"gain": (-0.3, 0.01)}, "mean over these depths", "against"),
+    ({}, "AUROC, 5 right, 3 not", "says nothing"),
+]
+
+
+@pytest.mark.parametrize("change, name, points", SIGNS, ids=str)
+def test_each_measurement_points_one_way(change, name, points):
+    """What told the paper's success from its failure is for or against; the overlap ratio, the
+    lead in score and the AUROC did not."""
+    made = {"eval_temperature": 0.7, "auroc": 0.7, "right": 5, "wrong": 3, **report(**change)}
+    made["metrics"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
+    found = {row[0].strip(): row[2] for row in show.signs(made)}
+    assert found[name] == points
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -718,6 +829,28 @@ def test_the_command_is_the_function_on_some_prompts_of_the_file(command, files)
     given = prompts.encode_rows(pair, some, max_prompt_tokens=1024, new_tokens=5)
     expected = diagnose_pair(pair, given, answered=answered, **numbers)
     assert {name: report[name] for name in expected} == expected
+
+
+def test_prompts_of_unknown_words_are_refused(command, capsys):
+    """Case 20: without --prompts additions are asked, which the toy's tokenizer has no words for;
+    its noise was called incompatible thinking."""
+    with pytest.warns(UserWarning, match="no --prompts: asks built-in additions"):
+        with pytest.raises(SystemExit) as stopped:
+            command(prompts="")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "tokens of the prompts are [UNK]" in said and "give --prompts" in said
+
+
+def test_a_few_unknown_words_are_no_reason_to_refuse():
+    """Half of the tokens of all prompts may be unknown, and one prompt wholly."""
+    tokenizer = word_tokenizer(WORDS)
+    unknown = tokenizer.unk_token_id
+    prompts.check_known(tokenizer, [[4, 5, 6], [unknown, unknown, unknown]])
+    with pytest.raises(UserError, match=r"4 of 7 tokens of the prompts are \[UNK\]"):
+        prompts.check_known(tokenizer, [[4, 5, 6], [unknown] * 4])
+    tokenizer.unk_token = None  # bytes: every text has tokens
+    prompts.check_known(tokenizer, [[unknown, unknown, unknown]])
 
 
 @pytest.mark.parametrize("function", [diagnose_pair, prompts.encode_rows])
