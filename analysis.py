@@ -491,7 +491,7 @@ def verdict(report):
     if report["truncated_fraction"] > 0.5:
         reasons.append("most responses were cut off: take a higher --max-new-tokens")
     if unlike:
-        reasons.append(f"the shared tokens hold less than {SHARED_MASS} of the probability")
+        reasons.append(f"the tokens that both find likely hold less than {SHARED_MASS} in sum")
     if "continuation" not in report:
         reasons.append(part_ways if unlike else "without answers no lead can be measured")
         return INCOMPATIBLE if unlike else UNDECIDED, reasons

@@ -225,7 +225,7 @@ def sign_lines(report):
     lines = ["", f"{'which way it points':28} {'here':16} {'for OPD?':13} {title}"]
     for name, measured, points, why in signs(report):
         start = f"{name:28} {measured:16} {points:13} "
-        row = textwrap.fill(start + why, 100, subsequent_indent=" " * len(start))
+        row = textwrap.fill(start + why, 100, subsequent_indent=" " * 60)
         lines.append(row.rstrip())
     return lines
 
@@ -267,7 +267,7 @@ def signs(report):
 def of_mass(mass):
     """Which way an overlap mass points, and why: (str, str)."""
     if surely_below(mass, SHARED_MASS):
-        return AGAINST, f"below {SHARED_MASS}; Figure 10: .3 to .8, worse prompts"
+        return AGAINST, f"below {SHARED_MASS}, as in Figure 10 (.3 to .8)"
     return NOTHING, "4.1: .97 to .99 in success and failure"
 
 
