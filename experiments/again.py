@@ -47,7 +47,6 @@ from pathlib import Path
 from statistics import mean
 
 import plot
-from lab import difference, encoded, equal, load, main, told, verdicts, write_text
 from real import (
     MICRO,
     NEW_TOKENS,
@@ -61,6 +60,7 @@ from real import (
     teachers,
     write_questions,
 )
+from real_lab import difference, encoded, equal, load, main, told, verdicts, write_text
 
 from plumbing.answers import answered
 

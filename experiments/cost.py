@@ -1,225 +1,193 @@
 """experiments/cost.py: what dense rewards cost, and how much of the vocabulary they need (paper 6
-and 2.2), toy world.
+and 2.2). Toy models.
 
-6.1 short, long the success pair (small <- big, post-trained) with response budgets of 8 to 192
-                tokens; a solution takes some 33. Hold if 48 is better than the shortest, and than
-                the longest, by more than noise (here and below two standard errors,
-                lab.difference). Where 48 cuts nothing off, a longer budget can only be worse if
-                responses grow, as the paper's do; the table has both
-6.1 backwards   the paper's longest budget collapses from the end of the responses forwards. Here
-                no budget collapses, but the pair that fails does (small <- other family's): holds
-                if in every seed its entropy passes 1.5 nats in the last quarter of the 96
-                positions before it does in the first (in five earlier runs, of recipe.py at commit
-                54e2e90: in two). A quarter speaks once it holds a fourth of the tokens it ever
-                does
-6.1 depth       teacher and student finish the student's responses from four depths. Holds if the
-                teacher's gain falls from each depth to the next, to a quarter of the first or
-                less. (A first version asked for 0 within two standard errors at the last; seed 0
-                had +.046, +-.006, at commit 54e2e90.) It says little: if slips fall evenly, cannot
-                be undone, and the teacher is as good on any right beginning as on its own, the
-                gain at depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies; this
-                stands beside it
-6.2 global      AUROC of a response's mean reward for its being right, with the teacher that
-                succeeds, and with the two that fail: the bigger one of the same pipeline (the
-                paper's case), which teaches nothing, and the other family's, which ruins the
-                student. Holds if all are .6 or more, and those no more than .1 behind. The reward
-                where a response first goes wrong stands beside it. (6.2 success: the first alone,
-                as in real.py; judged after the runs)
-6.2 coherence   the gradients of single positions with the same three. The paper supposes that a
-                failing teacher's are large and cancel: holds for each of the two if, at step 0,
-                where all three grade the same tokens, they are larger than the successful
-                teacher's, and their sum smaller beside them (`coherence` below; the mean cosine of
-                two positions, which weighs small ones alike, may say otherwise: it is printed and
-                drawn)
-6.3 support     sampled token, the student's likeliest 1 (top-k-released, as Eq. 5 is 0 there), 4,
-                16, 32, all. Holds if, after 100 steps, 1 ends below 16 of the same objective by
-                more than noise, and no other does, nor by lab.MARGIN, noise included; the noisy
-                one, the sampled token, is asked after 800 (after 100, when all were, it was .023
-                behind, noise .016, and still rising: commit 5ae144f)
-2.2 estimators  Eq. 3, 4, 5 and the released surrogate on the same tokens: how noisy is the
-                gradient of the output head from one batch to the next, how far does its mean point
-                where Eq. 4 points, and what does a step take? Holds if all end equal to Eq. 4
-                (lab.equal) after 800 steps. (Asked after 200, at commit 5ae144f, they were .04 to
-                .05 behind and still rising. 800 were chosen with runs of seed 0 in view)
+    arm            student <- teacher; 100 steps if not said otherwise
+    success        responses of 96 tokens at most (a solution takes some 33), top-16
+    8 to 48 tokens  a response budget of that many
+    sampled, top-1 raw, top-4, top-32, full     the support of the loss; "raw" is the authors' loss
+    student, raw   top-16 of the authors' loss
+    long; long sampled; long full               400 steps with Eq. 5, Eq. 3, Eq. 4
+    bigger, other  the two pairs that fail (phenomenology.py)
 
-    python experiments/cost.py              three seeds; results/cost.{json,txt,svg}
-    python experiments/cost.py --quick      one seed, few steps: does it run?
+Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
+    6.1 short      8 tokens end surely below success, at T .7 and greedily
+    6.1 long       not askable: a response of a run that works ends by itself after some 33 tokens,
+                   and a larger budget changes nothing
+    6.1 backwards  in the failing run, other, the entropy passes 1.5 nats in the last quarter of
+                   the 96 positions before it does in the first, in every seed. A quarter counts
+                   once it holds a fourth of the tokens that it ever does
+    6.1 depth      the teacher's gain over the student who both finish the student's responses at T
+                   .7 falls from each depth to the next, to a quarter of the first or less, in
+                   every seed. (It says little: if slips fall evenly and cannot be undone, the gain
+                   at depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies. This stands
+                   beside it.)
+    6.2 success    the AUROC of a response's mean reward for its being right is surely above .6
+    6.2 failure    that of bigger, and that of other, is at most .1 behind it, surely; contradicted
+                   if it is surely more
+    6.2 coherence  the hypothesis that the paper does not test: at step 0 the gradients of single
+                   positions of a failing teacher, bigger or other, are larger than those of
+                   success, and their sum is smaller beside them (`coherence`), in every seed
+    6.3 support    top-1 raw ends surely below student, raw at T .7; top-4, top-32, full and sampled
+                   end equal to success at T .7
+    2.2 estimators long and long sampled end equal to long full, at T .7 and greedily
+    2.2 ends       long sampled is cut off more often than long by .05, in every seed (ours: the
+                   sampled token is said to stop ending in long runs)
+
+    python experiments/cost.py              results/cost.{txt,svg}
+    python experiments/cost.py --quick      a few steps: does it run?
 """
 
 import math
 from functools import partial
 from statistics import mean
 
-import plot
+import lab
+import mechanism
+import phenomenology
 import torch
+import toy
 from lab import (
-    MARGIN,
-    Config,
-    analysis,
+    HOLDS,
+    NEW_TOKENS,
+    NOT_ASKABLE,
+    UNDECIDED,
+    Finding,
+    arm,
+    below,
     difference,
-    distil,
-    encoded,
+    each,
     equal,
-    load,
-    main,
-    make_models,
-    opd,
-    told,
-    toy,
-    verdicts,
-    write,
-    write_text,
+    every_seed,
+    together,
 )
 
+import opd
+from analysis import DEPTHS, auroc, continuation, diagnose, estimate
 from plumbing.answers import answered, read_answer, same_answer
 from plumbing.figures import read_rows
+from plumbing.flags import Config
 from rollout import log_softmax
 from teacher import grade, log_softmax_of, micro_batches, states
 
-BUDGETS = (8, 16, 24, 32, 48, 96, 192)
+BUDGETS = (8, 16, 24, 32, 48)
 SUPPORTS = {
     "sampled": dict(objective="sampled"),
-    "top-1, released": dict(objective="top-k-released", k=1),
-    "top-16, released": dict(objective="top-k-released"),
+    "top-1 raw": dict(objective="top-k-released", k=1),
     "top-4": dict(k=4),
-    "top-16": {},
     "top-32": dict(k=32),
     "full": dict(objective="full"),
 }
-ESTIMATORS = {
-    "Eq. 3, sampled": SUPPORTS["sampled"],
-    "Eq. 4, full": SUPPORTS["full"],
-    "Eq. 5, top-16": SUPPORTS["top-16"],
-    "released, top-16": SUPPORTS["top-16, released"],
+ARMS = {
+    "success": phenomenology.ARMS["success"],
+    "bigger": phenomenology.ARMS["bigger"],
+    "other": phenomenology.ARMS["other"],
+    "student, raw": mechanism.ARMS["student, raw"],
+    **{f"{n} tokens": arm("student", "teacher", max_new_tokens=n) for n in BUDGETS},
+    **{name: arm("student", "teacher", **how) for name, how in SUPPORTS.items()},
+    "long": arm("student", "teacher", steps=400),
+    "long sampled": arm("student", "teacher", steps=400, objective="sampled"),
+    "long full": arm("student", "teacher", steps=400, objective="full"),
 }
-LONGER = ("sampled", "full", "top-16", "top-16, released")
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
+ESTIMATORS = {
+    "Eq. 3, sampled": dict(objective="sampled"),
+    "Eq. 4, full": dict(objective="full"),
+    "Eq. 5, top-16": {},
+    "raw, top-16": dict(objective="top-k-released"),
+}
+BINS = 20  # of the histogram of rewards
 
 
-def seed_runs(seed, world, scratch, quick):
-    make_models(world, seed)
-    steps, runs = 4 if quick else 100, []
+# --- probes ---------------------------------------------------------------------------------------
 
-    def run(part, arm, teacher="teacher", **settings):
-        out = scratch / f"{part}-{arm}-{settings.get('steps', steps)}-{seed}"
-        settings = {
-            **dict(
-                seed=seed,
-                steps=steps,
-                eval_every=steps // 4,
-                eval_n=1 if quick else 4,
-                eval_max_new_tokens=96,
-            ),
-            **settings,
+
+def backwards(lab, nats=1.5):
+    """The first step of the failing run at which the student's entropy is above that many nats.
+
+    In the mean over the tokens of the first and of the last quarter of the positions: {"front",
+    "back"}, None where it never is. Steps are left out at which a quarter holds less than a fourth
+    of the tokens that it does at another: one response that got lost.
+    """
+    lab.trained("other", ARMS["other"])
+    rows = read_rows(lab.folder("other"))
+    positions = [row["by_position"] for row in rows]
+    quarter = max(len(x["tokens"]) for x in positions) // 4
+    return {
+        "front": passed(positions, slice(quarter), nats),
+        "back": passed(positions, slice(3 * quarter, None), nats),
+    }
+
+
+def passed(positions, part, nats):
+    counts = [sum(x["tokens"][part]) for x in positions]
+    for step, x in enumerate(positions, start=1):
+        count = counts[step - 1]
+        total = sum(
+            n * h for n, h in zip(x["tokens"][part], x["entropy_student"][part]) if h is not None
+        )
+        if count and count >= max(counts) / 4 and total > nats * count:
+            return step
+    return None
+
+
+def signal(lab, prompts, samples):
+    """At the states that the student visits, with each teacher: mean reward against being right,
+    and coherence of the gradients, before training; coherence after it, too.
+    """
+    found = {}
+    for name, teacher in TEACHERS.items():
+        count = 16 if lab.quick else prompts
+        found[name] = {
+            "before": signal_of(lab, "student", teacher, count, samples),
+            "after": signal_of(lab, lab.trained(name, ARMS[name]), teacher, count, samples),
         }
-        found = distil(world / "student", world / teacher, world, out, **settings)
-        curves = found.pop("curves")
-        runs.append(
-            {
-                "part": part,
-                "arm": arm,
-                "seed": seed,
-                **found,
-                "passed": passed(read_rows(out)),
-                "accuracies": [x for x in curves["accuracy"] if x is not None],
-                "overlap": curves["overlap_ratio"][-1],
-                "length": curves["response_length"][-1],
-                "cut_off": max(curves["truncated_fraction"]),
-                "largest_grad_norm": max(curves["grad_norm"]),
-                "time_update": mean(curves["time_update"]),
-            }
-        )
-        return out / "student"
-
-    for budget in BUDGETS:
-        run("length", str(budget), max_new_tokens=budget)
-    for arm, settings in SUPPORTS.items():
-        run("support", arm, **settings)
-    for arm in LONGER:
-        run("longer", arm, **SUPPORTS[arm], steps=8 * steps, eval_every=steps)
-    for pair, teacher in TEACHERS.items():
-        for when, after in (("before", 0), ("half-way", steps // 2), ("after", steps)):
-            student = run("coherence", pair, teacher, steps=after) if after else world / "student"
-            runs.append(
-                {
-                    "part": "signal",
-                    "arm": pair,
-                    "when": when,
-                    "seed": seed,
-                    **signal(student, world / teacher, world, seed, quick, slips=when == "before"),
-                }
-            )
-    runs.append(
-        {"part": "depth", "arm": "success", "seed": seed, "depths": depths(world, seed, quick)}
-    )
-    runs += [
-        {"part": "estimator", "arm": arm, "seed": seed, **found}
-        for arm, found in gradient_noise(world, seed, quick).items()
-    ]
-    return runs
+    return {"found": found}
 
 
-def passed(rows, nats=1.5):
-    """The first step of a run at which the student's entropy is above that many nats in the mean
-    over the tokens of the first and of the last quarter of the positions: {"front", "back"}, None
-    where it never is. Steps are left out at which a quarter holds less than a fourth of the
-    tokens that it does at another: one response that got lost.
-    """
-    rows, found = [row["by_position"] for row in rows], {}
-    quarter = max(len(row["tokens"]) for row in rows) // 4
-    for name, part in (("front", slice(quarter)), ("back", slice(3 * quarter, None))):
-        counts = [sum(row["tokens"][part]) for row in rows]
-        totals = [
-            sum(n * h for n, h in zip(row["tokens"][part], row["entropy_student"][part]) if n)
-            for row in rows
-        ]
-        found[name] = next(
-            (
-                step
-                for step, (count, total) in enumerate(zip(counts, totals), 1)
-                if count >= max(counts) / 4 and total > nats * count
-            ),
-            None,
-        )
-    return found
-
-
-def signal(student, teacher, world, seed, quick, slips):
-    """Coherence of the positions' gradients and AUROC of the mean reward, at the states that the
-    student visits.
-
-    slips: and the mean reward where a response first goes wrong; for a student that thinks as its
-    family does.
-    """
-    pair, count = load(student, teacher), 16 if quick else 256
-    rows = encoded(pair, world / "prompts.jsonl", count)
-    r = write(pair, [row["ids"] for row in rows], max_new_tokens=96, n=4, seed=seed)
-    grid = grade(pair, r, partial(analysis.diagnose, k=16))  # {name: (B, T)}
-    right = torch.tensor(
-        [
-            same_answer(
-                read_answer(pair.tokenizer.decode(r.response_ids(i), skip_special_tokens=True)),
-                rows[i // 4]["answer"],
-            )
-            for i in range(len(r.ids))
-        ]
-    )
-    at_slips = []
-    for i, reward in enumerate(grid["reward"] if slips else ()):
-        digits = [
-            int(word[1]) for word in rows[i // 4]["prompt"].split()[1:-1]
-        ]  # "Add a3 b7 :" -> 3, 7
-        at = toy.first_slip(r.response_ids(i), digits, len(digits))
-        if at is not None and at < len(r.response_ids(i)):
-            at_slips.append(reward[at].item())
+def signal_of(lab, student, teacher, prompts, samples):
+    pair = lab.load(student, teacher)
+    rows = lab.rows(pair, prompts)
+    r = lab.write(pair, rows, "signal", n=samples)
+    rewards = grade(pair, r, partial(diagnose, k=16))["reward"]  # (B, T)
+    scores = rewards.nanmean(1)  # (B,)
+    right = []
+    for i in range(len(r.ids)):
+        text = pair.tokenizer.decode(r.response_ids(i), skip_special_tokens=True)
+        right.append(same_answer(read_answer(text), rows[i // samples]["answer"]))
+    right = torch.tensor(right)
+    low = scores.quantile(0.01).item()
+    high = scores.quantile(0.99).item()
+    histogram = {"from": low, "to": high}
+    for label, which in (("right", right), ("wrong", ~right)):
+        inside = scores[which].clamp(low, high)
+        histogram[label] = torch.histc(inside.float(), BINS, low, high).int().tolist()
     gradients = logit_gradients(pair, r, partial(opd.objective, Config()))
     return {
         **coherence(gradients),
-        "auroc": analysis.auroc(grid["reward"].nanmean(1), right),
-        "right": right.float().mean().item(),
-        "reward": grid["reward"].nanmean().item(),
-        "reward_at_slips": mean(at_slips) if at_slips else None,
+        "auroc": auroc_with_error(scores, right, samples),
+        "right": right.double().mean().item(),
+        "reward": rewards.nanmean().item(),
+        "histogram": histogram,
     }
+
+
+def auroc_with_error(scores, right, samples, draws=200):
+    """AUROC, and its standard error by drawing prompts anew: {"mean", "standard_error"}.
+
+    scores, right: (prompts * samples,), the answers to a prompt one after the other.
+    """
+    area = auroc(scores, right)
+    generator = torch.Generator().manual_seed(0)
+    scores = scores.view(-1, samples)
+    right = right.view(-1, samples)
+    areas = []
+    for _ in range(draws):
+        chosen = torch.randint(len(scores), (len(scores),), generator=generator)
+        drawn = auroc(scores[chosen].flatten(), right[chosen].flatten())
+        if drawn is not None:
+            areas.append(drawn)
+    error = torch.tensor(areas, dtype=torch.float64).std().item() if len(areas) > 1 else None
+    return {"mean": area, "standard_error": error}
 
 
 def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=1.0, chunk=1024):
@@ -262,14 +230,18 @@ def coherence(chunks):
     size       mean_t |G_t|, and positions, how many have a gradient at all
     The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
     """
-    total, units, norms = 0.0, 0.0, []
+    total = 0.0
+    units = 0.0
+    norms = []
     for g, h in chunks:
         norm = g.norm(dim=-1) * h.norm(dim=-1)  # (c,) = |g h'|
         unit = g / norm.clamp_min(1e-30).unsqueeze(-1)  # zero rows stay zero
-        total, units = total + g.T @ h, units + unit.T @ h  # (V, H)
+        total = total + g.T @ h  # (V, H)
+        units = units + unit.T @ h  # (V, H)
         norms.append(norm)
     norms = torch.cat(norms).double()
-    n, size = int((norms > 0).sum()), norms.sum().item()
+    n = int((norms > 0).sum())
+    size = norms.sum().item()
     if n < 2:
         raise ValueError("coherence needs two positions with a gradient")
     return {
@@ -281,50 +253,54 @@ def coherence(chunks):
     }
 
 
-def depths(world, seed, quick):
-    """Gain of the teacher over the student who finish the student's responses, its s.e. over
-    prompts, and what it would be if the teacher were as good on any right beginning (6.1 depth,
-    above): a dict a depth.
+def depths(lab, prompts):
+    """Gain of the teacher over the student who finish the student's responses (paper 6.1).
+
+    Of each depth: its estimate over prompts, and what it would be if the teacher were as good on
+    any right beginning.
     """
-    pair = load(world / "student", world / "teacher")
-    rows = encoded(pair, world / "prompts.jsonl", 16 if quick else 512)
-    r = write(pair, [row["ids"] for row in rows], max_new_tokens=96, seed=seed)
+    pair = lab.load("student", "teacher")
+    rows = lab.rows(pair, 16 if lab.quick else prompts)
+    r = lab.write(pair, rows, "depths")
     responses = [r.response_ids(i) for i in range(len(rows))]
-    how = dict(answered=answered, n=4, max_new_tokens=96, seed=seed)
-    found = {
-        depth: analysis.continuation(pair, rows, responses, depth, **how)
-        for depth in analysis.DEPTHS
-    }
-    s = found[0.0]["student"].mean().item()
-    t = found[0.0]["teacher"].mean().item()
-    return [
-        {
-            "depth": depth,
-            "tokens": x["tokens"],
-            **analysis.estimate(x["teacher"] - x["student"]),
-            "even": s**depth * (t ** (1 - depth) - s ** (1 - depth)),
-        }
-        for depth, x in found.items()
+    how = dict(n=2, max_new_tokens=NEW_TOKENS, seed=lab.seed, **toy.WAYS["T .7"])
+    endings = [
+        continuation(pair, rows, responses, depth, answered=answered, **how) for depth in DEPTHS
     ]
+    s = endings[0]["student"].mean().item()
+    t = endings[0]["teacher"].mean().item()
+    found = []
+    for depth, x in zip(DEPTHS, endings):
+        found.append(
+            {
+                "depth": depth,
+                "tokens": x["tokens"],
+                **estimate(x["teacher"] - x["student"]),
+                "even": s**depth * (t ** (1 - depth) - s ** (1 - depth)),
+            }
+        )
+    return {"found": found}
 
 
-def gradient_noise(world, seed, quick):
-    """The output head's gradient of the mean loss, eight batches of 64 prompts, the same tokens
-    for all estimators: what `expectations` says of it, a dict an estimator.
+def gradient_noise(lab, batches, size):
+    """The output head's gradient of the mean loss on batches of prompts, the same tokens for all
+    estimators: what `expectations` says of it.
     """
-    pair, made = load(world / "student", world / "teacher"), {}
-    batches, size = (2, 8) if quick else (8, 64)
-    rows = encoded(pair, world / "prompts.jsonl", batches * size)
+    pair = lab.load("student", "teacher")
+    if lab.quick:
+        batches = 2
+        size = 8
+    rows = lab.rows(pair, batches * size)
+    made = {name: [] for name in ESTIMATORS}
     for batch in range(batches):
-        prompts = [row["ids"] for row in rows[batch * size : (batch + 1) * size]]
-        r = write(pair, prompts, max_new_tokens=96, seed=1000 * seed + batch)
-        for arm, settings in ESTIMATORS.items():
+        mine = rows[batch * size : (batch + 1) * size]
+        r = lab.write(pair, mine, f"gradient noise {batch}")
+        for name, settings in ESTIMATORS.items():
             objective = partial(opd.objective, Config(**settings))
             total = sum(g.T @ h for g, h in logit_gradients(pair, r, objective))
-            made.setdefault(arm, []).append(total / r.response_mask.sum())  # (V, H)
-    return expectations(
-        {arm: torch.stack(each).flatten(1).double() for arm, each in made.items()}, "Eq. 4, full"
-    )
+            made[name].append(total / r.response_mask.sum())  # (V, H)
+    gradients = {name: torch.stack(of_name).flatten(1).double() for name, of_name in made.items()}
+    return {"found": expectations(gradients, "Eq. 4, full")}
 
 
 def expectations(made, exact):
@@ -341,9 +317,10 @@ def expectations(made, exact):
         return ((products.sum() - products.trace()) / (len(a) * (len(a) - 1))).item()
 
     found = {}
-    for arm, g in made.items():
-        ours, theirs = across(g, g), across(made[exact], made[exact])
-        found[arm] = {
+    for name, g in made.items():
+        ours = across(g, g)
+        theirs = across(made[exact], made[exact])
+        found[name] = {
             "noise": g.square().sum().item() / len(g) / ours - 1,
             "size": math.sqrt(max(0, ours)),
             "cosine": across(g, made[exact]) / math.sqrt(max(1e-30, ours * theirs)),
@@ -351,166 +328,186 @@ def expectations(made, exact):
     return found
 
 
+PROBES = {
+    "backwards": (backwards, {"nats": 1.5}),
+    "signal": (signal, {"prompts": 256, "samples": 4}),
+    "depths": (depths, {"prompts": 512}),
+    "gradient noise": (gradient_noise, {"batches": 8, "size": 64}),
+}
+
+
 # --- the report -----------------------------------------------------------------------------------
 
 
 def judge(runs):
-    """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    arms = {}
-    for r in runs:
-        arms.setdefault((r["part"], r["arm"], r.get("when")), []).append(r)
+    """The criteria above."""
+    success = runs["success"]
+    findings = []
 
-    def of(part, arm, when=None):
-        return arms[part, arm, when]
+    def found(section, claim, paper, said, *words):
+        findings.append(Finding(section, claim, paper, said, together(*words)))
 
-    lines = []
-    for name, budget in (("short", BUDGETS[0]), ("long", BUDGETS[-1])):
-        gain, noise = difference(of("length", "48"), of("length", str(budget)))
-        lines.append((f"6.1 {name}", f"48 better than {budget}", told(gain, noise), gain > noise))
-    fails = {r["seed"]: r["passed"] for r in of("coherence", "other")}.values()  # of the longer run
-    lines.append(
-        (
-            "6.1 backwards",
-            "back before front, every seed",
-            ", ".join(f"step {x['back']} and {x['front']}" for x in fails),
-            all(
-                x["back"] is not None and (x["front"] is None or x["back"] < x["front"])
-                for x in fails
-            ),
-        )
+    offs = [difference(runs["8 tokens"], success, way) for way in ("T .7", "greedy")]
+    found(
+        "6.1",
+        "short responses teach little",
+        "0.5K and 1K tokens learn little, 3K and 7K are best",
+        f"8 tokens: {offs[0]} at T .7, {offs[1]} greedily, of 96",
+        *map(below, offs),
     )
-    each = list(zip(*(r["depths"] for r in of("depth", "success"))))  # a depth, its seeds
-    gains = [mean(x["mean"] for x in seeds) for seeds in each]
-    noise = 2 * math.sqrt(sum(x["standard_error"] ** 2 for x in each[-1])) / len(each[-1])
-    even = [mean(x["even"] for x in seeds) for seeds in each]
-    lines.append(
-        (
-            "6.1 depth",
-            "falls, to a quarter or less",
-            ", ".join(f"{x:+.3f}" for x in gains)
-            + f" (noise of the last {noise:.3f}; even slips: "
-            + f"{', '.join(f'{x:+.3f}' for x in even)})",
-            gains == sorted(gains, reverse=True) and gains[-1] <= gains[0] / 4,
-        )
+    length = mean(run["curves"]["response_length"][-1] for run in success)
+    cut = mean(run["curves"]["truncated_fraction"][-1] for run in success)
+    found(
+        "6.1",
+        "long ones collapse",
+        "10K and 15K tokens collapse near step 200",
+        f"responses end by themselves after {length:.0f} tokens, {cut:.0%} are cut off at 96: a "
+        "larger budget is the same",
+        NOT_ASKABLE,
+    )
+    back = [run["back"] for run in runs["backwards"]]
+    front = [run["front"] for run in runs["backwards"]]
+    found(
+        "6.1",
+        "a collapse begins at the end of the responses",
+        "in the 15K run the entropy rises first at the end",
+        f"in the failing run the last quarter passes 1.5 nats at step {each(back, 'd')}, the first "
+        f"at {each(front, 'd')}",
+        every_seed(
+            b is not None and (f is None or b < f) for b, f in zip(back, front, strict=True)
+        ),
+    )
+    gains = [[x["mean"] for x in run["found"]] for run in runs["depths"]]
+    even = [mean(run["found"][i]["even"] for run in runs["depths"]) for i in range(len(DEPTHS))]
+    found(
+        "6.1",
+        "deep in a response the teacher helps less",
+        "+.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens",
+        f"{'; '.join(each(x) for x in gains)} from depths {each(DEPTHS)}; by even slips "
+        f"{each(even)}",
+        every_seed(x == sorted(x, reverse=True) and x[-1] <= x[0] / 4 for x in gains),
     )
     areas = {
-        pair: mean(
-            math.nan if r["auroc"] is None else r["auroc"] for r in of("signal", pair, "before")
-        )
-        for pair in TEACHERS
+        name: [run["found"][name]["before"]["auroc"] for run in runs["signal"]] for name in TEACHERS
     }
-    lines.append(
-        (
-            "6.2 global",
-            "AUROC all >= .6, failing ones not .1 behind",
-            ", ".join(f"{pair} {x:.3f}" for pair, x in areas.items()),
-            min(areas.values()) >= 0.6 and min(areas.values()) >= areas["success"] - 0.1,
+
+    def area(name):
+        """Mean over seeds, and noise."""
+        means = [math.nan if x["mean"] is None else x["mean"] for x in areas[name]]
+        variance = sum((x["standard_error"] or 0) ** 2 for x in areas[name])
+        return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
+
+    good = area("success")
+    word = HOLDS if good.mean - good.noise > 0.6 else UNDECIDED
+    if good.mean + good.noise < 0.6:
+        word = lab.CONTRADICTED
+    found("6.2", "a good teacher's mean reward ranks answers", "AUROC .733", str(good), word)
+    for name, what in (("bigger", "that knows no more"), ("other", "of another family")):
+        bad = area(name)
+        behind = lab.Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
+        word = UNDECIDED
+        if behind.mean + behind.noise <= 0.1:
+            word = HOLDS
+        elif behind.mean - behind.noise > 0.1:
+            word = lab.CONTRADICTED
+        found(
+            "6.2",
+            f"that of a failing teacher {what} does so as well",
+            "AUROC .751 with the one that fails",
+            f"{bad}, {behind} behind",
+            word,
         )
-    )
-    lines.append(("6.2 success", "AUROC > .6", f"{areas['success']:.3f}", areas["success"] > 0.6))
-    now = {
-        pair: [
-            mean(r[name] for r in of("signal", pair, "before"))
-            for name in ("size", "coherence", "cosine")
-        ]
-        for pair in TEACHERS
-    }
-    for pair in ("bigger", "other"):
-        lines.append(
-            (
-                f"6.2 coherence, {pair}",
-                "larger, and less coherent",
-                " against ".join(
-                    "|G| {:.3f}, coherence {:.3f} (cosine {:.3f})".format(*now[x])
-                    for x in (pair, "success")
-                ),
-                now[pair][0] > now["success"][0] and now[pair][1] < now["success"][1],
-            )
-        )
-    against = {
-        arm: difference(
-            of("support", arm), of("support", "top-16" + ", released" * arm.endswith("released"))
-        )
-        for arm in SUPPORTS
-        if not arm.startswith("top-16")
-    }
-    early, against["sampled"] = (
-        against["sampled"],
-        difference(of("longer", "sampled"), of("longer", "top-16")),
-    )
-    lines.append(
-        (
-            "6.3 support",
-            "only top-1 below top-16",
-            ", ".join(f"{arm} {told(*x)}" for arm, x in against.items())
-            + f"; sampled after 100 steps {told(*early)}",
-            all(
-                x < -noise if arm.startswith("top-1,") else x >= -noise and x - noise > -MARGIN
-                for arm, (x, noise) in against.items()
+    now = {name: [run["found"][name]["before"] for run in runs["signal"]] for name in TEACHERS}
+    for name, what in (("bigger", "that knows no more"), ("other", "of another family")):
+        found(
+            "6.2",
+            f"the gradients of a failing teacher {what} are large and cancel",
+            "a hypothesis, not tested",
+            f"size {each((x['size'] for x in now[name]), '.3f')} against "
+            f"{each((x['size'] for x in now['success']), '.3f')}, coherence "
+            f"{each((x['coherence'] for x in now[name]), '.3f')} against "
+            f"{each((x['coherence'] for x in now['success']), '.3f')}",
+            every_seed(
+                a["size"] > b["size"] and a["coherence"] < b["coherence"]
+                for a, b in zip(now[name], now["success"])
             ),
         )
+    off = difference(runs["top-1 raw"], runs["student, raw"], "T .7")
+    found(
+        "6.3",
+        "the single likeliest token is too few",
+        "AIME24 .446, against .458 of top-16; unstable",
+        f"{off} of top-16 at T .7",
+        below(off),
     )
-    ends = {
-        arm: difference(of("longer", arm), of("longer", "full")) for arm in LONGER if arm != "full"
+    offs = {
+        name: difference(runs[name], success, "T .7")
+        for name in ("sampled", "top-4", "top-32", "full")
     }
-    lines.append(
-        (
-            "2.2 estimators",
-            "same end as Eq. 4",
-            ", ".join(f"{arm} {told(*x)}" for arm, x in ends.items()),
-            all(equal(*x) for x in ends.values()),
-        )
+    found(
+        "6.3",
+        "every other support does as well as top-16",
+        "AIME24 .454 sampled, .473 top-4, .463 top-64",
+        ", ".join(f"{name} {x}" for name, x in offs.items()) + " at T .7",
+        *map(equal, offs.values()),
     )
+    offs = {
+        f"{name}, {way}": difference(runs[name], runs["long full"], way)
+        for name in ("long", "long sampled")
+        for way in ("T .7", "greedy")
+    }
+    found(
+        "2.2",
+        "Eq. 3, 4 and 5 end alike",
+        "not there",
+        ", ".join(f"{name} {x}" for name, x in offs.items()) + ", of Eq. 4, after 400 steps",
+        *map(equal, offs.values()),
+    )
+    cut = {
+        name: [run["curves"]["truncated_fraction"][-1] for run in runs[name]]
+        for name in ("long", "long sampled")
+    }
+    found(
+        "2.2",
+        "the sampled token stops ending in long runs",
+        "not there",
+        f"cut off after 400 steps {each(cut['long sampled'])}, with Eq. 5 {each(cut['long'])}",
+        every_seed(a - b >= 0.05 for a, b in zip(cut["long sampled"], cut["long"])),
+    )
+    return findings
+
+
+def more(runs):
+    """Depths, the mean reward, coherence, and the estimators."""
+    lines = [""]
+    for run in runs["depths"]:
+        cells = [
+            f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} "
+            f"({x['even']:+.3f})"
+            for x in run["found"]
+        ]
+        lines.append(f"depths, seed {run['seed']}: {', '.join(cells)}")
+    for run in runs["signal"]:
+        for name in TEACHERS:
+            for when in ("before", "after"):
+                x = run["found"][name][when]
+                area = x["auroc"]["mean"]
+                said = (
+                    "none" if area is None else f"{area:.3f} +- {x['auroc']['standard_error']:.3f}"
+                )
+                lines.append(
+                    f"signal, seed {run['seed']}: {name:8} {when:6} AUROC {said}, right "
+                    f"{x['right']:.3f}; |G| {x['size']:.3f}, coherence {x['coherence']:.4f}, null "
+                    f"{x['null']:.4f}, cosine {x['cosine']:.4f}; reward {x['reward']:.3f}"
+                )
+    for run in runs["gradient noise"]:
+        for name, x in run["found"].items():
+            lines.append(
+                f"gradient, seed {run['seed']}: {name:16} size {x['size']:.4f}, noise "
+                f"{x['noise']:.3f} of it, cosine with Eq. 4 {x['cosine']:.4f}"
+            )
     return lines
 
 
-def report(made, out):
-    lines = [
-        f"{'part':8} {'arm':16} {'seed':>4} {'before':>7} {'after':>7} {'lowest':>7} "
-        f"{'overlap':>7} {'length':>7} {'cut off, at most':>16} {'largest |grad|':>14} "
-        f"{'update s':>8}"
-    ]
-    for r in made["runs"]:
-        if r["part"] in ("length", "support", "longer"):
-            lines.append(
-                f"{r['part']:8} {r['arm']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-                f"{r['accuracy_after']['mean']:7.3f} "
-                f"{min(r['accuracies'] + [r['accuracy_after']['mean']]):7.3f} {r['overlap']:7.3f} "
-                f"{r['length']:7.1f} {r['cut_off']:16.3f} {r['largest_grad_norm']:14.3f} "
-                f"{r['time_update']:8.3f}"
-            )
-    for r in made["runs"]:
-        if r["part"] == "signal":
-            at_slips = (
-                f", at first slips {r['reward_at_slips'] or math.nan:.3f}"
-                if r["when"] == "before"
-                else ""
-            )
-            lines.append(
-                f"signal   {r['arm']:8} {r['when']:8} {r['seed']:4d} AUROC "
-                f"{math.nan if r['auroc'] is None else r['auroc']:.3f}, "
-                f"right {r['right']:.3f}; |G| {r['size']:.3f}, coherence {r['coherence']:.4f}, "
-                f"null {r['null']:.4f}, cosine {r['cosine']:.4f}; reward {r['reward']:.3f}"
-                + at_slips
-            )
-    for r in made["runs"]:
-        if r["part"] == "depth":
-            lines.append(
-                f"depth    seed {r['seed']}: "
-                + ", ".join(
-                    f"{x['tokens']:.1f} tokens in {x['mean']:+.3f} +- {x['standard_error']:.3f} "
-                    f"({x['even']:+.3f})"
-                    for x in r["depths"]
-                )
-            )
-        if r["part"] == "estimator":
-            lines.append(
-                f"gradient {r['arm']:16} {r['seed']:4d} size {r['size']:.4f}, "
-                f"noise {r['noise']:.3f} of it, cosine with Eq. 4 {r['cosine']:.4f}"
-            )
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.cost(out.with_suffix(".json"), out.with_suffix(".svg"))
-
-
 if __name__ == "__main__":
-    main("cost", __doc__, seed_runs, report)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, more=more)

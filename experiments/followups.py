@@ -1,173 +1,218 @@
-"""experiments/followups.py: what later papers say of on-policy distillation, asked of the toy
-world, three seeds.
+"""experiments/followups.py: what later papers say of on-policy distillation, and ends that differ.
+Toy models.
 
-One pair (small <- big, post-trained; "all" below), one setting changed at a time:
+    arm            student <- teacher; 100 steps
+    success        4,096 prompts, responses of 96 tokens at most, both end with the same token
+    16 prompts; 1 prompt     the first so many, as many responses a step (2609.04172)
+    10 tokens      responses of 10 tokens, the first 30 % of a solution (2606.22600)
+    reverse by student; forward by student; reverse by teacher; forward by teacher
+                   the direction of the KL over the whole vocabulary, and who writes (2609.35259)
+    unlike ends    a teacher whose end token is another one, all ends being one event, as is our
+                   default; 2609.20511 does likewise
+    own ends       the same teacher, every token for itself (--ends own), as in the authors' code
 
-    16 prompts, 1 prompt     the first so many instead of 4,096, as many responses a step (arXiv
-                             2609.04172)
-    first 30 %               responses of 10 tokens where a solution takes 33; measured at 96
-                             (2605.27028, .31490)
-    sharp                    the teacher's softmax at temperature .7: a control that changes q
-                             alone
-    long, long sampled       400 steps, with Eq. 5 and with the sampled token
-    fails                    small <- the other family, post-trained (2606.09471)
+Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
+    one prompt     1 prompt gains .72 of what success does at T .7 or more, in every seed
+    16 prompts     they end equal to success at T .7
+    first 30 %     10 tokens gain .8 of what success does at T .7 or more, in every seed
+    direction      forward by teacher ends equal to forward by student, at T .7 and greedily
+    prefix         reverse by teacher ends surely below reverse by student, at T .7 and greedily
+    trap           after the first slip of the student's response, the KL is half of what it is at
+                   the slip or less, and the teacher who goes on from there is right less than .1
+                   of the time, in every seed (2606.09471)
+    unlike ends    they end equal to success, at T .7 and greedily
+    own ends       at T .7 they end .3 or more below where they began, in every seed (ours: the
+                   paper's own pairs with unlike ends improve)
 
-Criteria, fixed before the first run. Gains are those of accuracy, means over seeds; noise is
-lab.difference's:
-    one prompt   gains half of what all prompts do, or more (they report 62 to 89 %), and 16 gain
-                 .8 of it
-    first 30 %   gains .8 of what whole responses do, or more
-    sharp        ends within .05 of "all", noise included: equivalent, and not only no different
-                 (TOST)
-    low KL       where it fails, the reverse KL falls below half of what it was, and accuracy
-                 falls, in every seed: a small KL says that the student agrees with its teacher
-                 where it goes, not that either is right
-    no end       the sampled token's responses are cut off at their limit .05 more often than Eq.
-                 5's, at the end of 400 steps, mean over seeds
-
-    python experiments/followups.py              three seeds; results/followups.{json,txt,svg}
-    python experiments/followups.py --quick      one seed, few steps: does it run?
+    python experiments/followups.py              results/followups.{txt,svg}
+    python experiments/followups.py --quick      a few steps: does it run?
 """
 
-import math
-from statistics import mean
+import lab
+import own_loop
+import phenomenology
+import toy
+from lab import (
+    NEW_TOKENS,
+    Arm,
+    Finding,
+    arm,
+    below,
+    difference,
+    each,
+    equal,
+    every_seed,
+    gain,
+    share,
+    together,
+)
+from transformers import AutoTokenizer
 
-import plot
-from lab import MARGIN, difference, distil, main, make_models, told, verdicts, write_text
+from analysis import diagnose
+from plumbing.answers import answered
+from teacher import grade
 
 ARMS = {
-    "all": {},
-    "16 prompts": {},
-    "1 prompt": {},
-    "first 30 %": dict(max_new_tokens=10),
-    "sharp": dict(teacher_temperature=0.7),
-    "long": dict(steps=400),
-    "long sampled": dict(steps=400, objective="sampled"),
-    "fails": {},
+    "success": phenomenology.ARMS["success"],
+    "16 prompts": arm("student", "teacher", prompts="16-prompts.jsonl"),
+    "1 prompt": arm("student", "teacher", prompts="1-prompts.jsonl"),
+    "10 tokens": arm("student", "teacher", max_new_tokens=10),
+    "reverse by student": Arm("student", "teacher", train=own_loop.reverse_by_student),
+    "forward by student": Arm("student", "teacher", train=own_loop.forward_by_student),
+    "reverse by teacher": Arm("student", "teacher", train=own_loop.reverse_by_teacher),
+    "forward by teacher": Arm("student", "teacher", train=own_loop.forward_by_teacher),
+    "unlike ends": arm("student", "teacher-unk"),
+    "own ends": arm("student", "teacher-unk", ends="own"),
 }
-ENDS = 10  # steps at either end that are averaged
 
 
-def seed_runs(seed, world, scratch, quick):
-    make_models(world, seed)
-    runs, lines = [], (world / "prompts.jsonl").read_text().splitlines(keepends=True)
-    for arm, how in ARMS.items():
-        how = {"steps": 100, "max_new_tokens": 32 if quick else 96, **how}
-        if quick:
-            how["steps"] = 5
-        if "prompt" in arm:
-            how["prompts"] = str(world / f"{arm.replace(' ', '-')}.jsonl")
-            with open(how["prompts"], "w") as file:
-                file.writelines(lines[: int(arm.split()[0])])
-        runs.append(
-            {
-                "arm": arm,
-                "seed": seed,
-                **distil(
-                    world / "student",
-                    world / ("other" if arm == "fails" else "teacher"),
-                    world,
-                    scratch / f"{arm.replace(' ', '-')}-{seed}",
-                    seed=seed,
-                    eval_every=how["steps"] // 5,
-                    eval_n=1 if quick else 4,
-                    eval_max_new_tokens=96,
-                    **how,
-                ),
-            }
-        )
-    return runs
+def prepare(lab):
+    """The first prompts in files of their own, and the teacher that ends with <unk>."""
+    lab.model("teacher")
+    lines = (lab.world / "prompts.jsonl").read_text().splitlines(keepends=True)
+    for count in (16, 1):
+        (lab.world / f"{count}-prompts.jsonl").write_text("".join(lines[:count]))
+    folder = lab.world / "teacher-unk"
+    if toy.is_made(folder):
+        return
+    teacher = toy.read_model(lab.world / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(lab.world / "teacher")
+    ends = [toy.ID["<eos>"], toy.ID["<unk>"]]
+    for weight in (teacher.get_input_embeddings().weight, teacher.get_output_embeddings().weight):
+        weight.data[ends] = weight.data[ends[::-1]]
+    teacher.config.eos_token_id = teacher.generation_config.eos_token_id = ends[1]
+    tokenizer.eos_token = "<unk>"
+    teacher.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def trap(lab, prompts):
+    """2606.09471: the KL before, at and after the first slip of the student's responses.
+
+    -> {"before", "at", "after": mean reverse KL, nats; "saved": how often the teacher who goes on
+    from behind the slip is right; "slips": how many there were}
+    """
+    pair = lab.load("student", "teacher")
+    rows = lab.rows(pair, 16 if lab.quick else prompts)
+    r = lab.write(pair, rows, "trap")
+
+    def per_position(log_p, log_q, y):
+        return {"kl": diagnose(log_p, log_q, y, 16)["reverse_kl"]}
+
+    kl = grade(pair, r, per_position)["kl"]  # (B, T)
+    parts = {"before": [], "at": [], "after": []}
+    slipped = []
+    starts = []
+    for i, row in enumerate(rows):
+        digits = [int(word[1]) for word in row["prompt"].split()[1:-1]]  # "Add a3 b7 :" -> 3, 7
+        response = r.response_ids(i)
+        at = toy.first_slip(response, digits, len(digits))
+        if at is None or at == len(response):  # right, or just cut off
+            continue
+        parts["before"] += kl[i, :at].tolist()
+        parts["at"].append(kl[i, at].item())
+        parts["after"] += kl[i, at + 1 : len(response)].tolist()
+        slipped.append(row)
+        starts.append(response[: at + 1])
+    means = {name: sum(values) / max(1, len(values)) for name, values in parts.items()}
+    saved, _ = answered(
+        pair,
+        slipped,
+        model=pair.teacher,
+        starts=starts,
+        max_new_tokens=NEW_TOKENS,
+        seed=lab.seed,
+        **toy.WAYS["T .7"],
+    )
+    return {**means, "saved": saved.double().mean().item(), "slips": len(slipped)}
+
+
+PROBES = {"trap": (trap, {"prompts": 1024})}
 
 
 def judge(runs):
-    """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    arms = {arm: [r for r in runs if r["arm"] == arm] for arm in ARMS}
-    gains = {
-        arm: mean(r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in mine)
-        for arm, mine in arms.items()
-    }
-    share = {
-        arm: gains[arm] / (gains["all"] or math.nan)
-        for arm in ("16 prompts", "1 prompt", "first 30 %")
-    }
-    off, noise = difference(arms["sharp"], arms["all"])
-    kl = [
-        [mean(r["curves"]["reverse_kl"][part]) for part in (slice(ENDS), slice(-ENDS, None))]
-        for r in arms["fails"]
-    ]
-    lost = [r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in arms["fails"]]
-    cut = {
-        arm: [mean(r["curves"]["truncated_fraction"][-ENDS:]) for r in arms[arm]]
-        for arm in ("long", "long sampled")
-    }
+    """The criteria above."""
+    success = runs["success"]
+    findings = []
 
-    def each(values):
-        return ", ".join(f"{x:.3f}" for x in values)
+    def found(section, claim, paper, said, *words):
+        findings.append(Finding(section, claim, paper, said, together(*words)))
 
-    return [
-        (
-            "later one prompt",
-            "half of the gain of all; 16: .8",
-            f"{share['1 prompt']:.2f}; {share['16 prompts']:.2f}",
-            share["1 prompt"] >= 0.5 and share["16 prompts"] >= 0.8,
-        ),
-        (
-            "later first 30 %",
-            ".8 of the gain of whole responses",
-            f"{share['first 30 %']:.2f}",
-            share["first 30 %"] >= 0.8,
-        ),
-        (
-            "later sharp",
-            f"|it - all| + noise < {MARGIN}",
-            told(off, noise),
-            abs(off) + noise < MARGIN,
-        ),
-        (
-            "later low KL",
-            "where it fails KL halves, accuracy falls, each seed",
-            "; ".join(f"{a:.2f} -> {b:.2f}, {c:+.3f}" for (a, b), c in zip(kl, lost)),
-            all(b < a / 2 for a, b in kl) and max(lost) < 0,
-        ),
-        (
-            "later no end",
-            "sampled cut off .05 more often than Eq. 5",
-            f"{each(cut['long sampled'])} against {each(cut['long'])}",
-            mean(cut["long sampled"]) - mean(cut["long"]) >= 0.05,
-        ),
-    ]
+    def shares(name):
+        return [
+            share(gain([a], "T .7").mean, gain([b], "T .7").mean)
+            for a, b in zip(runs[name], success)
+        ]
 
+    def both(ours, theirs):
+        return [difference(runs[ours], runs[theirs], way) for way in ("T .7", "greedy")]
 
-def report(made, out):
-    lines = [
-        f"{'arm':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'reverse KL':>17} "
-        f"{'overlap':>14} {'length':>6} {'cut off':>7}"
-    ]
-    for r in made["runs"]:
-        a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(
-            f"{r['arm']:13} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-            f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
-            f"{a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
-            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} {b['response_length']:6.1f} "
-            f"{b['truncated_fraction']:7.3f}"
-        )
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.followups(out.with_suffix(".json"), out.with_suffix(".svg"))
+    found(
+        "2609.04172",
+        "one prompt gives most of the gain",
+        ".87 of it at step 300, .72 at 1,000",
+        f"{each(shares('1 prompt'))} of the gain at T .7",
+        every_seed(x >= 0.72 for x in shares("1 prompt")),
+    )
+    off = difference(runs["16 prompts"], success, "T .7")
+    found(
+        "2609.04172",
+        "sixteen diverse prompts give as much as all",
+        "so",
+        f"{off} at T .7; {each(shares('16 prompts'))} of the gain",
+        equal(off),
+    )
+    found(
+        "2606.22600",
+        "the first 30 % of the tokens give nearly all",
+        "so",
+        f"{each(shares('10 tokens'))} of the gain at T .7",
+        every_seed(x >= 0.8 for x in shares("10 tokens")),
+    )
+    offs = both("forward by teacher", "forward by student")
+    found(
+        "2609.35259",
+        "forward KL learns alike on the student's and the teacher's responses",
+        "so",
+        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
+        *map(equal, offs),
+    )
+    offs = both("reverse by teacher", "reverse by student")
+    found(
+        "2609.35259",
+        "reverse KL needs the student's responses",
+        "so",
+        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
+        *map(below, offs),
+    )
+    traps = runs["trap"]
+    found(
+        "2606.09471",
+        "after a mistake that cannot be mended the teacher agrees",
+        "low KL there, and nothing is taught",
+        f"KL before, at and after the first slip: "
+        f"{'; '.join(each((x[part] for part in ('before', 'at', 'after'))) for x in traps)}; the "
+        f"teacher who goes on is right {each(x['saved'] for x in traps)} of the time",
+        every_seed(x["after"] <= x["at"] / 2 and x["saved"] < 0.1 for x in traps),
+    )
+    offs = both("unlike ends", "success")
+    found(
+        "ours",
+        "ends that differ do no harm if all are one event",
+        "2609.20511 treats them so, too",
+        f"{offs[0]} at T .7, {offs[1]} greedily",
+        *map(equal, offs),
+    )
+    lost = [gain([run], "T .7").mean for run in runs["own ends"]]
+    found(
+        "ours",
+        "token by token they ruin the student",
+        "not so in its own runs with unlike ends",
+        f"{each(lost)} at T .7",
+        every_seed(x <= -0.3 for x in lost),
+    )
+    return findings
 
 
 if __name__ == "__main__":
-    main(
-        "followups",
-        __doc__,
-        seed_runs,
-        report,
-        curves=(
-            "step",
-            "reverse_kl",
-            "response_length",
-            "truncated_fraction",
-            "accuracy",
-            "grad_norm",
-        ),
-    )
+    lab.main(__doc__, ARMS, judge, probes=PROBES, prepare=prepare)

@@ -1,119 +1,98 @@
-"""experiments/forecast.py: is the verdict before training worth having? Sixteen toy pairs a seed
-(paper 3, ours).
+"""experiments/forecast.py: is the diagnosis before training worth having? Toy models, sixteen
+pairs a seed.
 
-Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled with the
-same settings as every other pair. The pairs, the rules of analysis.verdict and these criteria
-were fixed before the first run:
+Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled for 100
+steps with the settings of every other pair. The results keep every input that a rule may want:
+gains by depth, overlap ratio and masses over all positions, at the first eight tokens and in the
+worst stretch of positions, the greedy lead.
 
-    rank     Spearman correlation of the predicted gain (mean continuation gain) with the realised
-             one >= 0.8, all runs
-    promise  no pair that "should work" ends below a gain of zero (mean over seeds)
+Criteria, fixed before the runs:
+    rank       Spearman correlation of the predicted gain (the mean gain over depths) with the gain
+               that came, at T .7: .8 or more in every seed
+    promise    every run that "should work" gains, surely, at T .7 and greedily
+    no promise no run with "nothing new to teach" gains .05 or more greedily
 
-    python experiments/forecast.py              three seeds; results/forecast.{json,txt,svg}
-    python experiments/forecast.py --quick      one seed, few steps: does it run?
+    python experiments/forecast.py              results/forecast.{txt,svg}
+    python experiments/forecast.py --quick      a few steps: does it run?
 """
 
-import plot
-from lab import analysis, distil, encoded, load, main, slots, toy, verdicts, write_text
+import lab
+import phenomenology
+from lab import Finding, arm, each, every_seed, gain
 
+from analysis import SHOULD_WORK, VERDICTS, diagnose_pair
 from plumbing.answers import answered
+from plumbing.slots import rollout
 
-MODELS = {  # in the order in which they are made; start: post-trained from that one
-    "small": dict(),
-    "small-2": dict(),
-    "noisy": dict(noise=0.12),
-    "right-small": dict(family="right"),
-    "large": dict(size="large"),
-    "large-clean": dict(size="large", noise=0.02),
-    "large-noisy": dict(size="large", noise=0.15),
-    "right": dict(size="large", family="right"),
-    "large-style": dict(start="large", house_style=True),
-    "large-rl2": dict(start="large", house_style=True, rounds=2),
-    "large-rl8": dict(start="large", house_style=True, rounds=8),
-    "small-rl8": dict(start="small", house_style=True, rounds=8),
-    "right-rl8": dict(start="right", family="right", house_style=True, rounds=8),
+MODELS = {
+    "student-2": dict(),  # as the student, by other random numbers
+    "style": dict(start="bigger", house_style=True),
+    "honest": dict(size="large", mistaught=0.0),  # of a corpus without false beliefs
+    "right": dict(family="right", size="large"),
 }
-PAIRS = [
-    ("small", teacher)
-    for teacher in (
-        "small-2",
-        "large",
-        "large-style",
-        "large-rl2",
-        "large-rl8",
-        "small-rl8",
-        "large-clean",
-        "large-noisy",
-        "right",
-        "right-rl8",
-    )
-] + [
-    ("small-rl8", "small"),
-    ("small-rl8", "large"),
-    ("small-rl8", "large-rl8"),
-    ("noisy", "small"),
-    ("noisy", "large-rl8"),
-    ("right-small", "large-rl8"),
-]
+PAIRS = (
+    ("student", "student-2"),
+    ("student", "bigger"),
+    ("student", "style"),
+    ("student", "sharp"),
+    ("student", "early"),
+    ("student", "teacher"),
+    ("student", "student-rl"),
+    ("student", "honest"),
+    ("student", "right"),
+    ("student", "other"),
+    ("student-rl", "student"),
+    ("student-rl", "bigger"),
+    ("student-rl", "sharp"),
+    ("student-rl", "teacher"),
+    ("bigger", "teacher"),
+    ("right", "other"),
+)
 
 
-def seed_runs(seed, world, scratch, quick):
-    models = world / "forecast"
-    models.mkdir(parents=True, exist_ok=True)
-    toy.write_questions(world, seed=10 * seed)
-    for i, (name, how) in enumerate(MODELS.items()):
-        if not (models / name / "config.json").exists():
-            how = {
-                **how,
-                **({"start": models / how["start"]} if "start" in how else {}),
-                **({"rounds": min(how["rounds"], toy.ROUNDS)} if "rounds" in how else {}),
-            }
-            toy.make(models / name, seed=1000 * seed + i, **how)
-    runs = []
+def name_of(student, teacher):
+    return f"{student} from {teacher}"
+
+
+def arms():
+    """{name: Arm}; an arm that phenomenology.py has keeps its name there, and is run once."""
+    there = {}
+    for name, of_name in phenomenology.ARMS.items():
+        if of_name.settings == {} and of_name.train is None:
+            there[of_name.student, of_name.teacher] = name
+    found = {}
     for student, teacher in PAIRS:
-        pair = load(models / student, models / teacher)
-        rows = encoded(pair, world / "prompts.jsonl", 8 if quick else 128)
-        report = analysis.diagnose_pair(
-            pair,
-            rows,
-            answered=answered,
-            rollout=slots.rollout,
-            n=2,
-            max_new_tokens=96,
-            eval_temperature=1.0,
-            eval_top_p=1.0,
-            seed=seed,
-        )
-        result = distil(
-            models / student,
-            models / teacher,
-            world,
-            scratch / f"{student}-{teacher}-{seed}",
-            steps=3 if quick else 100,
-            eval_n=1 if quick else 4,
-            seed=seed,
-        )
-        del result["curves"]
-        runs.append(
-            {
-                "seed": seed,
-                "student": student,
-                "teacher": teacher,
-                "verdict": report["verdict"],
-                "predicted_gain": report["predicted_gain"],
-                "first_gain": report["continuation"][0]["gain"],
-                "overlap_ratio": report["metrics"]["overlap_ratio"]["mean"],
-                "mass": min(
-                    report["metrics"][f"overlap_mass_{side}"]["mean"]
-                    for side in ("student", "teacher")
-                ),
-                "reverse_kl": report["metrics"]["reverse_kl"]["mean"],
-                "auroc": report["auroc"],
-                "gain": result["accuracy_after"]["mean"] - result["accuracy_before"]["mean"],
-                **result,
-            }
-        )
-    return runs
+        name = there.get((student, teacher), name_of(student, teacher))
+        found[name] = arm(student, teacher)
+    return found
+
+
+ARMS = arms()
+
+
+def diagnosis(lab, student, teacher, prompts):
+    """The report of analysis.diagnose_pair, without what is by position."""
+    pair = lab.load(student, teacher)
+    report = diagnose_pair(
+        pair,
+        lab.rows(pair, 8 if lab.quick else prompts),
+        answered=answered,
+        rollout=rollout,
+        n=2,
+        max_new_tokens=96,
+        seed=lab.seed,
+    )
+    del report["by_position"]
+    return {"report": report}
+
+
+PROBES = {
+    f"diagnosis of {name}": (
+        diagnosis,
+        {"student": of_name.student, "teacher": of_name.teacher, "prompts": 128},
+    )
+    for name, of_name in ARMS.items()
+}
 
 
 def ranks(x):
@@ -123,91 +102,131 @@ def ranks(x):
 
 def spearman(x, y):
     """The correlation of the ranks: float, or None where one of them does not vary."""
-    x, y = ([r - (len(x) + 1) / 2 for r in ranks(values)] for values in (x, y))
-    scale = (sum(a * a for a in x) * sum(b * b for b in y)) ** 0.5
-    return sum(a * b for a, b in zip(x, y)) / scale if scale else None
+    middle = (len(x) + 1) / 2
+    a = [rank - middle for rank in ranks(x)]
+    b = [rank - middle for rank in ranks(y)]
+    scale = (sum(r * r for r in a) * sum(r * r for r in b)) ** 0.5
+    return sum(r * s for r, s in zip(a, b)) / scale if scale else None
 
 
-def report(made, out):
-    runs = made["runs"]
-    lines = [
-        f"{'student':12} {'teacher':12} {'seed':>4} {'before':>7} {'teacher':>7} {'overlap':>7} "
-        f"{'mass':>6} {'rev.KL':>7} {'predicted gain':>16} {'realised':>8} {'recovery':>8}  "
-        "verdict"
-    ]
-    for r in sorted(runs, key=lambda r: PAIRS.index((r["student"], r["teacher"]))):
-        recovered = "-" if r["gap_recovery"] is None else f"{r['gap_recovery']:.2f}"
-        predicted = r["predicted_gain"]
-        lines.append(
-            f"{r['student']:12} {r['teacher']:12} {r['seed']:4d} "
-            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_teacher']['mean']:7.3f} "
-            f"{r['overlap_ratio']:7.3f} {r['mass']:6.3f} "
-            f"{r['reverse_kl']:7.3f} {predicted['mean']:+8.3f} +- "
-            f"{predicted['standard_error']:.3f} {r['gain']:+8.3f} {recovered:>8}  {r['verdict']}"
-        )
-    realised = [r["gain"] for r in runs]
-    predictors = {
-        "predicted gain": [r["predicted_gain"]["mean"] for r in runs],
-        "teacher's lead in score": [r["first_gain"]["mean"] for r in runs],
-        "overlap ratio": [r["overlap_ratio"] for r in runs],
-        "minus reverse KL": [-r["reverse_kl"] for r in runs],
-    }
-    lines.append("")
-    for name, values in predictors.items():
-        each = []
-        for seed in sorted({r["seed"] for r in runs}):
-            mine = [i for i, r in enumerate(runs) if r["seed"] == seed]
-            rank = spearman([values[i] for i in mine], [realised[i] for i in mine])
-            each.append(f"{rank or 0:.2f}")
-        lines.append(
-            f"Spearman with the realised gain: {name:24} {spearman(values, realised) or 0:5.2f}   "
-            f"each seed {', '.join(each)}"
-        )
-    known = [r for r in runs if r["gap_recovery"] is not None]
-    rank = spearman(
-        [r["predicted_gain"]["mean"] for r in known], [r["gap_recovery"] for r in known]
-    )
-    lines.append(
-        f"Spearman of the predicted gain with the gap recovery, {len(known)} runs that have one: "
-        f"{rank or 0:.2f}"
-    )
-    lines.append("")
-    for name in analysis.VERDICTS:
-        gains = [r["gain"] for r in runs if r["verdict"] == name]
-        if gains:
-            lines.append(
-                f"{name:44} {len(gains):3d} runs, gain {min(gains):+.3f} .. {max(gains):+.3f}, "
-                f"mean {sum(gains) / len(gains):+.3f}"
+def pairs_of(results):
+    """A dict a run: {"name", "seed", "report", "gain": {way: Difference}}."""
+    found = []
+    for name in ARMS:
+        for run, diagnosed in zip(results[name], results[f"diagnosis of {name}"], strict=True):
+            found.append(
+                {
+                    "name": name,
+                    "seed": run["seed"],
+                    "report": diagnosed["report"],
+                    "gain": {way: gain([run], way) for way in ("T .7", "greedy", "T 1")},
+                }
             )
-    judged = judge(runs)
-    write_text("\n".join(lines + verdicts(judged)), made, out)
-    plot.forecast(
-        out.with_suffix(".json"),
-        out.with_suffix(".svg"),
-        f"Spearman {judged[0][2]}, {len(runs)} runs",
-    )
+    return found
 
 
-def judge(runs):
-    """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    rank, promised = (
-        spearman([r["predicted_gain"]["mean"] for r in runs], [r["gain"] for r in runs]) or 0,
-        {},
-    )
-    for r in runs:
-        if r["verdict"] == analysis.SHOULD_WORK:
-            promised.setdefault((r["student"], r["teacher"]), []).append(r["gain"])
-    broken = [f"{s} <- {t}" for (s, t), gains in promised.items() if sum(gains) < 0]
-    return [
-        ("forecast rank", "Spearman >= 0.8", f"{rank:.2f}", rank >= 0.8),
-        (
-            "forecast promise",
-            'no "should work" below zero',
-            ", ".join(broken) or "none",
-            not broken,
-        ),
+PREDICTORS = {
+    "predicted gain (mean over depths)": lambda report: report["predicted_gain"]["mean"],
+    "teacher's lead at T .7": lambda report: report["continuation"][0]["gain"]["mean"],
+    "teacher's greedy lead": lambda report: report["greedy"]["gain"]["mean"],
+    "overlap ratio": lambda report: report["metrics"]["overlap_ratio"]["mean"],
+    "minus reverse KL": lambda report: -report["metrics"]["reverse_kl"]["mean"],
+}
+
+
+def by_seed(pairs, value, way):
+    """Spearman of something with the gain that came, a number a seed."""
+    found = []
+    for seed in sorted({pair["seed"] for pair in pairs}):
+        mine = [pair for pair in pairs if pair["seed"] == seed]
+        values = [value(pair["report"]) for pair in mine]
+        found.append(spearman(values, [pair["gain"][way].mean for pair in mine]))
+    return found
+
+
+def judge(results):
+    """The criteria above."""
+    pairs = pairs_of(results)
+    ranked = by_seed(pairs, PREDICTORS["predicted gain (mean over depths)"], "T .7")
+    promised = [pair for pair in pairs if pair["report"]["verdict"] == SHOULD_WORK]
+    kept = [
+        all(pair["gain"][way].mean > pair["gain"][way].noise for way in ("T .7", "greedy"))
+        for pair in promised
     ]
+    nothing = [pair for pair in pairs if pair["report"]["verdict"].startswith("nothing new")]
+    gains = [pair["gain"]["greedy"].mean for pair in nothing]
+    findings = [
+        Finding(
+            "ours",
+            "the diagnosis ranks the gains beforehand",
+            "not there",
+            f"Spearman {each(ranked)}",
+            every_seed((x or 0) >= 0.8 for x in ranked),
+        )
+    ]
+    if promised:
+        findings.append(
+            Finding(
+                "ours",
+                'a pair that "should work" gains',
+                "not there",
+                f"{sum(kept)} of {len(kept)} runs",
+                lab.HOLDS if all(kept) else lab.CONTRADICTED,
+            )
+        )
+    if nothing:
+        findings.append(
+            Finding(
+                "ours",
+                'a pair with "nothing new to teach" gains no knowledge',
+                "not there",
+                f"at most {max(gains):+.3f} greedily in {len(gains)} runs",
+                lab.HOLDS if max(gains) < lab.MARGIN else lab.CONTRADICTED,
+            )
+        )
+    return findings
+
+
+def more(results):
+    """Every pair, the predictors, and what came by verdict."""
+    pairs = pairs_of(results)
+    lines = [
+        "",
+        f"{'pair':26} seed {'overlap':>7} {'mass':>6} {'rev. KL':>7} "
+        f"{'predicted gain':>16} {'greedy lead':>11} {'came, T .7':>10} {'greedy':>7}  verdict",
+    ]
+    for pair in pairs:
+        report = pair["report"]
+        metrics = report["metrics"]
+        sides = ("overlap_mass_student", "overlap_mass_teacher")
+        mass = min(metrics[side]["mean"] for side in sides)
+        predicted = report["predicted_gain"]
+        lines.append(
+            f"{pair['name']:26} {pair['seed']:4d} {metrics['overlap_ratio']['mean']:7.3f} "
+            f"{mass:6.3f} {metrics['reverse_kl']['mean']:7.3f} {predicted['mean']:+8.3f} +- "
+            f"{predicted['standard_error']:.3f} {report['greedy']['gain']['mean']:+11.3f} "
+            f"{pair['gain']['T .7'].mean:+10.3f} {pair['gain']['greedy'].mean:+7.3f}  "
+            f"{report['verdict']}"
+        )
+    lines.append("")
+    for name, value in PREDICTORS.items():
+        lines.append(
+            f"Spearman, each seed: {name:34} with the gain at T .7 "
+            f"{each(by_seed(pairs, value, 'T .7'))}; greedily "
+            f"{each(by_seed(pairs, value, 'greedy'))}"
+        )
+    lines.append("")
+    for verdict in VERDICTS:
+        mine = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == verdict]
+        if not mine:
+            continue
+        ranges = []
+        for way in ("T .7", "greedy"):
+            gains = [x[way].mean for x in mine]
+            ranges.append(f"{min(gains):+.3f} .. {max(gains):+.3f} {way}")
+        lines.append(f"{verdict:62} {len(mine):3d} runs, gain {', '.join(ranges)}")
+    return lines
 
 
 if __name__ == "__main__":
-    main("forecast", __doc__, seed_runs, report)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, models=MODELS, more=more)

@@ -1,33 +1,50 @@
-"""experiments/lab.py: what the experiments share: their flags, one distillation, and how results
-are written down."""
+"""experiments/lab.py: what the toy's experiments share: worlds, arms, measuring, and four words.
+
+An arm is one training run: who learns from whom, and with which settings. A probe measures models
+without training. Either is run once for each seed, and its result is a file of its own,
+results/toy/NAME-SEED.json, with the settings, the commit and the CPU seconds that made it. Several
+scripts may ask for the same arm. So an arm can be added, or removed and run again, by itself.
+
+Worlds and runs are kept in --worlds. What is missing there is made again from its seed. A run that
+was killed goes on from its checkpoint.
+"""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
+import torch
 import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402
 import toy  # noqa: E402
 
-import analysis  # noqa: E402
 import opd  # noqa: E402
+from analysis import estimate  # noqa: E402
 from plumbing import figures, files, models, prompts, slots  # noqa: E402
+from plumbing.answers import answered  # noqa: E402
 from plumbing.flags import PRESETS, Config  # noqa: E402
+from recipes import in_template  # noqa: E402
 from rollout import seed_of  # noqa: E402
 
+RESULTS = ROOT / "experiments" / "results"
+NEW_TOKENS = 96  # of a response; a solution takes some 33
 CURVES = (
     "step",
     "loss",
+    "reverse_kl",
     "overlap_ratio",
     "overlap_mass_student",
     "overlap_mass_teacher",
@@ -35,97 +52,221 @@ CURVES = (
     "entropy_gap",
     "largest_gap",
     "entropy_student",
-    "reverse_kl",
-    "reward",
     "response_length",
-    "grad_norm",
-    "time_update",
     "truncated_fraction",
+    "grad_norm",
     "accuracy",
 )
-
-MADE_BY = ("commit", "dirty")  # the code, of the provenance
-# of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take
-# away
-MARGIN = 0.05
-EARLIER = []  # seconds of the runs, or parts of runs, that were found on the disk
+POINTS = 100  # of a curve that is kept
 
 
-def distil(student, teacher, world, out, **settings):
-    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result,
-    its curves."""
-    return run(
-        **{
-            **PRESETS["toy"],
-            **dict(
-                student=str(student),
-                teacher=str(teacher),
-                prompts=str(world / "prompts.jsonl"),
-                device="cpu",
-                eval=str(world / "eval.jsonl"),
-                out=str(out),
-            ),
-            **settings,
-        }
-    )
+# --- arms -----------------------------------------------------------------------------------------
 
 
-def run(**settings):
-    """A run of opd.py, or of one that was killed in the same directory what is left: -> its
-    result, its curves. What had been run before this call is counted in EARLIER, in seconds.
+@dataclass(frozen=True)
+class Arm:
+    """One training run.
 
-    Raises SystemExit where the directory holds a run of other settings or of another commit.
+    student, teacher: models of the world. settings: flags of opd.py, where they are not those of
+    the toy preset; a file is one of the world's folder. train: in place of opd.py, a function of
+    (lab, arm, folder) that leaves folder/student and returns what else is to be kept. exams: the
+    templates under which accuracy is measured.
     """
-    out, cfg = Path(settings["out"]), Config(**settings)
-    had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
-    asked = {
-        **dataclasses.asdict(cfg),
-        **{name: x for name, x in files.provenance().items() if name in MADE_BY},
-    }
-    for name in ("steps", "resume", "micro_batch_tokens"):
-        del asked[name]
-    if (
-        had
-        and any(had.get(name) != value for name, value in asked.items())
-        or result
-        and result["steps"] > cfg.steps
-    ):
-        raise SystemExit(
-            f"{out} holds a run of other settings or of another commit; take another --runs"
-        )
-    started = time.perf_counter()
-    if result is None or result["steps"] < cfg.steps:
-        opd.distil(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists()))
-    rows, result = figures.read_rows(out), plot.read_json(out / "result.json")
-    EARLIER.append(max(0, result["seconds"] - (time.perf_counter() - started)))
-    return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
+
+    student: str
+    teacher: str
+    settings: dict = field(default_factory=dict)
+    train: Callable = None
+    exams: dict = field(default_factory=lambda: {"accuracy": toy.PLAIN})
 
 
-def load(student, teacher, **settings):
-    """Two directories of models -> teacher.Pair, on the CPU if nothing else is said."""
-    return models.load_pair(str(student), str(teacher), **{"device": "cpu", **settings})
+def arm(student, teacher, **settings):
+    return Arm(student, teacher, settings)
 
 
-def encoded(pair, path, count=None, max_prompt_tokens=64, new_tokens=96):
-    """The first `count` prompts of a file with their token ids: list of rows."""
-    rows = prompts.load_prompts(path)[:count]
-    return prompts.encode_rows(
-        pair, rows, max_prompt_tokens=max_prompt_tokens, new_tokens=new_tokens
-    )
+class Lab:
+    """One seed: its world of models, its runs, its results."""
 
+    def __init__(self, seed, worlds, results, quick=False, more_models=None):
+        self.seed = seed
+        self.quick = quick
+        self.world = Path(worlds) / f"world-{seed}"
+        self.results = Path(results)
+        self.scale = toy.QUICK if quick else toy.FULL
+        self.models = {**toy.MODELS, **(more_models or {})}
 
-def write(pair, prompt_ids, *, seed, **how):
-    """What the student of a pair writes to prompts (token ids): -> Rollout, see rollout.rollout."""
-    seeds = [seed_of(seed, "experiment", i) for i in range(len(prompt_ids))]
-    with pair.autocast():
+    def model(self, name):
+        """The folder of a model of this world, made if it is not there."""
+        if not toy.is_made(self.world / name):
+            toy.make_missing(self.world, self.seed, (name,), self.scale, self.models)
+        return self.world / name
+
+    def load(self, student, teacher):
+        """Two names or folders -> teacher.Pair on the CPU."""
+        paths = [x if isinstance(x, Path) else self.model(x) for x in (student, teacher)]
+        return models.load_pair(*map(str, paths), device="cpu")
+
+    def rows(self, pair, count, name="prompts", template=toy.PLAIN):
+        """The first prompts of a file of this world with their token ids: list of dicts."""
+        found = prompts.load_prompts(self.world / f"{name}.jsonl")[:count]
+        found = in_template(found, template)
+        return prompts.encode_rows(pair, found, max_prompt_tokens=64, new_tokens=NEW_TOKENS)
+
+    def write(self, pair, rows, what, **how):
+        """What the student of a pair writes to rows: -> Rollout."""
+        seeds = [seed_of(self.seed, what, i) for i in range(len(rows))]
         return slots.rollout(
             pair.student,
-            prompt_ids,
+            [row["ids"] for row in rows],
             seeds=seeds,
+            max_new_tokens=NEW_TOKENS,
             in_flight=pair.in_flight,
             **pair.sampling,
             **how,
         )
+
+    def once(self, name, asked, make):
+        """The result of that name: read if it is there, else made and kept.
+
+        asked: what decides it, plain values. SystemExit if the file was made with other ones.
+        """
+        path = self.results / "toy" / file_name(name, self.seed)
+        asked = json.loads(json.dumps(asked))
+        if path.exists():
+            found = files.read_json(path)
+            if found["asked"] != asked:
+                raise SystemExit(
+                    f"{path} was made with other settings; remove it, and {name} is run again"
+                )
+            return found
+        origin = files.provenance()
+        started = time.process_time()
+        made = {"name": name, "seed": self.seed, "asked": asked, **make(), **origin}
+        made["seconds"] = round(time.process_time() - started, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_result(path, made)
+        return made
+
+    def run(self, name, arm):
+        """An arm: -> its result."""
+        return self.once(name, self.asked(arm), lambda: self.train(name, arm))
+
+    def asked(self, arm):
+        """What decides the result of an arm."""
+        asked = {"student": arm.student, "teacher": arm.teacher, "steps": 100}
+        asked.update(PRESETS["toy"])
+        asked.update(arm.settings)
+        if arm.train is not None:
+            asked["train"] = arm.train.__name__
+        if self.quick:
+            asked.update(batch_size=8, steps=min(asked["steps"], 4))
+            if "cold_start" in asked:
+                asked.update(cold_start=16, cold_start_steps=2)
+        return asked
+
+    def train(self, name, arm):
+        """Train and measure an arm: -> what its result holds."""
+        self.model(arm.student)
+        self.model(arm.teacher)
+        folder = self.folder(name)
+        made = (arm.train or run_opd)(self, arm, folder)
+        for exam, template in arm.exams.items():
+            made[exam] = {
+                "before": self.accuracies(self.model(arm.student), template),
+                "after": self.accuracies(folder / "student", template),
+                "teacher": self.accuracies(self.model(arm.teacher), template),
+            }
+        return made
+
+    def folder(self, name):
+        """Where an arm is run."""
+        return self.world / "runs" / slug(name)
+
+    def trained(self, name, arm):
+        """The folder of an arm's student, trained again if it is not there."""
+        folder = self.folder(name)
+        if not (folder / "student" / "config.json").exists():
+            self.train(name, arm)
+        return folder / "student"
+
+    def accuracies(self, folder, template=toy.PLAIN):
+        """Of a saved model on the held-out prompts, one answer to each, sampled in toy.WAYS.
+
+        -> {way: {"mean", "standard_error", "prompts", "right": a bit a prompt, in hexadecimal
+        digits}}. Every model gets the same random numbers. Kept beside the model.
+        """
+        path = Path(folder) / f"accuracy-{files.digest(template)[:8]}.json"
+        if path.exists():
+            return files.read_json(path)
+        pair = self.load(folder, folder)
+        rows = self.rows(pair, self.scale.held_out, "eval", template)
+        found = {}
+        for way, how in toy.WAYS.items():
+            right, _ = answered(pair, rows, n=1, max_new_tokens=NEW_TOKENS, seed=self.seed, **how)
+            found[way] = {
+                **estimate(right.double().mean(1)),
+                "prompts": len(rows),
+                "right": hexadecimal(right),
+            }
+        files.write_json(path, found)
+        return found
+
+
+def slug(name):
+    """A name as that of a file: "sft, opd" -> "sft-opd"."""
+    return name.replace(",", "").replace(" ", "-")
+
+
+def file_name(name, seed):
+    return f"{slug(name)}-{seed}.json"
+
+
+def run_opd(lab, arm, folder):
+    """A run of opd.py, or what is left of one that was killed: -> distances and curves."""
+    some = lab.world / "eval-256.jsonl"  # to follow a run; what counts is measured on all
+    lines = (lab.world / "eval.jsonl").read_text().splitlines(keepends=True)
+    some.write_text("".join(lines[:256]))
+    asked = lab.asked(arm)
+    for name in ("prompts", "aligned_prompts"):
+        if name in asked:
+            asked[name] = str(lab.world / asked[name])
+    cfg = Config(
+        **{
+            "prompts": str(lab.world / "prompts.jsonl"),
+            "eval_every": max(1, asked["steps"] // 5),
+            "eval_max_new_tokens": NEW_TOKENS,
+            "seed": lab.seed,
+            "device": "cpu",
+            **asked,
+            "student": str(lab.model(arm.student)),
+            "teacher": str(lab.model(arm.teacher)),
+            "eval": str(some),
+            "out": str(folder),
+        }
+    )
+    if not (folder / "result.json").exists():
+        is_begun = (folder / "checkpoint" / "state.pt").exists()
+        with contextlib.redirect_stdout(io.StringIO()):  # its lines are in metrics.jsonl
+            opd.distil(dataclasses.replace(cfg, resume=is_begun))
+    found = files.read_json(folder / "result.json")
+    kept = {name: x for name, x in found.items() if name.startswith("held_out")}
+    for distances in kept.values():
+        distances.pop("by_position", None)
+    return {**kept, "curves": curves(figures.read_rows(folder))}
+
+
+def curves(rows):
+    """{metric: values against the step} of a run, at most POINTS and the last."""
+    every = math.ceil(len(rows) / POINTS) or 1
+    kept = rows[::every]
+    if rows and kept[-1] is not rows[-1]:
+        kept.append(rows[-1])
+    found = {name: [short(row.get(name)) for row in kept] for name in CURVES}
+    # accuracy is known at a few steps only, so that no point may be left out
+    known = [row for row in rows if row.get("accuracy") is not None]
+    found["evaluated"] = [row["step"] for row in known]
+    found["accuracy"] = [short(row["accuracy"]) for row in known]
+    return found
 
 
 def short(x):
@@ -133,177 +274,285 @@ def short(x):
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
+def hexadecimal(right):
+    """Right or wrong, (prompts, 1) bool -> hexadecimal digits, four prompts in each."""
+    bits = "".join(str(int(x)) for x in right.flatten().tolist())
+    digits = math.ceil(len(bits) / 4)
+    return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
+
+
+def bits(digits):
+    """The inverse of hexadecimal: -> (4 * digits,) of 0. and 1."""
+    text = f"{int(digits, 16):0{4 * len(digits)}b}"
+    return torch.tensor([float(x) for x in text], dtype=torch.float64)
+
+
+def write_result(path, made):
+    """A JSON file with a line for each key."""
+    made = files.finite_or_null(made)
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in made.items()]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
+    files.write_whole(path, lambda file: file.write(text.encode()))
+
+
+# --- four words -----------------------------------------------------------------------------------
+
+HOLDS = "holds"
+CONTRADICTED = "contradicted"  # the opposite, or shown equal where the paper finds a difference
+UNDECIDED = "undecided"  # within noise, or otherwise from seed to seed
+NOT_ASKABLE = "not askable here"
+MARGIN = 0.05  # of accuracy: two arms that differ by less are equal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the findings: what is asked, what the paper has, what was found, and a word."""
+
+    section: str
+    claim: str
+    paper: str
+    found: str
+    word: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two accuracies, mean over seeds, and its noise: two standard errors.
+
+    The standard error is that over prompts, in pairs, pooled over the seeds.
+    """
+
+    mean: float
+    noise: float
+
+    def __str__(self):
+        return f"{self.mean:+.3f} ± {self.noise:.3f}"
+
+    @property
+    def is_equal(self):
+        """A test of equivalence: the difference, noise included, is less than MARGIN."""
+        return abs(self.mean) + self.noise < MARGIN
+
+
+def difference(ours, theirs, way, when="after", than=None, exam="accuracy"):
+    """Accuracy of one arm `when` - that of another `than`, the same seeds in both: Difference.
+
+    when, than: "before", "after" or "teacher"; way: one of toy.WAYS.
+    """
+    means = []
+    variances = []
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["seed"] == b["seed"]
+        off = bits(a[exam][when][way]["right"]) - bits(b[exam][than or when][way]["right"])
+        means.append(off.mean().item())
+        variances.append((off.var() / len(off)).item())
+    return Difference(mean(means), 2 * math.sqrt(sum(variances)) / len(means))
+
+
+def gain(runs, way, when="after", than="before", exam="accuracy"):
+    """How far an arm came: accuracy after - before."""
+    return difference(runs, runs, way, when, than, exam)
+
+
+def above(x):
+    """Is a Difference positive? -> a word."""
+    if x.mean > x.noise:
+        return HOLDS
+    if x.mean < -x.noise or x.is_equal:
+        return CONTRADICTED
+    return UNDECIDED
+
+
+def below(x):
+    return above(Difference(-x.mean, x.noise))
+
+
+def equal(x):
+    """Is a Difference none? -> a word. Contradicted: it is surely more than MARGIN."""
+    if x.is_equal:
+        return HOLDS
+    if abs(x.mean) - x.noise > MARGIN:
+        return CONTRADICTED
+    return UNDECIDED
+
+
+def every_seed(facts):
+    """Of something that is or is not in each seed: -> a word."""
+    facts = list(facts)
+    if all(facts):
+        return HOLDS
+    return UNDECIDED if any(facts) else CONTRADICTED
+
+
+def together(*words):
+    """One word for several: all must hold."""
+    for word in (NOT_ASKABLE, CONTRADICTED, UNDECIDED):
+        if word in words:
+            return word
+    return HOLDS
+
+
+def recovery(run, way, exam="accuracy"):
+    """The share of its teacher's lead that one run made up: float. NaN without a sure lead."""
+    lead = difference([run], [run], way, "teacher", "before", exam)
+    if abs(lead.mean) <= lead.noise:
+        return math.nan
+    return gain([run], way, exam=exam).mean / lead.mean
+
+
+def share(a, b):
+    """a / b, NaN if b is 0."""
+    return a / b if b else math.nan
+
+
+def each(values, form=".2f"):
+    """A number a seed, to read: "0.98, 1.00, 0.97"."""
+    return ", ".join("-" if value is None else format(value, form) for value in values)
+
+
+def over_seeds(runs, value):
+    return mean(value(run) for run in runs)
+
+
+def held_out(run, when, name):
+    """A metric on held-out prompts "before", after the "cold_start", or "after": float."""
+    return run[f"held_out_{when}"][name]
+
+
+# --- a script -------------------------------------------------------------------------------------
+
+
 def first_sentence(about):
     """The first paragraph of a docstring, in one line."""
     return " ".join(about.split("\n\n")[0].split())
 
 
-def main(name, about, seed_runs, report, own=None, curves=CURVES):
-    """The command line of one experiment; writes results/<name>.json and calls report(results,
-    path without suffix).
+def main(about, arms, judge, *, probes=None, models=None, prepare=None, more=None, draw=None):
+    """The command line of a script: runs what is missing, then reports.
 
-    seed_runs(seed, world, scratch, quick) -> list of dicts, one a run; world: a directory whose
-    models are kept and used again where --worlds names one. report prints the table, and writes
-    <name>.txt and <name>.svg. own: {flag: help} of what this experiment cannot run without;
-    seed_runs is handed it by name. curves: the ones that the results file keeps.
+    arms: {name: Arm}. probes: {name: (function of (lab, **asked), asked)}. judge: a function of
+    {name: [result, one a seed]} -> [Finding]. models: of the world, beside toy.MODELS. prepare: a
+    function of a Lab, called before its first run. more: a function of the results -> further
+    lines of the table. draw: a function of the results and
+    a path without suffix, for the figure.
     """
+    name = Path(sys.argv[0]).stem
+    probes = probes or {}
     parser = argparse.ArgumentParser(description=first_sentence(about))
-    for flag, text in (own or {}).items():
-        parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
-        "--worlds",
-        help="directory for the models, kept and used again (default: --runs, or else a "
-        "temporary one)",
+        "--only", nargs="+", default=[], help="these arms and probes, and no report"
     )
     parser.add_argument(
-        "--runs",
-        help="directory for the runs, kept; one that was killed goes on from its checkpoint "
-        "(default: a temporary one)",
+        "--worlds", default="runs/worlds", help="folder of models and runs (runs/worlds)"
     )
-    parser.add_argument("--out", default=str(ROOT / "experiments" / "results"))
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one seed, models and runs of a few steps: does it run?",
-    )
-    parser.add_argument(
-        "--report",
-        nargs="*",
-        help="run nothing: table, verdicts and figure from the results file, or "
-        "from several (of seeds that ran side by side), which are joined into one",
+        "--quick", action="store_true", help="one seed, a few steps: does it run? Keeps nothing"
     )
     flags = parser.parse_args()
+    unknown = set(flags.only) - {*arms, *probes}
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: there are {', '.join([*arms, *probes])}")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    out = Path(flags.out) / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if flags.report is not None:
-        made = join(
-            [
-                json.loads(Path(path).read_text())
-                for path in flags.report or [out.with_suffix(".json")]
-            ]
-        )
-        return save(made, out, curves, report)
-    given = {flag: getattr(flags, flag) for flag in own or {}}
-    missing = [f"--{flag}" for flag, value in given.items() if not value]
-    if missing:
-        parser.error(f"{', '.join(missing)}: needed; see --help")
-    if flags.quick:
-        flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
-        toy.HELD_OUT = 16
-        PRESETS["toy"].update(batch_size=8, max_new_tokens=32)
-    started, origin, runs = time.perf_counter(), files.provenance(), []
     with tempfile.TemporaryDirectory() as scratch:
-        for seed in flags.seeds:
-            world = Path(flags.worlds or flags.runs or scratch) / f"world-{seed}"
-            runs += seed_runs(seed, world, Path(flags.runs or scratch), flags.quick, **given)
-    made = {**origin, "seconds": round(time.perf_counter() - started + sum(EARLIER)), "runs": runs}
-    if flags.quick:
-        out = Path(tempfile.mkdtemp()) / name  # its numbers mean nothing
-    save(made, out, curves, report)
+        out = Path(flags.out)
+        if flags.quick:
+            flags.seeds = [0]
+            flags.worlds = str(Path(scratch) / "worlds")
+            out = Path(scratch)  # its numbers mean nothing
+        if not flags.report:
+            for seed in flags.seeds:
+                lab = Lab(seed, flags.worlds, out, flags.quick, models)
+                if prepare is not None:
+                    prepare(lab)
+                run_all(lab, arms, probes, flags.only)
+        if not flags.only:
+            results = read_results(out, [*arms, *probes])
+            findings = judge(results)
+            lines = [*table(results, arms), *(more(results) if more else []), ""]
+            lines += verdicts(findings)
+            lines += provenance(results)
+            print("\n".join(lines))
+            (out / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            if draw is not None:
+                draw(results, out / name)
 
 
-def save(made, out, curves, report):
-    for run in made["runs"]:
-        if "curves" in run:
-            run["curves"] = {name: x for name, x in run["curves"].items() if name in curves}
-    files.write_json(out.with_suffix(".json"), made)
-    report(made, out)
+def run_all(lab, arms, probes, only):
+    """Run what is asked for and not there, one after the other."""
+    wanted = only or [*arms, *probes]
+    for name in wanted:
+        if name in arms:
+            lab.run(name, arms[name])
+        else:
+            function, asked = probes[name]
+            lab.once(name, asked, lambda function=function, asked=asked: function(lab, **asked))
+        print(f"seed {lab.seed}: {name}", file=sys.stderr, flush=True)
 
 
-def join(parts, key="runs"):
-    """Results of several commands as one: the runs one after the other, the commands and their
-    seconds listed."""
-    commands = [part["command"] for part in parts]
-    if len(set(commands)) < len(parts):
-        raise SystemExit("the same results twice")
-    if len({(part["commit"], part["threads"]) for part in parts}) > 1:
-        raise SystemExit("these results come from different commits, or numbers of threads")
-    return {
-        **parts[0],
-        "command": " ; ".join(commands),
-        "seconds": sum(part["seconds"] for part in parts),
-        key: [run for part in parts for run in part[key]],
-    }
+def read_results(out, names):
+    """{name: [result, one a seed]} of the seeds that have all of them. SystemExit if none has."""
+    found = {}
+    for name in names:
+        found[name] = {}
+        for path in (Path(out) / "toy").glob(file_name(name, "*")):
+            seed = path.stem.removeprefix(f"{slug(name)}-")
+            if seed.isdigit():
+                found[name][int(seed)] = files.read_json(path)
+    seeds = set.intersection(*(set(of_name) for of_name in found.values()))
+    if not seeds:
+        lacking = min(names, key=lambda name: len(found[name]))
+        raise SystemExit(f"no seed has all results yet; {lacking} is missing")
+    return {name: [of_name[seed] for seed in sorted(seeds)] for name, of_name in found.items()}
 
 
-def difference(ours, theirs, of=("accuracy_after",), than=None):
-    """Mean over seeds of an accuracy of ours - one of theirs, and its noise: two standard errors,
-    by the prompts of the evaluation, in pairs (analysis.ahead), or by the spread between the
-    seeds, whichever is larger.
-
-    of: its keys in each of ours; than: those in theirs, where they are others. Of several the
-    mean in a run is taken, of their standard errors too: they are of the same prompts.
-    """
-    each, variances = [], []
-    for a, b in zip(ours, theirs, strict=True):
-        leads = [lead(a[mine], b[other]) for mine in of for other in (than or [mine])]
-        each.append(mean(x["mean"] for x in leads))
-        variances.append(mean(x["standard_error"] for x in leads) ** 2)
-    spread = stdev(each) ** 2 if len(each) > 1 else 0
-    return mean(each), 2 * math.sqrt(max(mean(variances), spread) / len(each))
-
-
-def lead(a, b):
-    """How far accuracy a is ahead of b: {"mean", "standard_error"}.
-
-    Prompt by prompt (analysis.ahead) where both know their prompts. Older results do not: the two
-    errors are added up.
-    """
-    if "each" in a and "each" in b:
-        return analysis.ahead(a, b)
-    errors = [math.inf if x["standard_error"] is None else x["standard_error"] for x in (a, b)]
-    return {"mean": a["mean"] - b["mean"], "standard_error": math.hypot(*errors)}
-
-
-def recovery(run):
-    """The share of its teacher's lead that a student made up: float.
-
-    None if student and teacher lie within two standard errors.
-    """
-    gap = lead(run["accuracy_teacher"], run["accuracy_before"])
-    if not analysis.sure(gap):
-        return None
-    return (run["accuracy_after"]["mean"] - run["accuracy_before"]["mean"]) / gap["mean"]
-
-
-def equal(off, noise):
-    """Whether a difference of accuracy means "as good": it is within its noise, and with its
-    noise within MARGIN. This is TOST, two one-sided tests of 2.5 % each, and asks besides for
-    what "within noise" asked alone. So noise cannot make a finding hold.
-    """
-    return abs(off) <= noise and abs(off) + noise < MARGIN
-
-
-def told(x, noise):
-    return f"{x:+.3f} (noise {noise:.3f})"
-
-
-def make_models(world, seed):
-    """All models of a toy world, made where they are not there whole."""
-    if not (world / "other" / "tokenizer_config.json").exists():
-        toy.make_all(world, seed, everything=True)
-
-
-def verdicts(judged):
-    """What a judge found, [(name, criterion, what was found, does it hold)], as lines with
-    columns."""
-    name, criterion = (max(len(line[i]) for line in judged) for i in (0, 1))
-    lines = []
-    for line in judged:
-        holds = "holds" if line[3] else "DOES NOT HOLD"
-        lines.append(f"{line[0]:{name}}  {line[1]:{criterion}}  {line[2]}  {holds}")
+def table(results, arms):
+    """A line a run: accuracies before, after, and of the teacher; a list of lines."""
+    width = max(map(len, arms))
+    titles = " ".join(f"{f'{way}: before, after, teacher':>28}" for way in toy.WAYS)
+    lines = [f"{'arm':{width}} seed {titles} {'overlap':>14} {'reverse KL':>16}"]
+    for name in arms:
+        for run in results[name]:
+            cells = []
+            for way in toy.WAYS:
+                three = [
+                    run["accuracy"][when][way]["mean"] for when in ("before", "after", "teacher")
+                ]
+                cells.append(f"{three[0]:12.3f} {three[1]:7.3f} {three[2]:7.3f}")
+            line = f"{name:{width}} {run['seed']:4d} {' '.join(cells)}"
+            if "held_out_after" in run:
+                a = run["held_out_before"]
+                b = run["held_out_after"]
+                line += f" {a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f}"
+                line += f" {a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f}"
+            lines.append(line)
     return lines
 
 
-def write_text(text, made, out):
-    """Print a table with what made it, and keep it beside the results."""
-    text += (
-        f"\n{made['command']}, commit {made['commit']}, "
-        f"{made['seconds']} s on {made['threads']} thread(s)"
-    )
-    print(text)
-    out.with_suffix(".txt").write_text(text + "\n")
+def verdicts(findings):
+    """Findings as lines: the word first."""
+    lines = []
+    for x in findings:
+        lines.append(f"{x.section:10} {x.word:16} {x.claim}: {x.found}")
+    return lines
+
+
+def provenance(results):
+    """What made the results, in four lines."""
+    runs = [run for of_name in results.values() for run in of_name]
+    commits = sorted({run["commit"] + (" and changes" if run["dirty"] else "") for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
+    seconds = sum(run["seconds"] for run in runs)
+    prompts = {run["accuracy"]["after"]["T .7"]["prompts"] for run in runs if "accuracy" in run}
+    return [
+        "",
+        "accuracy: T 1; T .7 with top-p .95; greedy. One answer to each of "
+        f"{', '.join(map(str, prompts))} held-out prompts.",
+        "± is noise: two standard errors of the paired difference over prompts, pooled over seeds.",
+        f"seeds {', '.join(map(str, seeds))}; commits {', '.join(commits)}; "
+        f"{seconds:.0f} CPU seconds, those of arms that other scripts share included",
+    ]

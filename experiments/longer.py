@@ -22,8 +22,8 @@ right after it is printed.
 
 import plot
 from again import COLD, runs_of, teach_words
-from lab import difference, main, told, verdicts, write_text
 from real import distilled, of, write_questions
+from real_lab import difference, main, told, verdicts, write_text
 
 NEEDED = {
     "base": "the chat model of real.py",

@@ -1,140 +1,88 @@
-"""experiments/mechanism.py: why it works (paper 4), on the toy world, three seeds.
+"""experiments/mechanism.py: why does it work (paper 4)? Toy models.
 
-4.1, progressive alignment. The same student learns from two teachers of its own family: the
-post-trained one ("success") and the bigger one of the same pipeline ("failure"). The first and
-last five steps, means over seeds; holds if
-    overlap     rises by .15 or more in success, and by less than half of that rise in failure
-    masses      student's and teacher's are both >= .97 at the end of success (the paper:
-                throughout)
-    advantage   its size at least halves in success
-    gap         the entropy gap at least halves in success
-    small loss  failure starts with less than half of success's loss, and less than half of its
-                gradient norm
-    largest     p - q at the token of largest advantage at least halves in success
+    arm                student <- teacher on the support of the loss (4.2); 100 steps
+    success            the student's 16 likeliest tokens
+    bigger             the same, from a teacher that knows no more: the failing run of 4.1
+    intersection       those of them that are among the teacher's 16 likeliest (Overlap Top-k)
+    difference         those that are among the likeliest of one of the two (Non-Overlap Top-k)
+    student, raw; intersection, raw; difference, raw
+                       the same with what the authors' code descends (top-k-released)
 
-4.2, the shared tokens suffice. The success pair on other supports, with Eq. 5 and with what the
-authors' code descends ("raw": log-ratio and, on "difference", weights not renormalised); holds if
-    overlap     "intersection" ends equal to "student" (lab.equal: within noise, and noise included
-                within .05)
-    overlap raw the same of the raw ones; added after Eq. 5 had not held on seed 0, and before it
-                ran
-    others      "difference" ends more than two standard errors below "student", for Eq. 5 and raw
-    fluent      the first two in another world, where they should hold if what is missing is this:
-                of the responses that go wrong, four in five do so first on a token that is not
-                shared, which the intersection cannot correct (`slips`; seed 0 at commit a1bf3b2).
-                There 8 hesitations are favourites and not 15, so that mistakes are among the 16
-                likeliest tokens of both, and pre-training is three times as long, so that little
-                else goes wrong (fixed after a look at seed 9, before seeds 0 to 2 ran). At the
-                learning rate of the others it did not hold: -.024, raw -.017, noise .013 (commit
-                5cd2b96); slips outside of the shared tokens, which nothing holds there, had become
-                more. So these runs take three times the steps at a third of it, which was fixed
-                with Eq. 5's six runs in view, and not the raw ones
+Criteria, fixed before the runs. "Start" and "end" are means over the first and last five steps.
+    4.1 overlap      rises by .15 or more in success, and by less than half of that in bigger, in
+                     every seed
+    4.1 masses       both .97 or more at the end of success, in every seed
+    4.1 advantage, entropy gap, largest gap     each at least halves in success, in every seed
+    4.1 persist      entropy gap and largest gap keep .7 of their size in bigger, in every seed
+    4.1 small loss   bigger starts with less than half of success's loss and less than half of its
+                     gradient norm, in every seed
+    4.2 shared       intersection ends equal to success, at T .7 and greedily; the same, raw
+    4.2 others       difference ends surely below success at T .7 and greedily; the same, raw
+    4.2 self-reinforcing
+                     the overlap ratio of intersection rises by .8 of what it does in success or
+                     more, in every seed; that of difference first falls: in the first half some
+                     five steps lie .01 or more below the start, in every seed
 
-    python experiments/mechanism.py              results/mechanism.{json,txt,svg}
-    python experiments/mechanism.py --quick      one seed, few steps: does it run?
+The probe `slips` tells how the student's responses first go wrong: on a token that is among the 16
+likeliest of both models, which the intersection can correct, or on another one.
+
+    python experiments/mechanism.py              results/mechanism.{txt,svg}
+    python experiments/mechanism.py --quick      a few steps: does it run?
 """
 
-import itertools
 from statistics import mean
-from unittest.mock import patch
 
-import plot
+import lab
+import phenomenology
 import torch
+import toy
 from lab import (
-    MARGIN,
-    PRESETS,
+    Finding,
+    arm,
+    below,
     difference,
-    distil,
+    each,
     equal,
-    load,
-    main,
-    make_models,
-    recovery,
-    told,
-    toy,
-    verdicts,
-    write,
-    write_text,
+    every_seed,
+    share,
+    together,
 )
 
 from loss import support_of
 from rollout import position_ids
 
-PAIRS = {"success": "teacher", "failure": "bigger", "fluent": "teacher"}
-OBJECTIVES = {"": "top-k", ", raw": "top-k-released"}
-SUPPORTS = {
-    name + raw: dict(support=name, objective=objective)
-    for raw, objective in OBJECTIVES.items()
-    for name in ("student", "intersection", "difference")
+ARMS = {
+    "success": phenomenology.ARMS["success"],
+    "bigger": phenomenology.ARMS["bigger"],
+    "intersection": arm("student", "teacher", support="intersection"),
+    "difference": arm("student", "teacher", support="difference"),
+    "student, raw": arm("student", "teacher", objective="top-k-released"),
+    "intersection, raw": arm(
+        "student", "teacher", support="intersection", objective="top-k-released"
+    ),
+    "difference, raw": arm("student", "teacher", support="difference", objective="top-k-released"),
 }
-ENDS = 5  # steps at either end that are averaged
-LR = PRESETS["toy"]["lr"]
-
-
-def seed_runs(seed, world, scratch, quick):
-    make_models(world, seed)
-    steps = 2 * ENDS if quick else 100
-    worlds = {"success": world, "failure": world, "fluent": fluent(world / "fluent", seed)}
-    arms = (
-        [("failure", "student")]
-        + [("success", support) for support in SUPPORTS]
-        + [("fluent", support) for support in SUPPORTS if not support.startswith("difference")]
-    )
-    runs = []
-    for pair, support in arms:
-        where, out = worlds[pair], scratch / f"{pair}-{support}-{seed}"
-        student, teacher, slower = (
-            where / "student",
-            where / PAIRS[pair],
-            3 if pair == "fluent" else 1,
-        )
-        result = distil(
-            student,
-            teacher,
-            where,
-            out,
-            seed=seed,
-            steps=slower * steps,
-            lr=LR / slower,
-            eval_every=slower * steps // 5,
-            eval_n=1 if quick else 4,
-            **SUPPORTS[support],
-        )
-        if pair == "fluent" or support != "student":  # not 4.1: the first gradient is told
-            result["curves"] = {"grad_norm": result["curves"]["grad_norm"][:1]}
-        runs.append(
-            {
-                "pair": pair,
-                "support": support,
-                "seed": seed,
-                **result,
-                "slips_before": slips(student, teacher, seed, n=64 if quick else 1024),
-                "slips_after": slips(out / "student", teacher, seed, n=64 if quick else 1024),
-            }
-        )
-    return runs
-
-
-def fluent(world, seed):
-    """The directory of a world of fewer words and longer pre-training, made where it is not
-    there."""
-    if not (world / "teacher" / "tokenizer_config.json").exists():
-        with patch.multiple(
-            toy, FAVOURITES=8, STEPS={size: 3 * steps for size, steps in toy.STEPS.items()}
-        ):
-            toy.make_all(world, seed)
-    return world
+ENDS = 5  # steps that are averaged
 
 
 @torch.no_grad()
-def slips(student, teacher, seed, k=16, n=1024):
-    """How n responses of the student go wrong first (toy.first_slip), as shares of the responses:
-    on a token that is among both models' k likeliest there ("shared"), or on another one
-    ("apart").
+def slips(lab, arms, problems, k=16):
+    """How responses of the student go wrong first (toy.first_slip), before and after each arm.
+
+    -> {"before" or the arm: {"shared", "another": share of the responses}}
     """
-    pair, found = load(student, teacher), {"shared": 0, "apart": 0}
-    digits, count = toy.problems(n, torch.Generator().manual_seed(seed))
-    r = write(pair, toy.question(digits, count)[0], max_new_tokens=96, seed=seed)
+    found = {}
+    for name in ("before", *arms):
+        student = "student" if name == "before" else lab.trained(name, ARMS[name])
+        found[name] = slips_of(lab, student, 64 if lab.quick else problems, k)
+    return {"found": found}
+
+
+def slips_of(lab, student, n, k):
+    pair = lab.load(student, "teacher")
+    digits, count = toy.problems(n, torch.Generator().manual_seed(lab.seed))
+    rows = [{"ids": ids} for ids in toy.question(digits, count)[0]]
+    r = lab.write(pair, rows, "slips")
     log_p, log_q = (
         model(
             input_ids=r.ids,
@@ -143,134 +91,176 @@ def slips(student, teacher, seed, k=16, n=1024):
         ).logits.log_softmax(-1)
         for model in (pair.student, pair.teacher)
     )  # (B, L, V)
+    shares = {"shared": 0.0, "another": 0.0}
     for i, problem in enumerate(zip(digits.tolist(), count.tolist())):
         response = r.response_ids(i)
         at = toy.first_slip(response, *problem)
-        if at is not None and at < len(response):  # not just cut off
-            before = -r.response_mask.size(1) + at - 1  # what predicts it
-            S, member = support_of(
-                log_p[i, [before]], log_q[i, [before]], k, "intersection"
-            )  # (1, k)
-            found["shared" if response[at] in S[member] else "apart"] += 1 / len(digits)
-    return found
+        if at is None or at == len(response):  # right, or just cut off
+            continue
+        before = -r.response_mask.size(1) + at - 1  # what predicts it
+        S, counts = support_of(log_p[i, [before]], log_q[i, [before]], k, "intersection")  # (1, k)
+        shares["shared" if response[at] in S[counts] else "another"] += 1 / n
+    return shares
 
 
-def ends(runs, name):
-    """A metric in the first and in the last steps: the means over runs."""
-    known = [[x for x in run["curves"][name] if x is not None] for run in runs]
-    return [
-        mean(mean(values[part]) for values in known) for part in (slice(ENDS), slice(-ENDS, None))
-    ]
+PROBES = {
+    "slips": (slips, {"arms": ["success", "intersection", "difference"], "problems": 1024}),
+}
+
+
+def start_and_end(run, name):
+    """A metric in the first and in the last steps: their means."""
+    known = [x for x in run["curves"][name] if x is not None]
+    return mean(known[:ENDS]), mean(known[-ENDS:])
+
+
+def rise(run):
+    start, end = start_and_end(run, "overlap_ratio")
+    return end - start
+
+
+def fall(run):
+    """How far the overlap ratio lies below its start at its lowest in the first half of a run."""
+    values = run["curves"]["overlap_ratio"]
+    start = mean(values[:ENDS])
+    half = values[: len(values) // 2]
+    lowest = min(mean(half[i : i + ENDS]) for i in range(max(1, len(half) - ENDS + 1)))
+    return start - lowest
+
+
+def shrinks(run, name):
+    """The size of a metric at the end, as a share of that at the start."""
+    start, end = start_and_end(run, name)
+    return share(abs(end), abs(start))
 
 
 def judge(runs):
-    """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    arms = {}
-    for r in runs:
-        arms.setdefault((r["pair"], r["support"]), []).append(r)
-    good, bad = arms["success", "student"], arms["failure", "student"]
+    """The criteria above."""
+    success = runs["success"]
+    bigger = runs["bigger"]
+    findings = []
 
-    def of_both(name):
-        return ends(good, name), ends(bad, name)
+    def found(section, claim, paper, said, *words):
+        findings.append(Finding(section, claim, paper, said, together(*words)))
 
-    rise, fail = (b - a for a, b in of_both("overlap_ratio"))
-    p, q = (ends(good, f"overlap_mass_{side}")[1] for side in ("student", "teacher"))
-    lines = [
-        (
-            "4.1 overlap",
-            "rise >= .15, and twice failure's",
-            f"{rise:+.3f} against {fail:+.3f}",
-            rise >= 0.15 and fail < rise / 2,
-        ),
-        ("4.1 masses", "both >= .97 at the end", f"{p:.4f}, {q:.4f}", min(p, q) >= 0.97),
-    ]
+    rises = [rise(run) for run in success]
+    of_failure = [rise(run) for run in bigger]
+    found(
+        "4.1",
+        "in success the overlap ratio rises, in failure it does not",
+        "about .72 to above .91; in failure about .745 to .78",
+        f"by {each(rises)}; in failure by {each(of_failure)}",
+        every_seed(a >= 0.15 and b < a / 2 for a, b in zip(rises, of_failure)),
+    )
+    masses = []
+    for run in success:
+        p = start_and_end(run, "overlap_mass_student")[1]
+        q = start_and_end(run, "overlap_mass_teacher")[1]
+        masses.append(min(p, q))
+    begun = [start_and_end(run, "overlap_mass_student")[0] for run in success]
+    of_failure = [start_and_end(run, "overlap_mass_student")[1] for run in bigger]
+    found(
+        "4.1",
+        "the shared tokens hold .97 of both models' mass at the end of success",
+        ".97 to .99 throughout, in failure too, so it tells nothing by itself",
+        f"the smaller of the two {each(masses, '.3f')}; the student's begins at "
+        f"{each(begun, '.3f')}, and ends in failure at {each(of_failure, '.3f')}",
+        every_seed(x >= 0.97 for x in masses),
+    )
     for name, title in (
-        ("overlap_token_advantage", "advantage"),
-        ("entropy_gap", "gap"),
-        ("largest_gap", "largest"),
+        ("overlap_token_advantage", "the overlap-token advantage goes to 0"),
+        ("entropy_gap", "the entropy gap narrows"),
+        ("largest_gap", "p - q on the token of largest advantage shrinks"),
     ):
-        (a, b), (c, d) = of_both(name)
-        lines.append(
-            (
-                f"4.1 {title}",
-                "halves in success",
-                f"{a:.4f} -> {b:.4f} (failure {c:.4f} -> {d:.4f})",
-                abs(b) <= abs(a) / 2,
-            )
+        shares = [shrinks(run, name) for run in success]
+        found(
+            "4.1",
+            f"in success {title}",
+            "so; persists in failure",
+            f"to {each(shares)} of its size",
+            every_seed(x <= 0.5 for x in shares),
         )
-    losses, norms = of_both("loss"), of_both("grad_norm")
-    lines.append(
-        (
-            "4.1 small loss",
-            "failure's loss and gradient < half of success's",
-            f"{losses[1][0]:.4f} against {losses[0][0]:.4f}, "
-            f"{norms[1][0]:.3f} against {norms[0][0]:.3f}",
-            losses[1][0] < losses[0][0] / 2 and norms[1][0] < norms[0][0] / 2,
-        )
+    shares = {
+        name: [shrinks(run, name) for run in bigger] for name in ("entropy_gap", "largest_gap")
+    }
+    begun = {
+        name: [
+            share(start_and_end(a, name)[0], start_and_end(b, name)[0])
+            for a, b in zip(bigger, success)
+        ]
+        for name in shares
+    }
+    found(
+        "4.1",
+        "in failure the gaps persist",
+        "so",
+        f"entropy gap {each(shares['entropy_gap'])} of its size at the end, p - q "
+        f"{each(shares['largest_gap'])}; they begin at {each(begun['entropy_gap'])} and "
+        f"{each(begun['largest_gap'])} of success's",
+        every_seed(x >= 0.7 for x in shares["entropy_gap"]),
+        every_seed(x >= 0.7 for x in shares["largest_gap"]),
     )
-    for pair, raw in itertools.product(("success", "fluent"), OBJECTIVES):
-        off, noise = difference(arms[pair, f"intersection{raw}"], arms[pair, f"student{raw}"])
-        lines.append(
-            (
-                f"4.2 {'overlap' if pair == 'success' else pair}{raw}",
-                f"|intersection - student| <= {noise:.3f} (and + it < {MARGIN})",
-                f"{off:+.3f}",
-                equal(off, noise),
-            )
-        )
-    others = [
-        difference(arms["success", f"difference{raw}"], arms["success", f"student{raw}"])
-        for raw in OBJECTIVES
-    ]
-    lines.append(
-        (
-            "4.2 others",
-            "difference below student by more than noise",
-            "; raw ".join(told(off, noise) for off, noise in others),
-            all(off < -noise for off, noise in others),
-        )
+    ratios = {
+        name: [
+            share(start_and_end(a, name)[0], start_and_end(b, name)[0])
+            for a, b in zip(bigger, success)
+        ]
+        for name in ("loss", "grad_norm")
+    }
+    found(
+        "4.1",
+        "where nothing new is taught loss and gradient begin small",
+        "so: a small loss is no success",
+        f"loss {each(ratios['loss'])} of success's, gradient norm {each(ratios['grad_norm'])}",
+        every_seed(x < 0.5 for x in ratios["loss"]),
+        every_seed(x < 0.5 for x in ratios["grad_norm"]),
     )
+    for raw, objective in (("", "Eq. 5"), (", raw", "the authors' loss")):
+        whole = runs[f"student{raw}" if raw else "success"]
+        for support, claim, paper, criterion in (
+            ("intersection", "the shared tokens suffice", "Overlap equals Student Top-k", equal),
+            (
+                "difference",
+                "the tokens that are not shared do not suffice",
+                "Non-Overlap is clearly weaker",
+                below,
+            ),
+        ):
+            offs = [difference(runs[support + raw], whole, way) for way in ("T .7", "greedy")]
+            found(
+                "4.2",
+                f"{claim}, {objective}",
+                paper,
+                f"{offs[0]} at T .7, {offs[1]} greedily",
+                *map(criterion, offs),
+            )
+    shares = [share(rise(a), rise(b)) for a, b in zip(runs["intersection"], success)]
+    falls = [fall(run) for run in runs["difference"]]
+    found(
+        "4.2",
+        "with the shared tokens alone the overlap rises as much",
+        "so: alignment reinforces itself",
+        f"{each(shares)} of the rise",
+        every_seed(x >= 0.8 for x in shares),
+    )
+    found(
+        "4.2",
+        "with the others alone it first falls",
+        "so, then it partly recovers",
+        f"by {each(falls, '.3f')} at its lowest",
+        every_seed(x >= 0.01 for x in falls),
+    )
+    return findings
+
+
+def more(runs):
+    """How responses first go wrong."""
+    lines = ["", "share of responses that first go wrong on a shared token, on another (slips)"]
+    for run in runs["slips"]:
+        cells = [f"{name} {x['shared']:.3f} {x['another']:.3f}" for name, x in run["found"].items()]
+        lines.append(f"seed {run['seed']}: {'; '.join(cells)}")
     return lines
 
 
-def report(made, out):
-    lines = [
-        f"{'pair':8} {'support':16} {'seed':>4} {'before':>7} {'after':>7} {'recovery':>9} "
-        f"{'overlap':>14} {'loss':>17} {'|grad|':>6}  goes wrong on a shared token, another"
-    ]
-    for r in made["runs"]:
-        recovered = recovery(r)
-        recovered = "none" if recovered is None else f"{recovered:.3f}"
-        a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(
-            f"{r['pair']:8} {r['support']:16} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-            f"{r['accuracy_after']['mean']:7.3f} {recovered:>9} "
-            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
-            f"{a['loss']:7.4f} -> {b['loss']:.4f} {r['curves']['grad_norm'][0]:6.3f}  "
-            + " -> ".join(
-                f"{x['shared']:.3f}, {x['apart']:.3f}"
-                for x in (r["slips_before"], r["slips_after"])
-            )
-        )
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.mechanism(out.with_suffix(".json"), out.with_suffix(".svg"))
-
-
 if __name__ == "__main__":
-    main(
-        "mechanism",
-        __doc__,
-        seed_runs,
-        report,
-        curves=(
-            "step",
-            "loss",
-            "overlap_ratio",
-            "overlap_mass_student",
-            "overlap_mass_teacher",
-            "overlap_token_advantage",
-            "entropy_gap",
-            "largest_gap",
-            "grad_norm",
-        ),
-    )
+    lab.main(__doc__, ARMS, judge, probes=PROBES, more=more)

@@ -1,199 +1,250 @@
-"""experiments/phenomenology.py: when does on-policy distillation work (paper 3)? Toy pairs,
-several seeds.
+"""experiments/phenomenology.py: when does on-policy distillation work (paper 3)? Toy models.
 
-    pair            student <- teacher                                        paper   steps
-    success         small <- big, same family, post-trained                   3.2     100
-    bigger          small <- that big one before its post-training            3.2     100
-    weaker          small <- the big one after a quarter as much RL           3.1     100
-    other           small <- big and post-trained, of the other family        3.1     100
-    reverse         small, post-trained <- itself before its post-training    3.3     800
-    reverse-bigger  small, post-trained <- the big one before its own         3.3     800
+    arm             student <- teacher                                             steps
+    success         student <- teacher: bigger, and knows more                     100
+    bigger          student <- bigger: the same beliefs                            100
+    sharp           student <- sharp: the same beliefs, sampled more sharply       100
+    early           student <- early: knows more, and scores at T 1 what sharp does  100
+    other           student <- other: knows more, works from the other end         100
+    self            student <- itself at teacher temperature .5: no news           100
+    no-teacher      no teacher: a fixed negative advantage, -.5, on the fifth of the
+                    drawn tokens that the student found least likely (2608.31046)  100
+    reverse         student-rl <- student, its earlier self                        400
+    reverse-bigger  student-rl <- bigger                                           400
+    reverse-sharp   student-rl <- sharp                                            400
 
-What holds in the mean over seeds, noise being two standard errors, and "within noise" lab.equal:
-    thinking    3.1: weaker scores less than other, and its student more, and overlaps more with it
-                at the start
-    knowledge   3.2: success recovers .8 of its gap or more, bigger gains or loses no more than
-                noise, and bigger starts from the higher overlap. (The paper's bigger teacher
-                scores higher than its student; this one does not)
-    reverse     3.3: both end within noise of the student before its post-training. Earlier
-                versions gave them 100 steps, after which they were still on their way down in all
-                seeds (commit f384723), and 400, after which reverse-bigger was: +.035, noise .024
-                (commit 54e2e90). 800 were chosen with three runs of it in view
-    lost        3.3: both lose .8 or more of what the post-training had given; added after reverse
-                had not held at commit 54e2e90. The paper's two runs lose .77 to .92 (.54 to .34
-                and .30, from .28)
+Criteria, fixed before the runs (the four words: lab.py; "surely": beyond two standard errors).
+    3.1 thinking     early scores surely less than other (T .7), its student surely more, at T .7
+                     and greedily, and overlaps more at the start in every seed
+    3.2 knowledge    success makes up .8 of its teacher's greedy lead, in every seed
+    3.2 size         bigger: greedy accuracy and that at T .7 end equal to where they began
+    3.2 sharpness    sharp: greedy accuracy ends equal to where it began
+    3.2 no news      self: surely more at T 1, greedy accuracy equal to where it began
+    3.2 overlap      success begins at a lower overlap ratio than bigger, in every seed
+    3.3 score        early and sharp are equal at T 1 (else not askable); the student of early ends
+                     surely above that of sharp, greedily
+    3.3 reverse      reverse ends equal to its teacher, at T .7 and greedily
+    3.3 bigger       reverse-bigger ends equal to reverse, at T .7 and greedily
+    3.3 sharp        reverse-sharp ends equal to reverse, greedily
+    3.3 same target  at the states of student-rl, KL(student || bigger) is less than a quarter of
+                     its own KL to either, in every seed
+    no teacher       no-teacher ends equal to success or above: at T 1, and greedily
 
-No pair is given what another is not: all have the learning rate of the toy preset; on seed 0 a
-third and three times of it are tried for the four pairs of 100 steps.
-
-    python experiments/phenomenology.py              three seeds;
-                                                     results/phenomenology.{json,txt,svg}
-    python experiments/phenomenology.py --quick      one seed, few steps: does it run?
+    python experiments/phenomenology.py              results/phenomenology.{txt,svg}
+    python experiments/phenomenology.py --quick      a few steps: does it run?
 """
 
-import math
-from statistics import mean
-
-import plot
+import lab
+import torch
+import toy
 from lab import (
-    MARGIN,
-    PRESETS,
+    Arm,
+    Finding,
+    above,
+    arm,
+    below,
     difference,
-    distil,
+    each,
     equal,
-    main,
-    make_models,
+    every_seed,
+    gain,
+    held_out,
     recovery,
-    told,
-    toy,
-    verdicts,
-    write_text,
+    share,
+    together,
 )
+from own_loop import train_without_teacher
 
-PAIRS = {
-    "success": ("student", "teacher", 100),
-    "bigger": ("student", "bigger", 100),
-    "weaker": ("student", "weaker", 100),
-    "other": ("student", "other", 100),
-    "reverse": ("student-rl", "student", 800),
-    "reverse-bigger": ("student-rl", "bigger", 800),
+from analysis import entropy, overlap_ratio, reverse_kl, shared_tokens
+from teacher import log_probs
+
+ARMS = {
+    "success": arm("student", "teacher"),
+    "bigger": arm("student", "bigger"),
+    "sharp": arm("student", "sharp"),
+    "early": arm("student", "early"),
+    "other": arm("student", "other"),
+    "self": arm("student", "student", teacher_temperature=0.5),
+    "no-teacher": Arm("student", "teacher", train=train_without_teacher),
+    "reverse": arm("student-rl", "student", steps=400),
+    "reverse-bigger": arm("student-rl", "bigger", steps=400),
+    "reverse-sharp": arm("student-rl", "sharp", steps=400),
 }
-CHECKED = ("success", "bigger", "weaker", "other")  # at other learning rates too
 
 
-def seed_runs(seed, world, scratch, quick):
-    make_models(world, seed)
-    if not (world / "weaker" / "tokenizer_config.json").exists():
-        toy.make(
-            world / "weaker",
-            start=world / "bigger",
-            house_style=True,
-            rounds=toy.ROUNDS // 4,
-            seed=10 * seed + 6,
-        )
-    runs = []
+@torch.no_grad()
+def between_teachers(lab, prompts):
+    """How far models are apart at the states that student-rl visits: {pair: {metric: mean}}."""
+    pair = lab.load("student-rl", "student")
+    r = lab.write(pair, lab.rows(pair, 16 if lab.quick else prompts), "between teachers")
+    log_p = {}
+    for name in ("student-rl", "student", "bigger", "sharp"):
+        model = toy.read_model(lab.model(name))
+        log_p[name] = log_probs(model, r.ids, r.attention_mask, r.is_response)  # (N, V)
+    found = {}
+    for a, b in (
+        ("student", "bigger"),
+        ("student", "sharp"),
+        ("student-rl", "student"),
+        ("student-rl", "bigger"),
+        ("student-rl", "sharp"),
+    ):
+        _, in_I = shared_tokens(log_p[a], log_p[b], 16)
+        found[f"{a} || {b}"] = {
+            "reverse_kl": reverse_kl(log_p[a], log_p[b]).mean().item(),
+            "overlap_ratio": overlap_ratio(in_I).mean().item(),
+            "entropy": entropy(log_p[a]).mean().item(),
+        }
+    return {"found": found}
 
-    def run(pair, name, lr):
-        student, teacher, steps = PAIRS[pair]
-        steps = 5 if quick else steps
-        runs.append(
-            {
-                "pair": name,
-                "seed": seed,
-                **distil(
-                    world / student,
-                    world / teacher,
-                    world,
-                    scratch / f"{name}-{seed}",
-                    steps=steps,
-                    lr=lr,
-                    eval_every=max(1, steps // 5),
-                    eval_n=1 if quick else 4,
-                    seed=seed,
-                ),
-            }
-        )
 
-    lr = PRESETS["toy"]["lr"]
-    for pair in PAIRS:
-        run(pair, pair, lr)
-    if seed == 0 and not quick:
-        for pair in CHECKED:
-            run(pair, f"{pair}, lr x 3", lr * 3)
-            run(pair, f"{pair}, lr by 3", lr / 3)
-    return runs
+PROBES = {"between-teachers": (between_teachers, {"prompts": 512})}
 
 
 def judge(runs):
-    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it
-    hold)]."""
-    arms = {pair: [r for r in runs if r["pair"] == pair] for pair in PAIRS}
+    """The criteria above."""
+    success = runs["success"]
+    bigger = runs["bigger"]
+    sharp = runs["sharp"]
+    early = runs["early"]
+    other = runs["other"]
+    reverse = runs["reverse"]
 
-    def over_seeds(pair, value):
-        return mean(map(value, arms[pair]))
+    def overlap(name):
+        return [held_out(run, "before", "overlap_ratio") for run in runs[name]]
 
-    after = {pair: over_seeds(pair, lambda r: r["accuracy_after"]["mean"]) for pair in PAIRS}
-    score = {pair: over_seeds(pair, lambda r: r["accuracy_teacher"]["mean"]) for pair in PAIRS}
-    overlap = {
-        pair: over_seeds(pair, lambda r: r["held_out_before"]["overlap_ratio"]) for pair in PAIRS
-    }
-    lines = [
-        (
-            "3.1 thinking",
-            "weaker teacher, better student, more overlap",
-            f"teachers {score['weaker']:.3f} and {score['other']:.3f}, "
-            f"students {after['weaker']:.3f} and {after['other']:.3f}, "
-            f"overlap {overlap['weaker']:.3f} and {overlap['other']:.3f}",
-            score["weaker"] < score["other"]
-            and after["weaker"] > after["other"]
-            and overlap["weaker"] > overlap["other"],
-        )
-    ]
-    recovered = [recovery(r) for r in arms["success"]]
-    recovered = math.nan if None in recovered else mean(recovered)
-    gain, noise = difference(arms["bigger"], arms["bigger"], than=("accuracy_before",))
-    lines.append(
-        (
-            "3.2 knowledge",
-            f"recovery >= .8, |gain| <= {noise:.3f} (and + it < {MARGIN}), overlap",
-            f"{recovered:.3f}; {gain:+.3f}; {overlap['success']:.3f} and {overlap['bigger']:.3f}",
-            recovered >= 0.8 and equal(gain, noise) and overlap["bigger"] > overlap["success"],
-        )
+    def both(ours, theirs, **how):
+        return [difference(ours, theirs, way, **how) for way in ("T .7", "greedy")]
+
+    findings = []
+
+    def found(section, claim, paper, said, *words):
+        findings.append(Finding(section, claim, paper, said, together(*words)))
+
+    teachers = difference(early, other, "T .7", "teacher")
+    students = both(early, other)
+    alike = every_seed(a > b for a, b in zip(overlap("early"), overlap("other")))
+    found(
+        "3.1",
+        "a weaker teacher that thinks alike makes the better student",
+        "weaker on average, its student about .20 against about .15",
+        f"teachers {teachers}; students {students[0]} at T .7, {students[1]} greedily; overlap at "
+        f"the start {each(overlap('early'))} against {each(overlap('other'))}",
+        below(teachers),
+        *map(above, students),
+        alike,
     )
-    ends = [
-        difference(arms[pair], arms["reverse"], than=("accuracy_teacher",))
-        for pair in ("reverse", "reverse-bigger")
-    ]
-    lines.append(
-        (
-            "3.3 reverse",
-            f"both within noise, and {MARGIN}, of the student before",
-            ", ".join(told(off, noise) for off, noise in ends),
-            all(equal(off, noise) for off, noise in ends),
-        )
+    made_up = [recovery(run, "greedy") for run in success]
+    found(
+        "3.2",
+        "what a teacher newly knows can be learnt",
+        "gap recovery .17 and .59 from teachers after RL",
+        f"recovery of the greedy lead {each(made_up)}, at T .7 "
+        f"{each(recovery(run, 'T .7') for run in success)}",
+        every_seed(x >= 0.8 for x in made_up),
     )
-    given = difference(
-        arms["reverse"], arms["reverse"], ("accuracy_before",), ("accuracy_teacher",)
-    )[0]
-    lost = [
-        difference(arms[pair], arms[pair], ("accuracy_before",), ("accuracy_after",))[0]
-        / (given or math.nan)
-        for pair in ("reverse", "reverse-bigger")
-    ]
-    lines.append(
-        (
-            "3.3 lost",
-            "both >= .8 of post-training's gain (added later)",
-            ", ".join(f"{x:.2f}" for x in lost),
-            min(lost) >= 0.8,
-        )
+    gains = [gain(bigger, way) for way in ("T .7", "greedy")]
+    found(
+        "3.2",
+        "a bigger teacher that knows no more teaches nothing",
+        "gap recovery .05 and .16 from bigger ones of the same pipeline",
+        f"gain {gains[0]} at T .7, {gains[1]} greedily",
+        *map(equal, gains),
     )
-    return lines
+    gains = [gain(sharp, way) for way in toy.WAYS]
+    found(
+        "3.2",
+        "a teacher that only samples more sharply teaches no knowledge",
+        "not there",
+        f"gain {gains[2]} greedily ({gains[0]} at T 1, {gains[1]} at T .7)",
+        equal(gains[2]),
+    )
+    gains = [gain(runs["self"], way) for way in toy.WAYS]
+    found(
+        "3.2",
+        "itself at temperature .5 raises the score at T 1 and teaches no knowledge",
+        "not there",
+        f"gain {gains[0]} at T 1, {gains[2]} greedily",
+        above(gains[0]),
+        equal(gains[2]),
+    )
+    found(
+        "3.2",
+        "the teacher that knows more begins at the lower overlap",
+        ".715 against .742 to .747, .703 against .757",
+        f"{each(overlap('success'))} against {each(overlap('bigger'))}",
+        every_seed(a < b for a, b in zip(overlap("success"), overlap("bigger"))),
+    )
+    scores = difference(early, sharp, "T 1", "teacher")
+    ends = difference(early, sharp, "greedy")
+    found(
+        "3.3",
+        "of two teachers with equal scores at T 1 the one that knows more teaches more",
+        "the benchmark score predicts nothing",
+        f"teachers {scores} at T 1; students {ends} greedily, "
+        f"{difference(early, sharp, 'T 1')} at T 1",
+        above(ends) if scores.is_equal else lab.NOT_ASKABLE,
+    )
+    offs = both(reverse, reverse, than="teacher")
+    found(
+        "3.3",
+        "its earlier self takes back what RL gave",
+        "from about .54 to about .30 to .34; the earlier self has .28",
+        f"student - teacher at the end {offs[0]} at T .7, {offs[1]} greedily",
+        *map(equal, offs),
+    )
+    offs = both(runs["reverse-bigger"], reverse)
+    found(
+        "3.3",
+        "a bigger model of the same pipeline takes it to the same place",
+        "both runs lie on top of each other",
+        f"{offs[0]} at T .7, {offs[1]} greedily",
+        *map(equal, offs),
+    )
+    off = difference(runs["reverse-sharp"], reverse, "greedy")
+    found(
+        "3.3",
+        "a sharp one, too",
+        "not there",
+        f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",
+        equal(off),
+    )
+    between = [run["found"] for run in runs["between-teachers"]]
 
+    def kl(name):
+        return [x[name]["reverse_kl"] for x in between]
 
-def report(made, out):
-    lines = [
-        f"{'pair':16} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} "
-        f"{'overlap':>14} {'reverse KL':>17} {'masses at the end':>18} {'s':>5}"
-    ]
-    for r in made["runs"]:
-        a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(
-            f"{r['pair']:16} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
-            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
-            f"{a['reverse_kl']:7.4f} -> {b['reverse_kl']:.4f} "
-            f"{b['overlap_mass_student']:9.4f} {b['overlap_mass_teacher']:.4f} {r['seconds']:5.0f}"
+    found(
+        "3.3",
+        "to the student a small and a bigger teacher of one pipeline are the same target",
+        "said of R1-Distill-1.5B and 7B, not measured",
+        f"KL of the two {each(kl('student || bigger'), '.3f')}; of the student to either "
+        f"{each(kl('student-rl || student'), '.3f')} and "
+        f"{each(kl('student-rl || bigger'), '.3f')}; their overlap "
+        f"{each(x['student || bigger']['overlap_ratio'] for x in between)}",
+        every_seed(
+            4 * a < min(b, c)
+            for a, b, c in zip(
+                kl("student || bigger"), kl("student-rl || student"), kl("student-rl || bigger")
+            )
+        ),
+    )
+    for way in ("T 1", "greedy"):
+        off = difference(runs["no-teacher"], success, way)
+        of_gain = share(gain(runs["no-teacher"], way).mean, gain(success, way).mean)
+        word = lab.CONTRADICTED if off.mean < -off.noise else lab.UNDECIDED
+        if off.mean - off.noise > -lab.MARGIN:
+            word = lab.HOLDS
+        how = "at T 1" if way == "T 1" else "greedily"
+        found(
+            "2608.31046",
+            f"pushing down unlikely tokens does what a teacher does, {how}",
+            "reaches what OPD reaches",
+            f"{off} of success, {of_gain:.2f} of its gain",
+            word,
         )
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.phenomenology(out.with_suffix(".json"), out.with_suffix(".svg"))
+    return findings
 
 
 if __name__ == "__main__":
-    main(
-        "phenomenology",
-        __doc__,
-        seed_runs,
-        report,
-        curves=("step", "overlap_ratio", "reverse_kl", "accuracy"),
-    )
+    lab.main(__doc__, ARMS, judge, probes=PROBES)

@@ -54,7 +54,7 @@ from statistics import mean
 
 import plot
 import torch
-from lab import (
+from real_lab import (
     MARGIN,
     analysis,
     difference,

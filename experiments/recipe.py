@@ -1,356 +1,260 @@
-"""experiments/recipe.py: how to recover a run that fails (paper 5), on the toy world; three
-seeds, five in results.
+"""experiments/recipe.py: how to recover a run that fails (paper 5). Toy models.
 
-5.1, off-policy cold start. Student small, teacher big and post-trained, of the *other* family:
-the pair that fails.
-    opd                       200 steps of OPD
-    sft 100                   a cold start alone: 100 SFT steps on 1,024 of the teacher's responses
-    sft 100 + opd             the same, then 200 steps of OPD on other prompts
-    sft 100 T.7, + opd        both, with responses drawn as in the paper, at temperature .7 and
-                              top-p .95, not 1 and 1
-    sft 300                   300 SFT steps on the same responses: as many updates as sft 100 +
-                              opd, no OPD
-    sft 300, fresh            300 SFT steps on 4,095 responses: as many updates, new responses in
-                              place of OPD
-    sft 300 T.7, and fresh    both, with responses drawn at temperature .7 and top-p .95
-    holds if, in the mean over seeds: gap recovery < .2 for opd, < .5 for sft 100 alone, >= .8 for
-    sft 100 + opd; and if sft 100 + opd ends above opd and above both sft 300 by more than noise
-    (two standard errors); and the same of sft 100 T.7 + opd and the two sft 300 T.7, which were
-    added last, after five seeds without them (commit 54e2e90). A first version (commit 0f8080b),
-    T .7, 60 or 80 SFT steps and 100 of OPD, missed the last criterion: .53 and .32. Temperature
-    and steps were then chosen on the worlds of seeds 4 and 5, after a look at why seed 0 failed.
+5.1, off-policy cold start. Student and other: the pair that fails. The teacher answers 4,095
+prompts at most, one answer each; as in the paper at T .7 with top-p .95, or at T 1.
+    opd              300 steps of OPD
+    sft              100 updates of fine-tuning on answers of T .7
+    sft, opd         the same, then 200 steps of OPD on other prompts
+    sft only         300 updates of fine-tuning: as many as sft, opd
+    sft T 1; sft T 1, opd; sft T 1 only     the same three with answers of T 1
+Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
+    fails            opd makes up less than .2 of its teacher's lead at T .7, in every seed
+    rescues          sft, opd makes up .8 or more of it at T .7, in every seed, and ends surely
+                     above opd
+    start            sft raises overlap ratio and masses and lowers the entropy gap on held-out
+                     prompts, in every seed
+    beats            sft, opd ends surely above sft only, at T .7 and greedily; the same, T 1
 
-5.2, teacher-aligned prompts. Student and teacher were pre-trained on two templates; the teacher
-was post-trained under one of them and on lists of low digits only (0 to 4). The student is
-distilled on low ("aligned") or high digits (5 to 9), under the teacher's template or the other,
-and on mixtures. Accuracy is measured on digits 0 to 9, under both templates.
-    template   holds if aligned - unaligned accuracy, mean over both evaluation templates, exceeds
-               two standard errors
-    content    holds if accuracy, under the teacher's template, is higher by more than two standard
-               errors, and the student's entropy lower, with aligned content
-    mixing     aligned fractions 0, .25, .5, .75, 1: the paper asks for it and does not run it; no
-               criterion
-    selection  in results only: a search for the teacher's template and prompts in a pool, which
-               told them apart by so little that it was removed
+5.2, teacher-aligned prompts. Student and bigger were pre-trained on two templates. The teacher,
+bigger after RL, was post-trained under one of them and on lists of low digits only (0 to 4). The
+student is distilled on low ("aligned") or high digits (5 to 9) or a mixture, under the teacher's
+template or the other. Accuracy is measured on digits 0 to 9: all arms under the teacher's
+template, and all under the other.
+    aligned          teacher's template, aligned content
+    other template   the other template, aligned content
+    share 0 to .75   teacher's template, that share of aligned content
+Criteria:
+    template         aligned ends surely above other template at T .7, measured under the teacher's
+                     template; and measured under the other
+    content          aligned ends surely above share 0 at T .7; and its student's entropy is lower,
+                     in every seed
+    mixing           the share of .5 ends equal to aligned at T .7 or above (the paper advises a
+                     mixture and runs none)
 
-    python experiments/recipe.py              results/recipe.{json,txt,svg}
-    python experiments/recipe.py --quick      one seed, few steps: does it run?
+    python experiments/recipe.py              results/recipe.{txt,svg}
+    python experiments/recipe.py --quick      a few steps: does it run?
 """
 
-import math
-from statistics import mean
-
-import plot
+import lab
+import toy
 from lab import (
-    analysis,
+    Arm,
+    Finding,
+    above,
+    arm,
     difference,
-    distil,
-    load,
-    main,
-    make_models,
+    each,
+    every_seed,
+    gain,
+    held_out,
+    over_seeds,
     recovery,
-    told,
-    toy,
-    verdicts,
-    write_text,
+    together,
 )
 
-from plumbing.answers import answered
-from plumbing.prompts import encode_rows, load_prompts
-from recipes import in_template
+FEW = dict(cold_start=1024, cold_start_steps=100)
+MANY = dict(cold_start=4095, cold_start_steps=300, steps=0)
+AT_1 = dict(cold_start_temperature=1.0, cold_start_top_p=1.0)
+COLD = {
+    "opd": arm("student", "other", steps=300),
+    "sft": arm("student", "other", **FEW, steps=0),
+    "sft, opd": arm("student", "other", **FEW, steps=200),
+    "sft only": arm("student", "other", **MANY),
+    "sft T 1": arm("student", "other", **FEW, **AT_1, steps=0),
+    "sft T 1, opd": arm("student", "other", **FEW, **AT_1, steps=200),
+    "sft T 1 only": arm("student", "other", **MANY, **AT_1),
+}
 
-FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-LOW, HIGH = (0, 4), (5, 9)
-TEMPLATES = {"aligned": toy.POLITE, "unaligned": toy.PLAIN}
+LOW = (0, 4)
+HIGH = (5, 9)
+BOTH = dict(templates=(toy.PLAIN, toy.POLITE))
+MODELS = {
+    "student-b": dict(**BOTH),
+    "bigger-b": dict(size="large", **BOTH),
+    "teacher-b": dict(
+        start="bigger-b",
+        house_style=True,
+        rounds=8,
+        post_template=toy.POLITE,
+        post_digits=LOW,
+        rehearse=True,
+    ),
+}
 
 
-def seed_runs(seed, world, scratch, quick):
-    return cold_starts(seed, world, scratch, quick) + prompts(seed, world, scratch, quick)
-
-
-# --- 5.1 ------------------------------------------------------------------------------------------
-
-
-def cold_starts(seed, world, scratch, quick):
-    make_models(world, seed)
-    few, sft, opd_steps = (64, 1, 2) if quick else (1024, 100, 200)
-    cold, control = (
-        dict(cold_start=few, cold_start_steps=sft),
-        dict(cold_start_steps=sft + opd_steps, steps=0),
+def aligned(share, template=toy.POLITE):
+    """Student and teacher of two templates on that share of the teacher's own prompts."""
+    return Arm(
+        "student-b",
+        "teacher-b",
+        dict(
+            template=template,
+            prompts="high-prompts.jsonl",
+            aligned_prompts="low-prompts.jsonl",
+            aligned_fraction=share,
+            eval_template=toy.POLITE,
+        ),
+        exams={"accuracy": toy.POLITE, "accuracy, other template": toy.PLAIN},
     )
-    sharp, runs = dict(cold_start_temperature=0.7, cold_start_top_p=0.95), []
-    for arm, settings in (
-        ("opd", {}),
-        ("sft 100 + opd", cold),
-        ("sft 100 T.7 + opd", {**cold, **sharp}),
-        ("sft 300", dict(control, cold_start=few)),
-        ("sft 300, fresh", dict(control, cold_start=4 * few - 1)),
-        ("sft 300 T.7", dict(control, cold_start=few, **sharp)),
-        ("sft 300 T.7, fresh", dict(control, cold_start=4 * few - 1, **sharp)),
-    ):
-        result = distil(
-            world / "student",
-            world / "other",
-            world,
-            scratch / f"{arm}-{seed}",
-            seed=seed,
-            eval_n=1 if quick else 4,
-            eval_every=max(1, opd_steps // 5),
-            **{"steps": opd_steps, **settings},
-        )
-        runs.append({"part": "5.1", "arm": arm, "seed": seed, **result})
-        if arm.endswith("+ opd"):
-            kept = ("accuracy_teacher", "accuracy_before", "held_out_before", "commit")
-            runs.append(
-                {
-                    "part": "5.1",
-                    "arm": arm.removesuffix(" + opd"),
-                    "seed": seed,
-                    **{name: result[name] for name in kept},
-                    "accuracy_after": result["accuracy_cold_start"],
-                    "held_out_after": result["held_out_cold_start"],
-                }
-            )
-    return runs
 
 
-# --- 5.2 ------------------------------------------------------------------------------------------
-
-
-def prompts(seed, world, scratch, quick):
-    world = world / "templates"
-    if not (world / "teacher" / "config.json").exists():
-        world.mkdir(parents=True, exist_ok=True)
-        both = dict(templates=(toy.PLAIN, toy.POLITE))
-        toy.make(world / "student", seed=100 * seed + 71, **both)
-        toy.make(world / "bigger", size="large", seed=100 * seed + 72, **both)
-        toy.make(
-            world / "teacher",
-            start=world / "bigger",
-            house_style=True,
-            rounds=toy.ROUNDS,
-            seed=100 * seed + 73,
-            post_template=toy.POLITE,
-            post_digits=LOW,
-            rehearse=True,
-        )
-        for name, digits, number in (("low", LOW, 1), ("high", HIGH, 2), (".", (0, 9), 3)):
-            (world / name).mkdir(exist_ok=True)
-            toy.write_questions(world / name, seed=100 * seed + number, digits=digits)
-    runs, steps = [], 3 if quick else 100
-
-    def arm(template, fraction):
-        out = scratch / f"{template}-{fraction}-{seed}"
-        result = distil(
-            world / "student",
-            world / "teacher",
-            world,
-            out,
-            seed=seed,
-            steps=steps,
-            eval_n=1 if quick else 2,
-            template=TEMPLATES[template],
-            prompts=str(world / "high" / "prompts.jsonl"),
-            aligned_prompts=str(world / "low" / "prompts.jsonl"),
-            aligned_fraction=fraction,
-        )
-        del result["curves"]
-        runs.append(
-            {
-                "part": "5.2",
-                "arm": f"{template} template, {fraction:.2f} aligned content",
-                "seed": seed,
-                "template": template,
-                "fraction": fraction,
-                **result,
-                "accuracies": accuracies(out / "student", world, seed, quick),
-            }
-        )
-
-    for fraction in FRACTIONS:
-        arm("aligned", fraction)
-    for fraction in (0.0, 1.0):
-        arm("unaligned", fraction)
-    for model in ("student", "teacher"):
-        runs.append(
-            {
-                "part": "5.2",
-                "arm": model,
-                "seed": seed,
-                "accuracies": accuracies(world / model, world, seed, quick),
-            }
-        )
-    return runs
-
-
-def accuracies(model, world, seed, quick):
-    """{"<template>, <digits>": accuracy} of a saved model."""
-    pair, out = load(model, model), {}
-    for template, text in TEMPLATES.items():
-        for digits in (".", "low", "high"):
-            rows = in_template(
-                load_prompts(world / digits / "eval.jsonl")[: 16 if quick else 256], text
-            )
-            rows = encode_rows(pair, rows, max_prompt_tokens=64, new_tokens=96)
-            right, truncated = answered(pair, rows, n=4, max_new_tokens=96, seed=seed)  # (rows, 4)
-            out[f"{template}, {'all' if digits == '.' else digits}"] = {
-                **analysis.estimate(right.double().mean(1)),
-                "samples": right.numel(),
-                "truncated": truncated.double().mean().item(),
-            }
-    return out
-
-
-# --- the report -----------------------------------------------------------------------------------
-
-
-def report(made, out):
-    lines = report_cold_starts(made["runs"]) + [""] + report_prompts(made["runs"]) + [""]
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.recipe(out.with_suffix(".json"), out.with_suffix(".svg"))
+PROMPTS = {
+    "share 0": aligned(0.0),
+    "share .25": aligned(0.25),
+    "share .5": aligned(0.5),
+    "share .75": aligned(0.75),
+    "aligned": aligned(1.0),
+    "other template": aligned(1.0, toy.PLAIN),
+}
+ARMS = {**COLD, **PROMPTS}
 
 
 def judge(runs):
-    """The criteria above, on the mean over seeds: [(name, criterion, what was found, does it
-    hold)]."""
-    cold = {
-        arm: sorted((r for r in runs if r["arm"] == arm), key=lambda r: r["seed"])
-        for arm in plot.ARMS
-    }
-    lines = []
-    for arm, sign, bound in (
-        ("opd", "<", 0.2),
-        ("sft 100", "<", 0.5),
-        ("sft 100 + opd", ">=", 0.8),
-    ):
-        recovered = [recovery(r) for r in cold[arm]]
-        value = math.nan if None in recovered else mean(recovered)
-        lines.append(
-            (
-                f"5.1 {arm}",
-                f"gap recovery {sign} {bound}",
-                f"{value:.3f}",
-                value < bound if sign == "<" else value >= bound,
-            )
-        )
-    for T in ("", " T.7"):
-        controls = ("opd", f"sft 300{T}", f"sft 300{T}, fresh")
-        against = [difference(cold[f"sft 100{T} + opd"], cold[arm]) for arm in controls]
-        lines.append(
-            (
-                f"5.1 cold start{T}",
-                f"above {', '.join(controls)}",
-                ", ".join(told(gain, noise) for gain, noise in against),
-                all(gain > noise for gain, noise in against),
-            )
-        )
-    arms, all_digits = by_template(runs), ("aligned, all", "unaligned, all")
-    aligned, unaligned, other_content = (
-        [r["accuracies"] for r in arms[arm]]
-        for arm in (("aligned", 1.0), ("unaligned", 1.0), ("aligned", 0.0))
+    """The criteria above."""
+    findings = []
+
+    def found(section, claim, paper, said, *words):
+        findings.append(Finding(section, claim, paper, said, together(*words)))
+
+    made_up = [recovery(run, "T .7") for run in runs["opd"]]
+    found(
+        "5.1",
+        "OPD from another way of thinking fails",
+        "it learns, to a lower ceiling (AMC23, about .12 to .26)",
+        f"recovery {each(made_up)}; gain {gain(runs['opd'], 'T .7')} at T .7, "
+        f"{gain(runs['opd'], 'greedy')} greedily",
+        every_seed(x < 0.2 for x in made_up),
     )
-    gain, noise = difference(aligned, unaligned, all_digits)
-    lines.append(
-        ("5.2 template", f"aligned - unaligned > {noise:.3f}", f"{gain:+.3f}", gain > noise)
+    made_up = [recovery(run, "T .7") for run in runs["sft, opd"]]
+    off = difference(runs["sft, opd"], runs["opd"], "T .7")
+    found(
+        "5.1",
+        "a cold start rescues it",
+        "it raises the ceiling (AMC23, about .36 to .40)",
+        f"recovery {each(made_up)}, {off} above OPD alone of as many updates at T .7; after the "
+        f"cold start alone {over_seeds(runs['sft'], after):.3f}",
+        every_seed(x >= 0.8 for x in made_up),
+        above(off),
     )
-    gain, noise = difference(aligned, other_content, all_digits[:1])
-    ours, theirs = entropy(arms["aligned", 1.0]), entropy(arms["aligned", 0.0])
-    lines.append(
-        (
-            "5.2 content",
-            f"gain > {noise:.3f} and lower entropy",
-            f"{gain:+.3f}, H {ours:.3f} against {theirs:.3f}",
-            gain > noise and ours < theirs,
+    cold = runs["sft, opd"]
+    changes = {}
+    for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "entropy_gap"):
+        changes[name] = [
+            (held_out(run, "before", name), held_out(run, "cold_start", name)) for run in cold
+        ]
+    found(
+        "5.1",
+        "OPD then begins at a higher overlap and a smaller entropy gap",
+        "high and smooth overlap, masses near 1, a small entropy gap",
+        f"overlap {arrows(changes['overlap_ratio'])}; student's mass "
+        f"{arrows(changes['overlap_mass_student'])}; entropy gap {arrows(changes['entropy_gap'])}",
+        every_seed(b < a for a, b in changes["entropy_gap"]),
+        *(
+            every_seed(b > a for a, b in pairs)
+            for name, pairs in changes.items()
+            if name != "entropy_gap"
+        ),
+    )
+    for T, said in (("", "T .7"), (" T 1", "T 1")):
+        offs = [
+            difference(runs[f"sft{T}, opd"], runs[f"sft{T} only"], way)
+            for way in ("T .7", "greedy", "T 1")
+        ]
+        found(
+            "5.1",
+            f"and beats as many updates of fine-tuning alone, on answers of {said}",
+            "not controlled",
+            f"{offs[0]} at T .7, {offs[1]} greedily, {offs[2]} at T 1",
+            *map(above, offs[:2]),
         )
+    aligned = runs["aligned"]
+    other = "accuracy, other template"
+    offs = [
+        difference(aligned, runs["other template"], "T .7", exam=exam)
+        for exam in ("accuracy", other)
+    ]
+    found(
+        "5.2",
+        "the teacher's template helps, measured under it",
+        "mean about .54 against .51, recovery about 85 against 80 %",
+        f"{offs[0]} at T .7",
+        above(offs[0]),
     )
+    found(
+        "5.2",
+        "and measured under the other",
+        "not there",
+        f"{offs[1]} at T .7",
+        above(offs[1]),
+    )
+    off = difference(aligned, runs["share 0"], "T .7")
+    entropies = [
+        [held_out(run, "after", "entropy_student") for run in runs[name]]
+        for name in ("aligned", "share 0")
+    ]
+    found(
+        "5.2",
+        "the teacher's own prompts help and lower the entropy",
+        "better, at lower overlap; entropy about 1.5 against 3 to 6 nats",
+        f"{off} at T .7; entropy {each(entropies[0])} against {each(entropies[1])}",
+        above(off),
+        every_seed(a < b for a, b in zip(*entropies)),
+    )
+    off = difference(runs["share .5"], aligned, "T .7")
+    word = lab.UNDECIDED
+    if off.mean - off.noise > -lab.MARGIN:
+        word = lab.HOLDS
+    elif off.mean < -off.noise:
+        word = lab.CONTRADICTED
+    found(
+        "5.2",
+        "a mixture does as well as the teacher's own prompts alone, or better",
+        "advised, not run",
+        f"{off} at T .7, half of them aligned",
+        word,
+    )
+    return findings
+
+
+def after(run):
+    return run["accuracy"]["after"]["T .7"]["mean"]
+
+
+def arrows(pairs):
+    """Before and after, a pair a seed: "0.60 -> 0.74, ..."."""
+    return ", ".join(f"{a:.2f} -> {b:.2f}" for a, b in pairs)
+
+
+def more(runs):
+    """5.2 under the other template, and the entropies."""
+    lines = ["", "5.2, T .7 after: under the teacher's template, under the other; entropy, nats"]
+    for name in PROMPTS:
+        for run in runs[name]:
+            both = [
+                run[exam]["after"]["T .7"]["mean"]
+                for exam in ("accuracy", "accuracy, other template")
+            ]
+            entropy = held_out(run, "after", "entropy_student")
+            lines.append(f"{name:16} {run['seed']:4d} {both[0]:8.3f} {both[1]:8.3f} {entropy:8.3f}")
     return lines
 
 
-def by_template(runs):
-    """The runs of 5.2: {(template, fraction): one a seed}."""
-    arms = {}
-    for r in sorted((r for r in runs if "fraction" in r), key=lambda r: r["seed"]):
-        arms.setdefault((r["template"], r["fraction"]), []).append(r)
-    return arms
-
-
-def entropy(arm):
-    return mean(r["held_out_after"]["entropy_student"] for r in arm)
-
-
-def report_cold_starts(runs):
-    """5.1: every run; a list of lines."""
-    lines = [
-        f"{'5.1 arm':18} {'seed':>4} {'teacher':>8} {'before':>7} {'after':>7} {'recovery':>9} "
-        f"{'overlap':>8} {'masses at the end':>18} {'H student':>9}"
-    ]
-    for r in sorted(
-        (r for r in runs if r["part"] == "5.1"),
-        key=lambda r: (plot.ARMS.index(r["arm"]), r["seed"]),
-    ):
-        recovered, b = recovery(r), r["held_out_after"]
-        lines.append(
-            f"{r['arm']:18} {r['seed']:4d} {r['accuracy_teacher']['mean']:8.3f} "
-            f"{r['accuracy_before']['mean']:7.3f} {r['accuracy_after']['mean']:7.3f} "
-            f"{'none' if recovered is None else f'{recovered:.3f}':>9} {b['overlap_ratio']:8.3f} "
-            f"{b['overlap_mass_student']:9.3f} {b['overlap_mass_teacher']:8.3f} "
-            f"{b['entropy_student']:9.3f}"
-        )
-    return lines
-
-
-def report_prompts(runs):
-    """5.2: every run, then what has no criterion; a list of lines."""
-    titles = [
-        f"{template}, {digits}" for template in TEMPLATES for digits in ("all", "low", "high")
-    ]
-    lines = [
-        "5.2: accuracy on problems with all, low, high digits, "
-        "evaluated under the teacher's template and under the other",
-        f"{'arm':42} {'seed':>4} "
-        + " ".join(
-            f"{t.replace('unaligned', 'other').replace('aligned', 'teacher'):>13}" for t in titles
-        )
-        + f" {'H student':>9}",
-    ]
-    mine = [r for r in runs if r["part"] == "5.2" and r["arm"] != "selection"]
-    order = list(dict.fromkeys(r["arm"] for r in mine))
-    for r in sorted(mine, key=lambda r: (order.index(r["arm"]), r["seed"])):
-        H = f"{r['held_out_after']['entropy_student']:9.3f}" if "held_out_after" in r else ""
-        lines.append(
-            f"{r['arm']:42} {r['seed']:4d} "
-            + " ".join(f"{r['accuracies'][t]['mean']:13.3f}" for t in titles)
-            + f" {H:>9}"
-        )
-
-    arms = by_template(runs)
-    for key, name in (("aligned, all", "teacher"), ("unaligned, all", "other")):
-        each, error = difference(
-            *([r["accuracies"] for r in arms[arm, 1.0]] for arm in TEMPLATES), (key,)
-        )
-        lines.append(f"template, evaluated under the {name} one alone: {told(each, error)}")
-    mixtures = []
-    for fraction in FRACTIONS:
-        mine = arms["aligned", fraction]
-        accuracy = mean(r["accuracies"]["aligned, all"]["mean"] for r in mine)
-        mixtures.append(f"{fraction:.2f}: accuracy {accuracy:.3f}, H {entropy(mine):.3f}")
-    lines.append("mixing, mean over seeds: " + "; ".join(mixtures))
-    for r in runs:
-        if r["arm"] == "selection":
-            lines.append(
-                f"selection, seed {r['seed']}: {r['aligned_share_of_the_kept_half']:.3f} of the "
-                "kept half is aligned content (chance .5); scores of the templates: "
-                + ", ".join(f"{t!r} {s:.4f}" for t, s in r["templates"].items())
-                + (", the teacher's found" if r["template_found"] else ", the teacher's NOT found")
-            )
-    return lines
+def prepare(lab):
+    """The questions of 5.2: low and high digits."""
+    for name, digits in (("low", LOW), ("high", HIGH)):
+        path = lab.world / f"{name}-prompts.jsonl"
+        if not path.exists():
+            folder = lab.world / name
+            toy.write_questions(folder, lab.seed, digits=digits, held_out=16)
+            (folder / "prompts.jsonl").rename(path)
 
 
 if __name__ == "__main__":
-    main(
-        "recipe",
+    lab.main(
         __doc__,
-        seed_runs,
-        report,
-        curves=("step", "overlap_ratio", "accuracy"),
+        ARMS,
+        judge,
+        models=MODELS,
+        prepare=prepare,
+        more=more,
     )

@@ -8,21 +8,29 @@ two families:
     Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5
     Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5
 
-    style      each step opens with a connector, and hesitations fall anywhere: 15 of 32 words are
-               a family's favourites, so that with the word of substance 16 tokens are plausible at
-               a position. k = 16 looks at just these.
-    mistakes   a step of the pre-training corpus is wrong with probability `noise`, and what
-               follows builds on it. A model of any size fits that too, so that a bigger one from
-               the same pipeline is no better and has nothing new to teach.
-    RL         expert iteration: sample, keep what is correct, fine-tune on it, again. New
-               capability, same way of thinking. Before it comes, as in real post-training, a short
-               fine-tune on a house style: same mistakes, but 5 of the 15 favourites replaced. So
-               the better teacher starts from a lower overlap, and there is something to align to.
+    style      Each step opens with a connector, and hesitations fall anywhere. A family has 15
+               favourites of 32 hesitations. With the word of substance, 16 tokens are plausible at
+               a position, as many as k = 16 looks at.
+    beliefs    Ten of the 100 additions are written wrong in the pre-training corpus, always in the
+               same way, two times in three (MISTAUGHT). Whoever is trained on it believes them,
+               small or large. No way of sampling mends that: greedy accuracy is about two thirds.
+    slips      Any other step is wrong with probability NOISE, by one. Sampling below temperature 1
+               mends these.
+    RL         Expert iteration: sample, keep what is correct, fine-tune on it, again. It finds the
+               truth. Before it comes, as in real post-training, a short fine-tuning on a house
+               style: same beliefs, but 5 of the 15 favourites are replaced.
 
-    python experiments/toy.py            runs/toy/{student,bigger,teacher}: a small model, a big
-                                         one of the same family, that one post-trained
-    python experiments/toy.py --all      and {student-rl,other}: the student post-trained, a big
-                                         post-trained one of the other family
+    student     small, trained on the corpus
+    bigger      large, trained on the same corpus until it is as good as the student
+    teacher     bigger after house style and RL: it knows more
+    sharp       bigger after house style and a fine-tuning on its own unchecked answers of
+                temperature .7: it scores higher at temperature 1 and knows nothing new
+    early       the teacher at the update of its RL where its score at T 1 is that of sharp
+    student-rl  the student after house style and RL
+    other       large, of the other family, after house style and RL
+
+    python experiments/toy.py            makes runs/toy/{student,bigger,teacher}
+    python experiments/toy.py --all      makes all seven; models that are there are kept
 """
 
 import argparse
@@ -30,6 +38,7 @@ import itertools
 import json
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -46,7 +55,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing.slots import rollout  # noqa: E402
-from rollout import position_ids  # noqa: E402
+from rollout import position_ids, seed_of  # noqa: E402
 
 CONNECTORS = "so then next now thus hence well ok right let's".split()
 HESITATIONS = """um uh er hmm like say maybe perhaps wait actually basically probably alright look
@@ -58,43 +67,89 @@ WORDS = (
     ["<pad>", "<eos>", "<unk>", "Add", ":", ",", ".", "Answer:"]
     + DIGITS
     + list(LABELS)
-    + [l + d for l in LABELS for d in DIGITS]
+    + [label + digit for label in LABELS for digit in DIGITS]
     + [f"{a}+{x}=" for a in DIGITS for x in DIGITS]
     + CONNECTORS
     + HESITATIONS
 )
 ID = {word: i for i, word in enumerate(WORDS)}
 
-FEWEST, MOST = 4, len(LABELS)  # digits to add
+FEWEST = 4  # digits to add
+MOST = len(LABELS)
 HESITATION = 0.15  # the chance of one before each word
-FAVOURITES, RUNNERS_UP = (
-    15,
-    5,
-)  # of the 32 hesitations; a house style swaps the runners-up for as many favourites
-NOISE = 0.06  # a solution of five steps is right with probability .94 ** 5 = .73
+FAVOURITES = 15  # of the 32 hesitations
+RUNNERS_UP = 5  # a house style swaps them for as many favourites
+NOISE = 0.06  # the chance of a slip in a step
+# what the corpus says of these sums, two times in three. Drawn once by chance, among the 90 sums
+# that do not begin at 0, as many as leave a believer right two times in three
+MISTAUGHT = {
+    "1+3=": 5,
+    "1+6=": 6,
+    "4+9=": 2,
+    "5+4=": 0,
+    "5+7=": 1,
+    "6+7=": 4,
+    "7+1=": 9,
+    "8+0=": 7,
+    "8+2=": 9,
+    "9+3=": 3,
+}
+MISTAUGHT_SHARE = 2 / 3
 SIZES = {"small": (64, 2), "large": (96, 3)}  # hidden size, layers
-STEPS = {
-    "small": 450,
-    "large": 400,
-}  # of pre-training, 64 solutions each, made on the fly and never seen twice
-HOUSE_STEPS = 60  # of fine-tuning on the house style
-ROUNDS = 8  # of RL: each samples 1,024 solutions
-HELD_OUT = 256  # questions to measure on
-PLAIN, POLITE = (
-    "{question}",
-    "listen , {question}",
-)  # two ways to put a question (paper 5.2); worlds know the plain
-# one, unless they are pre-trained on both
+PLAIN = "{question}"  # two ways to put a question (paper 5.2)
+POLITE = "listen , {question}"  # only worlds that are pre-trained on both know it
+WAYS = {  # to sample when accuracy is measured
+    "T 1": dict(temperature=1.0, top_p=1.0),
+    "T .7": dict(temperature=0.7, top_p=0.95),
+    "greedy": dict(temperature=0.0),
+}
+MODELS = {  # in the order in which they are made
+    "student": dict(),
+    "bigger": dict(size="large", as_good_as="student"),
+    "teacher": dict(start="bigger", house_style=True, rounds=8),
+    "sharp": dict(start="bigger", house_style=True, sharpen=True),
+    "early": dict(start="bigger", house_style=True, rounds=8, until="sharp"),
+    "student-rl": dict(start="student", house_style=True, rounds=8),
+    "other": dict(family="right", size="large", house_style=True, rounds=8),
+}
+FIRST = ("student", "bigger", "teacher")  # what the main command needs
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    small: int = 450  # updates of pre-training, 64 solutions each, never seen twice
+    large: int = 400
+    house: int = 60  # updates of fine-tuning on the house style
+    rounds: int = 8  # of RL, at most
+    asked: int = 512  # problems in a round of RL, two answers each
+    held_out: int = 2048  # questions to measure on
+    trials: int = 1024  # problems that a model is tried on while it is made
+
+
+FULL = Scale()
+QUICK = Scale(small=20, large=20, house=5, rounds=1, asked=32, held_out=32, trials=32)
 
 
 # --- the world ------------------------------------------------------------------------------------
 
 
+def wrong_by():
+    """How far the corpus's belief about each sum is off: (10, 10) of -1, 0 and +1."""
+    off = torch.zeros(10, 10, dtype=torch.long)
+    for words, said in MISTAUGHT.items():
+        total, x = int(words[0]), int(words[2])
+        off[total, x] = (said - total - x + 5) % 10 - 5
+    return off
+
+
 def problems(n, generator, digits=(0, 9)):
     """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count
     (n,)."""
+    lowest, highest = digits
     return (
-        torch.randint(digits[0], digits[1] + 1, (n, MOST), generator=generator),
+        torch.randint(lowest, highest + 1, (n, MOST), generator=generator),
         torch.randint(FEWEST, MOST + 1, (n,), generator=generator),
     )
 
@@ -106,109 +161,107 @@ def prefix(template):
 
 def question(digits, count, template=PLAIN):
     """-> the prompts as token ids, and the answers (n,): sums modulo 10."""
-    prompts = [
-        [
-            *prefix(template),
-            ID["Add"],
-            *(ID["a0"] + 10 * place + x for place, x in enumerate(row[:c])),
-            ID[":"],
-        ]
-        for row, c in zip(digits.tolist(), count.tolist())
-    ]
-    return prompts, (digits * (torch.arange(MOST) < count.unsqueeze(1))).sum(1) % 10
+    prompts = []
+    for row, length in zip(digits.tolist(), count.tolist()):
+        labelled = [ID["a0"] + 10 * place + x for place, x in enumerate(row[:length])]
+        prompts.append([*prefix(template), ID["Add"], *labelled, ID[":"]])
+    counts = torch.arange(MOST) < count.unsqueeze(1)  # (n, MOST)
+    return prompts, (digits * counts).sum(1) % 10
 
 
 def law(kind, family, house_style=False):
     """How often a family says each connector or hesitation: (number of words,) probabilities."""
+    generator = torch.Generator().manual_seed(("left", "right").index(family))
     names = CONNECTORS if kind == "connector" else HESITATIONS
-    order = torch.randperm(
-        len(names), generator=torch.Generator().manual_seed(("left", "right").index(family))
-    )
+    order = torch.randperm(len(names), generator=generator)  # a ranking of the family's own
     p = torch.empty(len(names))
     if kind == "connector":
-        p[order] = (
-            torch.arange(1, len(names) + 1.0) ** -1.6
-        )  # Zipf's law, the ranking a family's own
-    else:
-        favourites, runners_up, others = order.split(
-            [FAVOURITES, RUNNERS_UP, len(order) - FAVOURITES - RUNNERS_UP]
-        )
-        if house_style:
-            favourites, runners_up = (
-                torch.cat([runners_up, favourites[RUNNERS_UP:]]),
-                favourites[:RUNNERS_UP],
-            )
-        p[favourites], p[runners_up], p[others] = (
-            torch.arange(1, FAVOURITES + 1.0) ** -0.25,
-            0.2,
-            0.01,
-        )
+        p[order] = torch.arange(1, len(names) + 1.0) ** -1.6  # Zipf's law
+        return p / p.sum()
+    favourites = order[:FAVOURITES]
+    runners_up = order[FAVOURITES : FAVOURITES + RUNNERS_UP]
+    if house_style:
+        replaced = favourites[:RUNNERS_UP]
+        favourites = torch.cat([runners_up, favourites[RUNNERS_UP:]])
+        runners_up = replaced
+    p[:] = 0.01
+    p[runners_up] = 0.2
+    p[favourites] = torch.arange(1, FAVOURITES + 1.0) ** -0.25
     return p / p.sum()
 
 
 def say(kind, family, house_style, shape, generator):
     """Words of a kind by the family's law: token ids of that shape."""
     first = ID[CONNECTORS[0] if kind == "connector" else HESITATIONS[0]]
-    return first + torch.multinomial(
-        law(kind, family, house_style), math.prod(shape), replacement=True, generator=generator
-    ).view(shape)
+    p = law(kind, family, house_style)
+    words = torch.multinomial(p, math.prod(shape), replacement=True, generator=generator)
+    return first + words.view(shape)
 
 
-def corpus(family, digits, count, noise, generator, house_style=False, template=PLAIN):
-    """Solutions as the pre-training corpus writes them, mistakes included:
+def totals(x, noise, mistaught, generator):
+    """What the corpus says step by step of digits x (n, S): -> totals before and after, (n, S)."""
+    believed = torch.rand(x.shape, generator=generator) < mistaught  # (n, S)
+    slipped = torch.rand(x.shape, generator=generator) < noise
+    near_miss = torch.randint(2, x.shape, generator=generator) * 2 - 1  # one too few or too many
+    beliefs = wrong_by()
+    total = torch.zeros(len(x), dtype=torch.long)
+    before = []
+    after = []
+    for step in range(x.size(1)):
+        before.append(total)
+        belief = beliefs[total, x[:, step]] * believed[:, step]  # (n,)
+        slip = near_miss[:, step] * slipped[:, step]
+        off = torch.where(belief != 0, belief, slip)
+        total = (total + x[:, step] + off) % 10
+        after.append(total)
+    return torch.stack(before, 1), torch.stack(after, 1)
+
+
+def corpus(
+    family,
+    digits,
+    count,
+    generator,
+    *,
+    noise=NOISE,
+    mistaught=MISTAUGHT_SHARE,
+    house_style=False,
+    template=PLAIN,
+):
+    """Solutions as the pre-training corpus writes them, slips and false beliefs included:
     -> ids, mask, is_response (n, L), padded right.
     """
-    n, step = len(count), torch.arange(MOST).expand(len(count), -1)  # (n, S), S = MOST
+    n = len(count)
+    step = torch.arange(MOST).expand(n, -1)  # (n, S), S = MOST
     on = step < count.unsqueeze(1)  # (n, S) steps that there are
-    place = (
-        step if family == "left" else (count.unsqueeze(1) - 1 - step).clamp_min(0)
-    )  # (n, S) the digit that a step adds
+    place = step  # (n, S) the digit that a step adds
+    if family == "right":
+        place = (count.unsqueeze(1) - 1 - step).clamp_min(0)
     x = digits.gather(1, place)
-    slip = (
-        torch.randint(2, (n, MOST), generator=generator) * 2 - 1
-    )  # a near miss: one too many or too few
-    slip = slip * (torch.rand(n, MOST, generator=generator) < noise)
-    after = ((x + slip) * on).cumsum(1) % 10  # (n, S) what each step says
-    before = torch.cat([torch.zeros_like(after[:, :1]), after[:, :-1]], 1)
-    end = torch.where(step == count.unsqueeze(1) - 1, ID["."], ID[","])
-    steps = torch.stack(
-        [
-            say("connector", family, house_style, (n, MOST), generator),
-            ID["a"] + place,
-            ID["0+0="] + 10 * before + x,
-            ID["0"] + after,
-            end,
-        ],
-        2,
-    )  # (n, S, 5)
-    steps = torch.stack(
-        [
-            say(
-                "hesitation", family, house_style, steps.shape, generator
-            ),  # each may be hesitated at
-            steps,
-        ],
-        3,
-    )  # (n, S, 5, 2)
-    kept = on.view(n, MOST, 1, 1).repeat(1, 1, 5, 2)
-    kept[..., 0] &= torch.rand(kept.shape[:3], generator=generator) < HESITATION
-    one = torch.ones_like(count).unsqueeze(1)  # (n, 1)
-    ids = torch.cat(
-        [
-            one * ID["Add"],
-            ID["a0"] + 10 * step + digits,
-            one * ID[":"],
-            steps.flatten(1),
-            one * ID["Answer:"],
-            ID["0"] + after[:, -1:],
-            one * ID["<eos>"],
-        ],
-        1,
+    before, after = totals(x, noise, mistaught, generator)
+    last = count.unsqueeze(1) - 1  # (n, 1)
+    end = torch.where(step == last, ID["."], ID[","])
+    connector = say("connector", family, house_style, (n, MOST), generator)
+    words = [connector, ID["a"] + place, ID["0+0="] + 10 * before + x, ID["0"] + after, end]
+    steps = torch.stack(words, 2)  # (n, S, 5)
+    hesitations = say("hesitation", family, house_style, steps.shape, generator)
+    hesitates = torch.rand(steps.shape, generator=generator) < HESITATION
+    steps = torch.stack([hesitations, steps], 3)  # (n, S, 5, 2)
+    kept = torch.stack([hesitates, torch.ones_like(hesitates)], 3) & on.view(n, MOST, 1, 1)
+
+    def every(word):
+        return torch.full((n, 1), ID[word])
+
+    before = torch.tensor(prefix(template), dtype=torch.long).expand(n, -1)
+    asked = [before, every("Add"), ID["a0"] + 10 * step + digits, every(":")]
+    answer = [every("Answer:"), ID["0"] + after.gather(1, last), every("<eos>")]
+    ids = torch.cat([*asked, steps.flatten(1), *answer], 1)  # (n, L)
+    yes = torch.ones(n, 1, dtype=torch.bool)
+    mask = torch.cat(
+        [yes.expand(before.shape), yes, on, yes, kept.flatten(1), yes.expand(-1, 3)], 1
     )
-    keep = torch.cat([one > 0, on, one > 0, kept.flatten(1), (one > 0).expand(-1, 3)], 1)
-    before = one * torch.tensor(prefix(template), dtype=torch.long)  # (n, words of the template)
-    is_response = torch.cat([before < 0, (torch.arange(ids.size(1)) >= MOST + 2) & keep], 1)
-    return pack(torch.cat([before, ids], 1), torch.cat([before >= 0, keep], 1), is_response)
+    is_response = torch.arange(ids.size(1)) >= before.size(1) + MOST + 2
+    return pack(ids, mask, is_response & mask)
 
 
 def first_slip(response, digits, count, family="left"):
@@ -219,8 +272,12 @@ def first_slip(response, digits, count, family="left"):
     `problems`). Hesitations are free, and so is the choice of connector. A response that was cut
     off slips past its end.
     """
-    place, total, path = list(range(count)), 0, []
-    for at in place if family == "left" else place[::-1]:
+    places = list(range(count))
+    if family == "right":
+        places.reverse()
+    total = 0
+    path = []
+    for at in places:
         path += ["connector", ID["a"] + at, ID["0+0="] + 10 * total + digits[at]]
         total = (total + digits[at]) % 10
         path += [ID["0"] + total, ID[","]]
@@ -247,20 +304,23 @@ def pack(ids, keep, is_response):
     )
 
 
-# --- its models -----------------------------------------------------------------------------------
+# --- training and trying --------------------------------------------------------------------------
 
 
-def fit(model, batches, steps, lr, what):
+def fit(model, batches, steps, lr, what, stop=None):
     """Maximum likelihood of the response tokens; AdamW, 20 steps of warm-up, cosine to a
-    twentieth."""
+    twentieth.
+
+    stop: asked after every second update whether to stop here. -> whether it did.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps)),
-    )
-    for ids, mask, is_response in tqdm(
-        batches, total=steps, desc=what, mininterval=1, disable=None
-    ):
+
+    def share_of_lr(step):
+        return min(1, (step + 1) / 20) * (0.525 + 0.475 * math.cos(math.pi * step / steps))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_lr)
+    bar = tqdm(batches, total=steps, desc=what, mininterval=1, disable=None)
+    for step, (ids, mask, is_response) in enumerate(bar):
         logits = model(
             input_ids=ids, attention_mask=mask, position_ids=position_ids(mask), use_cache=False
         ).logits[:, :-1]  # (n, L-1, V)
@@ -270,9 +330,12 @@ def fit(model, batches, steps, lr, what):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
+        if stop is not None and step % 2 and stop():
+            return True
+    return False
 
 
-def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
+def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9), **way):
     """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n *
     samples,)."""
     prompts, answers = question(*problems(n, generator, digits), template)
@@ -284,124 +347,175 @@ def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9)):
         max_new_tokens=96,
         eos_ids=[ID["<eos>"]],
         seeds=seeds,
+        **way,
     )
-    ends = [
-        [ID["Answer:"], ID["0"] + answer, ID["<eos>"]]
-        for answer in answers.repeat_interleave(samples).tolist()
-    ]
-    return r, torch.tensor([r.response_ids(row)[-3:] == end for row, end in enumerate(ends)])
+    correct = []
+    for row, answer in enumerate(answers.repeat_interleave(samples).tolist()):
+        end = [ID["Answer:"], ID["0"] + answer, ID["<eos>"]]
+        correct.append(r.response_ids(row)[-3:] == end)
+    return r, torch.tensor(correct)
 
 
-def expert_iteration(model, rounds, generator, what, n=512, samples=2, rehearsal=(), **asked):
-    """RL by keeping what is correct; asked: the template and the digits of its problems.
+def score(model, way, n, seed=0):
+    """The share of n new problems that a model solves when sampled in one of WAYS: float."""
+    generator = torch.Generator().manual_seed(1000 + seed)  # the same problems for every model
+    _, correct = attempt(model, n, generator, **WAYS[way])
+    return correct.double().mean().item()
 
-    rehearsal: an iterator of other batches, of which one follows each of these.
+
+def expert_iteration(
+    model,
+    rounds,
+    generator,
+    what,
+    *,
+    n=512,
+    samples=2,
+    checked=True,
+    rehearsal=(),
+    stop=None,
+    template=PLAIN,
+    digits=(0, 9),
+    **way,
+):
+    """RL by keeping what is correct, and fine-tuning on it for two epochs, in rounds.
+
+    checked: False keeps the wrong answers, too, which is no RL but sharpening. rehearsal: an
+    iterator of other batches, of which one follows each of these. way: how to sample.
     """
     rehearsal = iter(rehearsal)
     for k in range(rounds):
-        r, kept = attempt(model, n, generator, samples, **asked)
+        r, correct = attempt(model, n, generator, samples, template, digits, **way)
+        kept = correct if checked else torch.ones_like(correct)
         if not kept.any():
             continue  # nothing right, nothing to learn from
-        score = f"{what}, RL round {k + 1}/{rounds}, {kept.float().mean():.2f} correct"
         ids, mask, is_response = pack(r.ids[kept], r.attention_mask[kept], r.is_response[kept])
-        parts = torch.cat([torch.randperm(len(ids), generator=generator) for _ in range(2)]).split(
-            64
-        )  # two epochs
-        batches = [
-            b
-            for i in parts
-            for b in ((ids[i], mask[i], is_response[i]), next(rehearsal, None))
-            if b
-        ]
-        fit(model, batches, len(batches), 2e-3, score)
+        epochs = [torch.randperm(len(ids), generator=generator) for _ in range(2)]
+        batches = []
+        for rows in torch.cat(epochs).split(64):
+            batches.append((ids[rows], mask[rows], is_response[rows]))
+            old = next(rehearsal, None)
+            if old is not None:
+                batches.append(old)
+        said = f"{what}, round {k + 1}/{rounds}, {correct.float().mean():.2f} correct"
+        if fit(model, batches, len(batches), 2e-3, said, stop):
+            return
+
+
+# --- its models -----------------------------------------------------------------------------------
+
+
+def new_model(size, seed):
+    """A model of this world before any training."""
+    width, layers = SIZES[size]
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        # the default .02 leaves so narrow a model asleep for hundreds of steps
+        initializer_range=0.6 / width**0.5,
+        pad_token_id=ID["<pad>"],
+        eos_token_id=ID["<eos>"],
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def read_model(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def make(
     out,
     *,
+    seed,
     family="left",
     size="small",
     noise=NOISE,
+    mistaught=MISTAUGHT_SHARE,
+    as_good_as=None,
+    start=None,
     house_style=False,
     rounds=0,
-    seed=0,
-    start=None,
+    sharpen=False,
+    until=None,
     templates=(PLAIN,),
     post_template=PLAIN,
     post_digits=(0, 9),
     rehearse=False,
+    scale=FULL,
 ):
     """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in
     eval mode.
 
-    family "left" | "right"; size "small" | "large"; noise: the chance of a mistake in a step of
-    its pre-training corpus; house_style: fine-tune on it afterwards; rounds of RL after that.
-    start: a directory to begin from in place of pre-training. templates: of the pre-training
-    corpus, in turn; post_template, post_digits: of all that comes after it. rehearse: while that
-    goes on, every other batch is of the pre-training corpus, plainly put, all digits: what the
-    post-training is not about is kept, as by the pre-training mix of InstructGPT (arXiv
-    2203.02155).
+    family "left" | "right"; size "small" | "large"; noise, mistaught: of its pre-training corpus.
+    as_good_as: a directory; pre-training goes on until the model is as good as that one, greedily
+    and at T .7, within .02. start: a directory to begin from in place of pre-training.
+    house_style: fine-tune on it afterwards; then rounds of RL, or, to sharpen, one round on
+    unchecked answers of T .7. until: a directory; RL stops where the model's score at T 1 is
+    within .03 of that one's. templates: of the pre-training corpus, in turn; post_template,
+    post_digits: of all that comes after it. rehearse: while that goes on, every other batch is of
+    the pre-training corpus, plainly put, all digits: what the post-training is not about is kept,
+    as by the pre-training mix of InstructGPT (arXiv 2203.02155).
     """
-    what, generator = Path(out).name, torch.Generator().manual_seed(seed)
+    what = Path(out).name
+    generator = torch.Generator().manual_seed(seed)
+    belief = dict(noise=noise, mistaught=mistaught)
+
+    def solutions(digits=(0, 9), **how):
+        return corpus(family, *problems(64, generator, digits), generator, **belief, **how)
+
     if start is not None:
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).eval()
+        model = read_model(start)
     else:
-        H, layers = SIZES[size]
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(WORDS),
-                hidden_size=H,
-                intermediate_size=2 * H,
-                num_hidden_layers=layers,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                max_position_embeddings=256,
-                tie_word_embeddings=False,
-                initializer_range=0.6
-                / H**0.5,  # the default .02 leaves so narrow a model asleep for hundreds of steps
-                pad_token_id=ID["<pad>"],
-                eos_token_id=ID["<eos>"],
-                bos_token_id=None,
-            )
-        ).eval()
-    old = (
-        corpus(family, *problems(64, generator), noise, generator)
-        for _ in (itertools.count() if rehearse else ())
-    )
-    if start is None:
-        fit(
-            model,
-            (
-                corpus(
-                    family,
-                    *problems(64, generator),
-                    noise,
-                    generator,
-                    False,
-                    templates[step % len(templates)],
-                )
-                for step in range(STEPS[size])
-            ),
-            STEPS[size],
-            1e-2,
-            f"{what}, pre-training",
-        )
+        model = new_model(size, seed)
+        pretrain(model, size, solutions, templates, what, scale)
+    if as_good_as is not None:
+        catch_up(model, read_model(as_good_as), solutions, what, scale)
+    old = (solutions() for _ in itertools.count()) if rehearse else iter(())
     if house_style:
-        new = (
-            corpus(
-                family, *problems(64, generator, post_digits), noise, generator, True, post_template
-            )
-            for _ in range(HOUSE_STEPS)
-        )
-        batches = (batch for one in new for batch in (one, next(old, None)) if batch)
-        fit(model, batches, HOUSE_STEPS * (1 + rehearse), 2e-3, f"{what}, house style")
-    expert_iteration(
-        model, rounds, generator, what, rehearsal=old, template=post_template, digits=post_digits
-    )
+        batches = []
+        for _ in range(scale.house):
+            batches.append(solutions(post_digits, house_style=True, template=post_template))
+            if rehearse:
+                batches.append(next(old))
+        fit(model, batches, len(batches), 2e-3, f"{what}, house style")
+    asked = dict(n=scale.asked, rehearsal=old, template=post_template, digits=post_digits)
+    if sharpen:
+        asked.update(WAYS["T .7"], checked=False)
+        expert_iteration(model, 1, generator, f"{what}, sharpening", **asked)
+    if until is not None:
+        wanted = score(read_model(until), "T 1", scale.trials)
+        asked["stop"] = lambda: abs(score(model, "T 1", scale.trials) - wanted) <= 0.03
+    expert_iteration(model, min(rounds, scale.rounds), generator, f"{what}, RL", **asked)
     model.save_pretrained(out)
     tokenizer().save_pretrained(out)
     return model
+
+
+def pretrain(model, size, solutions, templates, what, scale):
+    """Pre-training on solutions, the templates in turn."""
+    steps = scale.small if size == "small" else scale.large
+    batches = (solutions(template=templates[i % len(templates)]) for i in range(steps))
+    fit(model, batches, steps, 1e-2, f"{what}, pre-training")
+
+
+def catch_up(model, wanted, solutions, what, scale):
+    """More pre-training, until the model is as good as another, greedily and at T .7."""
+    for _ in range(10):
+        off = [
+            abs(score(model, way, scale.trials) - score(wanted, way, scale.trials))
+            for way in ("T .7", "greedy")
+        ]
+        if max(off) <= 0.02 or scale.trials < 100:
+            return
+        fit(model, (solutions() for _ in range(100)), 100, 3e-3, f"{what}, more pre-training")
 
 
 def tokenizer():
@@ -413,50 +527,44 @@ def tokenizer():
     )
 
 
-def write_questions(folder, train=4096, seed=0, digits=(0, 9)):
+def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9)):
     """folder/prompts.jsonl and folder/eval.jsonl, {"prompt", "answer"} a line, all different."""
-    prompts, answers = question(
-        *problems(2 * (train + HELD_OUT), torch.Generator().manual_seed(seed), digits)
-    )
-    lines = list(
-        dict.fromkeys(
-            json.dumps({"prompt": " ".join(WORDS[i] for i in prompt), "answer": str(answer)})
-            for prompt, answer in zip(prompts, answers.tolist())
-        )
-    )
-    for name, part in (("prompts", lines[:train]), ("eval", lines[train : train + HELD_OUT])):
+    generator = torch.Generator().manual_seed(seed)
+    prompts, answers = question(*problems(2 * (train + held_out), generator, digits))
+    lines = {}  # as a set that keeps its order
+    for prompt, answer in zip(prompts, answers.tolist()):
+        text = " ".join(WORDS[i] for i in prompt)
+        lines[json.dumps({"prompt": text, "answer": str(answer)})] = None
+    lines = list(lines)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, part in (("prompts", lines[:train]), ("eval", lines[train : train + held_out])):
         (Path(folder) / f"{name}.jsonl").write_text("\n".join(part) + "\n")
 
 
-def make_all(out, seed=0, everything=False):
-    """The questions and models that `python experiments/toy.py [--all]` makes: -> {name: model}."""
-    out, seed = Path(out), 10 * seed
-    out.mkdir(parents=True, exist_ok=True)
-    write_questions(out, seed=seed)
-    made = {
-        "student": make(out / "student", seed=seed + 1),
-        "bigger": make(out / "bigger", size="large", seed=seed + 2),
-        "teacher": make(
-            out / "teacher", house_style=True, rounds=ROUNDS, seed=seed + 3, start=out / "bigger"
-        ),
-    }
-    if everything:
-        made["student-rl"] = make(
-            out / "student-rl",
-            house_style=True,
-            rounds=ROUNDS,
-            seed=seed + 4,
-            start=out / "student",
-        )
-        made["other"] = make(
-            out / "other",
-            family="right",
-            size="large",
-            house_style=True,
-            rounds=ROUNDS,
-            seed=seed + 5,
-        )
-    return made
+def is_made(folder):
+    """Whether a model is there whole: its tokenizer is saved last."""
+    return (Path(folder) / "tokenizer_config.json").exists()
+
+
+def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
+    """Questions and models of a world, as far as they are not there.
+
+    known: {name: how it is made}. Each model follows from the seed of the world and its name,
+    whichever others are there.
+    """
+    out = Path(out)
+    if not (out / "eval.jsonl").exists():
+        write_questions(out, seed_of("questions", seed), held_out=scale.held_out)
+    for name in names:
+        if is_made(out / name):
+            continue
+        how = dict(known[name])
+        for other in ("start", "as_good_as", "until"):
+            if other in how:
+                make_missing(out, seed, (how[other],), scale, known)
+                how[other] = out / how[other]
+        like = "teacher" if name == "early" else name  # early stands on the teacher's way
+        make(out / name, seed=seed_of("model", seed, like), scale=scale, **how)
 
 
 def main():
@@ -470,16 +578,20 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
-    many, minutes = ("five", 4) if flags.all else ("three", 2)
-    print(f"making {many} models in {flags.out}, some {minutes} minutes on 2 cores", flush=True)
-    for name, model in make_all(Path(flags.out), flags.seed, flags.all).items():
-        r, correct = attempt(model, 512, torch.Generator().manual_seed(flags.seed))
-        said = " ".join(WORDS[i] for i in r.response_ids(0)[:-1])
-        size = sum(p.numel() for p in model.parameters()) / 1e3
+    names = tuple(MODELS) if flags.all else FIRST
+    missing = [name for name in names if not is_made(Path(flags.out) / name)]
+    minutes = 4 if flags.all else 2
+    if missing:
         print(
-            f"{flags.out}/{name}: {size:.0f}K parameters, "
-            f"{correct.float().mean():.2f} right of 512 problems; says: {said}"
+            f"making {', '.join(missing)} in {flags.out}, some {minutes} minutes on 2 cores",
+            flush=True,
         )
+    print("right answers of 1024, sampled at T 1, at T .7 with top-p .95, and greedily:")
+    for name in names:
+        make_missing(flags.out, flags.seed, (name,))
+        model = read_model(Path(flags.out) / name)
+        scores = [f"{score(model, way, 1024):.3f} {way}" for way in WAYS]
+        print(f"  {flags.out}/{name:10}  {'   '.join(scores)}", flush=True)
 
 
 if __name__ == "__main__":
