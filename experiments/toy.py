@@ -567,6 +567,14 @@ def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
         make(out / name, seed=seed_of("model", seed, like), scale=scale, **how)
 
 
+def say_and_make(out, seed, names):
+    """make_missing, and a line that says what is made."""
+    missing = [name for name in names if not is_made(Path(out) / name)]
+    if missing:
+        print(f"making {', '.join(missing)} in {out}, under a minute each", flush=True)
+    make_missing(out, seed, names)
+
+
 def main():
     parser = argparse.ArgumentParser(description="Make the toy world's models and questions.")
     parser.add_argument(
@@ -579,19 +587,12 @@ def main():
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
     names = tuple(MODELS) if flags.all else FIRST
-    missing = [name for name in names if not is_made(Path(flags.out) / name)]
-    minutes = 4 if flags.all else 2
-    if missing:
-        print(
-            f"making {', '.join(missing)} in {flags.out}, some {minutes} minutes on 2 cores",
-            flush=True,
-        )
-    print("right answers of 1024, sampled at T 1, at T .7 with top-p .95, and greedily:")
+    say_and_make(flags.out, flags.seed, names)
+    print("right answers of 1,024: sampled at T 1, at T .7 with top-p .95, and greedily")
     for name in names:
-        make_missing(flags.out, flags.seed, (name,))
         model = read_model(Path(flags.out) / name)
-        scores = [f"{score(model, way, 1024):.3f} {way}" for way in WAYS]
-        print(f"  {flags.out}/{name:10}  {'   '.join(scores)}", flush=True)
+        scores = [f"{score(model, way, 1024):9.3f}" for way in WAYS]
+        print(f"  {name:12}{''.join(scores)}   {flags.out}/{name}", flush=True)
 
 
 if __name__ == "__main__":

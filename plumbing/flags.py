@@ -349,7 +349,7 @@ TOY = dict(
     cold_start_lr=2e-3,
 )
 PAPER = dict(  # appendix A.2, and C.1 for the cold start
-    steps=200,
+    steps=200,  # as its figures show; A.2 has one epoch, 279 steps
     batch_size=64,
     n=4,
     max_new_tokens=7168,
