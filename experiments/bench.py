@@ -35,14 +35,17 @@ from pathlib import Path
 from statistics import median
 
 import torch
+import toy
 import transformers
-from lab import PRESETS, ROOT, Config, first_sentence, join, opd, toy, write_text
+from lab import ROOT, first_sentence
+from real_lab import join, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loss
+import opd
 import teacher
 from plumbing.files import provenance, write_json
-from plumbing.flags import check_run
+from plumbing.flags import PRESETS, Config, check_run
 from plumbing.processes import one_of_several
 from plumbing.prompts import encode, encode_for, load_prompts, questions
 from plumbing.run import Run
@@ -640,12 +643,12 @@ def main():
         made = join([json.loads(Path(path).read_text()) for path in flags.report], "rows")
         write_json(Path(flags.out) / "bench.json", made)
         return write_text("\n".join(report(made["rows"])), made, Path(flags.out) / "bench")
-    started, world = time.perf_counter(), Path(flags.world or tempfile.mkdtemp())
+    started = time.perf_counter()
+    world = Path(flags.world or tempfile.mkdtemp())
     if flags.quick:
-        toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = {"small": 20, "large": 20}, 5, 0
         flags.generate_batch = []
-    if not (world / "teacher" / "config.json").exists():
-        toy.make_all(world)
+    scale = toy.QUICK if flags.quick else toy.FULL
+    toy.make_missing(world, seed=0, names=("student", "teacher"), scale=scale)
     preset = {name: PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}
     pairs = {
         "toy": dict(

@@ -28,10 +28,12 @@ from unittest import mock
 
 import torch
 import transformers
-from lab import ROOT, opd, write_text
+from lab import ROOT
+from real_lab import write_text
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 import loss
+import opd
 from plumbing import slots
 from plumbing.files import provenance, write_json
 from plumbing.flags import Config

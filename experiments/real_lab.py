@@ -1,11 +1,10 @@
-"""experiments/lab.py: what the experiments share: their flags, one distillation, and how results
-are written down."""
+"""experiments/real_lab.py: what the scripts of the real model share (real.py, again.py, longer.py):
+their flags, one run, and how results are written down. bench.py and gpu.py write theirs alike."""
 
 import argparse
 import dataclasses
 import json
 import math
-import sys
 import tempfile
 import time
 import warnings
@@ -13,17 +12,13 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import transformers
+from lab import ROOT, first_sentence, short
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import plot  # noqa: E402
-import toy  # noqa: E402
-
-import analysis  # noqa: E402
-import opd  # noqa: E402
-from plumbing import figures, files, models, prompts, slots  # noqa: E402
-from plumbing.flags import PRESETS, Config  # noqa: E402
-from rollout import seed_of  # noqa: E402
+import analysis
+import opd
+from plumbing import figures, files, models, prompts, slots
+from plumbing.flags import Config
+from rollout import seed_of
 
 CURVES = (
     "step",
@@ -45,29 +40,8 @@ CURVES = (
 )
 
 MADE_BY = ("commit", "dirty")  # the code, of the provenance
-# of accuracy. Fixed before followups.py and real.py ran; elsewhere later, where it can only take
-# away
-MARGIN = 0.05
+MARGIN = 0.05  # of accuracy: fixed before real.py ran
 EARLIER = []  # seconds of the runs, or parts of runs, that were found on the disk
-
-
-def distil(student, teacher, world, out, **settings):
-    """A run of opd.py on toy models with the toy preset, other settings by name: -> its result,
-    its curves."""
-    return run(
-        **{
-            **PRESETS["toy"],
-            **dict(
-                student=str(student),
-                teacher=str(teacher),
-                prompts=str(world / "prompts.jsonl"),
-                device="cpu",
-                eval=str(world / "eval.jsonl"),
-                out=str(out),
-            ),
-            **settings,
-        }
-    )
 
 
 def run(**settings):
@@ -76,29 +50,33 @@ def run(**settings):
 
     Raises SystemExit where the directory holds a run of other settings or of another commit.
     """
-    out, cfg = Path(settings["out"]), Config(**settings)
-    had, result = (plot.read_json(out / f"{name}.json") for name in ("config", "result"))
+    out = Path(settings["out"])
+    cfg = Config(**settings)
+    had = read_if_there(out / "config.json")
+    result = read_if_there(out / "result.json")
     asked = {
         **dataclasses.asdict(cfg),
         **{name: x for name, x in files.provenance().items() if name in MADE_BY},
     }
     for name in ("steps", "resume", "micro_batch_tokens"):
         del asked[name]
-    if (
-        had
-        and any(had.get(name) != value for name, value in asked.items())
-        or result
-        and result["steps"] > cfg.steps
-    ):
+    is_another = had is not None and any(had.get(name) != x for name, x in asked.items())
+    is_longer = result is not None and result["steps"] > cfg.steps
+    if is_another or is_longer:
         raise SystemExit(
             f"{out} holds a run of other settings or of another commit; take another --runs"
         )
     started = time.perf_counter()
     if result is None or result["steps"] < cfg.steps:
         opd.distil(dataclasses.replace(cfg, resume=(out / "checkpoint" / "state.pt").exists()))
-    rows, result = figures.read_rows(out), plot.read_json(out / "result.json")
+    rows = figures.read_rows(out)
+    result = files.read_json(out / "result.json")
     EARLIER.append(max(0, result["seconds"] - (time.perf_counter() - started)))
     return {**result, "curves": {name: [short(row.get(name)) for row in rows] for name in CURVES}}
+
+
+def read_if_there(path):
+    return files.read_json(path) if path.exists() else None
 
 
 def load(student, teacher, **settings):
@@ -128,16 +106,6 @@ def write(pair, prompt_ids, *, seed, **how):
         )
 
 
-def short(x):
-    """Five digits are enough for a curve."""
-    return float(f"{x:.5g}") if isinstance(x, float) else x
-
-
-def first_sentence(about):
-    """The first paragraph of a docstring, in one line."""
-    return " ".join(about.split("\n\n")[0].split())
-
-
 def main(name, about, seed_runs, report, own=None, curves=CURVES):
     """The command line of one experiment; writes results/<name>.json and calls report(results,
     path without suffix).
@@ -165,7 +133,7 @@ def main(name, about, seed_runs, report, own=None, curves=CURVES):
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="one seed, models and runs of a few steps: does it run?",
+        help="one seed, runs of a few steps: does it run? Keeps no results",
     )
     parser.add_argument(
         "--report",
@@ -192,10 +160,10 @@ def main(name, about, seed_runs, report, own=None, curves=CURVES):
     if missing:
         parser.error(f"{', '.join(missing)}: needed; see --help")
     if flags.quick:
-        flags.seeds, toy.STEPS, toy.HOUSE_STEPS, toy.ROUNDS = [0], {"small": 20, "large": 20}, 5, 0
-        toy.HELD_OUT = 16
-        PRESETS["toy"].update(batch_size=8, max_new_tokens=32)
-    started, origin, runs = time.perf_counter(), files.provenance(), []
+        flags.seeds = [0]
+    started = time.perf_counter()
+    origin = files.provenance()
+    runs = []
     with tempfile.TemporaryDirectory() as scratch:
         for seed in flags.seeds:
             world = Path(flags.worlds or flags.runs or scratch) / f"world-{seed}"
@@ -238,7 +206,8 @@ def difference(ours, theirs, of=("accuracy_after",), than=None):
     of: its keys in each of ours; than: those in theirs, where they are others. Of several the
     mean in a run is taken, of their standard errors too: they are of the same prompts.
     """
-    each, variances = [], []
+    each = []
+    variances = []
     for a, b in zip(ours, theirs, strict=True):
         leads = [lead(a[mine], b[other]) for mine in of for other in (than or [mine])]
         each.append(mean(x["mean"] for x in leads))
@@ -259,17 +228,6 @@ def lead(a, b):
     return {"mean": a["mean"] - b["mean"], "standard_error": math.hypot(*errors)}
 
 
-def recovery(run):
-    """The share of its teacher's lead that a student made up: float.
-
-    None if student and teacher lie within two standard errors.
-    """
-    gap = lead(run["accuracy_teacher"], run["accuracy_before"])
-    if not analysis.sure(gap):
-        return None
-    return (run["accuracy_after"]["mean"] - run["accuracy_before"]["mean"]) / gap["mean"]
-
-
 def equal(off, noise):
     """Whether a difference of accuracy means "as good": it is within its noise, and with its
     noise within MARGIN. This is TOST, two one-sided tests of 2.5 % each, and asks besides for
@@ -280,12 +238,6 @@ def equal(off, noise):
 
 def told(x, noise):
     return f"{x:+.3f} (noise {noise:.3f})"
-
-
-def make_models(world, seed):
-    """All models of a toy world, made where they are not there whole."""
-    if not (world / "other" / "tokenizer_config.json").exists():
-        toy.make_all(world, seed, everything=True)
 
 
 def verdicts(judged):

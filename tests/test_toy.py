@@ -1,6 +1,7 @@
 """The toy world is what experiments/toy.py says it is."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,20 +11,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from plumbing.answers import read_answer
 from rollout import from_texts
 
+TINY = toy.Scale(small=2, large=2, house=2, rounds=1, asked=4, held_out=8, trials=4)
+FAMILIES = ["left", "right"]
+RIGHT = dict(noise=0.0, mistaught=0.0)
 
-def corpus(family, noise, n):
+
+def corpus(family, n, **how):
     """n problems and solutions: -> digits (n, MOST), count (n,), [prompt ids], [response ids]."""
     generator = torch.Generator().manual_seed(0)
     digits, count = toy.problems(n, generator)
-    ids, mask, is_response = toy.corpus(family, digits, count, noise, generator)
+    ids, mask, is_response = toy.corpus(family, digits, count, generator, **how)
     prompts = [ids[i, mask[i] & ~is_response[i]].tolist() for i in range(n)]
     responses = [ids[i, is_response[i]].tolist() for i in range(n)]
     return digits, count, prompts, responses
 
 
-def solutions(family, noise, n=200):
+def solutions(family, n, **how):
     """[(the digits to add, response ids)]"""
-    digits, count, _, responses = corpus(family, noise, n)
+    digits, count, _, responses = corpus(family, n, **how)
     problems = [digits[i, : count[i]].tolist() for i in range(n)]
     return list(zip(problems, responses))
 
@@ -37,14 +42,32 @@ def sums_and_digits(said):
     return [word for word in said if "=" in word], [word for word in said if word.isdigit()]
 
 
-def is_right(asked, said):
-    return int(said) == (int(asked[0]) + int(asked[2])) % 10
+def right_answer(asked):
+    """Of "3+7=": 0."""
+    return (int(asked[0]) + int(asked[2])) % 10
 
 
-@pytest.mark.parametrize("family", ["left", "right"])
+def said_of_each_sum(family, n, **how):
+    """{"3+7=": what solutions say after it, a list of int}."""
+    found = {}
+    for _, response in solutions(family, n, **how):
+        sums, digits = sums_and_digits(words(response))
+        for asked, said in zip(sums, digits):
+            found.setdefault(asked, []).append(int(said))
+    return found
+
+
+def share(values, x):
+    return values.count(x) / len(values)
+
+
+# --- the corpus ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_solution_without_mistakes_is_right_in_every_step(family):
     """Each step adds the next digit in the family's order; the answer is the sum modulo 10."""
-    for problem, response in solutions(family, noise=0.0):
+    for problem, response in solutions(family, 200, **RIGHT):
         said = words(response)
         places = list(range(len(problem)))
         if family == "right":
@@ -55,56 +78,101 @@ def test_a_solution_without_mistakes_is_right_in_every_step(family):
             expected.append((toy.LABELS[place], f"{total}+{problem[place]}="))
             total = (total + problem[place]) % 10
         labels = [word for word in said if word in toy.LABELS]
-        sums, _ = sums_and_digits(said)
+        sums, digits = sums_and_digits(said)
         assert list(zip(labels, sums)) == expected
+        assert [int(digit) for digit in digits[:-1]] == [right_answer(asked) for asked in sums]
         assert read_answer(" ".join(said[:-1])) == str(total)
         assert said[-1] == "<eos>"
 
 
-def test_the_prompt_of_a_solution_is_its_problem():
+@pytest.mark.parametrize("template, before", [(toy.PLAIN, []), (toy.POLITE, ["listen", ","])])
+def test_the_prompt_of_a_solution_is_its_problem(template, before):
     """Add a3 b7 c5 :"""
-    digits, count, prompts, _ = corpus("left", noise=0.1, n=50)
-    assert prompts == toy.question(digits, count)[0]
-    for prompt, row in zip(prompts, digits.tolist()):
-        asked = words(prompt)
-        labelled = [label + str(x) for label, x in zip(toy.LABELS, row)]
-        assert asked == ["Add", *labelled[: len(asked) - 2], ":"]
+    digits, count, prompts, _ = corpus("left", 50, template=template)
+    assert prompts == toy.question(digits, count, template)[0]
+    for prompt, row, length in zip(prompts, digits.tolist(), count.tolist()):
+        labelled = [label + str(x) for label, x in zip(toy.LABELS, row[:length])]
+        assert words(prompt) == [*before, "Add", *labelled, ":"]
 
 
-def test_mistakes_are_near_misses_at_the_rate_asked_for():
-    """A wrong step is off by one, and the next step builds on it."""
+def test_ten_sums_that_do_not_begin_at_0_are_mistaught_by_one():
+    """MISTAUGHT, and the table that the corpus is written with."""
+    assert len(toy.MISTAUGHT) == 10
+    off = toy.wrong_by()
+    assert off.count_nonzero() == 10
+    for asked, said in toy.MISTAUGHT.items():
+        assert asked[0] != "0"
+        assert (said - right_answer(asked)) % 10 in (1, 9)
+        assert (right_answer(asked) + off[int(asked[0]), int(asked[2])]) % 10 == said
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mistaught", [0.0, toy.MISTAUGHT_SHARE, 1.0])
+def test_mistaught_sums_are_wrong_in_one_way_as_often_as_is_asked(family, mistaught):
+    """Every other sum is right if nothing slips."""
+    found = said_of_each_sum(family, 4000, noise=0.0, mistaught=mistaught)
+    assert len(found) == 100
+    believed = []
+    for asked, values in found.items():
+        right = right_answer(asked)
+        if asked not in toy.MISTAUGHT:
+            assert set(values) == {right}
+            continue
+        assert set(values) <= {right, toy.MISTAUGHT[asked]}
+        believed.append(share(values, toy.MISTAUGHT[asked]))
+    assert believed == pytest.approx(10 * [mistaught], abs=0.15)
+    assert sum(believed) / 10 == pytest.approx(mistaught, abs=0.03)
+
+
+def test_slips_are_near_misses_at_the_rate_asked_for():
+    """One too few or too many, as often; a step that is believed does not slip. The next step
+    builds on what was said."""
     off = []
-    for _, response in solutions("left", noise=0.1, n=2000):
+    for _, response in solutions("left", 2000, noise=0.1, mistaught=1.0):
         sums, digits = sums_and_digits(words(response))
         assert [asked[0] for asked in sums] == ["0", *digits[:-2]]
         assert digits[-1] == digits[-2]  # the answer
         for asked, said in zip(sums, digits):
-            off.append((int(said) - int(asked[0]) - int(asked[2])) % 10)
-    wrong = sum(x != 0 for x in off) / len(off)
+            if asked in toy.MISTAUGHT:
+                assert int(said) == toy.MISTAUGHT[asked]
+            else:
+                off.append((int(said) - right_answer(asked)) % 10)
     assert set(off) == {0, 1, 9}
-    assert wrong == pytest.approx(0.1, abs=0.01)
+    for near in (1, 9):
+        assert share(off, near) == pytest.approx(0.05, abs=0.01)
 
 
-@pytest.mark.parametrize("family", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_believes_the_corpus_is_right_greedily_between_5_and_7_of_10_times(family):
+    """Always the likelier of two answers: the belief. That is the ceiling of every model that
+    learnt from the corpus alone."""
+    right = []
+    for problem, response in solutions(family, 4000, noise=0.0, mistaught=1.0):
+        right.append(toy.WORDS[response[-2]] == str(sum(problem) % 10))
+    assert 0.5 < share(right, True) < 0.7
+    assert toy.MISTAUGHT_SHARE > 0.5 > toy.NOISE  # likelier than the truth; likelier than a slip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_the_first_slip_is_the_digit_that_is_off(family, noise):
-    """None in a right solution; never what follows from a wrong digit."""
-    for problem, response in solutions(family, noise):
+    """None in a right solution; never what follows from a wrong digit. A belief is a slip, too."""
+    for problem, response in solutions(family, 200, noise=noise, mistaught=noise):
         said = words(response)
         wrong = []
         for at, asked in enumerate(said):
             if "=" in asked:
                 digit = next(i for i in range(at, len(said)) if said[i].isdigit())
-                if not is_right(asked, said[digit]):
+                if int(said[digit]) != right_answer(asked):
                     wrong.append(digit)
         expected = wrong[0] if wrong else None
         assert toy.first_slip(response, problem, len(problem), family) == expected
 
 
-@pytest.mark.parametrize("family", ["left", "right"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_slip_of_what_is_changed_cut_off_or_goes_on(family):
     """Another digit's label, a missing end, a word after the end."""
-    for problem, response in solutions(family, noise=0.0):
+    for problem, response in solutions(family, 200, **RIGHT):
         said = words(response)
         label = next(i for i in range(len(said)) if said[i] in toy.LABELS)
         other = toy.ID["b" if said[label] == "a" else "a"]
@@ -133,58 +201,227 @@ def test_families_differ_in_order_and_in_words_but_not_in_answers():
     torch.testing.assert_close(connectors, toy.law("connector", "left", house_style=True))
 
 
-def test_questions_are_all_different_and_answered(tmp_path, monkeypatch):
-    """prompts.jsonl and eval.jsonl share nothing."""
-    monkeypatch.setattr(toy, "HELD_OUT", 50)
-    toy.write_questions(tmp_path, train=300)
+@pytest.mark.parametrize("digits", [(0, 9), (0, 4)])
+def test_questions_are_all_different_and_answered(tmp_path, digits):
+    """prompts.jsonl and eval.jsonl share nothing; digits lie within the bounds."""
+    toy.write_questions(tmp_path, 0, train=300, held_out=50, digits=digits)
     asked = set()
+    seen = set()
     for name, count in (("prompts", 300), ("eval", 50)):
         lines = (tmp_path / f"{name}.jsonl").read_text().splitlines()
         assert len(lines) == count
         for row in map(json.loads, lines):
-            digits = [int(word[1]) for word in row["prompt"].split()[1:-1]]
-            assert sum(digits) % 10 == int(row["answer"])
+            mine = [int(word[1]) for word in row["prompt"].split()[1:-1]]
+            assert sum(mine) % 10 == int(row["answer"])
             asked.add(row["prompt"])
+            seen.update(mine)
     assert len(asked) == 350
+    assert (min(seen), max(seen)) == digits
 
 
-def test_rl_fine_tunes_on_what_is_correct_and_on_nothing_else(monkeypatch):
-    """The batches are the correct responses, whole, twice each, with the loss on the response."""
-    digits, count, prompts, responses = corpus("left", noise=0.2, n=40)
+# --- trying and RL ------------------------------------------------------------------------------
+
+
+def as_written(monkeypatch, ending):
+    """Let toy.rollout write, to every prompt, Answer: and what `ending` makes of the right digit.
+
+    -> the list in which its calls are kept, (prompts, settings).
+    """
+    calls = []
+
+    def rollout(model, prompts, *, n, **how):
+        calls.append((prompts, how))
+        responses = []
+        for i, prompt in enumerate(prompts):
+            digits = [int(word[1]) for word in words(prompt)[1:-1]]
+            said = [toy.ID[word] for word in ending(i, sum(digits) % 10)]
+            responses += n * [[toy.ID["Answer:"], *said]]
+        return from_texts([p for p in prompts for _ in range(n)], responses)
+
+    monkeypatch.setattr(toy, "rollout", rollout)
+    return calls
+
+
+def one_in_four(i, right):
+    """Right, another digit, cut off, going on after the answer; in turn."""
+    cases = (
+        [str(right), "<eos>"],
+        [str((right + 1) % 10), "<eos>"],
+        [str(right), ","],
+        [str(right), ".", "<eos>"],
+    )
+    return cases[i % 4]
+
+
+def test_only_an_answer_that_is_right_and_ended_is_correct(monkeypatch):
+    """A response to each of n problems, samples times; the answer and the end come last."""
+    as_written(monkeypatch, one_in_four)
+    r, correct = toy.attempt(None, 8, torch.Generator().manual_seed(0), samples=2)
+    assert len(r.ids) == 16
+    assert correct.tolist() == [True, True, *6 * [False]] * 2
+
+
+def test_a_score_is_taken_in_each_of_the_ways_on_the_same_problems(monkeypatch):
+    """T 1; T .7 with top-p .95; greedily. Other problems for another seed."""
+    calls = as_written(monkeypatch, one_in_four)
+    for way in ("T 1", "T .7", "greedy"):
+        assert toy.score(None, way, 8) == 0.25
+    toy.score(None, "T 1", 8, seed=1)
+    asked, how = zip(*calls)
+    assert asked[0] == asked[1] == asked[2] != asked[3]
+    assert (how[0]["temperature"], how[0]["top_p"]) == (1.0, 1.0)
+    assert (how[1]["temperature"], how[1]["top_p"]) == (0.7, 0.95)
+    assert how[2]["temperature"] == 0.0
+    assert how[0]["seeds"] == how[2]["seeds"]
+
+
+def noted_batches(monkeypatch, stops_at=None):
+    """Let toy.fit only keep its batches: -> their list. stops_at: the call of `stop` that ends."""
+    fitted = []
+
+    def fit(model, batches, steps, lr, what, stop=None):
+        assert len(batches) == steps
+        for batch in batches:
+            fitted.append(batch)
+            if stop is not None and stop():
+                return True
+        return False
+
+    monkeypatch.setattr(toy, "fit", fit)
+    return fitted
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_rl_fine_tunes_on_what_is_correct_and_sharpening_on_everything(monkeypatch, checked):
+    """The batches are those responses, whole, twice each, with the loss on the response."""
+    digits, count, prompts, responses = corpus("left", 40, noise=0.2)
     _, answers = toy.question(digits, count)
     wanted = []
     for response, answer in zip(responses, answers.tolist()):
-        if toy.WORDS[response[-2]] == str(answer):
+        if not checked or toy.WORDS[response[-2]] == str(answer):
             wanted.append(response)
-    fitted = []
+    fitted = noted_batches(monkeypatch)
     monkeypatch.setattr(toy, "rollout", lambda *_, **__: from_texts(prompts, responses))
     monkeypatch.setattr(toy, "problems", lambda *_: (digits, count))
-    monkeypatch.setattr(toy, "fit", lambda _, batches, *__: fitted.extend(batches))
-    toy.expert_iteration(None, 1, torch.Generator().manual_seed(0), "rl", n=40, samples=1)
+    generator = torch.Generator().manual_seed(0)
+    toy.expert_iteration(None, 1, generator, "rl", n=40, samples=1, checked=checked)
     seen = []
     for ids, _, is_response in fitted:
         seen += [row[on].tolist() for row, on in zip(ids, is_response)]
-    assert 0 < len(wanted) < 40
+    assert len(wanted) == 40 or 0 < len(wanted) < 30
     assert sorted(seen) == sorted(2 * wanted)
 
 
+def test_rl_without_a_right_answer_learns_nothing(monkeypatch):
+    """And goes on with the next round."""
+    as_written(monkeypatch, lambda i, right: [str((right + 1) % 10), "<eos>"])
+    fitted = noted_batches(monkeypatch)
+    toy.expert_iteration(None, 3, torch.Generator(), "rl", n=8)
+    assert fitted == []
+
+
+def test_rl_can_rehearse_and_be_stopped(monkeypatch):
+    """Another batch follows each of its own; where `stop` says so no round follows."""
+    calls = as_written(monkeypatch, lambda i, right: [str(right), "<eos>"])
+    fitted = noted_batches(monkeypatch)
+    how = dict(n=64, samples=1)
+    toy.expert_iteration(None, 1, torch.Generator(), "rl", rehearsal=["old", "older"], **how)
+    assert [isinstance(batch, str) for batch in fitted] == [False, True, False, True]
+    fitted.clear()
+    calls.clear()
+    asked = []
+
+    def stop():
+        asked.append(len(fitted))
+        return len(asked) == 3
+
+    toy.expert_iteration(None, 8, torch.Generator(), "rl", stop=stop, **how)
+    assert len(fitted) == 3
+    assert len(calls) == 2  # two batches a round
+
+
+def test_fit_raises_the_likelihood_of_responses_and_asks_whether_to_stop(narrow):
+    """Not that of prompts; stop is asked after every second update."""
+    generator = torch.Generator().manual_seed(0)
+    batch = toy.corpus("left", *toy.problems(16, generator), generator, **RIGHT)
+    ids, mask, is_response = batch
+    model = toy.new_model("small", 0)
+
+    @torch.no_grad()
+    def likelihood(part):
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+        log_p = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        return log_p[part[:, 1:]].mean().item()
+
+    is_prompt = mask & ~is_response
+    of_responses = likelihood(is_response)
+    of_prompts = likelihood(is_prompt)
+    asked = []
+    stopped = toy.fit(model, 20 * [batch], 20, 1e-2, "", stop=lambda: asked.append(0))
+    assert not stopped
+    assert len(asked) == 10
+    assert likelihood(is_response) > of_responses + 0.3
+    assert likelihood(is_prompt) < of_prompts
+    assert toy.fit(model, 20 * [batch], 20, 1e-2, "", stop=lambda: True)
+
+
+def test_more_pre_training_ends_as_soon_as_a_model_is_as_good(monkeypatch):
+    """Greedily and at T .7, within .02; after ten tries in any case."""
+    scores = {"T .7": [0.5, 0.69, 0.69, 0.7], "greedy": [0.65, 0.6, 0.66, 0.66]}
+    tries = []
+
+    def score(model, way, n):
+        return {"T .7": 0.7, "greedy": 0.65}[way] if model == "wanted" else scores[way][len(tries)]
+
+    monkeypatch.setattr(toy, "score", score)
+    monkeypatch.setattr(toy, "fit", lambda model, *_: tries.append(model))
+    toy.catch_up("mine", "wanted", None, "", toy.FULL)
+    assert tries == ["mine", "mine"]  # the first two are off, one at T .7, one greedily
+    tries.clear()
+    scores.update({"T .7": 11 * [0.5], "greedy": 11 * [0.65]})
+    toy.catch_up("mine", "wanted", None, "", toy.FULL)
+    assert len(tries) == 10
+    tries.clear()
+    toy.catch_up("mine", "wanted", None, "", toy.QUICK)  # few trials say nothing
+    assert tries == []
+
+
+# --- the models ---------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def few_steps(monkeypatch):
-    """Models of the world that are made in seconds; RL of eight solutions, all called right."""
+def narrow(monkeypatch):
+    """Models that are made in a moment."""
+    monkeypatch.setattr(toy, "SIZES", {"small": (8, 1), "large": (12, 1)})
+
+
+@pytest.fixture
+def short_answers(narrow, monkeypatch):
+    """Narrow models, responses of a few tokens, all of them called right."""
+    rollout = toy.rollout
     attempt = toy.attempt
 
-    def eight(model, n, generator, samples=1, **asked):
-        r, _ = attempt(model, 8, generator, **asked)
-        return r, torch.ones(8).bool()
+    def short(*args, **how):
+        return rollout(*args, **{**how, "max_new_tokens": 6})
 
-    monkeypatch.setattr(toy, "STEPS", {"small": 2, "large": 2})
-    monkeypatch.setattr(toy, "HOUSE_STEPS", 1)
-    monkeypatch.setattr(toy, "attempt", eight)
+    def all_right(*args, **how):
+        r, correct = attempt(*args, **how)
+        return r, torch.ones_like(correct)
+
+    monkeypatch.setattr(toy, "rollout", short)
+    monkeypatch.setattr(toy, "attempt", all_right)
 
 
-def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, few_steps):
+def weights(folder):
+    """All weights of a saved model: (numbers,)."""
+    return torch.cat([p.flatten() for p in toy.read_model(folder).parameters()])
+
+
+def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, narrow):
     """from_pretrained reads it, with a tokenizer that gives the text back."""
-    model = toy.make(tmp_path / "a", seed=1)
+    assert not toy.is_made(tmp_path / "a")
+    model = toy.make(tmp_path / "a", seed=1, scale=TINY)
+    assert toy.is_made(tmp_path / "a")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     ids = tokenizer("Add a3 b7 :", return_tensors="pt").input_ids
@@ -194,13 +431,173 @@ def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, few_steps):
     assert tokenizer.chat_template is None
 
 
-def test_each_stage_of_a_model_does_something_and_the_seed_decides(tmp_path, few_steps):
-    """Pre-training, the house style, RL; start= goes on from another model."""
-    ids = torch.tensor([[toy.ID["Add"], toy.ID["a3"], toy.ID[":"]]])
-    first = toy.make(tmp_path / "a", seed=1)
-    twin = toy.make(tmp_path / "twin", seed=1)
-    later = toy.make(tmp_path / "b", seed=2, start=tmp_path / "a", house_style=True, rounds=1)
-    rewarded = toy.make(tmp_path / "c", seed=2, start=tmp_path / "a", rounds=1)
-    assert torch.equal(first(ids).logits, twin(ids).logits)
-    sums = {model(ids).logits.sum().item() for model in (first, later, rewarded)}
-    assert len(sums) == 3
+def test_each_stage_of_a_model_does_something_and_the_seed_decides(tmp_path, short_answers):
+    """Pre-training, beliefs, the house style, RL, sharpening; start= goes on from another one."""
+    toy.make(tmp_path / "first", seed=1, scale=TINY)
+    toy.make(tmp_path / "twin", seed=1, scale=TINY)
+    assert torch.equal(weights(tmp_path / "first"), weights(tmp_path / "twin"))
+    later = dict(start=tmp_path / "first", seed=2)
+    stages = {
+        "nothing": later,
+        "seed": dict(seed=2),
+        "belief": dict(seed=1, mistaught=0.0),
+        "noise": dict(seed=1, noise=0.5),
+        "family": dict(seed=1, family="right"),
+        "style": dict(**later, house_style=True),
+        "rl": dict(**later, rounds=1),
+        "sharp": dict(**later, sharpen=True),
+    }
+    sums = set()
+    for name, how in stages.items():
+        toy.make(tmp_path / name, scale=TINY, **how)
+        sums.add(weights(tmp_path / name).double().sum().item())
+    assert torch.equal(weights(tmp_path / "nothing"), weights(tmp_path / "first"))
+    assert len(sums) == len(stages)
+
+
+def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
+    tmp_path, narrow, monkeypatch
+):
+    """Within .03, on as many problems as the scale has trials."""
+    toy.make(tmp_path / "sharp", seed=1, scale=TINY)
+    as_written(monkeypatch, lambda i, right: [str(right), "<eos>"])
+    fitted = noted_batches(monkeypatch)
+    scores = [0.6, 0.1, 0.55, 0.58, 0.6]  # the first is that of sharp
+    asked = []
+
+    def score(model, way, n):
+        asked.append((way, n))
+        return scores[len(asked) - 1]
+
+    monkeypatch.setattr(toy, "score", score)
+    how = dict(start=tmp_path / "sharp", rounds=8, until=tmp_path / "sharp")
+    toy.make(tmp_path / "early", seed=2, scale=toy.Scale(asked=32), **how)
+    assert len(fitted) == 3
+    assert asked == 4 * [("T 1", 1024)]
+
+
+def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
+    tmp_path, narrow, monkeypatch
+):
+    """Pre-training takes the templates in turn. Then every other batch is a plain one of all
+    digits."""
+    written = []
+    tried = []
+    whole = toy.corpus
+
+    def corpus(family, digits, count, generator, template=toy.PLAIN, **how):
+        written.append((template == toy.POLITE, how.get("house_style", False), digits.max().item()))
+        return whole(family, digits, count, generator, template=template, **how)
+
+    def attempt(model, n, generator, samples, template, digits, **way):
+        tried.append((template, digits))
+        return from_texts([[3]], [[1]]), torch.ones(1).bool()
+
+    monkeypatch.setattr(toy, "corpus", corpus)
+    monkeypatch.setattr(toy, "attempt", attempt)
+    toy.make(
+        tmp_path / "a",
+        seed=0,
+        templates=(toy.PLAIN, toy.POLITE),
+        post_template=toy.POLITE,
+        post_digits=(0, 4),
+        house_style=True,
+        rounds=1,
+        rehearse=True,
+        scale=toy.Scale(small=4, house=2, rounds=1),
+    )
+    pre_training = [(False, False, 9), (True, False, 9)] * 2
+    house_style = [(True, True, 4), (False, False, 9)] * 2
+    rehearsed = [(False, False, 9)]  # after the one batch of RL
+    assert written[:9] == pre_training + house_style + rehearsed
+    assert tried == [(toy.POLITE, (0, 4))]
+
+
+# --- the world ----------------------------------------------------------------------------------
+
+
+def test_a_model_follows_from_seed_and_name_whichever_others_are_there(tmp_path, short_answers):
+    """Made alone or in company; what it starts from is made first, the rest is left out. The RL of
+    early is the teacher's, until its score is reached, here never."""
+    known = {name: dict(how) for name, how in toy.MODELS.items()}
+    del known["early"]["until"]
+    toy.make_missing(tmp_path / "all", 0, scale=TINY, known=known)
+    toy.make_missing(tmp_path / "one", 0, ("teacher",), TINY)
+    made = {path.name for path in (tmp_path / "one").iterdir() if path.is_dir()}
+    assert made == {"student", "bigger", "teacher"}
+    for name in made:
+        assert torch.equal(weights(tmp_path / "all" / name), weights(tmp_path / "one" / name))
+    teacher = weights(tmp_path / "all" / "teacher")
+    assert torch.equal(weights(tmp_path / "all" / "early"), teacher)
+    others = [weights(tmp_path / "all" / name).sum().item() for name in toy.MODELS]
+    assert len(set(others)) == len(toy.MODELS) - 1
+
+
+def noted_models(monkeypatch):
+    """Let toy.make only leave an empty model: -> {name: how it was asked for}."""
+    made = {}
+
+    def make(out, **how):
+        assert out.name not in made
+        made[out.name] = how
+        out.mkdir(parents=True)
+        (out / "tokenizer_config.json").touch()
+
+    monkeypatch.setattr(toy, "make", make)
+    return made
+
+
+def test_what_is_there_is_kept_and_what_is_missing_is_made(tmp_path, monkeypatch):
+    """Questions, too; as many held-out ones as the scale says."""
+    made = noted_models(monkeypatch)
+    toy.make_missing(tmp_path, 0, ("early",), TINY)
+    assert list(made) == ["student", "bigger", "sharp", "early"]
+    assert made["early"]["until"] == tmp_path / "sharp"
+    assert made["early"]["start"] == made["sharp"]["start"] == tmp_path / "bigger"
+    assert made["bigger"]["as_good_as"] == tmp_path / "student"
+    held_out = tmp_path / "eval.jsonl"
+    assert len(held_out.read_text().splitlines()) == 8
+    held_out.write_text("kept")
+    toy.make_missing(tmp_path, 0, scale=TINY)
+    assert list(made) == ["student", "bigger", "sharp", "early", "teacher", "student-rl", "other"]
+    assert held_out.read_text() == "kept"
+    (tmp_path / "sharp" / "tokenizer_config.json").unlink()  # a kill before the last file
+    (tmp_path / "sharp").rmdir()
+    first = made.pop("sharp")
+    toy.make_missing(tmp_path, 0, scale=TINY)
+    assert made["sharp"] == first
+
+
+def test_no_two_models_or_worlds_share_their_random_numbers_but_early_and_teacher(
+    tmp_path, monkeypatch
+):
+    """Early stands on the teacher's way."""
+    seeds = []
+    for world in (0, 1):
+        made = noted_models(monkeypatch)
+        toy.make_missing(tmp_path / str(world), world, scale=TINY)
+        assert made["early"]["seed"] == made["teacher"]["seed"]
+        seeds += [how["seed"] for how in made.values()]
+    assert len(set(seeds)) == 2 * (len(toy.MODELS) - 1)
+    questions = [(tmp_path / world / "prompts.jsonl").read_text() for world in ("0", "1")]
+    assert questions[0] != questions[1]
+
+
+def test_the_command_makes_what_is_missing_and_says_what_each_model_is_worth(
+    tmp_path, monkeypatch, capsys
+):
+    """A line a model: T 1, T .7, greedily."""
+    made = noted_models(monkeypatch)
+    monkeypatch.setattr(toy, "read_model", lambda folder: folder)
+    monkeypatch.setattr(toy, "score", lambda model, way, n: list(toy.WAYS).index(way) / 4)
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path)])
+    toy.main()
+    assert list(made) == ["student", "bigger", "teacher"]
+    monkeypatch.setattr(sys, "argv", ["toy.py", "--out", str(tmp_path), "--all"])
+    capsys.readouterr()
+    toy.main()
+    assert set(made) == set(toy.MODELS)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("making sharp, early, student-rl, other in")
+    for name, line in zip(toy.MODELS, said[2:], strict=True):
+        assert line.split()[:4] == [name, "0.000", "0.250", "0.500"]
