@@ -392,7 +392,7 @@ def test_more_pre_training_ends_as_soon_as_a_model_is_as_good(monkeypatch):
 @pytest.fixture
 def narrow(monkeypatch):
     """Models that are made in a moment."""
-    monkeypatch.setattr(toy, "SIZES", {"small": (8, 1), "large": (12, 1)})
+    monkeypatch.setattr(toy, "SIZES", {"small": (8, 1), "large": (16, 1)})
 
 
 @pytest.fixture
