@@ -44,6 +44,7 @@ from statistics import mean
 import lab
 import mechanism
 import phenomenology
+import plot
 import torch
 import toy
 from lab import (
@@ -510,4 +511,4 @@ def more(runs):
 
 
 if __name__ == "__main__":
-    lab.main(__doc__, ARMS, judge, probes=PROBES, more=more)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, more=more, draw=plot.cost)

@@ -31,6 +31,7 @@ Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
 import lab
 import own_loop
 import phenomenology
+import plot
 import toy
 from lab import (
     NEW_TOKENS,
@@ -215,4 +216,4 @@ def judge(runs):
 
 
 if __name__ == "__main__":
-    lab.main(__doc__, ARMS, judge, probes=PROBES, prepare=prepare)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, prepare=prepare, draw=plot.followups)

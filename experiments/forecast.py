@@ -18,6 +18,7 @@ Criteria, fixed before the runs:
 
 import lab
 import phenomenology
+import plot
 from lab import Finding, arm, each, every_seed, gain
 
 from analysis import SHOULD_WORK, VERDICTS, diagnose_pair
@@ -229,4 +230,4 @@ def more(results):
 
 
 if __name__ == "__main__":
-    lab.main(__doc__, ARMS, judge, probes=PROBES, models=MODELS, more=more)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, models=MODELS, more=more, draw=plot.forecast)

@@ -35,6 +35,7 @@ Criteria, fixed before the runs (the four words: lab.py; "surely": beyond two st
 """
 
 import lab
+import plot
 import torch
 import toy
 from lab import (
@@ -247,4 +248,4 @@ def judge(runs):
 
 
 if __name__ == "__main__":
-    lab.main(__doc__, ARMS, judge, probes=PROBES)
+    lab.main(__doc__, ARMS, judge, probes=PROBES, draw=plot.phenomenology)

@@ -1,14 +1,21 @@
 """experiments/plot.py: the results of the experiments as pictures (of a run: plumbing/figures.py).
 
-    phenomenology  results/phenomenology.json: accuracy and overlap ratio of its pairs
-    forecast       results/forecast.json: the gain predicted before training against the real one
-    recipe         results/recipe.json: the cold start and its controls, mixing of aligned prompts
-    mechanism      results/mechanism.json: success and failure side by side, supports
-    cost           results/cost.json: budgets, depth, supports, coherence of the gradients
-    real           results/real.json: success, failures and recovery on a real language model
-    again          results/again.json: one setting changed at a time on the same model
-    overview       success, failure and recovery of several results in one picture
+The toy. Each is a function of (results, path): results is {arm or probe: [result, one a seed]}, and
+path.svg is written.
+    phenomenology  before, after and teacher of every pair; what sharpness and what knowledge gained
+    mechanism      Figure 6 for success and failure; accuracy by support
+    recipe         the cold start and its controls; template and share of aligned content
+    cost           budgets, depth, supports, rewards of right and wrong answers, gradients
+    followups      fewer prompts, fewer tokens, unlike ends; direction of the KL and who writes
+    forecast       the gain that came against the one that was predicted
+    overview       a pair that works, one that fails, and the same one after a cold start
 
+SmolLM2. Each is a function of (a results file, the picture).
+    real           success, failures and recovery on a real language model
+    again          one setting changed at a time on the same model
+    longer         a longer cold start
+
+A colour means the same pair in every figure. A solid line is T .7, a dashed one greedy.
 Pictures need matplotlib, which is optional: without it a line says what to install.
 """
 
@@ -17,19 +24,25 @@ import math
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from plumbing import figures  # noqa: E402
-from plumbing.figures import PANELS, limit, read_rows, save, smooth  # noqa: E402, F401
+from plumbing.figures import PANELS, limit, save, smooth  # noqa: E402
 
 # the same in every figure
 COLOURS = {
     "success": "#1a7f5a",
     "bigger": "#c8553d",
-    "weaker": "#0072b2",
+    "sharp": "#e69f00",
+    "early": "#56b4e9",
     "other": "#7d5ba6",
+    "self": "#cc79a7",
+    "no-teacher": "#000000",
     "reverse": "#8a8a8a",
     "reverse-bigger": "#b8a06a",
+    "reverse-sharp": "#5f5020",
+    "cold start": "#0072b2",
 }
 SPARE = (
     "#0072b2",
@@ -39,31 +52,30 @@ SPARE = (
     "#000000",
 )  # Okabe and Ito: safe for the colour-blind
 NAMES = {
-    "success": "post-trained teacher, same family",
-    "bigger": "bigger teacher, same pipeline",
-    "weaker": "less post-trained teacher, same family",
-    "other": "post-trained teacher, other family",
-    "reverse": "post-trained student, its earlier self as teacher",
-    "reverse-bigger": "post-trained student, the bigger one as teacher",
-}
-ARMS = (
-    "opd",
-    "sft 100",
-    "sft 100 + opd",
-    "sft 300",
-    "sft 300, fresh",
-    "sft 100 T.7",
-    "sft 100 T.7 + opd",
-    "sft 300 T.7",
-    "sft 300 T.7, fresh",
-)  # of 5.1
+    "success": "teacher: knows more",
+    "early": "early: knows more, less RL",
+    "sharp": "sharp: only sharper",
+    "bigger": "bigger: knows no more",
+    "self": "itself at temperature .5",
+    "no-teacher": "no teacher, unlikely tokens down",
+    "other": "other: knows more, thinks otherwise",
+    "reverse": "its earlier self",
+    "reverse-bigger": "bigger",
+    "reverse-sharp": "sharp",
+}  # the teacher of an arm
+FORWARD = ("success", "early", "sharp", "bigger", "self", "no-teacher", "other")  # 3.1 and 3.2
+REVERSED = ("reverse", "reverse-bigger", "reverse-sharp")  # 3.3
+WITHOUT_TEACHER = ("self", "no-teacher")  # an accuracy of the teacher would say nothing
+WAYS = {"T .7": "at T .7", "greedy": "greedily"}
+STYLES = {"T .7": "-", "greedy": "--"}
 VERDICTS = {  # by how a verdict begins
     "should work": (COLOURS["success"], "o"),
-    "nothing new": (COLOURS["bigger"], "s"),
-    "incompatible": (COLOURS["other"], "^"),
+    "nothing new to teach": (COLOURS["bigger"], "s"),
+    "incompatible thinking": (COLOURS["other"], "^"),
     "harmful": (COLOURS["reverse"], "v"),
     "undecided": ("#000000", "x"),
 }
+GREY = "0.35"
 
 
 def read_json(path):
@@ -73,200 +85,568 @@ def read_json(path):
 def pyplot(again):
     """matplotlib.pyplot; without matplotlib None, and a line that says what to do."""
     try:
-        return figures.pyplot()
+        plt = figures.pyplot()
     except ModuleNotFoundError:
         print(f"no picture: pip install matplotlib, then {again}", file=sys.stderr)
         return None
+    plt.rcParams["axes.titlesize"] = 9
+    return plt
+
+
+def anew(script):
+    """The command that draws the figure of a script of the toy."""
+    return f"python experiments/{script}.py --report"
+
+
+def keep(plt, figure, path):
+    """Write a figure to path.svg."""
+    save(plt, figure, f"{path}.svg")
+
+
+# --- what the figures share -----------------------------------------------------------------------
+
+
+def level(run, when, way, exam="accuracy"):
+    """An accuracy of a run "before", "after" or of the "teacher": float."""
+    return run[exam][when][way]["mean"]
+
+
+def levels(runs, when, way, exam="accuracy"):
+    """The same of each seed."""
+    return [level(run, when, way, exam) for run in runs]
+
+
+def gains(runs, way):
+    """How far each seed came."""
+    return [level(run, "after", way) - level(run, "before", way) for run in runs]
+
+
+def curve(run, name, window=1):
+    """A metric against the step, smoothed."""
+    values = [math.nan if x is None else x for x in run["curves"][name]]
+    return smooth(values, window)
+
+
+def band(axes, x, curves, colour, style="-", label=None):
+    """A line through the mean over seeds, their range behind it; at most some 60 points."""
+    every = max(1, math.ceil(len(x) / 60))
+    x = list(x)[::every]
+    by_point = list(zip(*curves))[::every]
+    middle = [mean(values) for values in by_point]
+    lowest = [min(values) for values in by_point]
+    highest = [max(values) for values in by_point]
+    axes.plot(x, middle, style, color=colour, label=label, linewidth=1.8)
+    axes.fill_between(x, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+
+
+def rows(axes, results, arms, way, without_teacher=()):
+    """A row an arm: a ring before, a line to the mean after, a dot a seed, a bar for the teacher.
+
+    arms: {name: (colour, label)}, from top to bottom.
+    """
+    for place, (name, (colour, _)) in enumerate(arms.items()):
+        runs = results[name]
+        before = mean(levels(runs, "before", way))
+        after = levels(runs, "after", way)
+        if name not in without_teacher:
+            teacher = mean(levels(runs, "teacher", way))
+            axes.plot(teacher, place, "|", color="black", markersize=13, markeredgewidth=1.6)
+        axes.plot((before, mean(after)), (place, place), color=colour, linewidth=2.2, alpha=0.5)
+        axes.plot(before, place, "o", color=colour, markerfacecolor="white", markersize=6)
+        axes.plot(after, [place] * len(after), "o", color=colour, markersize=5, alpha=0.8)
+    labels = [label for _, label in arms.values()]
+    axes.set_yticks(range(len(arms)), labels)
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_xlabel("accuracy")
+
+
+def both_ways(two, results, arms, title, without_teacher=()):
+    """The same rows at T .7 and greedily, in two panels with the same limits."""
+    for axes, (way, how) in zip(two, WAYS.items()):
+        rows(axes, results, arms, way, without_teacher)
+        axes.set_title(f"{title}, {how}")
+    two[1].sharex(two[0])
+    two[0].autoscale(axis="x")
+    two[1].tick_params(axis="y", labelleft=False)
+
+
+def signs(axes):
+    """What the signs of `rows` mean, for a legend: lists of handles and labels."""
+    (before,) = axes.plot([], [], "o", color=GREY, markerfacecolor="white", markersize=6)
+    (after,) = axes.plot([], [], "o", color=GREY, markersize=5)
+    (teacher,) = axes.plot([], [], "|", color="black", markersize=11, markeredgewidth=1.6)
+    return [before, after, teacher], ["before", "after, a dot a seed", "its teacher"]
+
+
+def below(figure, handles, labels, columns):
+    """A legend under a figure."""
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def aligning(plt, grid, groups, window=7):
+    """Panels of Figure 6, and |p - q| of 4.1, with a band for each group.
+
+    groups: {label: (colour, runs, one for each seed)}; window: steps that are averaged.
+    """
+    wanted = (
+        "overlap_ratio",
+        "overlap_mass_student",
+        "overlap_token_advantage",
+        "entropy_gap",
+        "loss",
+        "grad_norm",
+    )
+    panels = [panel for panel in PANELS if panel.metric in wanted]
+    largest = figures.Panel(
+        "|p - q| at the token of largest advantage", "probability", "largest_gap", low=0
+    )
+    panels.insert(4, largest)
+    for axes, panel in zip(grid, panels):
+        for label, (colour, runs) in groups.items():
+            steps = runs[0]["curves"]["step"]
+            ours = [curve(run, panel.metric, window) for run in runs]
+            band(axes, steps, ours, colour, "-", label)
+            if panel.of_teacher:
+                theirs = [curve(run, panel.of_teacher, window) for run in runs]
+                band(axes, steps, theirs, colour, "--")
+        axes.set_title(panel.title, fontsize=9)
+        axes.set(xlabel="step", ylabel=panel.unit)
+        axes.locator_params(axis="x", integer=True)
+        limit(plt, axes, panel)
+
+
+# --- the toy --------------------------------------------------------------------------------------
+
+
+def phenomenology(results, path):
+    """Paper 3: how far every pair came, at T .7 and greedily; sharper or knows more; overlap."""
+    plt = pyplot(anew("phenomenology"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.6), layout="constrained", height_ratios=(7, 5))
+    forward = {name: (COLOURS[name], NAMES[name]) for name in FORWARD}
+    back = {name: (COLOURS[name], NAMES[name]) for name in REVERSED}
+    both_ways(grid[0, :2], results, forward, "3.1, 3.2: student ← teacher", WITHOUT_TEACHER)
+    both_ways(grid[1, :2], results, back, "3.3: student after RL ← teacher")
+    sharper_or_wiser(grid[0, 2], results)
+    overlap = grid[1, 2]
+    for name in FORWARD:
+        runs = results[name]
+        ratios = [curve(run, "overlap_ratio", 7) for run in runs]
+        band(overlap, runs[0]["curves"]["step"], ratios, COLOURS[name], "-", NAMES[name])
+    overlap.set(xlabel="step", ylim=(0, 1), title="overlap ratio, k = 16 (Eq. 6)")
+    handles, labels = signs(grid[1, 0])
+    more_handles, more_labels = overlap.get_legend_handles_labels()
+    below(figure, handles + more_handles, labels + more_labels, 4)
+    keep(plt, figure, path)
+
+
+def sharper_or_wiser(axes, results):
+    """Gain greedily against gain at T 1, a point an arm and seed.
+
+    Without other: it ruins the student, far off to the lower left.
+    """
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.axvline(0, color="0.6", linewidth=0.8)
+    for name in FORWARD:
+        if name != "other":
+            runs = results[name]
+            axes.plot(gains(runs, "T 1"), gains(runs, "greedy"), "o", color=COLOURS[name])
+    axes.margins(0.12)
+    axes.set(xlabel="gain at T 1: sharper, or knows more", ylabel="gain greedily: knows more")
+    axes.set_title("3.2: sharper, or knows more? (without other)")
+
+
+def mechanism(results, path):
+    """Paper 4: metrics against the step for success and failure; accuracy by support."""
+    plt = pyplot(anew("mechanism"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(3, 3, figsize=(11, 8), layout="constrained")
+    groups = {}
+    for name, label in (("success", "success"), ("bigger", "failure")):
+        groups[f"{label} ({NAMES[name]})"] = (COLOURS[name], results[name])
+    aligning(plt, [*grid.flat[:6], grid[2, 2]], groups)
+    supports = {
+        "success": (COLOURS["success"], "student's 16"),
+        "intersection": (COLOURS["success"], "those of them shared"),
+        "difference": (COLOURS["reverse"], "those not shared"),
+        "student, raw": (COLOURS["success"], "student's 16, raw"),
+        "intersection, raw": (COLOURS["success"], "shared, raw"),
+        "difference, raw": (COLOURS["reverse"], "not shared, raw"),
+    }
+    both_ways(grid[2, :2], results, supports, "4.2 by support (raw: authors' loss)")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    more_handles, more_labels = signs(grid[2, 0])
+    below(figure, handles + more_handles, labels + more_labels, 5)
+    keep(plt, figure, path)
+
+
+def recipe(results, path):
+    """Paper 5: the arms of 5.1 and their overlap; accuracy and entropy of 5.2."""
+    plt = pyplot(anew("recipe"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6.8), layout="constrained")
+    arms = {
+        "opd": (COLOURS["other"], "300 OPD"),
+        "sft": (COLOURS["reverse"], "100 SFT (T .7)"),
+        "sft, opd": (COLOURS["cold start"], "100 SFT (T .7), 200 OPD"),
+        "sft only": (COLOURS["reverse"], "300 SFT (T .7)"),
+        "sft T 1": (COLOURS["reverse"], "100 SFT (T 1)"),
+        "sft T 1, opd": (COLOURS["cold start"], "100 SFT (T 1), 200 OPD"),
+        "sft T 1 only": (COLOURS["reverse"], "300 SFT (T 1)"),
+    }
+    both_ways(grid[0, :2], results, arms, "5.1: updates, student ← other")
+    overlaps(grid[0, 2], results)
+    exams = {"accuracy": "the teacher's", "accuracy, other template": "the other"}
+    for axes, (exam, template) in zip(grid[1], exams.items()):
+        for way in WAYS:
+            values = {name: levels(results[name], "after", way, exam) for name in PROMPTS}
+            by_share(axes, values, STYLES[way])
+            before = mean(levels(results["aligned"], "before", way, exam))
+            axes.axhline(before, color=GREY, linewidth=0.9, linestyle=STYLES[way])
+        axes.set(ylabel="accuracy after", title=f"5.2: measured under {template} template")
+    grid[1, 1].sharey(grid[1, 0])
+    grid[1, 0].autoscale(axis="y")
+    values = {}
+    for name in PROMPTS:
+        values[name] = [run["held_out_after"]["entropy_student"] for run in results[name]]
+    by_share(grid[1, 2], values, "-")
+    grid[1, 2].set(ylabel="nats", title="5.2: entropy of the student after")
+    handles, labels = signs(grid[0, 0])
+    (solid,) = grid[1, 0].plot([], [], "-", color=COLOURS["success"])
+    (dashed,) = grid[1, 0].plot([], [], "--", color=COLOURS["success"])
+    (grey,) = grid[1, 0].plot([], [], "-", color=GREY, linewidth=0.9)
+    (square,) = grid[1, 0].plot([], [], "s", color=GREY, markersize=4)
+    handles += [solid, dashed, grey, square]
+    labels += ["5.2: T .7", "greedily", "before", "trained under the other template"]
+    below(figure, handles, labels, 7)
+    keep(plt, figure, path)
+
+
+def overlaps(axes, results):
+    """The overlap ratio against the update; the cold start is dotted."""
+    for name, label, style in (
+        ("opd", "OPD alone", "-"),
+        ("sft, opd", "after SFT on answers of T .7", "-"),
+        ("sft T 1, opd", "after SFT on answers of T 1", "--"),
+    ):
+        colour = COLOURS["other" if name == "opd" else "cold start"]
+        against_update(axes, results[name], "overlap_ratio", colour, label, style)
+    axes.set(xlabel="update", ylim=(0, 1), title="5.1: overlap ratio (dotted: SFT)")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def against_update(axes, runs, name, colour, label, style="-"):
+    """A metric against the update. A cold start comes first, dotted, as a straight line."""
+    asked = runs[0]["asked"]
+    updates = asked.get("cold_start_steps", 0)
+    if updates:
+        begun = [run["held_out_before"][name] for run in runs]
+        started = [run["held_out_cold_start"][name] for run in runs]
+        band(axes, (0, updates), list(zip(begun, started)), colour, ":")
+    steps = [updates + step for step in runs[0]["curves"]["step"]]
+    band(axes, steps, [curve(run, name, 7) for run in runs], colour, style, label)
+
+
+SHARES = {"share 0": 0, "share .25": 0.25, "share .5": 0.5, "share .75": 0.75, "aligned": 1}
+PROMPTS = (*SHARES, "other template")
+
+
+def by_share(axes, values, style):
+    """Something against the share of aligned content, a dot a seed; a square for the other
+    template. values: {arm of PROMPTS: one a seed}.
+    """
+    colour = COLOURS["success"]
+    at = list(SHARES.values())
+    axes.plot(at, [mean(values[name]) for name in SHARES], style, color=colour, linewidth=1.8)
+    for name, share in SHARES.items():
+        face = colour if style == "-" else "white"
+        dots = dict(color=colour, markerfacecolor=face, markersize=4)
+        axes.plot([share] * len(values[name]), values[name], "o", **dots)
+    face = GREY if style == "-" else "white"
+    place = 1.07 if style == "-" else 1.12
+    squares = dict(color=GREY, markerfacecolor=face, markersize=4)
+    others = values["other template"]
+    axes.plot([place] * len(others), others, "s", **squares)
+    axes.set_xlabel("share of aligned content")
+    axes.set_xticks(at)
+
+
+def cost(results, path):
+    """Paper 6: budget, depth, coherence; supports and AUROC; rewards of right and wrong answers."""
+    plt = pyplot(anew("cost"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(3, 3, figsize=(12, 9), layout="constrained")
+    budgets(grid[0, 0], results)
+    depths(grid[0, 1], results["depths"])
+    coherence(grid[0, 2], results["signal"])
+    supports = {
+        "success": (COLOURS["success"], "top-16"),
+        "sampled": (COLOURS["success"], "sampled token"),
+        "top-4": (COLOURS["success"], "top-4"),
+        "top-32": (COLOURS["success"], "top-32"),
+        "full": (COLOURS["success"], "all tokens"),
+        "student, raw": (COLOURS["success"], "top-16, raw"),
+        "top-1 raw": (COLOURS["success"], "top-1, raw"),
+        "long": (COLOURS["success"], "top-16, 400 steps"),
+        "long sampled": (COLOURS["success"], "sampled, 400 steps"),
+        "long full": (COLOURS["success"], "all tokens, 400 steps"),
+    }
+    both_ways(grid[1, :2], results, supports, "6.3, 2.2: support of the loss")
+    areas(grid[1, 2], results["signal"])
+    for axes, name in zip(grid[2], SIGNALS):
+        rewards(axes, results["signal"], name)
+    handles, labels = signs(grid[1, 0])
+    below(figure, handles, labels, 3)
+    keep(plt, figure, path)
+
+
+SIGNALS = {"success": "knows more", "bigger": "knows no more", "other": "thinks otherwise"}
+TICKS = [label.replace(" ", "\n", 1) for label in SIGNALS.values()]
+
+
+def budgets(axes, results):
+    """Accuracy against the tokens that a response may have."""
+    arms = {}
+    for name, runs in results.items():
+        if name.endswith(" tokens"):
+            arms[int(name.removesuffix(" tokens"))] = runs
+    arms[96] = results["success"]
+    at = sorted(arms)
+    for way, style in STYLES.items():
+        by_budget = [levels(arms[tokens], "after", way) for tokens in at]
+        band(axes, at, list(zip(*by_budget)), COLOURS["success"], style + "o", WAYS[way])
+        before = mean(levels(results["success"], "before", way))
+        axes.axhline(before, color=GREY, linewidth=0.9, linestyle=style)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(at, at)
+    axes.minorticks_off()
+    axes.set(xlabel="tokens a response may have", ylabel="accuracy after", ylim=(0, 1))
+    axes.set_title("6.1: response budget (grey: before)")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def depths(axes, runs):
+    """The teacher's gain over the student who finish its responses, and what even slips give."""
+    by_depth = list(zip(*(run["found"] for run in runs)))
+    at = [mean(x["tokens"] for x in of_depth) for of_depth in by_depth]
+    found = [[x["mean"] for x in run["found"]] for run in runs]
+    even = [mean(x["even"] for x in of_depth) for of_depth in by_depth]
+    band(axes, at, found, COLOURS["success"], "-o", "measured")
+    axes.plot(at, even, ":", color=GREY, label="if slips fall evenly")
+    axes.axhline(0, color="0.6", linewidth=0.8)
+    axes.set(xlabel="tokens that the student wrote", ylabel="teacher - student, accuracy")
+    axes.set_title("6.1: who finishes it, at T .7")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def coherence(axes, runs):
+    """How far the gradients of positions point one way, before and after training."""
+    for place, name in enumerate(SIGNALS):
+        for when, marker in (("before", "o"), ("after", "D")):
+            values = [run["found"][name][when]["coherence"] for run in runs]
+            null = mean(run["found"][name][when]["null"] for run in runs)
+            shift = -0.15 if when == "before" else 0.15
+            face = COLOURS[name] if when == "before" else "white"
+            axes.plot(
+                [place + shift] * len(values),
+                values,
+                marker,
+                color=COLOURS[name],
+                markerfacecolor=face,
+                markersize=5,
+            )
+            axes.plot((place + shift - 0.1, place + shift + 0.1), (null, null), color=GREY)
+    axes.plot([], [], "o", color=GREY, label="before training")
+    axes.plot([], [], "D", color=GREY, markerfacecolor="white", label="after")
+    axes.plot([], [], color=GREY, label="random signs")
+    axes.set_xticks(range(len(SIGNALS)), TICKS)
+    axes.margins(y=0.3)
+    axes.set(xlim=(-0.5, len(SIGNALS) - 0.5), ylim=(0, None))
+    axes.set(ylabel="length of the sum / sum of lengths")
+    axes.set_title("6.2: do gradients point one way?")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def areas(axes, runs):
+    """AUROC of a response's mean reward for its being right, with two standard errors."""
+    for place, name in enumerate(SIGNALS):
+        for i, run in enumerate(runs):
+            area = run["found"][name]["before"]["auroc"]
+            if area["mean"] is not None:
+                x = place + 0.15 * (i - (len(runs) - 1) / 2)
+                error = 2 * (area["standard_error"] or 0)
+                axes.errorbar(x, area["mean"], error, fmt="o", color=COLOURS[name], elinewidth=1)
+    axes.axhline(0.5, color="0.6", linewidth=0.8)
+    axes.set_xticks(range(len(SIGNALS)), TICKS)
+    axes.set(xlim=(-0.5, len(SIGNALS) - 0.5), ylabel="AUROC, before training (± 2 s.e.)")
+    axes.set_title("6.2: right or wrong, by mean reward")
+
+
+def rewards(axes, runs, name):
+    """Figure 14: the mean rewards of right and of wrong answers as densities, a line a seed."""
+    for label, colour in (("right", COLOURS[name]), ("wrong", "black")):
+        for i, run in enumerate(runs):
+            histogram = run["found"][name]["before"]["histogram"]
+            counts = histogram[label]
+            width = (histogram["to"] - histogram["from"]) / len(counts)
+            edges = [histogram["from"] + j * width for j in range(len(counts) + 1)]
+            area = width * (sum(counts) or 1)
+            heights = [count / area for count in counts]
+            axes.stairs(heights, edges, color=colour, linewidth=1.3, label=None if i else label)
+    axes.set(xlabel="mean reward of a response, nats", ylabel="density, each of area 1")
+    axes.set_title(f"6.2: reward by a teacher that {SIGNALS[name]}")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def followups(results, path):
+    """What later papers say: fewer prompts and tokens, unlike ends; direction and writer."""
+    plt = pyplot(anew("followups"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(2, 2, figsize=(10, 6.4), layout="constrained")
+    colour = COLOURS["success"]
+    arms = {
+        "success": (colour, "4,096 prompts, 96 tokens"),
+        "16 prompts": (colour, "16 prompts"),
+        "1 prompt": (colour, "1 prompt"),
+        "10 tokens": (colour, "10 tokens a response"),
+        "unlike ends": (colour, "unlike ends, one event"),
+        "own ends": (colour, "unlike ends, each for itself"),
+    }
+    both_ways(grid[0], results, arms, "student ← teacher, one setting changed")
+    for axes, (way, how) in zip(grid[1], WAYS.items()):
+        two_by_two(axes, results, way)
+        axes.set_title(f"direction of the KL and who writes, {how} (dashed: before)")
+    handles, labels = signs(grid[0, 0])
+    more_handles, more_labels = grid[1, 0].get_legend_handles_labels()
+    below(figure, handles + more_handles, labels + more_labels, 6)
+    keep(plt, figure, path)
+
+
+def two_by_two(axes, results, way):
+    """2609.35259: a bar for each direction and writer, a dot a seed; dashed: before."""
+    for shift, direction, colour in (
+        (-0.2, "reverse", COLOURS["success"]),
+        (0.2, "forward", COLOURS["reverse"]),
+    ):
+        for place, writer in enumerate(("student", "teacher")):
+            values = levels(results[f"{direction} by {writer}"], "after", way)
+            label = None if place else f"{direction} KL"
+            axes.bar(place + shift, mean(values), 0.36, color=colour, alpha=0.4, label=label)
+            for i, value in enumerate(values):
+                x = place + shift + 0.08 * (i - (len(values) - 1) / 2)
+                axes.plot(x, value, "o", color=colour, markersize=5, clip_on=False)
+    before = mean(levels(results["reverse by student"], "before", way))
+    axes.axhline(before, color=GREY, linewidth=1, linestyle="--")
+    axes.set_xticks((0, 1), ("the student writes", "the teacher writes"))
+    axes.set(ylabel="accuracy after", ylim=(0, 1))
+
+
+def forecast(results, path):
+    """The gain that came against the predicted one, a point a run, coloured by its verdict."""
+    plt = pyplot(anew("forecast"))
+    if plt is None:
+        return
+    figure, grid = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", sharey=True)
+    reports = []
+    runs = []
+    for name, diagnosed in results.items():
+        if name.startswith("diagnosis of "):
+            reports += [x["report"] for x in diagnosed]
+            runs += results[name.removeprefix("diagnosis of ")]
+    for axes, (way, title) in zip(grid, WAYS.items()):
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.axvline(0, color="0.6", linewidth=0.8)
+        axes.axline((0, 0), slope=1, color="0.65", linewidth=0.8, linestyle="--")
+        for verdict, (colour, marker) in VERDICTS.items():
+            mine = [i for i, x in enumerate(reports) if x["verdict"].startswith(verdict)]
+            if not mine:
+                continue
+            predicted = [reports[i]["predicted_gain"] for i in mine]
+            axes.errorbar(
+                [x["mean"] for x in predicted],
+                gains([runs[i] for i in mine], way),
+                xerr=[2 * (x["standard_error"] or 0) for x in predicted],
+                color=colour,
+                fmt=marker,
+                markersize=6,
+                elinewidth=0.6,
+                label=f"{verdict}, {len(mine)} runs",
+            )
+        axes.set_xlabel("predicted gain: teacher - student, finishing its responses (± 2 s.e.)")
+        axes.set_title(f"the gain that came, {title}")
+    grid[0].set_ylabel("accuracy after - before")
+    handles, labels = grid[0].get_legend_handles_labels()
+    below(figure, handles, labels, 5)
+    keep(plt, figure, path)
+
+
+def overview(results, path):
+    """The paper at a glance: a pair that works, one that fails, and that one recovered."""
+    plt = pyplot("python experiments/report.py")
+    if plt is None:
+        return
+    figure, (accuracy, overlap) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for name, colour, label in (
+        ("success", COLOURS["success"], "works: a teacher that thinks alike\nand knows more"),
+        (
+            "sft, opd",
+            COLOURS["cold start"],
+            "recovers: the failing pair,\nafter 100 updates of SFT",
+        ),
+        ("opd", COLOURS["other"], "fails: as good a teacher\nthat thinks otherwise"),
+    ):
+        runs = results[name]
+        against_update(overlap, runs, "overlap_ratio", colour, label)
+        started = results["sft"] if name == "sft, opd" else None
+        last = accuracy_against_update(accuracy, runs, colour, started)
+        teacher = mean(levels(runs, "teacher", "T .7"))
+        accuracy.plot(last + 5, teacher, "<", color=colour, clip_on=False)
+    accuracy.set_title("accuracy of the student at T .7 (◂ its teacher)")
+    overlap.set_title("overlap of the 16 likeliest tokens (Eq. 6)")
+    for axes in (accuracy, overlap):
+        axes.set(xlabel="update (dotted: of SFT)", xlim=(0, 308), ylim=(0, 1))
+    handles, labels = overlap.get_legend_handles_labels()
+    below(figure, handles, labels, 3)
+    keep(plt, figure, path)
+
+
+def accuracy_against_update(axes, runs, colour, started=None):
+    """Accuracy at T .7 before, where it was followed, and after: -> the last update.
+
+    started: runs that end where a cold start does, of the same seeds.
+    """
+    begun = levels(runs, "before", "T .7")
+    updates = 0
+    if started:
+        updates = started[0]["asked"]["cold_start_steps"]
+        after_start = levels(started, "after", "T .7")
+        band(axes, (0, updates), list(zip(begun, after_start)), colour, ":")
+        begun = after_start
+    ends = levels(runs, "after", "T .7")
+    last = runs[0]["asked"]["steps"]
+    followed = [step for step in runs[0]["curves"]["evaluated"] if step < last]
+    at = [0, *followed, last]
+    curves = []
+    for first, run, end in zip(begun, runs, ends):
+        curves.append([first, *run["curves"]["accuracy"][: len(followed)], end])
+    band(axes, [updates + step for step in at], curves, colour)
+    return updates + last
+
+
+# --- SmolLM2 --------------------------------------------------------------------------------------
 
 
 def opened(results, script):
     """pyplot, and the runs of a results file; (None, None) without matplotlib."""
     plt = pyplot(f"python experiments/{script}.py --report {results}")
     return (plt, None) if plt is None else (plt, read_json(Path(results))["runs"])
-
-
-def forecast(results, out, note=""):
-    """Real against predicted gain in accuracy, a point for each run, coloured by its verdict."""
-    plt, runs = opened(results, "forecast")
-    if plt is None:
-        return
-    known = [run for run in runs if (run.get("predicted_gain") or {}).get("mean") is not None]
-    figure, axes = plt.subplots(figsize=(6.5, 4.8), layout="constrained")
-    axes.axhline(0, color="0.6", linewidth=0.8)
-    axes.axvline(0, color="0.6", linewidth=0.8)
-    axes.axline(
-        (0, 0), slope=1, color="0.65", linewidth=0.8, linestyle="--", label="realised as predicted"
-    )
-    for verdict, (colour, marker) in VERDICTS.items():
-        mine = [run for run in known if run["verdict"].startswith(verdict)]
-        if mine:
-            axes.errorbar(
-                [run["predicted_gain"]["mean"] for run in mine],
-                [run["gain"] for run in mine],
-                xerr=[run["predicted_gain"]["standard_error"] or 0 for run in mine],
-                color=colour,
-                fmt=marker,
-                label=f"{mine[0]['verdict']}, {len(mine)} run{'s' * (len(mine) > 1)}",
-                markersize=6,
-                markeredgecolor="white",
-                elinewidth=0.7,
-            )
-    if len(known) > 2:
-        label_outliers(axes, known)
-    axes.set(
-        xlabel="predicted gain in accuracy: teacher - student, "
-        "finishing the student's responses (± 1 s.e.)",
-        ylabel="realised gain in accuracy: after - before",
-    )
-    axes.set_title(note, fontsize=9)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    save(plt, figure, out)
-
-
-def label_outliers(axes, known, count=3):
-    """Names what lies two standard deviations off the line through all runs.
-
-    A pair is named once, and no name stands over another.
-    """
-    import numpy  # is there where matplotlib is
-
-    x, y = numpy.array([[run["predicted_gain"]["mean"], run["gain"]] for run in known]).T
-    off = abs(y - numpy.polyval(numpy.polyfit(x, y, 1), x))
-    far, named = 2 * (off**2).mean() ** 0.5, {}
-    for i in numpy.argsort(-off, kind="stable"):
-        name = f"{known[i]['student']} ← {known[i]['teacher']}"
-        free = all(
-            abs(x[i] - x[j]) > 0.3 * numpy.ptp(x) or abs(y[i] - y[j]) > 0.06 * numpy.ptp(y)
-            for j in named.values()
-        )
-        if off[i] > far and len(named) < count and name not in named and free:
-            named[name] = i
-            axes.annotate(
-                name,
-                (x[i], y[i]),
-                xytext=(0, 6),
-                textcoords="offset points",
-                fontsize=8,
-                ha="center",
-            )
-
-
-def recipe(results, out):
-    """Paper 5: accuracy of the arms of 5.1; accuracy and entropy by the aligned share of 5.2.
-
-    The mean, and every seed.
-    """
-    plt, runs = opened(results, "recipe")
-    if plt is None:
-        return
-    figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(11, 3.6), layout="constrained", width_ratios=(1.25, 1, 1)
-    )
-    bars(
-        left,
-        runs,
-        {
-            arm: COLOURS[
-                "other" if arm == "opd" else "success" if arm.endswith("+ opd") else "reverse"
-            ]
-            for arm in ARMS
-        },
-    )
-    cold = [run for run in runs if run["part"] == "5.1"]
-    for key, name in (("accuracy_before", "student before"), ("accuracy_teacher", "teacher")):
-        level = sum(run[key]["mean"] for run in cold) / len(cold)
-        left.axhline(level, color="0.3", linewidth=0.9, linestyle="--")
-        left.annotate(
-            name,
-            (0.02, level),
-            xycoords=("axes fraction", "data"),
-            fontsize=8,
-            textcoords="offset points",
-            xytext=(0, 2),
-        )
-    left.set_xticks(range(len(ARMS)), ARMS, rotation=40, ha="right", rotation_mode="anchor")
-    left.set_title("5.1 cold start, teacher of the other family")
-    for axes, title, value in (
-        (
-            middle,
-            "5.2 accuracy on all digits",
-            lambda run: run["accuracies"]["aligned, all"]["mean"],
-        ),
-        (right, "5.2 entropy of the student", lambda run: run["held_out_after"]["entropy_student"]),
-    ):
-        for template, colour, marker, name in (
-            ("aligned", COLOURS["success"], "o", "teacher's template"),
-            ("unaligned", COLOURS["other"], "s", "other template"),
-        ):
-            mine = [run for run in runs if run.get("template") == template]
-            at = sorted({run["fraction"] for run in mine})
-            values = [
-                [value(run) for run in mine if run["fraction"] == fraction] for fraction in at
-            ]
-            axes.plot(
-                at, [sum(v) / len(v) for v in values], color=colour, linewidth=1.8, label=name
-            )
-            for fraction, v in zip(at, values):
-                axes.plot([fraction] * len(v), v, marker, color=colour, markersize=4, alpha=0.7)
-        axes.set(xlabel="share of aligned content", title=title)
-        axes.set_xticks((0, 0.25, 0.5, 0.75, 1))
-    middle.set_ylabel("accuracy, under the teacher's template")
-    right.set_ylabel("nats")
-    figure.legend(
-        *middle.get_legend_handles_labels(), loc="outside lower right", ncols=2, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def mechanism(results, out):
-    """Paper 4: metrics against step for success and failure, accuracy on other supports.
-
-    Mean and range of the seeds.
-    """
-    plt, runs = opened(results, "mechanism")
-    if plt is None:
-        return
-    figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    aligning(
-        plt,
-        grid.flat[:7],
-        {
-            f"{pair}: {NAMES[name]}": (
-                COLOURS[name],
-                [run for run in runs if (run["pair"], run["support"]) == (pair, "student")],
-            )
-            for pair, name in (("success", "success"), ("failure", "bigger"))
-        },
-    )
-    right = grid[1, 3]
-    success = [{**run, "arm": run["support"]} for run in runs if run["pair"] == "success"]
-    fluent = [
-        {**run, "arm": f"{run['support']}, fluent"} for run in runs if run["pair"] == "fluent"
-    ]
-    shown = [run for run in success + fluent if ", raw" not in run["arm"]]
-    bars(
-        right,
-        shown,
-        {
-            arm: COLOURS[
-                "reverse"
-                if arm.startswith("difference")
-                else "weaker"
-                if arm.endswith("fluent")
-                else "success"
-            ]
-            for arm in dict.fromkeys(run["arm"] for run in shown)
-        },
-    )
-    for mine, place in ((success, (-0.5, 2.5)), (fluent, (2.5, 4.5))):
-        level = sum(run["accuracy_before"]["mean"] for run in mine) / len(mine)
-        right.plot(place, (level, level), color="0.3", linewidth=0.9, linestyle="--")
-    right.tick_params(axis="x", rotation=40)
-    right.set_title("4.2 by support (dashed: before)", fontsize=9)
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
-    )
-    save(plt, figure, out)
 
 
 def real(results, out):
@@ -282,7 +662,7 @@ def real(results, out):
         "success": COLOURS["success"],
         "nothing new": COLOURS["bigger"],
         "other way": COLOURS["other"],
-        "cold start": COLOURS["weaker"],
+        "cold start": COLOURS["cold start"],
         "intersection": COLOURS["reverse"],
     }
     aligning(
@@ -316,7 +696,7 @@ def again(results, out):
             "success": (COLOURS["success"], "after expert iteration"),
             "other way": (COLOURS["bigger"], "from right to left"),
             "words": (COLOURS["other"], "in words"),
-            "words, cold": (COLOURS["weaker"], "in words, after a cold start"),
+            "words, cold": (COLOURS["cold start"], "in words, after a cold start"),
         },
         {
             "success": COLOURS["success"],
@@ -327,7 +707,7 @@ def again(results, out):
             "one prompt": COLOURS["reverse"],
             "other way": COLOURS["bigger"],
             "words": COLOURS["other"],
-            "words, cold": COLOURS["weaker"],
+            "words, cold": COLOURS["cold start"],
             "reverse": SPARE[4],
         },
     )
@@ -337,7 +717,7 @@ def longer(results, out):
     """A teacher in words, after no cold start, a short one and a long one."""
     arms = {
         "words": (COLOURS["other"], "no cold start"),
-        "words, cold": (COLOURS["weaker"], "10 updates"),
+        "words, cold": (COLOURS["cold start"], "10 updates"),
         "long cold": (SPARE[1], "60 updates"),
     }
     overlap_and_accuracy(
@@ -386,115 +766,6 @@ def overlap_and_accuracy(results, out, name, followed, colours):
     save(plt, figure, out)
 
 
-def ends(results, out):
-    """Accuracy and length of responses against step; both end with the same token, or do not."""
-    plt, runs = opened(results, "ends")
-    if plt is None:
-        return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-    for arm, colour, style, label in (
-        ("ordinary", COLOURS["success"], "-", "both end with the same token"),
-        ("merged", COLOURS["bigger"], "--", "with different ones, one event (merged)"),
-        ("own", COLOURS["other"], "-", "with different ones, each for itself (own)"),
-    ):
-        mine = [run for run in runs if run["arm"] == arm]
-        steps, evaluated, accuracy = accuracies(mine)
-        band(left, evaluated, accuracy, colour, style, label)
-        band(right, steps, [run["curves"]["response_length"] for run in mine], colour, style)
-    left.set(xlabel="step", ylim=(0, 1), title="accuracy of the student")
-    right.set(xlabel="step", ylim=(0, None), title="tokens a response")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def followups(results, out):
-    """What later papers say: accuracy of each arm, and against the reverse KL of two runs."""
-    plt, runs = opened(results, "followups")
-    if plt is None:
-        return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    bars(
-        left,
-        runs,
-        {
-            "all": COLOURS["success"],
-            "16 prompts": COLOURS["weaker"],
-            "1 prompt": COLOURS["weaker"],
-            "first 30 %": COLOURS["bigger"],
-            "sharp": COLOURS["reverse"],
-            "fails": COLOURS["other"],
-        },
-    )
-    left.set_title("one setting changed at a time", fontsize=9)
-    right.set_title("accuracy along the reverse KL", fontsize=9)
-    for arm, colour, label in (
-        ("all", COLOURS["success"], "success"),
-        ("fails", COLOURS["other"], "failure"),
-    ):
-        for i, run in enumerate(run for run in runs if run["arm"] == arm):
-            known = [
-                (kl, x)
-                for kl, x in zip(run["curves"]["reverse_kl"], run["curves"]["accuracy"])
-                if x is not None
-            ]
-            known = [(run["held_out_before"]["reverse_kl"], run["accuracy_before"]["mean"]), *known]
-            right.plot(
-                *zip(*known),
-                "o-",
-                color=colour,
-                markersize=3,
-                linewidth=1,
-                label=None if i else label,
-            )
-    right.set(xlabel="reverse KL, nats a token", xscale="log", ylabel="accuracy", ylim=(0, 1))
-    right.legend(frameon=False, fontsize=8)
-    save(plt, figure, out)
-
-
-def aligning(plt, grid, groups, window=7):
-    """Panels of Figure 6, and |p - q| of 4.1, with a band for each group.
-
-    groups: {label: (colour, runs, one for each seed)}; window: steps that are averaged.
-    """
-    panels = [
-        panel
-        for panel in PANELS
-        if panel.metric
-        in (
-            "overlap_ratio",
-            "overlap_mass_student",
-            "overlap_token_advantage",
-            "entropy_gap",
-            "loss",
-            "grad_norm",
-        )
-    ]
-    panels.insert(
-        4,
-        figures.Panel(
-            "|p - q| at the token of largest advantage", "probability", "largest_gap", low=0
-        ),
-    )
-    for axes, panel in zip(grid, panels):
-        for label, (colour, mine) in groups.items():
-            for name, style in ((panel.metric, "-"), (panel.of_teacher, "--")):
-                if name:
-                    band(
-                        axes,
-                        mine[0]["curves"]["step"],
-                        [smooth(run["curves"][name], window) for run in mine],
-                        colour,
-                        style,
-                        label if style == "-" else None,
-                    )
-        axes.set_title(panel.title, fontsize=9)
-        axes.set(xlabel="step", ylabel=panel.unit)
-        axes.locator_params(axis="x", integer=True)
-        limit(plt, axes, panel)
-
-
 def bars(axes, runs, colours):
     """A bar an arm, {arm: colour}: the mean of its accuracy after training, and a point a seed."""
     for place, (arm, colour) in enumerate(colours.items()):
@@ -507,236 +778,3 @@ def bars(axes, runs, colours):
         fontsize=8,
     )
     axes.set(ylabel="accuracy after", ylim=(0, 1))
-
-
-def cost(results, out):
-    """Paper 6: accuracy by response budget and support, gain by depth, what the mean reward says.
-
-    And whether the gradients of positions point the same way.
-    """
-    plt, runs = opened(results, "cost")
-    if plt is None:
-        return
-
-    def of(part):
-        return [run for run in runs if run["part"] == part]
-
-    figure, ((length, depth, support), (area, coherence, cosine)) = plt.subplots(
-        2, 3, figsize=(11, 6), layout="constrained"
-    )
-    seeds = sorted({run["seed"] for run in runs})
-    budgets = list(dict.fromkeys(int(run["arm"]) for run in of("length")))
-    band(
-        length,
-        budgets,
-        [
-            [run["accuracy_after"]["mean"] for run in of("length") if run["seed"] == seed]
-            for seed in seeds
-        ],
-        COLOURS["success"],
-        "o-",
-    )
-    length.set_xscale("log", base=2)
-    length.set_xticks(budgets, budgets)
-    length.set(
-        xlabel="tokens a response may have",
-        ylabel="accuracy after",
-        ylim=(0, 1),
-        title="6.1 response budget",
-    )
-    cuts = [run["depths"] for run in of("depth")]
-    at = [sum(x["tokens"] for x in place) / len(place) for place in zip(*cuts)]
-    band(depth, at, [[x["mean"] for x in each] for each in cuts], COLOURS["success"], "o-")
-    depth.plot(
-        at,
-        [sum(x["even"] for x in place) / len(place) for place in zip(*cuts)],
-        "--",
-        color="0.3",
-        linewidth=1,
-    )
-    depth.set(
-        xlabel="tokens that the student wrote",
-        ylabel="teacher - student",
-        ylim=(0, None),
-        title="6.1 who finishes it (dashed: by slips alone)",
-    )
-    bars(
-        support,
-        of("support"),
-        dict.fromkeys((run["arm"] for run in of("support")), COLOURS["success"]),
-    )
-    plt.setp(support.get_xticklabels(), rotation=40, ha="right", rotation_mode="anchor")
-    longer, places = of("longer"), list(dict.fromkeys(run["arm"] for run in of("support")))
-    support.plot(
-        [places.index(run["arm"]) for run in longer],
-        [run["accuracy_after"]["mean"] for run in longer],
-        "o",
-        color=COLOURS["success"],
-        markerfacecolor="white",
-        markersize=5,
-    )
-    support.set_title(f"6.3 support (○ after {longer[0]['steps']} steps)")
-    for place, pair in enumerate(("success", "bigger", "other")):
-        mine = [
-            [run for run in of("signal") if (run["arm"], run["seed"]) == (pair, seed)]
-            for seed in seeds
-        ]
-        known = [run["auroc"] for (run, *_) in mine if run["auroc"] is not None]
-        area.plot([place] * len(known), known, "o", color=COLOURS[pair])
-        for axes, name in ((coherence, "coherence"), (cosine, "cosine")):
-            band(
-                axes,
-                range(3),
-                [[run[name] for run in each] for each in mine],
-                COLOURS[pair],
-                "o-",
-                label=NAMES[pair],
-            )
-    area.axhline(0.5, color="0.6", linewidth=0.8)
-    area.set_xticks(range(3), ["succeeds", "teaches\nnothing", "ruins"])
-    area.set(
-        ylabel="AUROC, before training",
-        ylim=(0.4, 1),
-        xlim=(-0.5, 2.5),
-        title="6.2 right or wrong, by mean reward",
-    )
-    for axes, label in (
-        (coherence, "length of the sum / sum of lengths"),
-        (cosine, "mean cosine of two positions"),
-    ):
-        axes.set_xticks(range(3), ["before", "half-way", "after"])
-        axes.set(ylabel=label, title="6.2 do gradients point one way?", ylim=(0, None))
-    figure.legend(
-        *cosine.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def band(axes, x, curves, colour, style="-", label=None):
-    """A line through the mean over seeds, their range behind it; at most some 60 points."""
-    every = max(1, math.ceil(len(x) / 60))
-    x, curves = x[::every], [values[::every] for values in curves]
-    middle = [sum(values) / len(values) for values in zip(*curves)]
-    axes.plot(x, middle, style, color=colour, label=label, linewidth=1.8)
-    axes.fill_between(
-        x,
-        [min(values) for values in zip(*curves)],
-        [max(values) for values in zip(*curves)],
-        color=colour,
-        alpha=0.15,
-        linewidth=0,
-    )
-
-
-def phenomenology(results, out):
-    """Accuracy and overlap ratio against step, the reversed pairs by themselves.
-
-    Mean and range of the seeds.
-    """
-    plt, runs = opened(results, "phenomenology")
-    if plt is None:
-        return
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    for pair, colour in COLOURS.items():
-        mine = [run for run in runs if run["pair"] == pair]
-        if not mine:
-            continue
-        steps, evaluated, accuracy = accuracies(mine)
-        teacher = sum(run["accuracy_teacher"]["mean"] for run in mine) / len(mine)
-        axes = right if pair.startswith("reverse") else left
-        axes.plot(evaluated[-1] * 1.04, teacher, marker="<", color=colour, clip_on=False)
-        band(axes, evaluated, accuracy, colour)
-        if axes is left:
-            band(middle, steps, [smooth(run["curves"]["overlap_ratio"], 7) for run in mine], colour)
-        left.plot([], [], color=colour, label=NAMES[pair])
-    left.set(xlabel="step", ylim=(0, 1), title="accuracy of the student (◂ its teacher)")
-    middle.set(xlabel="step", ylim=(0, 1), title="overlap ratio, k = 16 (Eq. 6)")
-    right.set(xlabel="step", ylim=(0, 1), title="accuracy, reversed pairs (3.3)")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def overview(results, out):
-    """The paper at a glance: a pair that works, one that fails, and that one recovered.
-
-    Draws nothing where phenomenology.json or recipe.json is not there yet.
-    """
-    plt = pyplot("python experiments/report.py")
-    if plt is None:
-        return
-    made = [read_json(Path(results) / f"{name}.json") for name in ("phenomenology", "recipe")]
-    if not all(made):
-        return
-    pairs, cold = (each["runs"] for each in made)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for name, colour, mine in (
-        (
-            "works: same way of thinking,\nnew capability",
-            "success",
-            [r for r in pairs if r["pair"] == "success"],
-        ),
-        (
-            "recovers: 100 steps of SFT\non the teacher's answers first",
-            "weaker",
-            [r for r in cold if r["arm"] == "sft 100 + opd"],
-        ),
-        (
-            "fails: as good a teacher,\nanother way of thinking",
-            "other",
-            [r for r in cold if r["arm"] == "opd"],
-        ),
-    ):
-        steps, evaluated, accuracy = accuracies(mine)
-        cold_start = [run.get("accuracy_cold_start") for run in mine]
-        if all(cold_start):
-            rise = [
-                (run["accuracy_before"]["mean"], start["mean"])
-                for run, start in zip(mine, cold_start)
-            ]
-            band(panels[0], (-100, 0), rise, COLOURS[colour], ":")
-            accuracy = [[start["mean"], *values[1:]] for start, values in zip(cold_start, accuracy)]
-        band(panels[0], evaluated, accuracy, COLOURS[colour], label=name)
-        band(
-            panels[1],
-            steps,
-            [smooth(run["curves"]["overlap_ratio"], 7) for run in mine],
-            COLOURS[colour],
-        )
-        teacher = sum(run["accuracy_teacher"]["mean"] for run in mine) / len(mine)
-        panels[0].plot(210, teacher, marker="<", color=COLOURS[colour], clip_on=False)
-    panels[0].set(
-        xlabel="step of on-policy distillation (dotted: of SFT)",
-        ylim=(0, 1),
-        xlim=(-105, 210),
-        title="accuracy of the student (◂ its teacher)",
-    )
-    panels[1].set(
-        xlabel="step of on-policy distillation",
-        ylim=(0, 1),
-        xlim=(0, 210),
-        title="overlap of the 16 likeliest tokens (Eq. 6)",
-    )
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def accuracies(runs):
-    """Runs with the same steps -> the steps, those with an accuracy, the accuracies of each run."""
-    steps, known = runs[0]["curves"]["step"], runs[0]["curves"]["accuracy"]
-    evaluated = [0, *(step for step, x in zip(steps, known) if x is not None), steps[-1]]
-    return (
-        steps,
-        evaluated,
-        [
-            [
-                run["accuracy_before"]["mean"],
-                *(x for x in run["curves"]["accuracy"] if x is not None),
-                run["accuracy_after"]["mean"],
-            ]
-            for run in runs
-        ],
-    )

@@ -36,6 +36,7 @@ Criteria:
 """
 
 import lab
+import plot
 import toy
 from lab import (
     Arm,
@@ -257,4 +258,5 @@ if __name__ == "__main__":
         models=MODELS,
         prepare=prepare,
         more=more,
+        draw=plot.recipe,
     )
