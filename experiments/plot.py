@@ -611,7 +611,7 @@ def overview(results, path):
     accuracy.set_title("accuracy of the student at T .7 (◂ its teacher)")
     overlap.set_title("overlap of the 16 likeliest tokens (Eq. 6)")
     for axes in (accuracy, overlap):
-        axes.set(xlabel="update (dotted: of SFT)", xlim=(0, 308), ylim=(0, 1))
+        axes.set(xlabel="update (dotted: of SFT)", xlim=(0, 308), ylim=(0, 1.03))
     handles, labels = overlap.get_legend_handles_labels()
     below(figure, handles, labels, 3)
     keep(plt, figure, path)
