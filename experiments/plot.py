@@ -68,6 +68,7 @@ REVERSED = ("reverse", "reverse-bigger", "reverse-sharp")  # 3.3
 WITHOUT_TEACHER = ("self", "no-teacher")  # an accuracy of the teacher would say nothing
 WAYS = {"T .7": "at T .7", "greedy": "greedily"}
 STYLES = {"T .7": "-", "greedy": "--"}
+MARKERS = {"T .7": "o", "greedy": "^"}
 VERDICTS = {  # by how a verdict begins
     "should work": (COLOURS["success"], "o"),
     "nothing new to teach": (COLOURS["bigger"], "s"),
@@ -305,7 +306,7 @@ def recipe(results, path):
     for axes, (exam, template) in zip(grid[1], exams.items()):
         for way in WAYS:
             values = {name: levels(results[name], "after", way, exam) for name in PROMPTS}
-            by_share(axes, values, STYLES[way])
+            by_share(axes, values, STYLES[way], MARKERS[way])
             before = mean(levels(results["aligned"], "before", way, exam))
             axes.axhline(before, color=GREY, linewidth=0.9, linestyle=STYLES[way])
         axes.set(ylabel="accuracy after", title=f"5.2: measured under {template} template")
@@ -317,12 +318,13 @@ def recipe(results, path):
     by_share(grid[1, 2], values, "-")
     grid[1, 2].set(ylabel="nats", title="5.2: entropy of the student after")
     handles, labels = signs(grid[0, 0])
-    (solid,) = grid[1, 0].plot([], [], "-", color=COLOURS["success"])
-    (dashed,) = grid[1, 0].plot([], [], "--", color=COLOURS["success"])
-    (grey,) = grid[1, 0].plot([], [], "-", color=GREY, linewidth=0.9)
-    (square,) = grid[1, 0].plot([], [], "s", color=GREY, markersize=4)
-    handles += [solid, dashed, grey, square]
-    labels += ["5.2: T .7", "greedily", "before", "trained under the other template"]
+    for way, label in (("T .7", "5.2: T .7"), ("greedy", "greedily")):
+        style = STYLES[way] + MARKERS[way]
+        handles += grid[1, 0].plot([], [], style, color=COLOURS["success"], markersize=4)
+        labels.append(label)
+    handles += grid[1, 0].plot([], [], "-", color=GREY, linewidth=0.9)
+    handles += grid[1, 0].plot([], [], "o", color=GREY, markersize=4)
+    labels += ["before", "trained under the other template"]
     below(figure, handles, labels, 7)
     keep(plt, figure, path)
 
@@ -356,22 +358,18 @@ SHARES = {"share 0": 0, "share .25": 0.25, "share .5": 0.5, "share .75": 0.75, "
 PROMPTS = (*SHARES, "other template")
 
 
-def by_share(axes, values, style):
-    """Something against the share of aligned content, a dot a seed; a square for the other
-    template. values: {arm of PROMPTS: one a seed}.
+def by_share(axes, values, style, marker="o"):
+    """Something against the share of aligned content, a mark a seed; grey for the other template.
+
+    values: {arm of PROMPTS: one a seed}.
     """
     colour = COLOURS["success"]
     at = list(SHARES.values())
     axes.plot(at, [mean(values[name]) for name in SHARES], style, color=colour, linewidth=1.8)
     for name, share in SHARES.items():
-        face = colour if style == "-" else "white"
-        dots = dict(color=colour, markerfacecolor=face, markersize=4)
-        axes.plot([share] * len(values[name]), values[name], "o", **dots)
-    face = GREY if style == "-" else "white"
-    place = 1.07 if style == "-" else 1.12
-    squares = dict(color=GREY, markerfacecolor=face, markersize=4)
+        axes.plot([share] * len(values[name]), values[name], marker, color=colour, markersize=4)
     others = values["other template"]
-    axes.plot([place] * len(others), others, "s", **squares)
+    axes.plot([1.1] * len(others), others, marker, color=GREY, markersize=4)
     axes.set_xlabel("share of aligned content")
     axes.set_xticks(at)
 
@@ -420,13 +418,13 @@ def budgets(axes, results):
     at = sorted(arms)
     for way, style in STYLES.items():
         by_budget = [levels(arms[tokens], "after", way) for tokens in at]
-        band(axes, at, list(zip(*by_budget)), COLOURS["success"], style + "o", WAYS[way])
+        band(axes, at, list(zip(*by_budget)), COLOURS["success"], style + MARKERS[way], WAYS[way])
         before = mean(levels(results["success"], "before", way))
         axes.axhline(before, color=GREY, linewidth=0.9, linestyle=style)
     axes.set_xscale("log", base=2)
     axes.set_xticks(at, at)
     axes.minorticks_off()
-    axes.set(xlabel="tokens a response may have", ylabel="accuracy after", ylim=(0, 1))
+    axes.set(xlabel="tokens a response may have", ylabel="accuracy after", ylim=(0, 1.03))
     axes.set_title("6.1: response budget (grey: before)")
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
