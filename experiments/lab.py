@@ -15,6 +15,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -169,7 +170,11 @@ class Lab:
         self.model(arm.student)
         self.model(arm.teacher)
         folder = self.folder(name)
-        made = (arm.train or run_opd)(self, arm, folder)
+        if arm.train is None:
+            made = run_opd(self, arm, folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)  # accuracies of an earlier student, too
+            made = arm.train(self, arm, folder)
         for exam, template in arm.exams.items():
             made[exam] = {
                 "before": self.accuracies(self.model(arm.student), template),
@@ -244,6 +249,7 @@ def run_opd(lab, arm, folder):
             "out": str(folder),
         }
     )
+    refuse_another(folder, lab.asked(arm))
     if not (folder / "result.json").exists():
         is_begun = (folder / "checkpoint" / "state.pt").exists()
         with contextlib.redirect_stdout(io.StringIO()):  # its lines are in metrics.jsonl
@@ -253,6 +259,17 @@ def run_opd(lab, arm, folder):
     for distances in kept.values():
         distances.pop("by_position", None)
     return {**kept, "curves": curves(figures.read_rows(folder))}
+
+
+def refuse_another(folder, asked):
+    """SystemExit if a folder holds a run of other settings. Files are compared by name."""
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    had = files.read_json(path)
+    for name, value in asked.items():
+        if Path(str(had[name])).name != Path(str(value)).name:
+            raise SystemExit(f"{folder} holds a run of another {name}; remove it")
 
 
 def curves(rows):
@@ -343,10 +360,15 @@ def difference(ours, theirs, way, when="after", than=None, exam="accuracy"):
     variances = []
     for a, b in zip(ours, theirs, strict=True):
         assert a["seed"] == b["seed"]
-        off = bits(a[exam][when][way]["right"]) - bits(b[exam][than or when][way]["right"])
+        off = answers(a[exam][when][way]) - answers(b[exam][than or when][way])
         means.append(off.mean().item())
         variances.append((off.var() / len(off)).item())
     return Difference(mean(means), 2 * math.sqrt(sum(variances)) / len(means))
+
+
+def answers(accuracy):
+    """A bit a prompt, (prompts,), of one of Lab.accuracies."""
+    return bits(accuracy["right"])[: accuracy["prompts"]]
 
 
 def gain(runs, way, when="after", than="before", exam="accuracy"):

@@ -1,7 +1,11 @@
-"""The experiments: a killed one goes on, noise is what it says, no number in README is typed."""
+"""The experiments: what was run is kept, four words mean what they say, no number in README is
+typed."""
 
+import collections
+import copy
 import dataclasses
 import json
+import math
 import re
 import sys
 from functools import partial
@@ -10,34 +14,574 @@ from types import SimpleNamespace
 
 import again
 import cost
+import followups
+import forecast
 import lab
 import longer
 import mechanism
+import own_loop
+import phenomenology
 import pytest
 import real
+import real_lab
+import recipe
 import report
 import torch
 import tour
 import toy
 from conftest import ROOT, TEMPLATE, WORDS, Killed, config, tiny, tiny_pair, word_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 import opd
+from analysis import auroc
 from loss import full_vocab, top_k
+from plumbing import files
+from plumbing.flags import PRESETS, Config
 from plumbing.prompts import load_prompts
+from rollout import batch, from_texts
 from teacher import UserError, log_probs
 
 HERE = ROOT / "experiments"
 RESULTS = HERE / "results"
 README = (HERE / "README.md").read_text()
 SCRIPTS = sorted(path.stem for path in RESULTS.glob("*.json"))
+OF_THE_TOY = (phenomenology, mechanism, recipe, cost, followups, forecast)
 
 
-# --- runs ---------------------------------------------------------------------------------------
+# --- results of the toy, each a file ------------------------------------------------------------
+
+
+@pytest.fixture
+def a_lab(tmp_path):
+    return lab.Lab(3, tmp_path / "worlds", tmp_path / "results")
+
+
+def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
+    """A file for each name and seed; JSON has no NaN."""
+    monkeypatch.setattr(files, "provenance", lambda: {"commit": "abc", "dirty": False})
+    asked = {"steps": 3, "part": (1, 2)}
+    made = a_lab.once("sft, opd", asked, lambda: {"found": [0.5, math.nan]})
+    assert made["found"][0] == 0.5
+    path = a_lab.results / "toy" / "sft-opd-3.json"
+    kept = json.loads(path.read_text())
+    assert kept.pop("seconds") >= 0
+    assert kept == {
+        "name": "sft, opd",
+        "seed": 3,
+        "asked": {"steps": 3, "part": [1, 2]},
+        "found": [0.5, None],
+        "commit": "abc",
+        "dirty": False,
+    }
+    again = a_lab.once("sft, opd", asked, lambda: 1 / 0)  # is not called
+    assert again["found"] == [0.5, None]
+    a_lab.seed = 4
+    a_lab.once("sft, opd", asked, lambda: {"found": 1})
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_result_of_other_settings_is_refused(a_lab):
+    """By the file to remove."""
+    a_lab.once("opd", {"steps": 3}, dict)
+    with pytest.raises(SystemExit, match="opd-3.json was made with other settings; remove it"):
+        a_lab.once("opd", {"steps": 4}, dict)
+
+
+@pytest.mark.parametrize("when", ["made", "written"])
+def test_a_result_that_was_killed_is_made_again_and_none_is_half_there(a_lab, monkeypatch, when):
+    """Before the last byte is on the disk there is no file."""
+
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        if when == "written":
+            patch.setattr(files.os, "fsync", dies)
+        with pytest.raises(Killed):
+            a_lab.once("opd", {}, dies if when == "made" else dict)
+    assert not list(a_lab.results.rglob("*.json*"))
+    assert a_lab.once("opd", {}, lambda: {"found": 1})["found"] == 1
+
+
+def test_what_decides_an_arm_is_the_preset_and_what_the_arm_says(a_lab):
+    """Each setting of the toy preset; its own ones win. A loop of its own is named."""
+    asked = a_lab.asked(lab.arm("student", "teacher", lr=0.5, support="intersection"))
+    expected = {**PRESETS["toy"], "student": "student", "teacher": "teacher", "steps": 100}
+    assert asked == {**expected, "lr": 0.5, "support": "intersection"}
+    without = phenomenology.ARMS["no-teacher"]
+    assert a_lab.asked(without) == {**expected, "train": "train_without_teacher"}
+
+
+def test_quick_takes_a_few_steps_of_everything(a_lab):
+    """Never more than were asked for."""
+    a_lab.quick = True
+    for steps, taken in ((400, 4), (100, 4), (0, 0)):
+        asked = a_lab.asked(lab.arm("student", "other", **recipe.FEW, steps=steps))
+        assert (asked["steps"], asked["batch_size"]) == (taken, 8)
+        assert (asked["cold_start"], asked["cold_start_steps"]) == (16, 2)
+    assert "cold_start" not in a_lab.asked(lab.arm("student", "other"))
+
+
+def test_one_name_stands_for_one_run_in_every_script(a_lab):
+    """Scripts that share an arm ask for the same; nothing is run twice under two names, and no
+    two names share a file."""
+    settings = {}
+    for script in OF_THE_TOY:
+        for name, arm in script.ARMS.items():
+            asked = (a_lab.asked(arm), arm.exams)
+            assert settings.setdefault(name, asked) == asked
+        for name, (function, given_) in getattr(script, "PROBES", {}).items():
+            asked = (function.__name__, given_)
+            assert settings.setdefault(name, asked) == asked
+    distinct = {json.dumps(asked, sort_keys=True) for asked in settings.values()}
+    assert len(distinct) == len(settings)
+    assert len({lab.slug(name) for name in settings}) == len(settings)
+    for script in (mechanism, cost, followups, forecast):
+        assert script.ARMS["success"] is phenomenology.ARMS["success"] or script is forecast
+
+
+def test_every_model_of_an_arm_is_one_of_a_world():
+    """By a name that stands for one way to make it."""
+    known = dict(toy.MODELS)
+    for script in (recipe, forecast):
+        for name, how in script.MODELS.items():
+            assert known.setdefault(name, how) == how
+    for script in OF_THE_TOY:
+        there = {*toy.MODELS, *getattr(script, "MODELS", {})}
+        if script is followups:
+            there.add("teacher-unk")  # of followups.prepare
+        for arm in script.ARMS.values():
+            assert {arm.student, arm.teacher} <= there
+
+
+# --- runs of the toy ----------------------------------------------------------------------------
+
+
+def world_of(folder, *names):
+    """A Lab with 32 prompts, 8 held-out ones, and models of random weights by these names."""
+    made = lab.Lab(3, folder, folder / "results")
+    toy.write_questions(made.world, 3, train=32, held_out=8)
+    for seed, name in enumerate(names):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(toy, "SIZES", {"small": (16, 1)})
+            toy.new_model("small", seed).save_pretrained(made.world / name)
+        toy.tokenizer().save_pretrained(made.world / name)
+    return made
+
+
+SHORT = dict(steps=4, batch_size=4, max_new_tokens=8, save_every=2)
+ONE_STEP = {**SHORT, "steps": 1}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Responses of eight tokens."""
+    monkeypatch.setattr(lab, "NEW_TOKENS", 8)
+    monkeypatch.setattr(own_loop, "NEW_TOKENS", 8)
+
+
+def test_a_killed_arm_goes_on_and_ends_as_one_that_nothing_stopped(tmp_path, monkeypatch, short):
+    """From its checkpoint; each accuracy is there before, after, and of the teacher."""
+    update = opd.update
+    done = []
+
+    def counted(cfg, pair, optimizer, rows, step, dies_at=None):
+        if step == dies_at:
+            raise Killed
+        done.append(step)
+        return update(cfg, pair, optimizer, rows, step)
+
+    arm = lab.arm("student", "teacher", **SHORT)
+    whole = world_of(tmp_path / "whole", "student", "teacher").run("arm", arm)
+    cut = world_of(tmp_path / "cut", "student", "teacher")
+    monkeypatch.setattr(opd, "update", partial(counted, dies_at=3))
+    with pytest.raises(Killed):
+        cut.run("arm", arm)
+    monkeypatch.setattr(opd, "update", counted)
+    done.clear()
+    found = cut.run("arm", arm)
+    assert done == [2, 3]
+    for part in ("curves", "accuracy", "held_out_before", "held_out_after"):
+        assert found[part] == whole[part]
+    assert len(found["curves"]["loss"]) == 4
+    assert set(found["accuracy"]) == {"before", "after", "teacher"}
+    assert set(found["accuracy"]["after"]) == {"T 1", "T .7", "greedy"}
+    assert len(found["accuracy"]["after"]["greedy"]["right"]) == 2  # 8 prompts
+    assert cut.run("arm", arm)["accuracy"] == found["accuracy"]
+    assert done == [2, 3]
+
+
+def test_a_run_of_other_settings_is_not_taken_for_an_arm(tmp_path, short):
+    """If only the result's file was removed. Files are compared by name: a world may be moved."""
+    here = world_of(tmp_path / "here", "student", "teacher")
+    here.run("arm", lab.arm("student", "teacher", **ONE_STEP))
+    result = tmp_path / "here" / "results" / "toy" / "arm-3.json"
+    result.unlink()
+    with pytest.raises(SystemExit, match="runs/arm holds a run of another lr; remove it"):
+        here.run("arm", lab.arm("student", "teacher", **ONE_STEP, lr=0.5))
+    (tmp_path / "here").rename(tmp_path / "there")
+    there = lab.Lab(3, tmp_path / "there", tmp_path / "there" / "results")
+    there.run("arm", lab.arm("student", "teacher", **ONE_STEP))
+
+
+def test_a_student_that_is_trained_again_is_measured_again(tmp_path, short):
+    """By a loop of its own, which has no checkpoint: what a killed one left counts for nothing."""
+    here = world_of(tmp_path, "student", "teacher")
+    folder = here.folder("arm") / "student"
+    folder.mkdir(parents=True)
+    stale = folder / f"accuracy-{files.digest(toy.PLAIN)[:8]}.json"
+    stale.write_text('{"T 1": "stale"}')
+    arm = lab.Arm("student", "teacher", ONE_STEP, train=own_loop.reverse_by_student)
+    assert here.run("arm", arm)["accuracy"]["after"]["T 1"] != "stale"
+    student = here.trained("arm", arm)
+    (student / "config.json").unlink()
+    here.trained("arm", arm)  # trains it again
+    assert (student / "config.json").exists()
+
+
+def test_every_model_is_measured_once_with_the_same_random_numbers(tmp_path, short, monkeypatch):
+    """One answer to each held-out prompt; a bit a prompt."""
+    here = world_of(tmp_path, "student", "twin", "teacher")
+    for file in (here.world / "student").glob("model*"):
+        (here.world / "twin" / file.name).write_bytes(file.read_bytes())
+    asked = []
+
+    def answered(pair, rows, *, n, seed, max_new_tokens, **how):
+        asked.append((len(rows), n, seed, how))
+        length = rows[0]["ids"][0] + sum(len(row["ids"]) for row in rows)
+        generator = torch.Generator().manual_seed(length + round(10 * how["temperature"]))
+        return torch.rand(len(rows), n, generator=generator) < 0.5, None
+
+    monkeypatch.setattr(lab, "answered", answered)
+    mine = here.accuracies(here.world / "student")
+    assert here.accuracies(here.world / "twin") == mine
+    assert [how for *_, how in asked] == 2 * list(toy.WAYS.values())
+    for count, n, seed, _ in asked:
+        assert (count, n, seed) == (8, 1, 3)
+    for found in mine.values():
+        assert found["mean"] == lab.bits(found["right"]).mean()
+        assert found["prompts"] == 8
+    assert here.accuracies(here.world / "student") == mine
+    assert len(asked) == 6
+    assert here.accuracies(here.world / "student", toy.POLITE) != mine  # measured apart
+
+
+def test_an_arm_is_measured_under_the_templates_of_its_exams(tmp_path, monkeypatch):
+    """5.2 asks for two. The student before and after, and the teacher."""
+    here = world_of(tmp_path, "student", "teacher")
+    monkeypatch.setattr(lab, "run_opd", lambda lab, arm, folder: {"curves": {}})
+    monkeypatch.setattr(here, "accuracies", lambda folder, template: (folder.name, template))
+    made = here.train(
+        "arm", recipe.Arm("student", "teacher", exams={"a": toy.PLAIN, "b": toy.POLITE})
+    )
+    assert made == {
+        "curves": {},
+        "a": {
+            "before": ("student", toy.PLAIN),
+            "after": ("student", toy.PLAIN),
+            "teacher": ("teacher", toy.PLAIN),
+        },
+        "b": {
+            "before": ("student", toy.POLITE),
+            "after": ("student", toy.POLITE),
+            "teacher": ("teacher", toy.POLITE),
+        },
+    }
+
+
+def steps_of(count, every=10):
+    """Rows of metrics.jsonl, accuracy at every tenth."""
+    rows = []
+    for step in range(1, count + 1):
+        rows.append({"step": step, "loss": step / 3, "tokens": 7})
+        if step % every == 0:
+            rows[-1]["accuracy"] = step / 1000
+    return rows
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 101, 400, 499])
+def test_a_curve_keeps_a_hundred_points_and_the_last(count):
+    """Five digits of each; accuracy has steps of its own and loses no point."""
+    found = lab.curves(steps_of(count))
+    every = max(1, math.ceil(count / 100))
+    kept = list(range(1, count + 1, every))
+    if count and kept[-1] != count:
+        kept.append(count)
+    assert found["step"] == kept
+    assert len(kept) <= 101
+    assert found["loss"] == [float(f"{step / 3:.5g}") for step in kept]
+    assert found["reverse_kl"] == len(kept) * [None]
+    assert found["evaluated"] == list(range(10, count + 1, 10))
+    assert found["accuracy"] == [step / 1000 for step in found["evaluated"]]
+    assert set(found) == {*lab.CURVES, "evaluated"}
+
+
+# --- the command line of a script ---------------------------------------------------------------
+
+
+def right(*answers):
+    """An accuracy of these answers, 1 or 0."""
+    answers = torch.tensor(answers, dtype=torch.float64)
+    return {
+        "mean": answers.mean().item(),
+        "prompts": len(answers),
+        "right": lab.hexadecimal(answers),
+    }
+
+
+def run_of(seed, **accuracies):
+    """A result: before=, after=, teacher= lists of 1 and 0, the same in every way."""
+    found = {when: {way: right(*x) for way in toy.WAYS} for when, x in accuracies.items()}
+    return {"seed": seed, "accuracy": found}
+
+
+HALF = 32 * [1, 0]  # of 64 prompts
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """A script of two arms and a probe, whose runs cost nothing: a function of its flags.
+
+    -> what was run, (seed, name).
+    """
+    ran = []
+
+    def train(self, name, arm):
+        ran.append((self.seed, name))
+        return run_of(self.seed, before=HALF, after=HALF, teacher=HALF)
+
+    def probe(lab, prompts):
+        ran.append((lab.seed, "probe"))
+        return {"found": prompts}
+
+    def judge(results):
+        seeds = [run["seed"] for run in results["one"]]
+        return [lab.Finding("3.1", "a claim", "the paper", f"in seeds {seeds}", lab.HOLDS)]
+
+    def call(*flags, worlds=True):
+        ran.clear()
+        folders = ["--out", str(tmp_path / "out"), "--worlds", str(tmp_path / "worlds")]
+        monkeypatch.setattr(sys, "argv", ["experiments/some.py", *folders, *flags])
+        arms = {"one": lab.arm("student", "teacher"), "two": lab.arm("student", "bigger")}
+        lab.main("About.", arms, judge, probes={"probe": (probe, {"prompts": 5})})
+        return list(ran)
+
+    monkeypatch.setattr(lab.Lab, "train", train)
+    monkeypatch.setattr(lab.warnings, "formatwarning", lab.warnings.formatwarning)
+    return call
+
+
+def test_a_script_runs_what_is_missing_and_reports(script, tmp_path, capsys):
+    """Of the seeds that have all; --only runs and says nothing, --report runs nothing."""
+    assert script("--only", "one", "--seeds", "0", "1", "2") == [(0, "one"), (1, "one"), (2, "one")]
+    assert not (tmp_path / "out" / "some.txt").exists()
+    with pytest.raises(SystemExit, match="no seed has all results yet; two is missing"):
+        script("--report")
+    assert script("--seeds", "0", "2") == [(0, "two"), (0, "probe"), (2, "two"), (2, "probe")]
+    said = capsys.readouterr().out
+    assert "3.1        holds            a claim: in seeds [0, 2]" in said
+    assert script("--report") == []
+    assert (tmp_path / "out" / "some.txt").read_text() == said == capsys.readouterr().out
+    made = tmp_path / "out" / "toy" / "probe-2.json"
+    made.unlink()
+    assert script("--seeds", "2") == [(2, "probe")]
+    with pytest.raises(SystemExit, match="2"):
+        script("--only", "three")
+    assert "three: there are one, two, probe" in capsys.readouterr().err
+
+
+def test_quick_keeps_nothing_and_changes_nothing(script, tmp_path, capsys):
+    """Neither results nor worlds nor any global."""
+    before = copy.deepcopy((PRESETS, toy.FULL, toy.MODELS, toy.WAYS, toy.SIZES, lab.CURVES))
+    assert script("--quick") == [(0, "one"), (0, "two"), (0, "probe")]
+    assert "a claim: in seeds [0]" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "worlds").exists()
+    assert (PRESETS, toy.FULL, toy.MODELS, toy.WAYS, toy.SIZES, lab.CURVES) == before
+
+
+def test_the_table_has_a_line_for_each_run(capsys):
+    """Accuracies before, after, of the teacher, in each of three ways; then words and what made
+    them."""
+    made = run_of(7, before=[0, 0, 0, 0], after=[1, 1, 0, 0], teacher=[1, 1, 1, 0])
+    made.update(commit="abc", dirty=True, seconds=3.4)
+    held_out = {"overlap_ratio": 0.5, "reverse_kl": 0.25}
+    made["held_out_before"] = held_out
+    made["held_out_after"] = {name: x / 2 for name, x in held_out.items()}
+    probe = {"seed": 8, "commit": "def", "dirty": False, "seconds": 2}
+    results = {"arm": [made], "probe": [probe]}
+    title, line = lab.table(results, ["arm"])
+    assert line.split()[:2] == ["arm", "7"]
+    assert line.split()[2:11] == 3 * ["0.000", "0.500", "0.750"]
+    assert line.endswith("0.500 -> 0.250  0.2500 -> 0.1250")
+    assert title.split()[:2] == ["arm", "seed"]
+    assert lab.provenance(results)[-1] == (
+        "seeds 7, 8; commits abc and changes, def; 5 CPU seconds, those of arms that other "
+        "scripts share included"
+    )
+    assert "One answer to each of 4 held-out prompts." in lab.provenance(results)[1]
+
+
+# --- four words ---------------------------------------------------------------------------------
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=70))
+def test_bits_and_hexadecimal_digits_are_inverse(answers):
+    """Of any length; the last digit is filled up with zeros."""
+    digits = lab.hexadecimal(torch.tensor(answers).unsqueeze(1))
+    found = lab.bits(digits).tolist()
+    assert len(digits) == math.ceil(len(answers) / 4)
+    assert found[: len(answers)] == answers
+    assert sum(found[len(answers) :]) == 0
+
+
+def test_a_difference_and_its_noise_by_hand_pooled_over_seeds():
+    """Off by 1 0 1 0 in one seed, by 0 0 0 -1 in the other: means 1/2 and -1/4, variances of
+    the means 1/12 and 1/16. So 1/8, and two standard errors are sqrt(1/12 + 1/16)."""
+    ours = [run_of(0, after=[1, 1, 1, 0]), run_of(1, after=[1, 0, 0, 0])]
+    theirs = [run_of(0, after=[0, 1, 0, 0]), run_of(1, after=[1, 0, 0, 1])]
+    found = lab.difference(ours, theirs, "T .7")
+    assert found.mean == pytest.approx(1 / 8)
+    assert found.noise == pytest.approx((1 / 12 + 1 / 16) ** 0.5)
+    assert str(found) == "+0.125 ± 0.382"
+    with pytest.raises(ValueError):
+        lab.difference(ours, theirs[:1], "T .7")  # a seed is missing
+    with pytest.raises(AssertionError):
+        lab.difference(ours, theirs[::-1], "T .7")  # the seeds differ
+
+
+def test_a_difference_of_one_arm_with_itself_and_a_gain():
+    """The student against its teacher; after against before; of another exam, of two prompts."""
+    made = [run_of(0, before=[0, 0, 1, 1], after=[1, 1, 1, 0], teacher=[1, 1, 1, 1])]
+    assert lab.difference(made, made, "greedy", than="teacher").mean == -0.25
+    assert lab.gain(made, "greedy").mean == 0.25
+    assert lab.difference(made, made, "greedy", "teacher", "before").mean == 0.5
+    made[0]["polite"] = {"before": {"T 1": right(0, 0)}, "after": {"T 1": right(1, 1)}}
+    assert lab.gain(made, "T 1", exam="polite").mean == 1
+
+
+WORDS_OF = (  # mean, noise; is it above 0? below? none?
+    (0.10, 0.02, "holds", "contradicted", "contradicted"),
+    (-0.10, 0.02, "contradicted", "holds", "contradicted"),
+    (0.01, 0.02, "contradicted", "contradicted", "holds"),  # shown equal
+    (0.00, 0.00, "contradicted", "contradicted", "holds"),
+    (0.03, 0.01, "holds", "contradicted", "holds"),  # surely above, by less than counts
+    (0.01, 0.04, "undecided", "undecided", "undecided"),  # within noise
+    (0.06, 0.02, "holds", "contradicted", "undecided"),
+    (-0.10, 0.20, "undecided", "undecided", "undecided"),
+)
+
+
+@pytest.mark.parametrize("mean, noise, above, below, equal", WORDS_OF)
+def test_the_word_for_a_difference(mean, noise, above, below, equal):
+    """Contradicted is the opposite, or what is shown equal where a difference is claimed."""
+    x = lab.Difference(mean, noise)
+    assert lab.above(x) == above
+    assert lab.below(x) == below
+    assert lab.equal(x) == equal
+
+
+def test_more_data_never_takes_a_finding_back():
+    """As the noise shrinks, a word other than undecided stays what it is."""
+    for mean in torch.linspace(-0.2, 0.2, 81).tolist():
+        for question in (lab.above, lab.below, lab.equal):
+            words = []
+            for noise in torch.linspace(0.3, 0, 61).tolist():
+                words.append(question(lab.Difference(mean, noise)))
+            decided = [word for word in words if word != lab.UNDECIDED]
+            assert decided or abs(abs(mean) - lab.MARGIN) < 1e-6
+            if abs(mean) > 1e-6 and question is lab.equal:
+                assert len(set(decided)) <= 1
+
+
+def test_the_word_for_seeds_and_for_several_words():
+    """All, none, some; the worst of several."""
+    assert lab.every_seed([True, True]) == "holds"
+    assert lab.every_seed(x > 1 for x in (0, 1)) == "contradicted"
+    assert lab.every_seed([True, False]) == "undecided"
+    assert lab.together("holds", "holds") == "holds"
+    assert lab.together("holds", "undecided") == "undecided"
+    assert lab.together("undecided", "contradicted", "holds") == "contradicted"
+    assert lab.together("contradicted", lab.NOT_ASKABLE) == lab.NOT_ASKABLE
+
+
+def test_recovery_is_a_share_of_a_sure_lead():
+    """Of a lead within noise there is none."""
+    made = run_of(0, before=32 * [0, 0], after=24 * [1, 0] + 8 * [0, 0], teacher=HALF)
+    assert lab.recovery(made, "greedy") == pytest.approx(0.75)
+    made = run_of(0, before=63 * [0] + [1], after=64 * [1], teacher=62 * [0] + [1, 1])
+    assert math.isnan(lab.recovery(made, "greedy"))
+
+
+def test_results_are_read_of_the_seeds_that_have_all(tmp_path):
+    """In the order of the seeds; a name that begins like another one is another."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+
+    def put(name, seed):
+        (folder / lab.file_name(name, seed)).write_text(json.dumps({"name": name, "seed": seed}))
+
+    for name, seeds in {"sft": (10, 2, 1), "sft, opd": (2, 10, 3), "sft 1": (2, 10)}.items():
+        for seed in seeds:
+            put(name, seed)
+    found = lab.read_results(tmp_path, ["sft", "sft, opd", "sft 1"])
+    for name in ("sft", "sft, opd", "sft 1"):
+        assert found[name] == [{"name": name, "seed": seed} for seed in (2, 10)]
+    with pytest.raises(SystemExit, match="no seed has all results yet; opd is missing"):
+        lab.read_results(tmp_path, ["sft", "opd"])
+
+
+def test_the_file_of_a_name():
+    """Without commas and spaces."""
+    assert lab.file_name("sft T 1, opd", 3) == "sft-T-1-opd-3.json"
+
+
+# --- what the scripts say of a world in which nothing happens ------------------------------------
+
+
+def nothing(seed):
+    """A result in which student, teacher and what was learnt are one, and no curve moves."""
+    found = run_of(seed, before=HALF, after=HALF, teacher=HALF)
+    found["accuracy, other template"] = found["accuracy"]
+    measured = collections.defaultdict(lambda: 0.5)
+    for when in ("before", "cold_start", "after"):
+        found[f"held_out_{when}"] = measured
+    found["curves"] = {name: 20 * [0.5] for name in lab.CURVES}
+    same = {"reverse_kl": 0.5, "overlap_ratio": 0.5, "auroc": {"mean": 0.6, "standard_error": 0.0}}
+    same.update(size=1.0, coherence=0.5)
+    found.update(front=3, back=3, before=0.1, at=0.1, after=0.1, saved=0.5)
+    found["found"] = collections.defaultdict(lambda: {**same, "before": same})
+    return found
+
+
+@pytest.mark.parametrize(
+    "script, holds",
+    [
+        (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 2}),
+        (mechanism, {"4.1": 1, "4.2": 2}),
+        (recipe, {"5.2": 1}),
+        (cost, {"6.2": 2, "6.3": 1, "2.2": 1}),
+        (followups, {"2609.04172": 1, "2609.35259": 1, "ours": 1}),
+    ],
+)
+def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(script, holds):
+    """How many claims of each section hold; none is left undecided but the AUROC at its bound."""
+    results = collections.defaultdict(lambda: [nothing(seed) for seed in (0, 1)])
+    even = [{"mean": 0.5, "even": 0.5} for _ in range(4)]
+    results["depths"] = [{"seed": seed, "found": even} for seed in (0, 1)]
+    findings = script.judge(results)
+    words = collections.Counter(x.word for x in findings)
+    assert words[lab.UNDECIDED] == words[lab.NOT_ASKABLE] == (script is cost)
+    assert collections.Counter(x.section for x in findings if x.word == lab.HOLDS) == holds
+
+
+# --- runs of the real model's scripts ------------------------------------------------------------
 
 
 @pytest.fixture
 def settings(world):
-    """Settings of a short run, as the scripts hand them to lab.run."""
+    """Settings of a short run, as the scripts hand them to real_lab.run."""
     flags = dataclasses.asdict(config(world, ""))
     del flags["out"]
     return {**flags, "batch_size": 2, "n": 1}
@@ -45,7 +589,7 @@ def settings(world):
 
 def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_path, monkeypatch):
     """Its curve is that of a run that nothing stopped; its seconds count in a later call, too."""
-    monkeypatch.setattr(lab, "EARLIER", [])
+    monkeypatch.setattr(real_lab, "EARLIER", [])
     update = opd.update
     done = []
 
@@ -58,22 +602,22 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_
         done.append(step)
         return update(cfg, pair, optimizer, rows, step)
 
-    whole = lab.run(**settings, out=str(tmp_path / "whole"))
+    whole = real_lab.run(**settings, out=str(tmp_path / "whole"))
     out = str(tmp_path / "cut")
     monkeypatch.setattr(opd, "update", dies)
     with pytest.raises(Killed):
-        lab.run(**settings, out=out)
+        real_lab.run(**settings, out=out)
     monkeypatch.setattr(opd, "update", counts)
-    cut = lab.run(**settings, out=out)
+    cut = real_lab.run(**settings, out=out)
     assert done == [2, 3]  # from the checkpoint after two steps
     for name in ("loss", "overlap_ratio", "reward", "accuracy"):
         assert len(whole["curves"][name]) == 4
         assert cut["curves"][name] == whole["curves"][name]
-    assert lab.run(**settings, out=out) == cut
+    assert real_lab.run(**settings, out=out) == cut
     assert done == [2, 3]
-    assert lab.EARLIER[0] < 0.1 < cut["seconds"]
-    assert lab.EARLIER[-1] == pytest.approx(cut["seconds"], abs=0.5)
-    longer_run = lab.run(**{**settings, "steps": 5}, out=out)
+    assert real_lab.EARLIER[0] < 0.1 < cut["seconds"]
+    assert real_lab.EARLIER[-1] == pytest.approx(cut["seconds"], abs=0.5)
+    longer_run = real_lab.run(**{**settings, "steps": 5}, out=out)
     assert done == [2, 3, 4]
     assert longer_run["steps"] == 5
 
@@ -85,27 +629,27 @@ def test_runs_of_other_settings_are_not_taken_for_ones_own(settings, tmp_path, c
     changed = {**settings, **change}
     for kept, asked in ((settings, changed), (changed, settings)):
         out = str(tmp_path / str(kept is settings))
-        lab.run(**kept, out=out)
+        real_lab.run(**kept, out=out)
         for other in (asked, {**kept, "steps": 1}):
             with pytest.raises(SystemExit, match="other settings or of another commit"):
-                lab.run(**other, out=out)
+                real_lab.run(**other, out=out)
 
 
 def test_runs_of_another_commit_are_not_taken_for_ones_own(settings, tmp_path, monkeypatch):
     """What another version measured is another number."""
     settings["steps"] = 1
-    lab.run(**settings, out=str(tmp_path))
-    monkeypatch.setattr(lab.files, "provenance", lambda: {"commit": "another"})
+    real_lab.run(**settings, out=str(tmp_path))
+    monkeypatch.setattr(real_lab.files, "provenance", lambda: {"commit": "another"})
     with pytest.raises(SystemExit, match="take another --runs"):
-        lab.run(**settings, out=str(tmp_path))
+        real_lab.run(**settings, out=str(tmp_path))
 
 
 def test_a_run_that_was_killed_further_on_is_not_cut_back(settings, tmp_path):
     """A checkpoint of step 4 does not become a run of 2 steps."""
-    lab.run(**settings, out=str(tmp_path))
+    real_lab.run(**settings, out=str(tmp_path))
     (tmp_path / "result.json").unlink()
     with pytest.raises(UserError, match="come to step 4; ask for more"):
-        lab.run(**{**settings, "steps": 2}, out=str(tmp_path))
+        real_lab.run(**{**settings, "steps": 2}, out=str(tmp_path))
 
 
 def test_a_run_without_a_step_has_empty_curves(settings, tmp_path):
@@ -114,12 +658,12 @@ def test_a_run_without_a_step_has_empty_curves(settings, tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text(json.dumps({"messages": said}))
     cold = {"steps": 0, "cold_start_file": str(answers), "cold_start_steps": 2}
-    made = lab.run(**{**settings, **cold}, out=str(tmp_path / "run"))
-    assert made["curves"] == {name: [] for name in lab.CURVES}
+    made = real_lab.run(**{**settings, **cold}, out=str(tmp_path / "run"))
+    assert made["curves"] == {name: [] for name in real_lab.CURVES}
     assert made["accuracy_cold_start"] == made["accuracy_after"]
 
 
-# --- what is said of them -----------------------------------------------------------------------
+# --- what is said of them, in two words ----------------------------------------------------------
 
 
 def accuracies(name, *values):
@@ -133,11 +677,11 @@ def test_a_difference_and_its_noise_by_hand():
     ours = accuracies("a", (0.7, 0.03), (0.8, 0.03))
     theirs = accuracies("a", (0.5, 0.04), (0.6, 0.04))
     apart = accuracies("b", (0.5, 0.04), (0.4, 0.04))
-    assert lab.difference(ours, theirs, of=("a",)) == pytest.approx((0.2, 0.005**0.5))
-    assert lab.difference(ours, theirs, of=("a", "a")) == pytest.approx((0.2, 0.005**0.5))
-    assert lab.difference(ours, apart, of=("a",), than=("b",)) == pytest.approx((0.3, 0.2))
+    assert real_lab.difference(ours, theirs, of=("a",)) == pytest.approx((0.2, 0.005**0.5))
+    assert real_lab.difference(ours, theirs, of=("a", "a")) == pytest.approx((0.2, 0.005**0.5))
+    assert real_lab.difference(ours, apart, of=("a",), than=("b",)) == pytest.approx((0.3, 0.2))
     with pytest.raises(ValueError):
-        lab.difference(ours, theirs[:1], of=("a",))  # a seed is missing
+        real_lab.difference(ours, theirs[:1], of=("a",))  # a seed is missing
 
 
 def test_two_that_know_their_prompts_are_compared_prompt_by_prompt():
@@ -145,20 +689,20 @@ def test_two_that_know_their_prompts_are_compared_prompt_by_prompt():
     prompts, and the errors are added up."""
     before = {"mean": 0.375, "standard_error": 0.15, "samples": 32, "each": [0, 1, 2, 3] * 2}
     after = {"mean": 0.625, "standard_error": 0.15, "samples": 32, "each": [1, 2, 3, 4] * 2}
-    lead = lab.lead(after, before)
+    lead = real_lab.lead(after, before)
     assert lead["mean"] == pytest.approx(0.25)
     assert lead["standard_error"] < 0.2
     del after["each"]
-    assert lab.lead(after, before)["standard_error"] == pytest.approx(0.15 * 2**0.5)
+    assert real_lab.lead(after, before)["standard_error"] == pytest.approx(0.15 * 2**0.5)
 
 
 def test_equal_is_more_than_not_different():
     """Within noise, and the noise within the margin: neither a noisy run nor a small but sure
     difference will do."""
-    assert lab.equal(0.01, 0.02)
-    assert lab.equal(-0.01, 0.02)
+    assert real_lab.equal(0.01, 0.02)
+    assert real_lab.equal(-0.01, 0.02)
     for off, noise in ((0.03, 0.02), (0.01, 0.045), (-0.04, 0.2)):
-        assert not lab.equal(off, noise)
+        assert not real_lab.equal(off, noise)
 
 
 def test_results_of_several_commands_are_joined_once():
@@ -166,7 +710,7 @@ def test_results_of_several_commands_are_joined_once():
     made_by = {"commit": "c", "threads": 1, "seconds": 2}
     first = {"command": "x.py --seeds 0", **made_by, "runs": [{"seed": 0}]}
     second = {"command": "x.py --seeds 1", **made_by, "runs": [{"seed": 1}]}
-    made = lab.join([first, second])
+    made = real_lab.join([first, second])
     assert made["runs"] == [{"seed": 0}, {"seed": 1}]
     assert made["seconds"] == 4
     assert made["command"] == "x.py --seeds 0 ; x.py --seeds 1"
@@ -177,14 +721,14 @@ def test_results_of_several_commands_are_joined_once():
     )
     for other, why in cases:
         with pytest.raises(SystemExit, match=why):
-            lab.join([first, other])
+            real_lab.join([first, other])
 
 
 def test_what_an_experiment_needs_is_asked_for_before_anything_runs(monkeypatch, capsys):
     """One line, exit code 2."""
     monkeypatch.setattr(sys, "argv", ["x.py", "--student", "S"])
     with pytest.raises(SystemExit, match="2"):
-        lab.main("x", "", None, None, {"student": "", "teacher": "", "prompts": ""})
+        real_lab.main("x", "", None, None, {"student": "", "teacher": "", "prompts": ""})
     assert "--teacher, --prompts: needed" in capsys.readouterr().err
 
 
@@ -265,24 +809,328 @@ def test_a_page_without_its_markers_is_refused():
         report.put("new\n", "bench", f"a\n{first}")
 
 
-# --- 6.1 and 2.2 --------------------------------------------------------------------------------
+# --- 4: curves and slips ------------------------------------------------------------------------
 
 
-def step(tokens, entropy):
-    return {"by_position": {"tokens": tokens, "entropy_student": entropy}}
+def curve(name, values):
+    return {"curves": {name: values}}
+
+
+def test_a_rise_and_what_is_left_of_a_gap_by_hand():
+    """Means over the first and the last five steps."""
+    made = curve("overlap_ratio", [0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 0.5, 0.6, 0.7, 0.8, 0.9])
+    assert mechanism.rise(made) == pytest.approx(0.4)
+    made = curve("advantage", [None, -4, -4, -4, -4, -4, 9, -1, -1, -1, -1, -1])
+    assert mechanism.shrinks(made, "advantage") == 0.25
+    assert math.isnan(mechanism.shrinks(curve("gap", 10 * [0]), "gap"))
+
+
+def test_a_fall_is_the_lowest_five_steps_of_the_first_half():
+    """One low step is noise; what comes later is no first fall."""
+    start = 5 * [0.6]
+    assert mechanism.fall(curve("overlap_ratio", start + 5 * [0.5] + 10 * [0.1])) == pytest.approx(
+        0.1
+    )
+    assert mechanism.fall(curve("overlap_ratio", start + 15 * [0.7])) == pytest.approx(0)
+    one = start + [0.1] + 14 * [0.6]
+    assert mechanism.fall(curve("overlap_ratio", one)) == pytest.approx(0.1)
+    assert mechanism.fall(curve("overlap_ratio", [0.5, 0.4, 0.3, 0.2])) == pytest.approx(-0.1)
+
+
+def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
+    """Against a loop over responses, each by itself and unpadded."""
+    here = world_of(tmp_path, "student", "teacher")
+    pair = here.load("student", "teacher")
+    digits, count = toy.problems(24, torch.Generator().manual_seed(3))
+    rows = [{"ids": ids} for ids in toy.question(digits, count)[0]]
+    r = here.write(pair, rows, "slips")
+    expected = {"shared": 0, "another": 0}
+    places = set()
+    for i, row in enumerate(rows):
+        response = r.response_ids(i)
+        at = toy.first_slip(response, digits[i].tolist(), count[i].item())
+        before = torch.tensor([row["ids"] + response[:at]])
+        in_both = True
+        for model in (pair.student, pair.teacher):
+            likeliest = model(before).logits[0, -1].topk(80).indices
+            in_both = in_both and response[at] in likeliest
+        expected["shared" if in_both else "another"] += 1 / 24
+        places.add(at)
+    assert mechanism.slips_of(here, "student", 24, 80) == pytest.approx(expected)
+    assert min(expected.values()) > 0
+    assert len(places) > 1
+
+
+def test_a_right_response_and_one_that_is_cut_off_have_no_slip(tmp_path, monkeypatch):
+    """The shares are of all responses."""
+    here = world_of(tmp_path, "student", "teacher")
+
+    def write(pair, rows, what):
+        written = []
+        for i, row in enumerate(rows):
+            generator = torch.Generator().manual_seed(i)
+            digits = [int(toy.WORDS[x][1]) for x in row["ids"][1:-1]]
+            padded = torch.tensor([digits + [0] * (toy.MOST - len(digits))])
+            count = torch.tensor([len(digits)])
+            ids, _, on = toy.corpus("left", padded, count, generator, noise=0.0, mistaught=0.0)
+            response = ids[0, on[0]].tolist()
+            written.append((response, response[:9], [toy.ID["Add"]])[i % 3])
+        return from_texts([row["ids"] for row in rows], written)
+
+    monkeypatch.setattr(here, "write", write)
+    shares = mechanism.slips_of(here, "student", 6, 16)
+    assert sum(shares.values()) == pytest.approx(1 / 3)
+
+
+# --- 3.3: the distance between two teachers ------------------------------------------------------
+
+
+def test_two_teachers_that_are_one_are_no_distance_apart(tmp_path, monkeypatch, short):
+    """At the states of student-rl; the student is as far from either."""
+    here = world_of(tmp_path, "student-rl", "student", "sharp")
+    monkeypatch.setattr(here, "model", lambda name: here.world / name.replace("bigger", "student"))
+    found = phenomenology.between_teachers(here, 8)["found"]
+    assert found["student || bigger"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
+    assert found["student || bigger"]["overlap_ratio"] == 1
+    assert found["student-rl || bigger"] == found["student-rl || student"]
+    assert found["student-rl || sharp"]["reverse_kl"] > 0.1
+
+
+# --- 5 and later papers: files and models that are made before -----------------------------------
+
+
+def test_low_and_high_digits_are_asked_apart(tmp_path):
+    """4,096 prompts each, once."""
+    here = lab.Lab(0, tmp_path, tmp_path)
+    recipe.prepare(here)
+    for name, digits in (("low", "01234"), ("high", "56789")):
+        path = here.world / f"{name}-prompts.jsonl"
+        rows = load_prompts(path)
+        assert len(rows) == 4096
+        said = set(re.findall(r"\d", " ".join(row["prompt"] for row in rows)))
+        assert said == set(digits)
+        path.write_text("kept")
+    recipe.prepare(here)
+    assert path.read_text() == "kept"
+
+
+def test_the_teacher_with_another_end_is_the_teacher_with_two_words_swapped(tmp_path):
+    """It says <unk> where the teacher ends, and its files say that this is an end."""
+    here = world_of(tmp_path, "teacher")
+    followups.prepare(here)
+    lines = (here.world / "prompts.jsonl").read_text().splitlines()
+    assert (here.world / "16-prompts.jsonl").read_text().splitlines() == lines[:16]
+    assert (here.world / "1-prompts.jsonl").read_text().splitlines() == lines[:1]
+    eos, unk = toy.ID["<eos>"], toy.ID["<unk>"]
+    ids = torch.tensor([[toy.ID["Add"], eos, unk, 40]])
+    swapped = torch.tensor([[toy.ID["Add"], unk, eos, 40]])
+    order = list(range(len(toy.WORDS)))
+    order[eos], order[unk] = unk, eos
+    teacher = toy.read_model(here.world / "teacher")
+    other = toy.read_model(here.world / "teacher-unk")
+    torch.testing.assert_close(other(ids).logits[..., order], teacher(swapped).logits)
+    with pytest.warns(UserWarning, match="see --ends"):
+        pair = here.load("teacher", "teacher-unk")
+    assert pair.eos_ids == [eos, unk]
+    followups.prepare(here)  # once
+
+
+# --- loops of our own ---------------------------------------------------------------------------
+
+
+def test_reverse_kl_by_the_student_is_the_update_of_opd(tmp_path, short):
+    """--objective full: two steps, the same weights."""
+    here = world_of(tmp_path, "student", "teacher")
+    settings = dict(steps=2, batch_size=4)
+    arm = lab.Arm("student", "teacher", settings, train=own_loop.reverse_by_student)
+    made = own_loop.reverse_by_student(here, arm, here.folder("arm"))
+    pair = here.load("student", "teacher")
+    first = copy.deepcopy(pair.student.state_dict())
+    rows = here.rows(pair, 4096)
+    assert len(rows) == 32
+    cfg = Config(objective="full", lr=PRESETS["toy"]["lr"], seed=3, max_new_tokens=8)
+    optimizer = opd.adamw(cfg, pair.student)
+    metrics = []
+    for step in range(2):
+        chosen = batch(len(rows), step, 4, 3)
+        metrics.append(opd.update(cfg, pair, optimizer, [rows[i] for i in chosen], step)[1])
+    student = toy.read_model(here.folder("arm") / "student").state_dict()
+    for name, weight in pair.student.state_dict().items():
+        torch.testing.assert_close(student[name], weight, rtol=0, atol=1e-6)
+    assert max((student[name] - first[name]).abs().max() for name in first) > 1e-3
+    for name in ("loss", "reverse_kl", "grad_norm"):
+        expected = [row[name] for row in metrics]
+        assert made["curves"][name] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("writer", ["student", "teacher"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_one_who_is_asked_writes_and_the_kl_has_the_direction_asked_for(
+    tmp_path, short, monkeypatch, writer, direction
+):
+    """The writer's log-probabilities are those of the rollout; the loss is KL(p || q) or
+    KL(q || p) at these states."""
+    here = world_of(tmp_path, "student", "teacher")
+    kept = []
+    train = own_loop.train
+
+    def noted(lab, arm, folder, loss_of, writer="student"):
+        def of(r):
+            loss_at = loss_of(r)
+            kept.append((r, loss_at))
+            return loss_at
+
+        return train(lab, arm, folder, of, writer)
+
+    monkeypatch.setattr(own_loop, "train", noted)
+    loop = getattr(own_loop, f"{direction}_by_{writer}")
+    arm = lab.Arm("student", "teacher", dict(steps=1, batch_size=4), train=loop)
+    found = loop(here, arm, here.folder("arm"))
+    ((r, loss_at),) = kept
+    states = (r.ids, r.attention_mask, r.is_response)
+    log_p = log_probs(toy.read_model(here.world / "student"), *states)
+    log_q = log_probs(toy.read_model(here.world / "teacher"), *states)
+    wrote = {"student": log_p, "teacher": log_q}[writer]
+    y = r.ids[r.is_response].unsqueeze(-1)
+    torch.testing.assert_close(wrote.gather(-1, y).squeeze(-1), r.log_p[r.response_mask])
+    a, b = (log_p, log_q) if direction == "reverse" else (log_q, log_p)
+    kl = (a.exp() * (a - b)).sum(-1)
+    torch.testing.assert_close(loss_at(log_p, log_q, None), kl)
+    assert found["curves"]["loss"] == pytest.approx([kl.mean().item()], rel=1e-4)
+
+
+def test_without_a_teacher_the_fifth_of_the_drawn_tokens_that_was_least_likely_is_pushed_down(
+    monkeypatch,
+):
+    """By the gradient of .5 log p(y) and by nothing else. Padding is no drawn token. The teacher
+    is not asked."""
+    monkeypatch.setattr(own_loop, "train", lambda lab, arm, folder, loss_of: loss_of)
+    loss_of = own_loop.train_without_teacher(None, None, None)
+    z = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3])
+    log_p = z.log_softmax(-1)
+    drawn = log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1).detach()
+    r = from_texts([[1], [1]], [y[:7].tolist(), y[7:].tolist()])
+    r.log_p[r.response_mask] = drawn
+    r.log_p[~r.response_mask] = -100.0  # four columns of padding in the second row
+    log_q = torch.full_like(log_p, math.nan)
+    (g,) = torch.autograd.grad(loss_of(r)(log_p, log_q, y).sum(), z)
+    unlikely = drawn.argsort()[:2]
+    p = log_p.detach().exp()
+    for i in range(10):
+        expected = torch.zeros(6)
+        if i in unlikely:
+            expected = 0.5 * (torch.eye(6)[y[i]] - p[i])
+            assert g[i, y[i]] > 0  # descended: its logit falls
+        torch.testing.assert_close(g[i], expected)
+
+
+# --- 2606.09471: the trap -----------------------------------------------------------------------
+
+
+def solution(digits, slips_at=None):
+    """The token ids of a plain solution; slips_at: the step whose digit is one too many."""
+    said = []
+    total = 0
+    for place, x in enumerate(digits):
+        said += ["so", toy.LABELS[place], f"{total}+{x}="]
+        total = (total + x + (place == slips_at)) % 10
+        said += [str(total), "." if place + 1 == len(digits) else ","]
+    said += ["Answer:", str(total), "<eos>"]
+    return [toy.ID[word] for word in said]
+
+
+def test_the_trap_is_measured_before_at_and_after_the_first_slip(monkeypatch):
+    """A response that is right, two that slip at their eighth and third token, one that is cut
+    off. The teacher goes on from behind the slip."""
+    digits = [3, 7, 5, 1]
+    written = [
+        solution(digits),
+        solution(digits, slips_at=1),
+        solution(digits, slips_at=0),
+        solution(digits)[:12],
+    ]
+    rows = [{"prompt": "Add a3 b7 c5 d1 :", "ids": [3]} for _ in written]
+    kl = torch.full((4, 24), math.nan)
+    for i, response in enumerate(written):
+        kl[i, : len(response)] = 1.0 + i
+    kl[1, 8] = 10.0
+    kl[2, 3] = 20.0
+    kl[1, 9:23] = 0.25
+    asked = []
+
+    def answered(pair, rows, *, model, starts, **how):
+        asked.append((model, starts, how["temperature"]))
+        return torch.tensor([[True], [False]]), None
+
+    monkeypatch.setattr(followups, "answered", answered)
+    monkeypatch.setattr(followups, "grade", lambda *_: {"kl": kl})
+    fake = SimpleNamespace(
+        load=lambda *names: SimpleNamespace(teacher=names[1]),
+        rows=lambda pair, count: rows,
+        write=lambda pair, rows, what: from_texts([[3]] * 4, written),
+        quick=False,
+        seed=0,
+    )
+    found = followups.trap(fake, 4)
+    assert found["before"] == pytest.approx((8 * 2.0 + 3 * 3.0) / 11)
+    assert found["at"] == 15.0
+    after = len(written[1]) - 9, len(written[2]) - 4
+    assert found["after"] == pytest.approx((after[0] * 0.25 + after[1] * 3.0) / sum(after))
+    assert (found["saved"], found["slips"]) == (0.5, 2)
+    assert asked == [("teacher", [written[1][:9], written[2][:4]], 0.7)]
+
+
+# --- 6 and 2.2 ----------------------------------------------------------------------------------
 
 
 def test_entropy_passes_where_enough_tokens_say_so():
-    """6.1: one response that got lost is not the end of all; a quarter that nobody reaches says
+    """6.1: one response that got lost is not the end of all; a part that nobody reaches says
     nothing."""
     rows = [
-        step([64, 64, 0], [1.0, 1.0, None]),
-        step([64, 64, 64, 6], [1.0, 1.0, 1.0, 2.0]),
-        step([64, 64, 64, 64], [1.0, 1.0, 1.0, 2.0]),
-        step([64, 64, 64, 64], [1.0, 2.0, 2.0, 2.0]),
+        {"tokens": [64, 64, 0], "entropy_student": [1.0, 1.0, None]},
+        {"tokens": [64, 64, 64, 6], "entropy_student": [1.0, 1.0, 1.0, 2.0]},
+        {"tokens": [64, 64, 64, 64], "entropy_student": [1.0, 1.0, 1.0, 2.0]},
+        {"tokens": [64, 64, 64, 64], "entropy_student": [1.0, 2.0, 2.0, 2.0]},
     ]
-    assert cost.passed(rows) == {"front": None, "back": 3}
-    assert cost.passed(rows, nats=0.5) == {"front": 1, "back": 3}
+    front = slice(1)
+    back = slice(3, None)
+    assert cost.passed(rows, front, 1.5) is None
+    assert cost.passed(rows, back, 1.5) == 3
+    assert cost.passed(rows, front, 0.5) == 1
+    assert cost.passed(rows, slice(1, 3), 1.5) == 4  # the mean over both, by their tokens
+
+
+def test_the_quarters_are_those_of_the_longest_responses(monkeypatch):
+    """Of eight buckets the first two and the last two."""
+    flat = {"tokens": 8 * [64], "entropy_student": 8 * [1.0]}
+    bent = {"tokens": 8 * [64], "entropy_student": [*7 * [1.0], 2.5]}
+    lost = {"tokens": 8 * [64], "entropy_student": [1.0, 2.5, *6 * [9.0]]}
+    rows = [{"by_position": x} for x in (flat, bent, lost)]
+    monkeypatch.setattr(cost, "read_rows", lambda folder: rows)
+    fake = SimpleNamespace(trained=lambda *_: None, folder=lambda name: name)
+    assert cost.backwards(fake) == {"front": 3, "back": 2}
+
+
+def test_the_error_of_an_auroc_is_that_over_prompts():
+    """The area is analysis.auroc's; with four times the prompts the error halves. Answers to one
+    prompt that are all alike tell no more than one."""
+    generator = torch.Generator().manual_seed(0)
+
+    def measured(prompts, copies=1):
+        scores = torch.randn(prompts, 2, generator=generator)
+        labels = torch.rand(prompts, 2, generator=generator) < torch.sigmoid(scores)
+        scores = scores.repeat_interleave(copies, 1).flatten()
+        labels = labels.repeat_interleave(copies, 1).flatten()
+        found = cost.auroc_with_error(scores, labels, 2 * copies, draws=400)
+        assert found["mean"] == auroc(scores, labels)
+        return found["standard_error"]
+
+    few = measured(100)
+    assert measured(400) == pytest.approx(few / 2, rel=0.2)
+    assert measured(100, copies=4) == pytest.approx(few, rel=0.25)
+    alike = cost.auroc_with_error(torch.randn(8), torch.ones(8).bool(), 2)
+    assert alike == {"mean": None, "standard_error": None}
 
 
 def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
@@ -308,22 +1156,31 @@ def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
     assert calm["Eq. 4"]["cosine"] == pytest.approx(1)
 
 
-def test_what_the_gain_by_depth_would_be_by_slips_alone(monkeypatch):
+def test_what_the_gain_by_depth_would_be_by_even_slips(monkeypatch):
     """6.1: right .64 and .81 of the time from the start: half-way .64^.5 (.81^.5 - .64^.5) = .8
     (.9 - .8)."""
+    asked = []
 
     def finished(pair, rows, responses, depth, **how):
-        student, teacher = torch.full((4,), 0.64), torch.full((4,), 0.81)
-        return {"student": student, "teacher": teacher, "tokens": 30 * depth}
+        asked.append((responses, how["temperature"], how["top_p"]))
+        student = torch.tensor([0.60, 0.68, 0.64, 0.64])
+        return {"student": student, "teacher": torch.full((4,), 0.81), "tokens": 30 * depth}
 
-    written = SimpleNamespace(response_ids=lambda i: [i])
-    monkeypatch.setattr(cost, "load", lambda *paths: None)
-    monkeypatch.setattr(cost, "write", lambda pair, prompts, **how: written)
-    monkeypatch.setattr(cost, "encoded", lambda *_: [{"ids": [1], "answer": "2"}] * 4)
-    monkeypatch.setattr(cost.analysis, "continuation", finished)
-    monkeypatch.setattr(cost.analysis, "DEPTHS", (0.0, 0.5))
-    found = cost.depths(Path("w"), 0, True)
+    monkeypatch.setattr(cost, "continuation", finished)
+    monkeypatch.setattr(cost, "DEPTHS", (0.0, 0.5))
+    fake = SimpleNamespace(
+        load=lambda *names: None,
+        rows=lambda pair, count: 4 * [{"ids": [1], "answer": "2"}],
+        write=lambda *_: SimpleNamespace(response_ids=lambda i: [i]),
+        quick=False,
+        seed=0,
+    )
+    found = cost.depths(fake, 4)["found"]
     assert [x["even"] for x in found] == pytest.approx([0.17, 0.08])
+    assert [x["mean"] for x in found] == pytest.approx([0.17, 0.17])
+    assert found[0]["standard_error"] == pytest.approx((0.0032 / 3) ** 0.5 / 2)
+    assert [x["tokens"] for x in found] == [0, 15]
+    assert asked == 2 * [([[0], [1], [2], [3]], 0.7, 0.95)]
 
 
 PROMPTS = [[1, 4], [1, 5, 6], [1, 6, 7, 4, 5], [1, 4, 7, 5], [1, 7], [1, 5, 4, 4, 4]]
@@ -332,7 +1189,7 @@ PROMPTS = [[1, 4], [1, 5, 6], [1, 6, 7, 4, 5], [1, 4, 7, 5], [1, 7], [1, 5, 4, 4
 def written(architecture="llama"):
     """A pair, and what its student wrote to six prompts."""
     pair = tiny_pair(architecture, micro_batch_tokens=20)
-    return pair, lab.write(pair, PROMPTS, max_new_tokens=6, seed=0)
+    return pair, real_lab.write(pair, PROMPTS, max_new_tokens=6, seed=0)
 
 
 def full(log_p, log_q, y):
@@ -383,37 +1240,31 @@ def test_where_the_head_is_not_linear_only_logits_are_compared():
     assert g.norm(dim=-1).min() > 0
 
 
-# --- 4.2 ----------------------------------------------------------------------------------------
+# --- the forecast -------------------------------------------------------------------------------
 
 
-def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
-    """Against a loop over responses, each by itself and unpadded."""
-    for seed, name in enumerate(("student", "teacher")):
-        tiny("llama", seed=seed, vocab_size=len(toy.WORDS)).save_pretrained(tmp_path / name)
-        toy.tokenizer().save_pretrained(tmp_path / name)
-    paths = (tmp_path / "student", tmp_path / "teacher")
-    pair = lab.load(*paths)
-    digits, count = toy.problems(24, torch.Generator().manual_seed(3))
-    prompts, _ = toy.question(digits, count)
-    r = lab.write(pair, prompts, max_new_tokens=96, seed=3)
-    expected = {"shared": 0, "apart": 0}
-    places = set()
-    for i, prompt in enumerate(prompts):
-        response = r.response_ids(i)
-        at = toy.first_slip(response, digits[i].tolist(), count[i].item())
-        before = torch.tensor([prompt + response[:at]])
-        in_both = True
-        for model in (pair.student, pair.teacher):
-            likeliest = model(before).logits[0, -1].topk(60).indices
-            in_both = in_both and response[at] in likeliest
-        expected["shared" if in_both else "apart"] += 1 / 24
-        places.add(at)
-    assert mechanism.slips(*paths, 3, k=60, n=24) == pytest.approx(expected)
-    assert min(expected.values()) > 0
-    assert len(places) > 1
+def test_a_rank_correlation_by_hand():
+    """Ranks 1 2.5 2.5 4 against 1 2 3 4: 4.5 / sqrt(4.5 * 5). None where nothing varies."""
+    assert forecast.ranks([3, 5, 5, 9]) == [1, 2.5, 2.5, 4]
+    assert forecast.spearman([3, 5, 5, 9], [0, 1, 2, 3]) == pytest.approx(0.9**0.5)
+    assert forecast.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
+    assert forecast.spearman([1, 2, 3], [0.3, 0.2, 0.1]) == pytest.approx(-1)
+    assert forecast.spearman([1, 1, 1], [1, 2, 3]) is None
 
 
-# --- the real model's scripts, and the tour -----------------------------------------------------
+def test_pairs_that_another_script_has_run_keep_their_names():
+    """And their 100 steps; every pair is diagnosed and distilled."""
+    pairs = {(arm.student, arm.teacher): name for name, arm in forecast.ARMS.items()}
+    assert set(pairs) == set(forecast.PAIRS)
+    assert pairs["student", "teacher"] == "success"
+    assert pairs["student", "other"] == "other"
+    assert pairs["student-rl", "student"] == "student-rl from student"  # reverse has 400 steps
+    assert all(arm.settings == {} for arm in forecast.ARMS.values())
+    asked = [asked for _, asked in forecast.PROBES.values()]
+    assert {(x["student"], x["teacher"]) for x in asked} == set(pairs)
+
+
+# --- the real model's scripts -------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -433,7 +1284,7 @@ def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
         made = script.seed_runs(0, world, runs, True, base, **earlier)
         assert {run["run"] for run in made} >= set(script.RUNS)
         results = {"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}
-        lab.save(results, tmp_path / script.__name__, lab.CURVES, script.report)
+        real_lab.save(results, tmp_path / script.__name__, real_lab.CURVES, script.report)
     with pytest.raises(SystemExit, match="real.json has no runs of seed 1"):
         again.seed_runs(1, world, runs, True, base, tmp_path / "real.json")
     with pytest.raises(SystemExit, match="again.json has no runs of seed 1"):
@@ -467,19 +1318,53 @@ def test_three_ways_to_work_a_sum_out():
     assert again.in_words(9, 9, 9) == in_words
 
 
+# --- the tour -----------------------------------------------------------------------------------
+
+
 def test_the_tour_names_lines_that_are_there():
     """A decorated function is found where it is written."""
-    for _, _, read, _ in tour.STOPS:
+    for _, read, _ in tour.STOPS:
         for function in read:
             file, line, name = re.match(r"(\w+\.py):(\d+) (\S+)", tour.where(function)).groups()
             lines = (ROOT / file).read_text().splitlines()[int(line) - 1 :]
             assert f"def {name}(" in "".join(lines[:2]), name  # a decorator may stand above
 
 
-@pytest.mark.parametrize("words, said", [(["--models", "."], "toy.py --all"), (["9"], "has no")])
-def test_the_tour_says_what_it_lacks(words, said, tmp_path, monkeypatch, capsys):
+def test_the_tour_refuses_a_stop_that_it_does_not_have(capsys):
     """One line, exit code 2."""
-    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
-        tour.main(words)
-    assert said in capsys.readouterr().err
+        tour.main(["9"])
+    assert "stop 9: there are 8" in capsys.readouterr().err
+
+
+def test_the_tour_prints_the_commands_that_it_runs_and_runs_each_once(
+    tmp_path, monkeypatch, capsys
+):
+    """Models that are missing are made first."""
+    ran = []
+    made = []
+    report_of = {
+        "metrics": collections.defaultdict(lambda: {"mean": 0.5}),
+        "greedy": {"gain": {"mean": 0.25}},
+        "verdict": "should work",
+    }
+
+    def command(words):
+        ran.append(" ".join(words))
+        Path(words[words.index("--out") + 1]).write_text(json.dumps(report_of | {"metrics": half}))
+
+    names = ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher")
+    half = {name: {"mean": 0.5} for name in names}
+    command.__module__ = "analysis"
+    monkeypatch.setattr(tour.analysis, "main", command)
+    monkeypatch.setattr(tour.toy, "say_and_make", lambda *asked: made.append(asked))
+    flags = ["3", "--models", "there", "--out", str(tmp_path / "out"), "--count", "5"]
+    for _ in range(2):
+        tour.main(flags)
+        said = capsys.readouterr().out
+        assert len(ran) == 3
+        for words in ran:
+            assert f"   python analysis.py {words}\n" in said
+        assert "greedy lead +0.25: should work" in said
+    assert made[0] == ("there", 0, ("student", "teacher", "sharp", "other"))
+    assert "--student there/student --teacher there/teacher" in ran[0]
