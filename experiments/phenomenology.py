@@ -30,7 +30,7 @@ Criteria, fixed before the runs (the four words: lab.py; "surely": beyond two st
     3.3 sharp        reverse-sharp ends equal to reverse, greedily
     3.3 same target  at the states of student-rl, KL(student || bigger) is less than a quarter of
                      its own KL to either, in every seed
-    no teacher       no-teacher ends equal to success or above: at T 1, at T .7, and greedily. Of its
+    no teacher       no-teacher ends equal to success or above: at T 1, at T .7 and greedily. Of its
                      two learning rates the one that scores higher at T 1 is asked
 
     python experiments/phenomenology.py              results/phenomenology.{txt,svg}
