@@ -275,8 +275,8 @@ def test_a_score_is_taken_in_each_of_the_ways_on_the_same_problems(monkeypatch):
     assert how[0]["seeds"] == how[2]["seeds"]
 
 
-def noted_batches(monkeypatch, stops_at=None):
-    """Let toy.fit only keep its batches: -> their list. stops_at: the call of `stop` that ends."""
+def noted_batches(monkeypatch):
+    """Let toy.fit only keep its batches, and ask after each whether to stop: -> their list."""
     fitted = []
 
     def fit(model, batches, steps, lr, what, stop=None):
@@ -455,6 +455,29 @@ def test_each_stage_of_a_model_does_something_and_the_seed_decides(tmp_path, sho
     assert len(sums) == len(stages)
 
 
+def test_a_model_that_is_to_be_as_good_as_another_is_held_against_it(tmp_path, narrow, monkeypatch):
+    """After its pre-training."""
+    student = toy.make(tmp_path / "student", seed=1, scale=TINY)
+    held = []
+    monkeypatch.setattr(toy, "catch_up", lambda mine, wanted, *_: held.append(wanted))
+    toy.make(tmp_path / "bigger", seed=2, as_good_as=tmp_path / "student", scale=TINY)
+    (wanted,) = held
+    assert torch.equal(wanted.lm_head.weight, student.lm_head.weight)
+
+
+def test_sharpening_is_one_round_on_unchecked_answers_of_t_7(tmp_path, narrow, monkeypatch):
+    """Here they are all wrong."""
+    toy.make(tmp_path / "bigger", seed=1, scale=TINY)
+    calls = as_written(monkeypatch, lambda i, right: [str((right + 1) % 10), "<eos>"])
+    fitted = noted_batches(monkeypatch)
+    toy.make(tmp_path / "sharp", seed=2, start=tmp_path / "bigger", sharpen=True, scale=TINY)
+    ((prompts, how),) = calls
+    assert len(prompts) == 4
+    assert (how["temperature"], how["top_p"]) == (0.7, 0.95)
+    ((ids, _, _),) = fitted
+    assert len(ids) == 2 * 2 * 4  # two answers to each, twice
+
+
 def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
     tmp_path, narrow, monkeypatch
 ):
@@ -476,11 +499,12 @@ def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
     assert asked == 4 * [("T 1", 1024)]
 
 
+@pytest.mark.parametrize("rehearse", [True, False])
 def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
-    tmp_path, narrow, monkeypatch
+    tmp_path, narrow, monkeypatch, rehearse
 ):
     """Pre-training takes the templates in turn. Then every other batch is a plain one of all
-    digits."""
+    digits, or none."""
     written = []
     tried = []
     whole = toy.corpus
@@ -503,13 +527,13 @@ def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
         post_digits=(0, 4),
         house_style=True,
         rounds=1,
-        rehearse=True,
+        rehearse=rehearse,
         scale=toy.Scale(small=4, house=2, rounds=1),
     )
     pre_training = [(False, False, 9), (True, False, 9)] * 2
-    house_style = [(True, True, 4), (False, False, 9)] * 2
-    rehearsed = [(False, False, 9)]  # after the one batch of RL
-    assert written[:9] == pre_training + house_style + rehearsed
+    rehearsed = [(False, False, 9)] if rehearse else []  # after each batch, that of RL, too
+    house_style = [(True, True, 4), *rehearsed] * 2
+    assert written == pre_training + house_style + rehearsed
     assert tried == [(toy.POLITE, (0, 4))]
 
 
