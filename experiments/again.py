@@ -11,7 +11,7 @@ out from the right). New here:
                    teacher was post-trained, and not as all are measured (the paper measures under
                    the teacher's template, too) (5.2)
     first 30 %     responses of 8 tokens, of 27 that a solution takes; measured at 48 (arXiv
-                   2605.27028, 2605.31490)
+                   2606.22600)
     one prompt     the same question 16 times a step (2609.04172)
     words          base <- a copy that is fine-tuned on the sums in words, "Five plus six is
                    eleven, ...", until it is right .8 of the time: a way that the base does not
@@ -28,7 +28,7 @@ prompt by prompt:
     one prompt      gains half of what success does, or more
     first 30 %      gains .8 of it, or more
     low KL          other way and words, where accuracy falls: the held-out reverse KL ends below
-                    half of what it was
+                    half of what it was (ours)
     words           a mass lies below .95 at the first step, and the gain is below half of that of
                     success
     words, cold     ends above words by more than noise

@@ -25,7 +25,7 @@ prompt by prompt:
     skill         the expert leads the base by .3 or more, and success makes up .8 of that lead or
                   more, in every seed
     masses        both overlap masses are .95 or more at the first step of success (the paper: .97
-                  to .99 throughout)
+                  to .99 throughout, in its failing run too)
     overlap       the overlap ratio rises in success, first and last three steps, in every seed
     nothing new   the gain is below a quarter of that of success
     other way     the gain is below half of that of success, and a mass lies below .95 at the first
