@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import again
+import bench
 import cost
 import followups
 import forecast
@@ -414,6 +415,20 @@ def test_quick_keeps_nothing_and_changes_nothing(script, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "worlds").exists()
     assert (PRESETS, toy.FULL, toy.MODELS, toy.WAYS, toy.SIZES, lab.CURVES) == before
+
+
+def test_the_bench_makes_its_toy_by_a_scale(monkeypatch, tmp_path):
+    """--quick changes no global of another module."""
+    asked = []
+    monkeypatch.setattr(toy, "make_missing", lambda world, **how: asked.append(how["scale"]))
+    monkeypatch.setattr(bench, "write_text", lambda *_: None)
+    before = copy.deepcopy(PRESETS)
+    flags = ["--parts", "trl", "--world", str(tmp_path), "--out", str(tmp_path / "out")]
+    for more in ([], ["--quick"]):
+        monkeypatch.setattr(sys, "argv", ["bench.py", *flags, *more])
+        bench.main()
+    assert asked == [toy.FULL, toy.QUICK]
+    assert PRESETS == before
 
 
 def test_the_table_has_a_line_for_each_run(capsys):
@@ -1285,11 +1300,18 @@ def test_pairs_that_another_script_has_run_keep_their_names():
 @pytest.mark.slow
 def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
     """A tiny one with random weights; the later scripts read what the earlier have run."""
-    base, world, runs = tmp_path / "base", tmp_path / "world", tmp_path / "runs"
-    model = tiny("llama", vocab_size=len(WORDS))
+    base = tmp_path / "base"
+    world = tmp_path / "world"
+    runs = tmp_path / "runs"
+    known = list(WORDS)
+    for template in (real.PLAIN, real.WORDY):
+        for message in real.question((1, 2, 3), template)["prompt"]:
+            known += message["content"].split()
+    known = list(dict.fromkeys(known))
+    model = tiny("llama", vocab_size=len(known))
     model.config.max_position_embeddings = 256
     model.save_pretrained(base)
-    word_tokenizer(chat_template=TEMPLATE).save_pretrained(base)
+    word_tokenizer(known, chat_template=TEMPLATE).save_pretrained(base)
     scripts = (
         (real, {}),
         (again, {"real": tmp_path / "real.json"}),
