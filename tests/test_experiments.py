@@ -1,5 +1,5 @@
-"""The experiments: what was run is kept, four words mean what they say, no number in README is
-typed."""
+"""The experiments: what was run is kept, four words mean what they say, and loops and probes
+measure what they are said to measure."""
 
 import collections
 import copy
@@ -26,13 +26,13 @@ import pytest
 import real
 import real_lab
 import recipe
-import report
 import torch
 import tour
 import toy
 from conftest import ROOT, TEMPLATE, WORDS, Killed, config, tiny, tiny_pair, word_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 import opd
 from analysis import auroc
@@ -41,11 +41,9 @@ from plumbing import files
 from plumbing.flags import PRESETS, Config
 from plumbing.prompts import load_prompts
 from rollout import batch, from_texts
-from teacher import UserError, log_probs
+from teacher import UserError, eos_ids, log_probs
 
-HERE = ROOT / "experiments"
-RESULTS = HERE / "results"
-README = (HERE / "README.md").read_text()
+RESULTS = ROOT / "experiments" / "results"
 SCRIPTS = sorted(path.stem for path in RESULTS.glob("*.json"))
 OF_THE_TOY = (phenomenology, mechanism, recipe, cost, followups, forecast)
 
@@ -762,7 +760,7 @@ def test_what_an_experiment_needs_is_asked_for_before_anything_runs(monkeypatch,
     assert "--teacher, --prompts: needed" in capsys.readouterr().err
 
 
-# --- the page of findings -----------------------------------------------------------------------
+# --- stored results of the real model's scripts ---------------------------------------------------
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -789,54 +787,6 @@ def test_a_table_of_results_is_written_from_them(script, tmp_path, monkeypatch):
     module.report(made, tmp_path / script)
     written = (tmp_path / f"{script}.txt").read_text()
     assert written == (RESULTS / f"{script}.txt").read_text()
-
-
-def test_the_tables_of_findings_are_a_fresh_report():
-    """Nobody types a number, and what does not hold says so; every criterion belongs to one
-    finding."""
-    made = report.results_of(RESULTS)
-    assert report.put(report.findings(made), "findings", README) == README
-    assert report.put(report.scripts(made), "scripts", README) == README
-    assert (RESULTS / "findings.md").read_text() == report.criteria(made)
-    named = []
-    for _, _, on_the_toy, on_a_real_model, _ in report.FINDINGS:
-        named += [name for name in on_the_toy.split("; ") + on_a_real_model.split("; ") if name]
-    known = []
-    for criteria in report.PAPER.values():
-        known += criteria
-    assert sorted(named) == sorted(known)
-    assert set(named) >= {name for name, *_ in report.judged(made)}
-
-
-def test_what_else_the_page_shows_of_results_stands_there_to_the_letter():
-    """The bench's table whole, the forecast's from its summary on; of recipe.txt whole lines, in
-    order."""
-    forecast = report.printed(RESULTS / "forecast.txt", "Spearman")
-    bench = report.printed(RESULTS / "bench.txt")
-    assert report.put(forecast, "forecast", README) == README
-    assert report.put(bench, "bench", README) == README
-    block = README.split("```text\n5.1 arm ")[1].split("```")[0].splitlines()[1:]
-    lines = iter((RESULTS / "recipe.txt").read_text().splitlines())
-    assert len(block) > 5
-    assert all(line in lines for line in block)
-
-
-def test_a_finding_of_several_criteria_holds_where_all_of_them_do():
-    """Some: partly; of criteria that were not asked yet nothing is said."""
-    holds = {"a": True, "b": False, "c": True}
-    expected = {"a; c": "holds", "a; d": "holds", "a; b": "partly", "b": "**does not**", "d": ""}
-    for names, said in expected.items():
-        assert report.summed_up(names, holds) == said
-    assert report.summed_up("", holds) == ""
-
-
-def test_a_page_without_its_markers_is_refused():
-    """By name; with them only what is between changes."""
-    first, last = report.MARKERS["bench"]
-    page = f"a\n{first}old\n{last}b\n"
-    assert report.put("new\n", "bench", page) == f"a\n{first}new\n{last}b\n"
-    with pytest.raises(SystemExit, match="<!-- end of the bench -->"):
-        report.put("new\n", "bench", f"a\n{first}")
 
 
 # --- 4: curves and slips ------------------------------------------------------------------------
@@ -871,7 +821,7 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
     """Against a loop over responses, each by itself and unpadded."""
     here = world_of(tmp_path, "student", "teacher")
     pair = here.load("student", "teacher")
-    digits, count = toy.problems(24, torch.Generator().manual_seed(3))
+    digits, count = toy.problems(48, torch.Generator().manual_seed(3))
     rows = [{"ids": ids} for ids in toy.question(digits, count)[0]]
     r = here.write(pair, rows, "slips")
     expected = {"shared": 0, "another": 0}
@@ -882,11 +832,11 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
         before = torch.tensor([row["ids"] + response[:at]])
         in_both = True
         for model in (pair.student, pair.teacher):
-            likeliest = model(before).logits[0, -1].topk(80).indices
+            likeliest = model(before).logits[0, -1].topk(60).indices
             in_both = in_both and response[at] in likeliest
-        expected["shared" if in_both else "another"] += 1 / 24
+        expected["shared" if in_both else "another"] += 1 / 48
         places.add(at)
-    assert mechanism.slips_of(here, "student", 24, 80) == pytest.approx(expected)
+    assert mechanism.slips_of(here, "student", 48, 60) == pytest.approx(expected)
     assert min(expected.values()) > 0
     assert len(places) > 1
 
@@ -923,7 +873,8 @@ def test_two_teachers_that_are_one_are_no_distance_apart(tmp_path, monkeypatch, 
     assert found["student || bigger"]["reverse_kl"] == pytest.approx(0, abs=1e-6)
     assert found["student || bigger"]["overlap_ratio"] == 1
     assert found["student-rl || bigger"] == found["student-rl || student"]
-    assert found["student-rl || sharp"]["reverse_kl"] > 0.1
+    for name in ("student-rl || student", "student-rl || sharp", "student || sharp"):
+        assert found[name]["reverse_kl"] > 0.1
 
 
 # --- 5 and later papers: files and models that are made before -----------------------------------
@@ -944,6 +895,7 @@ def test_low_and_high_digits_are_asked_apart(tmp_path):
     assert path.read_text() == "kept"
 
 
+@pytest.mark.filterwarnings("ignore:special tokens of only one")
 def test_the_teacher_with_another_end_is_the_teacher_with_two_words_swapped(tmp_path):
     """It says <unk> where the teacher ends, and its files say that this is an end."""
     here = world_of(tmp_path, "teacher")
@@ -962,15 +914,22 @@ def test_the_teacher_with_another_end_is_the_teacher_with_two_words_swapped(tmp_
     with pytest.warns(UserWarning, match="see --ends"):
         pair = here.load("teacher", "teacher-unk")
     assert pair.eos_ids == [eos, unk]
+    assert eos_ids(other, AutoTokenizer.from_pretrained(here.world / "teacher-unk")) == {unk}
     followups.prepare(here)  # once
 
 
 # --- loops of our own ---------------------------------------------------------------------------
 
 
-def test_reverse_kl_by_the_student_is_the_update_of_opd(tmp_path, short):
-    """--objective full: two steps, the same weights."""
+def test_reverse_kl_by_the_student_is_the_update_of_opd(tmp_path, short, monkeypatch):
+    """--objective full: two steps, in micro-batches of one response; the same weights."""
     here = world_of(tmp_path, "student", "teacher")
+    load = here.load
+
+    def in_parts(*names):
+        return dataclasses.replace(load(*names), micro_batch_tokens=1)
+
+    monkeypatch.setattr(here, "load", in_parts)
     settings = dict(steps=2, batch_size=4)
     arm = lab.Arm("student", "teacher", settings, train=own_loop.reverse_by_student)
     made = own_loop.reverse_by_student(here, arm, here.folder("arm"))
@@ -1044,8 +1003,11 @@ def test_without_a_teacher_the_fifth_of_the_drawn_tokens_that_was_least_likely_i
     r.log_p[r.response_mask] = drawn
     r.log_p[~r.response_mask] = -100.0  # four columns of padding in the second row
     log_q = torch.full_like(log_p, math.nan)
-    (g,) = torch.autograd.grad(loss_of(r)(log_p, log_q, y).sum(), z)
-    unlikely = drawn.argsort()[:2]
+    loss = loss_of(r)(log_p, log_q, y)
+    unlikely = drawn.argsort()[:2].tolist()
+    assert [i for i, x in enumerate(loss) if x == 0.5] == sorted(unlikely)
+    assert loss.count_nonzero() == 2
+    (g,) = torch.autograd.grad(loss.sum(), z)
     p = log_p.detach().exp()
     for i in range(10):
         expected = torch.zeros(6)
@@ -1157,6 +1119,7 @@ def test_the_error_of_an_auroc_is_that_over_prompts():
         return found["standard_error"]
 
     few = measured(100)
+    assert few == pytest.approx(0.035, rel=0.2)  # the spread of the area over such samples
     assert measured(400) == pytest.approx(few / 2, rel=0.2)
     assert measured(100, copies=4) == pytest.approx(few, rel=0.25)
     alike = cost.auroc_with_error(torch.randn(8), torch.ones(8).bool(), 2)
