@@ -44,6 +44,7 @@ from lab import (
     equal,
     every_seed,
     gain,
+    reaches,
     share,
     together,
 )
@@ -153,7 +154,7 @@ def judge(runs):
         "one prompt gives most of the gain",
         ".87 of it at step 300, .72 at 1,000",
         f"{each(shares('1 prompt'))} of the gain at T .7",
-        every_seed(x >= 0.72 for x in shares("1 prompt")),
+        reaches(shares("1 prompt"), 0.72),
     )
     off = difference(runs["16 prompts"], success, "T .7")
     found(
@@ -168,7 +169,7 @@ def judge(runs):
         "the first 30 % of the tokens give nearly all",
         "so",
         f"{each(shares('10 tokens'))} of the gain at T .7",
-        every_seed(x >= 0.8 for x in shares("10 tokens")),
+        reaches(shares("10 tokens"), 0.8),
     )
     offs = both("forward by teacher", "forward by student")
     found(

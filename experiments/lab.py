@@ -406,6 +406,14 @@ def every_seed(facts):
     return UNDECIDED if any(facts) else CONTRADICTED
 
 
+def reaches(values, bound):
+    """Is a number a seed at least that? -> a word. NaN, which recovery gives, cannot be asked."""
+    values = list(values)
+    if any(math.isnan(value) for value in values):
+        return NOT_ASKABLE
+    return every_seed(value >= bound for value in values)
+
+
 def together(*words):
     """One word for several: all must hold."""
     for word in (NOT_ASKABLE, CONTRADICTED, UNDECIDED):

@@ -45,6 +45,7 @@ from lab import (
     each,
     equal,
     every_seed,
+    reaches,
     share,
     together,
 )
@@ -242,7 +243,7 @@ def judge(runs):
         "with the shared tokens alone the overlap rises as much",
         "so: alignment reinforces itself",
         f"{each(shares)} of the rise",
-        every_seed(x >= 0.8 for x in shares),
+        reaches(shares, 0.8),
     )
     found(
         "4.2",

@@ -53,6 +53,7 @@ from lab import (
     every_seed,
     gain,
     held_out,
+    reaches,
     recovery,
     share,
     together,
@@ -146,7 +147,7 @@ def judge(runs):
         "gap recovery .17 and .59 from teachers after RL",
         f"recovery of the greedy lead {each(made_up)}, at T .7 "
         f"{each(recovery(run, 'T .7') for run in success)}",
-        every_seed(x >= 0.8 for x in made_up),
+        reaches(made_up, 0.8),
     )
     gains = [gain(bigger, way) for way in ("T .7", "greedy")]
     found(

@@ -49,6 +49,7 @@ from lab import (
     gain,
     held_out,
     over_seeds,
+    reaches,
     recovery,
     together,
 )
@@ -134,7 +135,7 @@ def judge(runs):
         "it raises the ceiling (AMC23, about .36 to .40)",
         f"recovery {each(made_up)}, {off} above OPD alone of as many updates at T .7; after the "
         f"cold start alone {over_seeds(runs['sft'], after):.3f}",
-        every_seed(x >= 0.8 for x in made_up),
+        reaches(made_up, 0.8),
         above(off),
     )
     cold = runs["sft, opd"]

@@ -528,6 +528,9 @@ def test_the_word_for_seeds_and_for_several_words():
     assert lab.every_seed([True, True]) == "holds"
     assert lab.every_seed(x > 1 for x in (0, 1)) == "contradicted"
     assert lab.every_seed([True, False]) == "undecided"
+    assert lab.reaches([0.8, 1.0], 0.8) == "holds"
+    assert lab.reaches([0.7, 1.0], 0.8) == "undecided"
+    assert lab.reaches([math.nan, 1.0], 0.8) == lab.NOT_ASKABLE
     assert lab.together("holds", "holds") == "holds"
     assert lab.together("holds", "undecided") == "undecided"
     assert lab.together("undecided", "contradicted", "holds") == "contradicted"
@@ -584,23 +587,27 @@ def nothing(seed):
 
 
 @pytest.mark.parametrize(
-    "script, holds",
+    "script, holds, unasked",
     [
-        (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 3}),
-        (mechanism, {"4.1": 1, "4.2": 2}),
-        (recipe, {"5.2": 1}),
-        (cost, {"6.2": 2, "6.3": 1, "2.2": 1}),
-        (followups, {"2609.04172": 1, "2609.35259": 1, "ours": 1}),
+        (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 3}, 1),
+        (mechanism, {"4.1": 1, "4.2": 2}, 1),
+        (recipe, {"5.2": 1}, 1),
+        (cost, {"6.2": 2, "6.3": 1, "2.2": 1}, 1),
+        (followups, {"2609.04172": 1, "2609.35259": 1, "ours": 1}, 2),
     ],
 )
-def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(script, holds):
-    """How many claims of each section hold; none is left undecided but the AUROC at its bound."""
+def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(
+    script, holds, unasked
+):
+    """How many claims of each section hold. A share of nothing cannot be asked; none is left
+    undecided but the AUROC at its bound."""
     results = collections.defaultdict(lambda: [nothing(seed) for seed in (0, 1)])
     even = [{"mean": 0.5, "even": 0.5} for _ in range(4)]
     results["depths"] = [{"seed": seed, "found": even} for seed in (0, 1)]
     findings = script.judge(results)
     words = collections.Counter(x.word for x in findings)
-    assert words[lab.UNDECIDED] == words[lab.NOT_ASKABLE] == (script is cost)
+    assert words[lab.UNDECIDED] == (script is cost)
+    assert words[lab.NOT_ASKABLE] == unasked
     assert collections.Counter(x.section for x in findings if x.word == lab.HOLDS) == holds
 
 
