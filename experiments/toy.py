@@ -461,7 +461,7 @@ def make(
     unchecked answers of T .7. until: a directory; RL stops where the model's score at T 1 is
     within .03 of that one's. templates: of the pre-training corpus, in turn; post_template,
     post_digits: of all that comes after it. rehearse: while that goes on, every other batch is of
-    the pre-training corpus, plainly put, all digits: what the post-training is not about is kept,
+    the pre-training corpus, all templates and digits: what the post-training is not about is kept,
     as by the pre-training mix of InstructGPT (arXiv 2203.02155).
     """
     what = Path(out).name
@@ -478,7 +478,7 @@ def make(
         pretrain(model, size, solutions, templates, what, scale)
     if as_good_as is not None:
         catch_up(model, read_model(as_good_as), solutions, what, scale)
-    old = (solutions() for _ in itertools.count()) if rehearse else iter(())
+    old = (solutions(template=t) for t in itertools.cycle(templates)) if rehearse else iter(())
     if house_style:
         batches = []
         for _ in range(scale.house):

@@ -503,8 +503,8 @@ def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
 def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
     tmp_path, narrow, monkeypatch, rehearse
 ):
-    """Pre-training takes the templates in turn. Then every other batch is a plain one of all
-    digits, or none."""
+    """Pre-training takes the templates in turn. So does the rehearsal, every other batch of all
+    that follows, on all digits."""
     written = []
     tried = []
     whole = toy.corpus
@@ -531,9 +531,13 @@ def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
         scale=toy.Scale(small=4, house=2, rounds=1),
     )
     pre_training = [(False, False, 9), (True, False, 9)] * 2
-    rehearsed = [(False, False, 9)] if rehearse else []  # after each batch, that of RL, too
-    house_style = [(True, True, 4), *rehearsed] * 2
-    assert written == pre_training + house_style + rehearsed
+    house_style = (True, True, 4)
+    after = [house_style, house_style]  # RL's own batch is not of the corpus
+    if rehearse:
+        plain = (False, False, 9)
+        polite = (True, False, 9)
+        after = [house_style, plain, house_style, polite, plain]
+    assert written == pre_training + after
     assert tried == [(toy.POLITE, (0, 4))]
 
 
