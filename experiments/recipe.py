@@ -12,7 +12,7 @@ Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
     rescues          sft, opd makes up .8 or more of it at T .7, in every seed, and ends surely
                      above opd
     start            sft raises overlap ratio and masses and lowers the entropy gap on held-out
-                     prompts, in every seed
+                     prompts, in every seed; the same, T 1 (asked after the runs)
     beats            sft, opd ends surely above sft only, at T .7 and greedily; the same, T 1
 
 5.2, teacher-aligned prompts. Student and bigger were pre-trained on two templates. The teacher,
@@ -68,6 +68,8 @@ COLD = {
     "sft T 1, opd": arm("student", "other", **FEW, **AT_1, steps=200),
     "sft T 1 only": arm("student", "other", **MANY, **AT_1),
 }
+
+MASSES = ("overlap_mass_student", "overlap_mass_teacher")
 
 LOW = (0, 4)
 HIGH = (5, 9)
@@ -140,25 +142,24 @@ def judge(runs):
         reaches(made_up, 0.8),
         above(off),
     )
-    cold = runs["sft, opd"]
-    changes = {}
-    for name in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher", "entropy_gap"):
-        changes[name] = [
-            (held_out(run, "before", name), held_out(run, "cold_start", name)) for run in cold
-        ]
-    found(
-        "5.1",
-        "OPD then begins at a higher overlap and a smaller entropy gap",
-        "high and smooth overlap, masses near 1, a small entropy gap",
-        f"overlap {arrows(changes['overlap_ratio'])}; student's mass "
-        f"{arrows(changes['overlap_mass_student'])}; entropy gap {arrows(changes['entropy_gap'])}",
-        every_seed(b < a for a, b in changes["entropy_gap"]),
-        *(
-            every_seed(b > a for a, b in pairs)
-            for name, pairs in changes.items()
-            if name != "entropy_gap"
-        ),
-    )
+    for T, said in (("", "T .7"), (" T 1", "T 1")):
+        changes = {}
+        for name in ("overlap_ratio", *MASSES, "entropy_gap"):
+            changes[name] = [
+                (held_out(run, "before", name), held_out(run, "cold_start", name))
+                for run in runs[f"sft{T}, opd"]
+            ]
+        rises = [every_seed(b > a for a, b in changes[name]) for name in ("overlap_ratio", *MASSES)]
+        found(
+            "5.1",
+            f"OPD then begins closer to its teacher, on answers of {said}",
+            "high and smooth overlap, masses near 1, a small entropy gap",
+            f"overlap {arrows(changes['overlap_ratio'])}; student's mass "
+            f"{arrows(changes['overlap_mass_student'])}; entropy gap "
+            f"{arrows(changes['entropy_gap'])}",
+            *rises,
+            every_seed(b < a for a, b in changes["entropy_gap"]),
+        )
     for T, said in (("", "T .7"), (" T 1", "T 1")):
         offs = [
             difference(runs[f"sft{T}, opd"], runs[f"sft{T} only"], way)
