@@ -84,6 +84,7 @@ MODELS = {
         post_template=toy.POLITE,
         post_digits=LOW,
         rehearse=True,
+        **BOTH,
     ),
 }
 
