@@ -38,7 +38,7 @@ COLOURS = {
     "early": "#56b4e9",
     "other": "#7d5ba6",
     "self": "#cc79a7",
-    "no-teacher": "#000000",
+    "no-teacher, lr by 10": "#000000",
     "reverse": "#8a8a8a",
     "reverse-bigger": "#b8a06a",
     "reverse-sharp": "#5f5020",
@@ -57,15 +57,23 @@ NAMES = {
     "sharp": "sharp: only sharper",
     "bigger": "bigger: knows no more",
     "self": "itself at temperature .5",
-    "no-teacher": "no teacher, unlikely tokens down",
+    "no-teacher, lr by 10": "no teacher, unlikely tokens down",
     "other": "other: knows more, thinks otherwise",
     "reverse": "its earlier self",
     "reverse-bigger": "bigger",
     "reverse-sharp": "sharp",
 }  # the teacher of an arm
-FORWARD = ("success", "early", "sharp", "bigger", "self", "no-teacher", "other")  # 3.1 and 3.2
+FORWARD = (
+    "success",
+    "early",
+    "sharp",
+    "bigger",
+    "self",
+    "no-teacher, lr by 10",
+    "other",
+)  # 3.1 and 3.2
 REVERSED = ("reverse", "reverse-bigger", "reverse-sharp")  # 3.3
-WITHOUT_TEACHER = ("self", "no-teacher")  # an accuracy of the teacher would say nothing
+WITHOUT_TEACHER = ("self", "no-teacher, lr by 10")  # an accuracy of the teacher would say nothing
 WAYS = {"T .7": "at T .7", "greedy": "greedily"}
 STYLES = {"T .7": "-", "greedy": "--"}
 MARKERS = {"T .7": "o", "greedy": "^"}
@@ -498,6 +506,7 @@ def rewards(axes, runs, name):
             heights = [count / area for count in counts]
             axes.stairs(heights, edges, color=colour, linewidth=1.3, label=None if i else label)
     axes.set(xlabel="mean reward of a response, nats", ylabel="density, each of area 1")
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(f"6.2: reward by a teacher that {SIGNALS[name]}")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
