@@ -19,9 +19,9 @@ Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
 bigger after RL, was post-trained under one of them and on lists of low digits only (0 to 4). The
 student is distilled on low ("aligned") or high digits (5 to 9) or a mixture, under the teacher's
 template or the other. Accuracy is measured on digits 0 to 9: all arms under the teacher's
-template, and all under the other. (The world was changed once. In a first run the teacher
-rehearsed its pre-training under the other template only. On seeds 1 and 2 it then was right .11
-of the time under its own, so that there was nothing to learn: commit b390abd. It rehearses both.)
+template, and all under the other. (The world was changed once. In a first run bigger was not
+trained until it was as good as the student. On seeds 1 and 2 it had not learnt to add, nor had the
+teacher, which was right .11 of the time: commit b390abd.)
     aligned          teacher's template, aligned content
     other template   the other template, aligned content
     share 0 to .75   teacher's template, that share of aligned content
@@ -76,7 +76,7 @@ HIGH = (5, 9)
 BOTH = dict(templates=(toy.PLAIN, toy.POLITE))
 MODELS = {
     "student-b": dict(**BOTH),
-    "bigger-b": dict(size="large", **BOTH),
+    "bigger-b": dict(size="large", as_good_as="student-b", **BOTH),
     "teacher-b": dict(
         start="bigger-b",
         house_style=True,

@@ -477,7 +477,7 @@ def make(
         model = new_model(size, seed)
         pretrain(model, size, solutions, templates, what, scale)
     if as_good_as is not None:
-        catch_up(model, read_model(as_good_as), solutions, what, scale)
+        catch_up(model, read_model(as_good_as), solutions, templates, what, scale)
     old = (solutions(template=t) for t in itertools.cycle(templates)) if rehearse else iter(())
     if house_style:
         batches = []
@@ -506,7 +506,7 @@ def pretrain(model, size, solutions, templates, what, scale):
     fit(model, batches, steps, 1e-2, f"{what}, pre-training")
 
 
-def catch_up(model, wanted, solutions, what, scale):
+def catch_up(model, wanted, solutions, templates, what, scale):
     """More pre-training, until the model is as good as another, greedily and at T .7."""
     for _ in range(10):
         off = [
@@ -515,7 +515,8 @@ def catch_up(model, wanted, solutions, what, scale):
         ]
         if max(off) <= 0.02 or scale.trials < 100:
             return
-        fit(model, (solutions() for _ in range(100)), 100, 3e-3, f"{what}, more pre-training")
+        batches = (solutions(template=templates[i % len(templates)]) for i in range(100))
+        fit(model, batches, 100, 3e-3, f"{what}, more pre-training")
 
 
 def tokenizer():

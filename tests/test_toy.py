@@ -375,14 +375,14 @@ def test_more_pre_training_ends_as_soon_as_a_model_is_as_good(monkeypatch):
 
     monkeypatch.setattr(toy, "score", score)
     monkeypatch.setattr(toy, "fit", lambda model, *_: tries.append(model))
-    toy.catch_up("mine", "wanted", None, "", toy.FULL)
+    toy.catch_up("mine", "wanted", None, (toy.PLAIN,), "", toy.FULL)
     assert tries == ["mine", "mine"]  # the first two are off, one at T .7, one greedily
     tries.clear()
     scores.update({"T .7": 11 * [0.5], "greedy": 11 * [0.65]})
-    toy.catch_up("mine", "wanted", None, "", toy.FULL)
+    toy.catch_up("mine", "wanted", None, (toy.PLAIN,), "", toy.FULL)
     assert len(tries) == 10
     tries.clear()
-    toy.catch_up("mine", "wanted", None, "", toy.QUICK)  # few trials say nothing
+    toy.catch_up("mine", "wanted", None, (toy.PLAIN,), "", toy.QUICK)  # few trials say nothing
     assert tries == []
 
 
