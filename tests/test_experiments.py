@@ -494,7 +494,8 @@ WORDS_OF = (  # mean, noise; is it above 0? below? none?
     (-0.10, 0.02, "contradicted", "holds", "contradicted"),
     (0.01, 0.02, "contradicted", "contradicted", "holds"),  # shown equal
     (0.00, 0.00, "contradicted", "contradicted", "holds"),
-    (0.03, 0.01, "holds", "contradicted", "holds"),  # surely above, by less than counts
+    (0.03, 0.01, "contradicted", "contradicted", "holds"),  # surely above, by less than counts
+    (0.04, 0.02, "undecided", "contradicted", "undecided"),  # surely above, perhaps by enough
     (0.01, 0.04, "undecided", "undecided", "undecided"),  # within noise
     (0.06, 0.02, "holds", "contradicted", "undecided"),
     (-0.10, 0.20, "undecided", "undecided", "undecided"),
