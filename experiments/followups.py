@@ -11,7 +11,7 @@ Toy models.
                    default; 2609.20511 does likewise
     own ends       the same teacher, every token for itself (--ends own), as in the authors' code
 
-Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
+Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
     one prompt     1 prompt gains .72 of what success does at T .7 or more, in every seed
     16 prompts     they end equal to success at T .7
     first 30 %     10 tokens gain .8 of what success does at T .7 or more, in every seed

@@ -15,7 +15,7 @@
     reverse-bigger  student-rl <- bigger                                           400
     reverse-sharp   student-rl <- sharp                                            400
 
-Criteria, fixed before the runs (the four words: lab.py; "surely": beyond two standard errors).
+Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
     3.1 thinking     early scores surely less than other (T .7), its student surely more, at T .7
                      and greedily, and overlaps more at the start in every seed
     3.2 knowledge    success makes up .8 of its teacher's greedy lead, in every seed

@@ -7,7 +7,7 @@ prompts at most, one answer each; as in the paper at T .7 with top-p .95, or at 
     sft, opd         the same, then 200 steps of OPD on other prompts
     sft only         300 updates of fine-tuning: as many as sft, opd
     sft T 1; sft T 1, opd; sft T 1 only     the same three with answers of T 1
-Criteria, fixed before the runs ("surely": beyond two standard errors; lab.py).
+Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
     fails            opd makes up less than .2 of its teacher's lead at T .7, in every seed
     rescues          sft, opd makes up .8 or more of it at T .7, in every seed, and ends surely
                      above opd
