@@ -187,8 +187,8 @@ class Config:
     )
     aligned_fraction: float = flag(
         0.5,
-        "their share of the mixture; on the toy .25 to .75 did equally well, 0 and 1 worse. The "
-        "paper advises a mixture and names no share",
+        "their share of the mixture; on the toy .25 to .75 did about equally well, 0 and 1 worse. "
+        "The paper advises a mixture and names no share",
         at_least=0,
         at_most=1,
     )
