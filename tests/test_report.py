@@ -96,7 +96,7 @@ def test_every_result_of_the_toy_says_what_made_it():
         assert path.name == lab.file_name(made["name"], made["seed"])
         assert made["command"].startswith("experiments/")
         assert len(made["commit"]) == 12
-        assert made["seconds"] > 0
+        assert made["seconds"] >= 0  # a probe may only read what a run has left
 
 
 # --- figures ------------------------------------------------------------------------------------
