@@ -575,10 +575,17 @@ def verdicts(findings):
     return lines
 
 
+def commit_of(run):
+    """The commit that made a result, and whether the code was changed; "none" outside of git."""
+    if run["commit"] is None:
+        return "none"
+    return run["commit"] + (" and changes" if run["dirty"] else "")
+
+
 def provenance(results):
     """What made the results, in four lines."""
     runs = [run for of_name in results.values() for run in of_name]
-    commits = sorted({run["commit"] + (" and changes" if run["dirty"] else "") for run in runs})
+    commits = sorted({commit_of(run) for run in runs})
     seeds = sorted({run["seed"] for run in runs})
     seconds = sum(run["seconds"] for run in runs)
     prompts = {run["accuracy"]["after"]["T .7"]["prompts"] for run in runs if "accuracy" in run}

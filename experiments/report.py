@@ -255,7 +255,7 @@ def scripts(toy, real):
         for run in runs:
             shared[run["name"], run["seed"]] = run["seconds"]
         seconds = sum(run["seconds"] for run in runs)
-        commits = {run["commit"] + (" and changes" if run["dirty"] else "") for run in runs}
+        commits = {lab.commit_of(run) for run in runs}
         rows.append(script_row(script, runs, seconds, commits))
     hours = sum(shared.values()) / 3600
     of_real = 0

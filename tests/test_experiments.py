@@ -564,6 +564,13 @@ def test_results_are_read_of_the_seeds_that_have_all(tmp_path):
         lab.read_results(tmp_path, ["sft", "opd"])
 
 
+def test_the_commit_of_a_result_is_told_without_a_repository_too():
+    """As .ci/run copies the files: git knows nothing of them."""
+    assert lab.commit_of({"commit": "abc", "dirty": False}) == "abc"
+    assert lab.commit_of({"commit": "abc", "dirty": True}) == "abc and changes"
+    assert lab.commit_of({"commit": None, "dirty": None}) == "none"
+
+
 def test_the_file_of_a_name():
     """Without commas and spaces."""
     assert lab.file_name("sft T 1, opd", 3) == "sft-T-1-opd-3.json"
