@@ -54,7 +54,9 @@ class Tour:
 
     def call(self, main, words, result):
         """Run a command if its result is not there: -> the result, a dict."""
-        self.commands.append("python " + " ".join([f"{main.__module__}.py", *words]))
+        command = "python " + " ".join([f"{main.__module__}.py", *words])
+        if command not in self.commands:
+            self.commands.append(command)
         if not Path(result).exists():
             with contextlib.redirect_stdout(io.StringIO()):
                 main(words)
