@@ -48,18 +48,17 @@ import plot
 import torch
 import toy
 from lab import (
-    HOLDS,
     NEW_TOKENS,
     NOT_ASKABLE,
-    UNDECIDED,
-    Finding,
     arm,
     below,
+    both,
     difference,
     each,
     equal,
     every_seed,
-    together,
+    finding,
+    more_than,
 )
 
 import opd
@@ -90,6 +89,7 @@ ARMS = {
     "long full": arm("student", "teacher", steps=400, objective="full"),
 }
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
+FAILING = {"bigger": "that knows no more", "other": "of another family"}
 ESTIMATORS = {
     "Eq. 3, sampled": dict(objective="sampled"),
     "Eq. 4, full": dict(objective="full"),
@@ -342,14 +342,14 @@ PROBES = {
 
 def judge(runs):
     """The criteria above."""
+    return [*depth(runs), *rewards(runs), *gradients(runs), *supports(runs)]
+
+
+def depth(runs):
+    """6.1."""
     success = runs["success"]
-    findings = []
-
-    def found(section, claim, paper, said, *words):
-        findings.append(Finding(section, claim, paper, said, together(*words)))
-
-    offs = [difference(runs["8 tokens"], success, way) for way in ("T .7", "greedy")]
-    found(
+    offs = both(runs["8 tokens"], success)
+    yield finding(
         "6.1",
         "short responses teach little",
         "0.5K and 1K tokens learn little, 3K and 7K are best",
@@ -358,7 +358,7 @@ def judge(runs):
     )
     length = mean(run["curves"]["response_length"][-1] for run in success)
     cut = mean(run["curves"]["truncated_fraction"][-1] for run in success)
-    found(
+    yield finding(
         "6.1",
         "long ones collapse",
         "10K and 15K tokens collapse near step 200",
@@ -368,7 +368,7 @@ def judge(runs):
     )
     back = [run["back"] for run in runs["backwards"]]
     front = [run["front"] for run in runs["backwards"]]
-    found(
+    yield finding(
         "6.1",
         "a collapse begins at the end of the responses",
         "in the 15K run the entropy rises first at the end",
@@ -380,7 +380,7 @@ def judge(runs):
     )
     gains = [[x["mean"] for x in run["found"]] for run in runs["depths"]]
     even = [mean(run["found"][i]["even"] for run in runs["depths"]) for i in range(len(DEPTHS))]
-    found(
+    yield finding(
         "6.1",
         "deep in a response the teacher helps less",
         "+.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens",
@@ -388,39 +388,43 @@ def judge(runs):
         f"{each(even)}",
         every_seed(x == sorted(x, reverse=True) and x[-1] <= x[0] / 4 for x in gains),
     )
-    areas = {
-        name: [run["found"][name]["before"]["auroc"] for run in runs["signal"]] for name in TEACHERS
-    }
 
-    def area(name):
-        """Mean over seeds, and noise."""
-        means = [math.nan if x["mean"] is None else x["mean"] for x in areas[name]]
-        variance = sum((x["standard_error"] or 0) ** 2 for x in areas[name])
-        return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
 
-    good = area("success")
-    word = HOLDS if good.mean - good.noise > 0.6 else UNDECIDED
-    if good.mean + good.noise < 0.6:
-        word = lab.CONTRADICTED
-    found("6.2", "a good teacher's mean reward ranks answers", "AUROC .733", str(good), word)
-    for name, what in (("bigger", "that knows no more"), ("other", "of another family")):
-        bad = area(name)
+def area(runs, name):
+    """The AUROC with a teacher before training: its mean over seeds, and noise, as a Difference."""
+    areas = [run["found"][name]["before"]["auroc"] for run in runs["signal"]]
+    means = [math.nan if x["mean"] is None else x["mean"] for x in areas]
+    variance = sum((x["standard_error"] or 0) ** 2 for x in areas)
+    return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
+
+
+def rewards(runs):
+    """6.2: the mean reward of a response."""
+    good = area(runs, "success")
+    yield finding(
+        "6.2",
+        "a good teacher's mean reward ranks answers",
+        "AUROC .733",
+        f"{good.mean:.3f} ± {good.noise:.3f}",
+        more_than(good, 0.6),
+    )
+    for name, what in FAILING.items():
+        bad = area(runs, name)
         behind = lab.Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
-        word = UNDECIDED
-        if behind.mean + behind.noise <= 0.1:
-            word = HOLDS
-        elif behind.mean - behind.noise > 0.1:
-            word = lab.CONTRADICTED
-        found(
+        yield finding(
             "6.2",
             f"that of a failing teacher {what} does so as well",
             "AUROC .751 with the one that fails",
-            f"{bad}, {behind} behind",
-            word,
+            f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
+            more_than(-behind, -0.1),
         )
+
+
+def gradients(runs):
+    """6.2: do the gradients of a failing teacher cancel?"""
     now = {name: [run["found"][name]["before"] for run in runs["signal"]] for name in TEACHERS}
-    for name, what in (("bigger", "that knows no more"), ("other", "of another family")):
-        found(
+    for name, what in FAILING.items():
+        yield finding(
             "6.2",
             f"the gradients of a failing teacher {what} are large and cancel",
             "a hypothesis, not tested",
@@ -433,8 +437,13 @@ def judge(runs):
                 for a, b in zip(now[name], now["success"])
             ),
         )
+
+
+def supports(runs):
+    """6.3 and 2.2."""
+    success = runs["success"]
     off = difference(runs["top-1 raw"], runs["student, raw"], "T .7")
-    found(
+    yield finding(
         "6.3",
         "the single likeliest token is too few",
         "AIME24 .446, against .458 of top-16; unstable",
@@ -445,7 +454,7 @@ def judge(runs):
         name: difference(runs[name], success, "T .7")
         for name in ("sampled", "top-4", "top-32", "full")
     }
-    found(
+    yield finding(
         "6.3",
         "every other support does as well as top-16",
         "AIME24 .454 sampled, .473 top-4, .463 top-64",
@@ -457,7 +466,7 @@ def judge(runs):
         for name in ("long", "long sampled")
         for way in ("T .7", "greedy")
     }
-    found(
+    yield finding(
         "2.2",
         "Eq. 3, 4 and 5 end alike",
         "not there",
@@ -468,14 +477,13 @@ def judge(runs):
         name: [run["curves"]["truncated_fraction"][-1] for run in runs[name]]
         for name in ("long", "long sampled")
     }
-    found(
+    yield finding(
         "2.2",
         "the sampled token stops ending in long runs",
         "not there",
         f"cut off after 400 steps {each(cut['long sampled'])}, with Eq. 5 {each(cut['long'])}",
         every_seed(a - b >= 0.05 for a, b in zip(cut["long sampled"], cut["long"])),
     )
-    return findings
 
 
 def more(runs):

@@ -36,17 +36,17 @@ import toy
 from lab import (
     NEW_TOKENS,
     Arm,
-    Finding,
     arm,
     below,
+    both,
     difference,
     each,
     equal,
     every_seed,
+    finding,
     gain,
     reaches,
     share,
-    together,
 )
 from transformers import AutoTokenizer
 
@@ -134,11 +134,12 @@ PROBES = {"trap": (trap, {"prompts": 1024})}
 
 def judge(runs):
     """The criteria above."""
-    success = runs["success"]
-    findings = []
+    return [*with_less(runs), *direction(runs), *trapped(runs), *ends(runs)]
 
-    def found(section, claim, paper, said, *words):
-        findings.append(Finding(section, claim, paper, said, together(*words)))
+
+def with_less(runs):
+    """Fewer prompts, fewer tokens."""
+    success = runs["success"]
 
     def shares(name):
         return [
@@ -146,10 +147,7 @@ def judge(runs):
             for a, b in zip(runs[name], success)
         ]
 
-    def both(ours, theirs):
-        return [difference(runs[ours], runs[theirs], way) for way in ("T .7", "greedy")]
-
-    found(
+    yield finding(
         "2609.04172",
         "one prompt gives most of the gain",
         ".87 of it at step 300, .72 at 1,000",
@@ -157,38 +155,46 @@ def judge(runs):
         reaches(shares("1 prompt"), 0.72),
     )
     off = difference(runs["16 prompts"], success, "T .7")
-    found(
+    yield finding(
         "2609.04172",
         "sixteen diverse prompts give as much as all",
         "so",
         f"{off} at T .7; {each(shares('16 prompts'))} of the gain",
         equal(off),
     )
-    found(
+    yield finding(
         "2606.22600",
         "the first 30 % of the tokens give nearly all",
         "so",
         f"{each(shares('10 tokens'))} of the gain at T .7",
         reaches(shares("10 tokens"), 0.8),
     )
-    offs = both("forward by teacher", "forward by student")
-    found(
+
+
+def direction(runs):
+    """The direction of the KL, and who writes."""
+    offs = both(runs["forward by teacher"], runs["forward by student"])
+    yield finding(
         "2609.35259",
         "forward KL learns alike on the student's and the teacher's responses",
         "so",
         f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
     )
-    offs = both("reverse by teacher", "reverse by student")
-    found(
+    offs = both(runs["reverse by teacher"], runs["reverse by student"])
+    yield finding(
         "2609.35259",
         "reverse KL needs the student's responses",
         "so",
         f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
         *map(below, offs),
     )
+
+
+def trapped(runs):
+    """What is taught after a mistake."""
     traps = runs["trap"]
-    found(
+    yield finding(
         "2606.09471",
         "after a mistake that cannot be mended the teacher agrees",
         "low KL there, and nothing is taught",
@@ -197,8 +203,12 @@ def judge(runs):
         f"teacher who goes on is right {each(x['saved'] for x in traps)} of the time",
         every_seed(x["after"] <= x["at"] / 2 and x["saved"] < 0.1 for x in traps),
     )
-    offs = both("unlike ends", "success")
-    found(
+
+
+def ends(runs):
+    """Ends that differ."""
+    offs = both(runs["unlike ends"], runs["success"])
+    yield finding(
         "ours",
         "ends that differ do no harm if all are one event",
         "2609.20511 treats them so, too",
@@ -206,14 +216,13 @@ def judge(runs):
         *map(equal, offs),
     )
     lost = [gain([run], "T .7").mean for run in runs["own ends"]]
-    found(
+    yield finding(
         "ours",
         "token by token they ruin the student",
         "not so in its own runs with unlike ends",
         f"{each(lost)} at T .7",
         every_seed(x <= -0.3 for x in lost),
     )
-    return findings
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Criteria, fixed before the runs:
 import lab
 import phenomenology
 import plot
-from lab import Finding, above, arm, each, every_seed, gain, together
+from lab import above, arm, each, every_seed, finding, gain, more_than, together
 
 from analysis import NOTHING_NEW, SHOULD_WORK, VERDICTS, diagnose_pair
 from plumbing.answers import answered
@@ -147,51 +147,41 @@ def by_seed(pairs, value, way):
 
 def judge(results):
     """The criteria above."""
-    pairs = pairs_of(results)
+    return list(findings(pairs_of(results)))
+
+
+def findings(pairs):
+    """A verdict that no pair has says nothing."""
     ranked = by_seed(pairs, PREDICTORS["predicted gain (mean over depths)"], "T .7")
-    findings = [
-        Finding(
-            "ours",
-            "the diagnosis ranks the gains beforehand",
-            "not there",
-            f"Spearman {each(ranked)}",
-            every_seed((x or 0) >= 0.8 for x in ranked),
-        )
-    ]
+    yield finding(
+        "ours",
+        "the diagnosis ranks the gains beforehand",
+        "not there",
+        f"Spearman {each(ranked)}",
+        every_seed((x or 0) >= 0.8 for x in ranked),
+    )
     promised = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == SHOULD_WORK]
     if promised:
         words = [together(above(x["T .7"]), above(x["greedy"])) for x in promised]
-        findings.append(
-            Finding(
-                "ours",
-                'a pair that "should work" gains',
-                "not there",
-                f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
-                f"{min(x['greedy'].mean for x in promised):+.3f} or more",
-                together(*words),
-            )
+        yield finding(
+            "ours",
+            'a pair that "should work" gains',
+            "not there",
+            f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
+            f"{min(x['greedy'].mean for x in promised):+.3f} or more",
+            *words,
         )
     nothing = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == NOTHING_NEW]
     if nothing:
-        words = [no_more(x["greedy"]) for x in nothing]
-        findings.append(
-            Finding(
-                "ours",
-                'a pair with "nothing new to teach" gains no knowledge',
-                "not there",
-                f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
-                f"{max(x['greedy'].mean for x in nothing):+.3f} at most",
-                together(*words),
-            )
+        words = [more_than(-x["greedy"], -lab.MARGIN) for x in nothing]
+        yield finding(
+            "ours",
+            'a pair with "nothing new to teach" gains no knowledge',
+            "not there",
+            f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
+            f"{max(x['greedy'].mean for x in nothing):+.3f} at most",
+            *words,
         )
-    return findings
-
-
-def no_more(x):
-    """Is a Difference below MARGIN? -> a word."""
-    if x.mean + x.noise < lab.MARGIN:
-        return lab.HOLDS
-    return lab.CONTRADICTED if x.mean - x.noise > lab.MARGIN else lab.UNDECIDED
 
 
 def more(results):

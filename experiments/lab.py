@@ -332,6 +332,11 @@ class Finding:
     word: str
 
 
+def finding(section, claim, paper, found, *words):
+    """A Finding whose word is that of all its criteria together."""
+    return Finding(section, claim, paper, found, together(*words))
+
+
 @dataclass(frozen=True)
 class Difference:
     """Of two accuracies, mean over seeds, and its noise: two standard errors.
@@ -344,6 +349,9 @@ class Difference:
 
     def __str__(self):
         return f"{self.mean:+.3f} ± {self.noise:.3f}"
+
+    def __neg__(self):
+        return Difference(-self.mean, self.noise)
 
     @property
     def is_equal(self):
@@ -376,6 +384,18 @@ def gain(runs, way, when="after", than="before", exam="accuracy"):
     return difference(runs, runs, way, when, than, exam)
 
 
+def both(ours, theirs, when="after", than=None):
+    """Their differences at T .7 and greedily: [Difference, Difference]."""
+    return [difference(ours, theirs, way, when, than) for way in ("T .7", "greedy")]
+
+
+def more_than(x, bound):
+    """Is a Difference surely more than a bound? -> a word."""
+    if x.mean - x.noise > bound:
+        return HOLDS
+    return CONTRADICTED if x.mean + x.noise < bound else UNDECIDED
+
+
 def above(x):
     """Is a Difference positive, by more than noise and by MARGIN or more? -> a word.
 
@@ -390,7 +410,7 @@ def above(x):
 
 
 def below(x):
-    return above(Difference(-x.mean, x.noise))
+    return above(-x)
 
 
 def equal(x):

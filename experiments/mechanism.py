@@ -37,18 +37,7 @@ import phenomenology
 import plot
 import torch
 import toy
-from lab import (
-    Finding,
-    arm,
-    below,
-    difference,
-    each,
-    equal,
-    every_seed,
-    reaches,
-    share,
-    together,
-)
+from lab import arm, below, both, each, equal, every_seed, finding, reaches, share
 
 from loss import support_of
 from rollout import position_ids
@@ -136,18 +125,25 @@ def shrinks(run, name):
     return share(abs(end), abs(start))
 
 
+def beginnings(ours, theirs, name):
+    """A metric in the first steps of some runs, as a share of that of others, a number a seed."""
+    return [
+        share(start_and_end(a, name)[0], start_and_end(b, name)[0]) for a, b in zip(ours, theirs)
+    ]
+
+
 def judge(runs):
     """The criteria above."""
+    return [*in_success(runs), *in_failure(runs), *supports(runs), *reinforcing(runs)]
+
+
+def in_success(runs):
+    """4.1."""
     success = runs["success"]
     bigger = runs["bigger"]
-    findings = []
-
-    def found(section, claim, paper, said, *words):
-        findings.append(Finding(section, claim, paper, said, together(*words)))
-
     rises = [rise(run) for run in success]
     of_failure = [rise(run) for run in bigger]
-    found(
+    yield finding(
         "4.1",
         "in success the overlap ratio rises, in failure it does not",
         "about .72 to above .91; in failure about .745 to .78",
@@ -161,7 +157,7 @@ def judge(runs):
         masses.append(min(p, q))
     begun = [start_and_end(run, "overlap_mass_student")[0] for run in success]
     of_failure = [start_and_end(run, "overlap_mass_student")[1] for run in bigger]
-    found(
+    yield finding(
         "4.1",
         "the shared tokens hold .97 of both models' mass at the end of success",
         ".97 to .99 throughout, in failure too, so it tells nothing by itself",
@@ -175,24 +171,24 @@ def judge(runs):
         ("largest_gap", "p - q on the token of largest advantage shrinks"),
     ):
         shares = [shrinks(run, name) for run in success]
-        found(
+        yield finding(
             "4.1",
             f"in success {title}",
             "so; persists in failure",
             f"to {each(shares)} of its size",
             every_seed(x <= 0.5 for x in shares),
         )
+
+
+def in_failure(runs):
+    """4.1."""
+    success = runs["success"]
+    bigger = runs["bigger"]
     shares = {
         name: [shrinks(run, name) for run in bigger] for name in ("entropy_gap", "largest_gap")
     }
-    begun = {
-        name: [
-            share(start_and_end(a, name)[0], start_and_end(b, name)[0])
-            for a, b in zip(bigger, success)
-        ]
-        for name in shares
-    }
-    found(
+    begun = {name: beginnings(bigger, success, name) for name in shares}
+    yield finding(
         "4.1",
         "in failure the gaps persist",
         "so",
@@ -202,14 +198,8 @@ def judge(runs):
         every_seed(x >= 0.7 for x in shares["entropy_gap"]),
         every_seed(x >= 0.7 for x in shares["largest_gap"]),
     )
-    ratios = {
-        name: [
-            share(start_and_end(a, name)[0], start_and_end(b, name)[0])
-            for a, b in zip(bigger, success)
-        ]
-        for name in ("loss", "grad_norm")
-    }
-    found(
+    ratios = {name: beginnings(bigger, success, name) for name in ("loss", "grad_norm")}
+    yield finding(
         "4.1",
         "where nothing new is taught loss and gradient begin small",
         "so: a small loss is no success",
@@ -217,6 +207,10 @@ def judge(runs):
         every_seed(x < 0.5 for x in ratios["loss"]),
         every_seed(x < 0.5 for x in ratios["grad_norm"]),
     )
+
+
+def supports(runs):
+    """4.2: what the student learns from part of the tokens."""
     for raw, objective in (("", "Eq. 5"), (", raw", "the authors' loss")):
         whole = runs[f"student{raw}" if raw else "success"]
         for support, claim, paper, criterion in (
@@ -228,31 +222,35 @@ def judge(runs):
                 below,
             ),
         ):
-            offs = [difference(runs[support + raw], whole, way) for way in ("T .7", "greedy")]
-            found(
+            offs = both(runs[support + raw], whole)
+            yield finding(
                 "4.2",
                 f"{claim}, {objective}",
                 paper,
                 f"{offs[0]} at T .7, {offs[1]} greedily",
                 *map(criterion, offs),
             )
+
+
+def reinforcing(runs):
+    """4.2: what the overlap ratio does then."""
+    success = runs["success"]
     shares = [share(rise(a), rise(b)) for a, b in zip(runs["intersection"], success)]
     falls = [fall(run) for run in runs["difference"]]
-    found(
+    yield finding(
         "4.2",
         "with the shared tokens alone the overlap rises as much",
         "so: alignment reinforces itself",
         f"{each(shares)} of the rise",
         reaches(shares, 0.8),
     )
-    found(
+    yield finding(
         "4.2",
         "with the others alone it first falls",
         "so, then it partly recovers",
         f"by {each(falls, '.3f')} at its lowest",
         every_seed(x >= 0.01 for x in falls),
     )
-    return findings
 
 
 def more(runs):

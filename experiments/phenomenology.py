@@ -43,20 +43,21 @@ import torch
 import toy
 from lab import (
     Arm,
-    Finding,
     above,
     arm,
     below,
+    both,
     difference,
     each,
     equal,
     every_seed,
+    finding,
     gain,
     held_out,
+    more_than,
     reaches,
     recovery,
     share,
-    together,
 )
 from own_loop import train_without_teacher
 
@@ -109,39 +110,46 @@ PROBES = {"between-teachers": (between_teachers, {"prompts": 512})}
 
 def judge(runs):
     """The criteria above."""
-    success = runs["success"]
-    bigger = runs["bigger"]
-    sharp = runs["sharp"]
+    return [
+        *thinking(runs),
+        *knowledge(runs),
+        *reversal(runs),
+        *same_target(runs),
+        *without_teacher(runs),
+    ]
+
+
+def overlap(runs):
+    """The held-out overlap ratio at the start, a number a seed."""
+    return [held_out(run, "before", "overlap_ratio") for run in runs]
+
+
+def thinking(runs):
+    """3.1."""
     early = runs["early"]
     other = runs["other"]
-    reverse = runs["reverse"]
-
-    def overlap(name):
-        return [held_out(run, "before", "overlap_ratio") for run in runs[name]]
-
-    def both(ours, theirs, **how):
-        return [difference(ours, theirs, way, **how) for way in ("T .7", "greedy")]
-
-    findings = []
-
-    def found(section, claim, paper, said, *words):
-        findings.append(Finding(section, claim, paper, said, together(*words)))
-
     teachers = difference(early, other, "T .7", "teacher")
     students = both(early, other)
-    alike = every_seed(a > b for a, b in zip(overlap("early"), overlap("other")))
-    found(
+    alike = every_seed(a > b for a, b in zip(overlap(early), overlap(other)))
+    yield finding(
         "3.1",
         "a weaker teacher that thinks alike makes the better student",
         "weaker on average, its student about .20 against about .15",
         f"teachers {teachers}; students {students[0]} at T .7, {students[1]} greedily; overlap at "
-        f"the start {each(overlap('early'))} against {each(overlap('other'))}",
+        f"the start {each(overlap(early))} against {each(overlap(other))}",
         below(teachers),
         *map(above, students),
         alike,
     )
+
+
+def knowledge(runs):
+    """3.2."""
+    success = runs["success"]
+    bigger = runs["bigger"]
+    sharp = runs["sharp"]
     made_up = [recovery(run, "greedy") for run in success]
-    found(
+    yield finding(
         "3.2",
         "what a teacher newly knows can be learnt",
         "gap recovery .17 and .59 from teachers after RL",
@@ -149,8 +157,8 @@ def judge(runs):
         f"{each(recovery(run, 'T .7') for run in success)}",
         reaches(made_up, 0.8),
     )
-    gains = [gain(bigger, way) for way in ("T .7", "greedy")]
-    found(
+    gains = both(bigger, bigger, than="before")
+    yield finding(
         "3.2",
         "a bigger teacher that knows no more teaches nothing",
         "gap recovery .05 and .16 from bigger ones of the same pipeline",
@@ -158,7 +166,7 @@ def judge(runs):
         *map(equal, gains),
     )
     gains = [gain(sharp, way) for way in toy.WAYS]
-    found(
+    yield finding(
         "3.2",
         "a teacher that only samples more sharply teaches no knowledge",
         "not there",
@@ -166,7 +174,7 @@ def judge(runs):
         equal(gains[2]),
     )
     gains = [gain(runs["self"], way) for way in toy.WAYS]
-    found(
+    yield finding(
         "3.2",
         "itself at temperature .5 raises the score at T 1 and teaches no knowledge",
         "not there",
@@ -174,16 +182,23 @@ def judge(runs):
         above(gains[0]),
         equal(gains[2]),
     )
-    found(
+    yield finding(
         "3.2",
         "the teacher that knows more begins at the lower overlap",
         ".715 against .742 to .747, .703 against .757",
-        f"{each(overlap('success'))} against {each(overlap('bigger'))}",
-        every_seed(a < b for a, b in zip(overlap("success"), overlap("bigger"))),
+        f"{each(overlap(success))} against {each(overlap(bigger))}",
+        every_seed(a < b for a, b in zip(overlap(success), overlap(bigger))),
     )
+
+
+def reversal(runs):
+    """3.3: a score does not predict, and a worse teacher takes back."""
+    early = runs["early"]
+    sharp = runs["sharp"]
+    reverse = runs["reverse"]
     scores = difference(early, sharp, "T 1", "teacher")
     ends = difference(early, sharp, "greedy")
-    found(
+    yield finding(
         "3.3",
         "of two teachers with equal scores at T 1 the one that knows more teaches more",
         "the benchmark score predicts nothing",
@@ -192,7 +207,7 @@ def judge(runs):
         above(ends) if scores.is_equal else lab.NOT_ASKABLE,
     )
     offs = both(reverse, reverse, than="teacher")
-    found(
+    yield finding(
         "3.3",
         "its earlier self takes back what RL gave",
         "from about .54 to about .30 to .34; the earlier self has .28",
@@ -200,7 +215,7 @@ def judge(runs):
         *map(equal, offs),
     )
     offs = both(runs["reverse-bigger"], reverse)
-    found(
+    yield finding(
         "3.3",
         "a bigger model of the same pipeline takes it to the same place",
         "both runs lie on top of each other",
@@ -208,19 +223,23 @@ def judge(runs):
         *map(equal, offs),
     )
     off = difference(runs["reverse-sharp"], reverse, "greedy")
-    found(
+    yield finding(
         "3.3",
         "a sharp one, too",
         "not there",
         f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",
         equal(off),
     )
+
+
+def same_target(runs):
+    """3.3: a small and a bigger teacher of one pipeline."""
     between = [run["found"] for run in runs["between-teachers"]]
 
     def kl(name):
         return [x[name]["reverse_kl"] for x in between]
 
-    found(
+    yield finding(
         "3.3",
         "to the student a small and a bigger teacher of one pipeline are the same target",
         "said of R1-Distill-1.5B and 7B, not measured",
@@ -235,24 +254,23 @@ def judge(runs):
             )
         ),
     )
+
+
+def without_teacher(runs):
+    """2608.31046."""
+    success = runs["success"]
     controls = [runs["no-teacher"], runs["no-teacher, lr by 10"]]
     control = max(controls, key=lambda of_rate: gain(of_rate, "T 1").mean)
     for way, how in (("T 1", "at T 1"), ("T .7", "at T .7"), ("greedy", "greedily")):
         off = difference(control, success, way)
         of_gain = share(gain(control, way).mean, gain(success, way).mean)
-        word = lab.UNDECIDED
-        if off.mean - off.noise > -lab.MARGIN:
-            word = lab.HOLDS
-        elif off.mean < -off.noise:
-            word = lab.CONTRADICTED
-        found(
+        yield finding(
             "2608.31046",
             f"pushing down unlikely tokens does what a teacher does, {how}",
             "reaches what OPD reaches",
             f"{off} of success, {of_gain:.2f} of its gain",
-            word,
+            more_than(off, -lab.MARGIN),
         )
-    return findings
 
 
 if __name__ == "__main__":

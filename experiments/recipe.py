@@ -42,18 +42,18 @@ import plot
 import toy
 from lab import (
     Arm,
-    Finding,
     above,
     arm,
     difference,
     each,
     every_seed,
+    finding,
     gain,
     held_out,
+    more_than,
     over_seeds,
     reaches,
     recovery,
-    together,
 )
 
 FEW = dict(cold_start=1024, cold_start_steps=100)
@@ -118,13 +118,13 @@ ARMS = {**COLD, **PROMPTS}
 
 def judge(runs):
     """The criteria above."""
-    findings = []
+    return [*cold_starts(runs), *prompts(runs)]
 
-    def found(section, claim, paper, said, *words):
-        findings.append(Finding(section, claim, paper, said, together(*words)))
 
+def cold_starts(runs):
+    """5.1."""
     made_up = [recovery(run, "T .7") for run in runs["opd"]]
-    found(
+    yield finding(
         "5.1",
         "OPD from another way of thinking fails",
         "it learns, to a lower ceiling (AMC23, about .12 to .26)",
@@ -134,7 +134,7 @@ def judge(runs):
     )
     made_up = [recovery(run, "T .7") for run in runs["sft, opd"]]
     off = difference(runs["sft, opd"], runs["opd"], "T .7")
-    found(
+    yield finding(
         "5.1",
         "a cold start rescues it",
         "it raises the ceiling (AMC23, about .36 to .40)",
@@ -151,7 +151,7 @@ def judge(runs):
                 for run in runs[f"sft{T}, opd"]
             ]
         rises = [every_seed(b > a for a, b in changes[name]) for name in ("overlap_ratio", *MASSES)]
-        found(
+        yield finding(
             "5.1",
             f"OPD then begins closer to its teacher, on answers of {said}",
             "high and smooth overlap, masses near 1, a small entropy gap",
@@ -166,27 +166,31 @@ def judge(runs):
             difference(runs[f"sft{T}, opd"], runs[f"sft{T} only"], way)
             for way in ("T .7", "greedy", "T 1")
         ]
-        found(
+        yield finding(
             "5.1",
             f"and beats as many updates of fine-tuning alone, on answers of {said}",
             "not controlled",
             f"{offs[0]} at T .7, {offs[1]} greedily, {offs[2]} at T 1",
             *map(above, offs[:2]),
         )
+
+
+def prompts(runs):
+    """5.2."""
     aligned = runs["aligned"]
     other = "accuracy, other template"
     offs = [
         difference(aligned, runs["other template"], "T .7", exam=exam)
         for exam in ("accuracy", other)
     ]
-    found(
+    yield finding(
         "5.2",
         "the teacher's template helps, measured under it",
         "mean about .54 against .51, recovery about 85 against 80 %",
         f"{offs[0]} at T .7",
         above(offs[0]),
     )
-    found(
+    yield finding(
         "5.2",
         "and measured under the other",
         "not there",
@@ -198,7 +202,7 @@ def judge(runs):
         [held_out(run, "after", "entropy_student") for run in runs[name]]
         for name in ("aligned", "share 0")
     ]
-    found(
+    yield finding(
         "5.2",
         "the teacher's own prompts help and lower the entropy",
         "better, at lower overlap; entropy about 1.5 against 3 to 6 nats",
@@ -207,19 +211,13 @@ def judge(runs):
         every_seed(a < b for a, b in zip(*entropies)),
     )
     off = difference(runs["share .5"], aligned, "T .7")
-    word = lab.UNDECIDED
-    if off.mean - off.noise > -lab.MARGIN:
-        word = lab.HOLDS
-    elif off.mean < -off.noise:
-        word = lab.CONTRADICTED
-    found(
+    yield finding(
         "5.2",
         "a mixture does as well as the teacher's own prompts alone, or better",
         "advised, not run",
         f"{off} at T .7, half of them aligned",
-        word,
+        more_than(off, -lab.MARGIN),
     )
-    return findings
 
 
 def after(run):

@@ -511,6 +511,15 @@ def test_the_word_for_a_difference(mean, noise, above, below, equal):
     assert lab.equal(x) == equal
 
 
+def test_the_word_for_a_bound():
+    """Surely more, surely less, or not sure; the bound itself is not more."""
+    assert lab.more_than(lab.Difference(0.7, 0.05), 0.6) == "holds"
+    assert lab.more_than(lab.Difference(0.5, 0.05), 0.6) == "contradicted"
+    assert lab.more_than(lab.Difference(0.6, 0.0), 0.6) == "undecided"
+    assert lab.more_than(-lab.Difference(0.02, 0.01), -lab.MARGIN) == "holds"  # no worse
+    assert lab.more_than(-lab.Difference(0.04, 0.02), -lab.MARGIN) == "undecided"
+
+
 def test_more_data_never_takes_a_finding_back():
     """As the noise shrinks, a word other than undecided stays what it is."""
     for mean in torch.linspace(-0.2, 0.2, 81).tolist():
