@@ -178,13 +178,13 @@ def diagnosis(report):
 def metric_lines(report):
     """A line for each metric of the diagnosis; of the overlap, also where it is least."""
     names = {**METRICS, "overlap_ratio": f"overlap ratio, k = {report['k']}, Eq. 6"}
-    first = f"first {FIRST_TOKENS}"
+    title = f"first {FIRST_TOKENS}"
     lines = [
         f"{report['prompts']} prompts, {report['responses']} responses of "
         f"{report['response_length']:.1f} tokens at T {report['temperature']:g}, "
         f"{report['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts",
         "",
-        f"{'':34} {'all tokens':17} {first:17} worst bucket of positions",
+        f"{'':34} {'all tokens':17} {title:17} worst bucket of positions",
     ]
     for metric, found in report["metrics"].items():
         shown = "none shared" if found["mean"] is None else plus_minus(found, "8.4f")
