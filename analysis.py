@@ -23,13 +23,14 @@ To copy: with rollout.py, teacher.py and loss.py. `main` needs plumbing/.
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from rollout import rollout as plain_rollout
 from rollout import seed_of
-from teacher import grade
+from teacher import grade, read_by_teacher
 
 LOG_ZERO = -1e4  # nats; stands for log 0, so that 0 log 0 is 0 and p log(p/0) is finite
 
@@ -115,12 +116,15 @@ def reverse_kl(log_p, log_q):
 
 
 @torch.no_grad()
-def diagnose(log_p, log_q, y, k):
+def diagnose(log_p, log_q, y, k, ends=()):
     """All of the above at each state: (N, V), (N, V), drawn tokens (N,) -> {name: (N,)}.
 
     reward: log q(y) - log p(y) at the drawn token (its mean over a response is the paper's sequence
-    mean reward); log_p: log p(y), to hold against what the rollout recorded.
+    mean reward); distance_left: its absolute value (arXiv 2609.04172); log_p: log p(y), to hold
+    against what the rollout recorded; end_mass_*: the probability that the response ends here,
+    of the tokens `ends`.
     """
+    ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     P, in_I = shared_tokens(log_p, log_q, k)
     H_p = entropy(log_p)
     H_q = entropy(log_q)
@@ -136,7 +140,10 @@ def diagnose(log_p, log_q, y, k):
         "largest_gap": largest_gap(log_p, log_q, P),
         "entropy_student": H_p,
         "entropy_teacher": H_q,
+        "end_mass_student": log_p[:, ends].exp().sum(-1),
+        "end_mass_teacher": log_q[:, ends].exp().sum(-1),
         "reward": log_q_y - log_p_y,
+        "distance_left": (log_q_y - log_p_y).abs(),
         "log_p": log_p_y,
     }
 
@@ -216,11 +223,21 @@ def plus_minus(x, form=".3f"):
 def ahead(a, b):
     """How far accuracy a is ahead of b, prompt by prompt: {"mean", "standard_error"}.
 
-    Both are results of plumbing.measure.accuracy on the same prompts.
+    Both are results of plumbing.measure.accuracy on the same prompts; of several files the mean.
     """
+    if "files" in a:
+        return mean_of([ahead(a["files"][name], b["files"][name]) for name in a["files"]])
     share_a = torch.tensor(a["each"]).double() / a["samples"] * len(a["each"])  # (prompts,)
     share_b = torch.tensor(b["each"]).double() / b["samples"] * len(b["each"])
     return estimate(share_a - share_b, GAIN)
+
+
+def mean_of(estimates):
+    """The mean of independent estimates, each as heavy: -> an estimate."""
+    means = [x["mean"] for x in estimates]
+    errors = [x["standard_error"] for x in estimates]
+    error = None if None in errors else math.hypot(*errors) / len(errors)
+    return {"mean": sum(means) / len(means), "standard_error": error}
 
 
 def gap_recovery(before, after, teacher):
@@ -296,7 +313,7 @@ def continuation(pair, rows, responses, depth, *, answered, n, **how):
         cut = min(len(response), depth) if isinstance(depth, int) else int(depth * len(response))
         cuts.append(cut)
     starts = [response[:cut] for response, cut in zip(responses, cuts)]
-    student, _ = answered(pair, rows, model=pair.student, starts=starts, n=n, **how)
+    student, _ = answered(pair, rows, starts=starts, n=n, **how)
     teacher, _ = answered(pair, rows, model=pair.teacher, starts=starts, n=n, **how)
     return {
         "student": student.double().mean(1),
@@ -343,9 +360,12 @@ def diagnose_pair(
         )
 
     def per_position(log_p, log_q, y):
-        return diagnose(log_p, log_q, y, k)
+        return diagnose(log_p, log_q, y, k, pair.eos_ids)
 
-    grid = grade(pair, r, per_position, temperature=temperature)  # {name: (B, T)}
+    teacher_reads = read_by_teacher(r, rows, pair.pad_id)
+    grid = grade(  # {name: (B, T)}
+        pair, r, per_position, teacher_reads=teacher_reads, temperature=temperature
+    )
     metrics = {}
     for name, x in grid.items():
         if name != "log_p":
@@ -451,14 +471,23 @@ def compared(found):
 def gains(pair, rows, responses, depths, **how):
     """The teacher's gain at several depths: -> one dict a depth, and the mean gain over depths.
 
-    If nobody has solved a prompt at the first depth, deeper ones are not tried.
+    If a depth is a count of tokens, only responses that go on after the deepest one are taken, as
+    in the paper; if there are none: [], None. If nobody has solved a prompt at the first depth,
+    deeper ones are not tried.
     """
+    deepest = max((depth for depth in depths if isinstance(depth, int)), default=-1)
+    deep = [i for i, response in enumerate(responses) if len(response) > deepest]
+    rows = [rows[i] for i in deep]
+    responses = [responses[i] for i in deep]
+    if not rows:
+        return [], None
     report = []
     gain_at = []
     for depth in depths:
         found = continuation(pair, rows, responses, depth, **how)
         gain_at.append(found["teacher"] - found["student"])  # (rows,)
-        report.append({"depth": depth, "tokens": found["tokens"], **compared(found)})
+        tokens = found["tokens"]
+        report.append({"depth": depth, "tokens": tokens, "responses": len(rows), **compared(found)})
         if depth == depths[0] and not found["student"].any() and not found["teacher"].any():
             break
     return report, estimate(torch.stack(gain_at).mean(0), GAIN)
@@ -492,8 +521,11 @@ def verdict(report):
         reasons.append("most responses were cut off: take a higher --max-new-tokens")
     if unlike:
         reasons.append(f"the tokens that both find likely hold less than {SHARED_MASS} in sum")
-    if "continuation" not in report:
-        reasons.append(part_ways if unlike else "without answers no lead can be measured")
+    if not report.get("continuation"):
+        why = "without answers no lead can be measured"
+        if "continuation" in report:
+            why = "no response is longer than the deepest of --depths"
+        reasons.append(part_ways if unlike else why)
         return INCOMPATIBLE if unlike else UNDECIDED, reasons
 
     alone = report["continuation"][0]
@@ -542,7 +574,7 @@ def main(argv=None):
         if args.run:
             figures.runs(args.run, args.plot, args.positions)
             return
-        rows = prompts.some_questions(args.prompts, args.template, args.seed, args.count)
+        rows = prompts.some_questions(args)
         pair = models.load_pair(args.student, args.teacher, **flags.of_pair(args))
         rows = prompts.encode_for(args, pair, rows)
         sampling = {
@@ -556,8 +588,9 @@ def main(argv=None):
         report = diagnose_pair(
             pair,
             rows,
-            answered=answers.answered,
+            answered=partial(answers.answered, checker=args.checker),
             rollout=slots.rollout,
+            depths=flags.depths_of(args),
             n=args.n,
             finishes=args.finishes,
             eval_temperature=args.eval_temperature,

@@ -50,7 +50,7 @@ from plumbing.run import Run
 from plumbing.slots import rollout  # rollout.rollout, faster
 from recipes import cold_start, teacher_rollouts
 from rollout import batch, seed_of
-from teacher import UserError, log_softmax_of, states
+from teacher import UserError, log_softmax_of, read_by_teacher, states
 
 
 def objective(cfg, log_p, log_q, y):
@@ -66,12 +66,12 @@ def objective(cfg, log_p, log_q, y):
     raise ValueError(f"objective={cfg.objective!r} has no loss")
 
 
-def loss_and_metrics(cfg):
+def loss_and_metrics(cfg, ends):
     """A function of log_p (N, V), log_q (N, V), y (N,) -> {name: (N,)}, evaluated at each state."""
 
     def per_position(log_p, log_q, y):
         values = {"loss": objective(cfg, log_p, log_q, y)}
-        values.update(diagnose(log_p, log_q, y, cfg.k))  # Eq. 6 to 10
+        values.update(diagnose(log_p, log_q, y, cfg.k, ends))  # Eq. 6 to 10
         return values
 
     return per_position
@@ -100,16 +100,17 @@ def update(cfg, pair, optimizer, rows, step):
     written = time.perf_counter()
 
     total = over_processes(r.is_response.sum())  # one denominator for all parts and processes
-    per_position = loss_and_metrics(cfg)
+    per_position = loss_and_metrics(cfg, pair.eos_ids)
     # from hidden states to log-probabilities: head, temperature, merged ends
     log_p_of = log_softmax_of(pair, pair.student, cfg.temperature)
     log_q_of = log_softmax_of(pair, pair.teacher, cfg.teacher_temperature)
     metrics = measure.Means(cfg.max_new_tokens, pair.device)
-    for part in equal_micro_batches(r, pair.micro_batch_tokens):
+    teacher_reads = read_by_teacher(r, share(rows), pair.pad_id)  # r, but for "teacher_prompt"
+    for part in equal_micro_batches(r, pair.micro_batch_tokens, teacher_reads):
         with pair.autocast():
             h_p = states(pair.student, part)  # (N, H) before each response token
             with torch.no_grad():
-                h_q = states(pair.teacher, part)  # (N, H')
+                h_q = states(pair.teacher, part.for_teacher)  # (N, H')
             values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
         loss = values["loss"].sum() / total  # mean over the response tokens of the step
         loss.backward()
@@ -209,7 +210,8 @@ def student_now(cfg, pair, exam, held_out, when):
     exam: the prompts in the template of --eval-template; held_out: in that of training.
     """
     found = measure.accuracies(cfg, pair, exam, pair.student, when)
-    found[f"held_out_{when}"] = measure.distance(cfg, pair, held_out, loss_and_metrics(cfg))
+    per_position = loss_and_metrics(cfg, pair.eos_ids)
+    found[f"held_out_{when}"] = measure.distance(cfg, pair, held_out, per_position)
     return found
 
 

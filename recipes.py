@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from rollout import batch, from_texts, seed_of
 from rollout import rollout as plain_rollout
-from teacher import UserError, values_of
+from teacher import UserError, teacher_ids, values_of
 from teacher import micro_batches as plain_micro_batches
 
 # --- 5.2 the template and the content -----------------------------------------------------------
@@ -68,16 +68,15 @@ def is_in_template(question, template):
 
 def in_template(rows, template):
     """Every question, of a chat its last message, in a template: [{"prompt", ...}] -> new rows."""
-    done = []
-    for row in rows:
-        prompt = row["prompt"]
-        if isinstance(prompt, str):
-            prompt = apply_template(prompt, template)
-        else:
-            content = apply_template(prompt[-1]["content"], template)
-            prompt = [*prompt[:-1], {**prompt[-1], "content": content}]
-        done.append({**row, "prompt": prompt})
-    return done
+    return [{**row, "prompt": prompt_in_template(row["prompt"], template)} for row in rows]
+
+
+def prompt_in_template(prompt, template):
+    """A text, or the last message of a chat, in a template: -> text or chat."""
+    if isinstance(prompt, str):
+        return apply_template(prompt, template)
+    content = apply_template(prompt[-1]["content"], template)
+    return [*prompt[:-1], {**prompt[-1], "content": content}]
 
 
 def question_key(prompt):
@@ -170,11 +169,11 @@ def teacher_rollouts(
 ):
     """One response of the teacher to each row from row `start` on: yields lists of answers.
 
-    rows: {"prompt", "ids"}. An answer is {"messages": the chat with the response, "prompt_ids",
-    "response_ids", "why"}; why is "kept", "unfinished" or "degenerate" (also: empty). As in the
-    paper there is no filter by correctness. A list holds the answers to the next `at_once` rows,
-    of which process `share` = (rank, processes) takes every so many-th. What is drawn for a row
-    follows from the seed and its place.
+    rows: {"prompt", "ids"}, and "teacher_ids" if the teacher reads another prompt. An answer is
+    {"messages": the chat with the response, "prompt_ids", "response_ids", "why"}; why is "kept",
+    "unfinished" or "degenerate" (also: empty). As in the paper there is no filter by correctness.
+    A list holds the answers to the next `at_once` rows, of which process `share` = (rank,
+    processes) takes every so many-th. What is drawn for a row follows from the seed and its place.
     """
     rank, world = share
     first_batch = start - start % at_once  # batches are the same whether or not a run was cut
@@ -189,7 +188,7 @@ def teacher_rollouts(
         with pair.autocast():
             r = rollout(
                 pair.teacher,
-                [rows[i]["ids"] for i in places],
+                [teacher_ids(rows[i]) for i in places],
                 max_new_tokens=max_new_tokens,
                 temperature=temperature,
                 top_p=top_p,

@@ -2,12 +2,14 @@
 
     log_probs       log p(v | s_t) of a model at the states s_t before each response token, plainly
     make_pair       do the two models speak of the same tokens at all? -> Pair
+    read_by_teacher the same responses behind prompts of the teacher's own, if it has some
     micro_batches   a rollout in parts that fit into memory
     states          the hidden states before each response token, for one part
     values_of       a loss and diagnostics at every token of a part: differentiable
     grade           diagnostics at every token of a rollout: measured only
 
-The teacher reads the student's very token ids; nothing is decoded and encoded again.
+The teacher reads the student's very token ids; nothing is decoded and encoded again. Its prompt
+alone may be another one: a copy of the student that may read a hint, a template of its own.
 To copy: with loss.py and rollout.py.
 """
 
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from loss import in_chunks
-from rollout import log_softmax, merge_ends, position_ids
+from rollout import as_rollout, left_pad, log_softmax, merge_ends, position_ids
 
 LOGITS_OF_A_CHUNK = {"cpu": 2**23, "cuda": 2**28}  # 32 MiB and 1 GiB in float32
 
@@ -71,6 +73,7 @@ class Pair:
     dtype: torch.dtype = torch.float32  # of the computation; the student's weights are float32
     micro_batch_tokens: int = 16384  # padded tokens in one forward and backward
     in_flight: int | None = None  # responses written at a time (plumbing/slots.py); None: all
+    teacher_tokenizer: object = None  # the same tokens; its chat template is for teacher_prompt
 
     @property
     def device(self):
@@ -121,6 +124,7 @@ def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings
         vocab_size=vocab_size,
         eos_ids=sorted(ends, key=lambda i: (i != own, i)),
         pad_id=student_tokenizer.pad_token_id or 0,
+        teacher_tokenizer=teacher_tokenizer,
         **settings,
     )
 
@@ -209,27 +213,65 @@ def check_tokens(student_tokenizer, teacher_tokenizer):
     )
 
 
+# --- a teacher that reads another prompt ---------------------------------------------------------
+
+
+def teacher_ids(row):
+    """The prompt that the teacher reads, {"ids", and "teacher_ids" if it is another}: token ids."""
+    return row.get("teacher_ids", row["ids"])
+
+
+def read_by_teacher(r, rows, pad_id=0):
+    """The same responses behind the prompts that the teacher reads: -> Rollout.
+
+    rows: the prompts of r, see teacher_ids. It is r itself if the teacher has none of its own.
+    Differs from the paper, whose teacher reads what the student reads. Its outlook names such a
+    teacher: a copy of the student that knows more because of what it may read.
+    """
+    if not any("teacher_ids" in row for row in rows):
+        return r
+    prompts = [teacher_ids(row) for row in rows]
+    n = len(r.ids) // len(rows)
+    prompt_ids, prompt_mask = left_pad(prompts, pad_id, r.ids.device)  # (m, P'), (m, P')
+    return as_rollout(
+        prompt_ids.repeat_interleave(n, dim=0),  # (B, P')
+        prompt_mask.repeat_interleave(n, dim=0),
+        r.ids[:, -r.log_p.size(1) :],  # (B, T)
+        r.log_p,
+        r.response_mask.sum(1),
+        ~r.truncated,
+    )
+
+
 # --- a rollout in micro-batches -----------------------------------------------------------------
 
 
 @dataclass
-class MicroBatch:
-    """Some responses of a rollout, b rows of L columns with N response tokens in all."""
+class Text:
+    """What a model reads: b responses behind their prompts, in L columns."""
 
-    rows: list  # b ints: which rows of the rollout
     ids: torch.Tensor  # (b, L)
     attention_mask: torch.Tensor  # (b, L) bool
     is_response: torch.Tensor  # (b, L) bool
+
+
+@dataclass
+class MicroBatch(Text):
+    """Some responses of a rollout as the student reads them, with N response tokens in all."""
+
+    for_teacher: Text  # the same responses as the teacher reads them, (b, L')
+    rows: list  # b ints: which rows of the rollout
     y: torch.Tensor  # (N,) the response tokens, row by row
     log_p: torch.Tensor  # (N,) their log-probabilities when they were drawn
     place: torch.Tensor  # (N,) which token of its response each is: 0, 1, ...
 
 
-def micro_batches(r, budget):
+def micro_batches(r, budget, teacher_reads=None):
     """A rollout cut into parts of at most `budget` padded tokens, or one row: list of MicroBatch.
 
     Rows of like length are together, the longest first, so that memory peaks early. Columns that
-    are padding in every row of a part are left out.
+    are padding in every row of a part are left out. teacher_reads: from read_by_teacher; None: the
+    teacher reads what the student reads. The parts do not depend on it.
     """
     mask = r.attention_mask.long()
     start = mask.argmax(1).tolist()  # the column of the first token of each row
@@ -243,46 +285,46 @@ def micro_batches(r, budget):
             groups[-1] = rows
         else:
             groups.append([row])
-    parts = []
-    for rows in groups:
-        left = min(start[i] for i in rows)
-        right = max(end[i] for i in rows)
-        parts.append(cut(r, rows, slice(left, right)))
-    return parts
+    return [cut(r, rows, teacher_reads or r) for rows in groups]
 
 
-def cut(r, rows, columns):
-    """Some rows and columns of a rollout: -> MicroBatch."""
-    ids = r.ids[rows, columns]
-    is_response = r.is_response[rows, columns]
+def cut(r, rows, teacher_reads):
+    """Some rows of a rollout: -> MicroBatch."""
+    mine = rows_of(r, rows)
     written = r.response_mask[rows]  # (b, T)
     place = torch.arange(written.size(1), device=written.device).expand_as(written)
     return MicroBatch(
+        **vars(mine),
+        for_teacher=mine if teacher_reads is r else rows_of(teacher_reads, rows),
         rows=rows,
-        ids=ids,
-        attention_mask=r.attention_mask[rows, columns],
-        is_response=is_response,
-        y=ids[is_response],
+        y=mine.ids[mine.is_response],
         log_p=r.log_p[rows][written],
         place=place[written],
     )
 
 
+def rows_of(r, rows):
+    """Some rows of a rollout, without the columns that are padding in all of them: -> Text."""
+    used = r.attention_mask[rows].any(0).nonzero().squeeze(-1).tolist()
+    columns = slice(used[0], used[-1] + 1)
+    return Text(r.ids[rows, columns], r.attention_mask[rows, columns], r.is_response[rows, columns])
+
+
 # --- from a micro-batch to hidden states, from hidden states to log-probabilities ----------------
 
 
-def states(model, part):
-    """The hidden states before each response token of a MicroBatch, packed row by row: (N, H).
+def states(model, text):
+    """The hidden states before each response token of a Text, packed row by row: (N, H).
 
     If a model does more than a linear head, its own logits take their place, and H = V.
     """
     h = trunk_of(model)(
-        input_ids=part.ids,
-        attention_mask=part.attention_mask,
-        position_ids=position_ids(part.attention_mask),
+        input_ids=text.ids,
+        attention_mask=text.attention_mask,
+        position_ids=position_ids(text.attention_mask),
         use_cache=False,
     )[0]  # (b, L, H)
-    return h[:, :-1][part.is_response[:, 1:]]  # the state at t-1 predicts token t
+    return h[:, :-1][text.is_response[:, 1:]]  # the state at t-1 predicts token t
 
 
 def trunk_of(model):
@@ -339,20 +381,21 @@ def values_of(
         h_q = None
         if with_teacher:
             with torch.no_grad():
-                h_q = states(pair.teacher, part)  # (N, H')
+                h_q = states(pair.teacher, part.for_teacher)  # (N, H')
         log_p_of = log_softmax_of(pair, pair.student, temperature)
         log_q_of = log_softmax_of(pair, pair.teacher, teacher_temperature)
         return in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
 
 
 @torch.no_grad()
-def grade(pair, r, per_position, *, temperature=1.0, teacher_temperature=1.0):
+def grade(pair, r, per_position, *, teacher_reads=None, temperature=1.0, teacher_temperature=1.0):
     """per_position at every response token of a rollout, measured only: -> {name: (B, T)}.
 
     NaN where there is no token (0 of integers). What is (N, ...) becomes (B, T, ...).
+    teacher_reads: see micro_batches.
     """
     grids = {}
-    for part in micro_batches(r, pair.micro_batch_tokens):
+    for part in micro_batches(r, pair.micro_batch_tokens, teacher_reads):
         values = values_of(
             pair,
             part,

@@ -132,21 +132,7 @@ class Lab:
         asked: what decides it, plain values. SystemExit if the file was made with other ones.
         """
         path = self.results / "toy" / file_name(name, self.seed)
-        asked = json.loads(json.dumps(asked))
-        if path.exists():
-            found = files.read_json(path)
-            if found["asked"] != asked:
-                raise SystemExit(
-                    f"{path} was made with other settings; remove it, and {name} is run again"
-                )
-            return found
-        origin = files.provenance()
-        started = time.process_time()
-        made = {"name": name, "seed": self.seed, "asked": asked, **make(), **origin}
-        made["seconds"] = round(time.process_time() - started, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_result(path, made)
-        return made
+        return once(path, {"name": name, "seed": self.seed}, asked, make)
 
     def run(self, name, arm):
         """An arm: -> its result."""
@@ -217,6 +203,29 @@ class Lab:
         return found
 
 
+def once(path, names, asked, make):
+    """A result file: read if it is there, else made and written.
+
+    names: what it is called, {"name", "seed"}. asked: what decides it, plain values. make: a
+    function -> what the result holds. SystemExit if the file was made with other settings.
+    """
+    asked = json.loads(json.dumps(asked))
+    if path.exists():
+        found = files.read_json(path)
+        if found["asked"] != asked:
+            raise SystemExit(
+                f"{path} was made with other settings; remove it, and {names['name']} is run again"
+            )
+        return found
+    origin = files.provenance()
+    started = time.process_time()
+    made = {**names, "asked": asked, **make(), **origin}
+    made["seconds"] = round(time.process_time() - started, 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_result(path, made)
+    return made
+
+
 def slug(name):
     """A name as that of a file: "sft, opd" -> "sft-opd"."""
     return name.replace(",", "").replace(" ", "-")
@@ -245,7 +254,7 @@ def run_opd(lab, arm, folder):
             **asked,
             "student": str(lab.model(arm.student)),
             "teacher": str(lab.model(arm.teacher)),
-            "eval": str(some),
+            "eval": (str(some),),
             "out": str(folder),
         }
     )

@@ -10,7 +10,8 @@ path.svg is written.
     forecast       the gain that came against the one that was predicted
     overview       a pair that works, one that fails, and the same one after a cold start
 
-SmolLM2. Each is a function of (a results file, the picture).
+SmolLM2. context is a function of (results, path), too; the others of (a results file, the picture).
+    context        a model that learns from itself, reading the worked answer
     real           success, failures and recovery on a real language model
     again          one setting changed at a time on the same model
     longer         a longer cold start
@@ -648,6 +649,37 @@ def accuracy_against_update(axes, runs, colour, started=None):
 
 
 # --- SmolLM2 --------------------------------------------------------------------------------------
+
+
+def context(results, path):
+    """Accuracy before and after, reverse KL and overlap mass, by what the teacher reads."""
+    plt = pyplot("python experiments/context.py --report")
+    if plt is None:
+        return
+    arms = {
+        "hint": (COLOURS["success"], "itself, reading\nthe worked answer"),
+        "other sum": (COLOURS["sharp"], "itself, reading that\nof another sum"),
+        "expert": (COLOURS["early"], "expert: itself\nafter RL"),
+    }
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    for axes, (way, how) in zip(panels, {"greedy": "greedily", "T .7": "at T .7"}.items()):
+        rows(axes, results, arms, way)
+        axes.set_title(f"the student without a hint, {how}")
+        axes.set_xlim(0, 1.03)
+    panels[1].tick_params(axis="y", labelleft=False)
+    for axes, name, title in (
+        (panels[2], "reverse_kl", "reverse KL, nats"),
+        (panels[3], "overlap_mass_student", "overlap mass of the student (Eq. 9)"),
+    ):
+        for arm, (colour, _) in arms.items():
+            runs = results[arm]
+            band(axes, runs[0]["curves"]["step"], [curve(run, name) for run in runs], colour)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+    panels[2].set_ylim(bottom=0)
+    handles, labels = signs(panels[0])
+    below(figure, handles, labels, 3)
+    keep(plt, figure, path)
 
 
 def opened(results, script):

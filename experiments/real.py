@@ -263,7 +263,7 @@ def distilled(name, student, teacher, world, scratch, seed, quick, **how):
             student=str(student),
             teacher=str(teacher),
             seed=seed,
-            eval=str(world / "eval.jsonl"),
+            eval=(str(world / "eval.jsonl"),),
             out=str(scratch / f"{name.replace(' ', '-')}-{seed}"),
         ),
     }

@@ -1,8 +1,8 @@
 r"""plumbing/answers.py: is a response right? The answer is read from the text and compared.
 
 Numbers are compared exactly, everything else as text without what LaTeX puts around it. Not here:
-units, tuples that are written otherwise, algebra. x + 1 and 1 + x are two answers; the package
-math-verify knows that they are equal.
+units, tuples that are written otherwise, algebra. x + 1 and 1 + x are two answers. The package
+math-verify knows that they are equal: --checker math-verify hands the answer to it.
 """
 
 import re
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from plumbing.processes import whole
 from plumbing.slots import rollout
 from rollout import seed_of
+from teacher import teacher_ids
 
 # --- reading -------------------------------------------------------------------------------------
 
@@ -146,6 +147,22 @@ def plain(text):
     return text
 
 
+def same_to_math_verify(said, want):
+    r"""What math-verify says of two answers: bool. None is never right.
+
+    The same: x + 1 and 1 + x; \sqrt{8} and 2\sqrt{2}.
+    """
+    from math_verify import parse, verify  # not among the requirements
+
+    if said is None or want is None:
+        return False
+    box = r"\boxed{{{}}}".format
+    return verify(parse(box(read_answer(want) or want)), parse(box(said)))
+
+
+CHECKERS = {"built-in": same_answer, "math-verify": same_to_math_verify}  # of --checker
+
+
 # --- asking --------------------------------------------------------------------------------------
 
 
@@ -160,17 +177,21 @@ def answered(
     seed=0,
     at_once=256,
     share=(0, 1),
+    checker="built-in",
     **how,
 ):
     """Let a model of the pair, by default the student, answer each row n times.
 
+    The teacher reads its own prompt, if a row has one.
     rows: from plumbing.prompts.encode_rows -> right (rows, n) bool, truncated (rows, n) bool.
     starts: what is written already of each response, token ids. It counts towards max_new_tokens;
     if it has ended, or used them up, it is judged as it stands. Responses of like length are
     written together, at_once of them at a time. share: (rank, processes); the rows of the others
-    are False. how: temperature, top_p.
+    are False. checker: of CHECKERS. how: temperature, top_p.
     """
     rank, processes = share
+    is_same = CHECKERS[checker]
+    prompts = [teacher_ids(row) if model is pair.teacher else row["ids"] for row in rows]
     model = model or pair.student
     starts = starts or [[] for _ in rows]
     right = torch.zeros(len(rows), n, dtype=torch.bool)
@@ -183,10 +204,10 @@ def answered(
 
     for i in range(rank, len(rows), processes):
         if room[i] == 0:
-            right[i], truncated[i] = judged(pair, rows[i], starts[i])
+            right[i], truncated[i] = judged(pair, rows[i], prompts[i], starts[i], is_same)
 
     unfinished = [i for i in range(len(rows)) if room[i] > 0]
-    unfinished.sort(key=lambda i: len(rows[i]["ids"]) + len(starts[i]))
+    unfinished.sort(key=lambda i: len(prompts[i]) + len(starts[i]))
     size = max(1, at_once // n)
     groups = range(0, len(unfinished), size)
     bar = tqdm(groups, desc="answers", leave=False, mininterval=1, disable=None)
@@ -198,7 +219,7 @@ def answered(
                 continue
             r = rollout(
                 model,
-                [rows[i]["ids"] + starts[i] for i in mine],
+                [prompts[i] + starts[i] for i in mine],
                 n=n,
                 max_new_tokens=max(room[i] for i in group),
                 seeds=[seed_of(seed, "answer", i) for i in mine],
@@ -210,15 +231,15 @@ def answered(
                 i = mine[row // n]
                 j = row % n
                 response = starts[i] + r.response_ids(row)[: room[i]]
-                right[i, j], truncated[i, j] = judged(pair, rows[i], response)
+                right[i, j], truncated[i, j] = judged(pair, rows[i], prompts[i], response, is_same)
     return right, truncated
 
 
-def judged(pair, row, ids):
-    """Is a response to a row (token ids) right, and is it cut off? -> (bool, bool)."""
+def judged(pair, row, prompt_ids, ids, is_same=same_answer):
+    """Is a response (ids) to a row right, as is_same has it, and is it cut off? -> (bool, bool)."""
     text = pair.tokenizer.decode(ids, skip_special_tokens=True)
-    if pair.tokenizer.decode(row["ids"][-8:]).rstrip().endswith("<think>"):
+    if pair.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"):
         text = "<think>" + text  # the chat template has begun the thought
-    is_right = same_answer(read_answer(text), row["answer"])
+    is_right = is_same(read_answer(text), row["answer"])
     is_cut = len(ids) == 0 or ids[-1] not in pair.eos_ids
     return is_right, is_cut

@@ -21,6 +21,11 @@ from teacher import UserError
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
 LARGEST_SEED = 2**31 - 1
+CHECKERS = ("built-in", "math-verify")
+CHECKER = (
+    "who says if an answer is right: built-in compares numbers, and all else as text; math-verify "
+    "is the package of that name, which knows that x + 1 is 1 + x (pip install math-verify)"
+)
 
 
 def flag(
@@ -67,10 +72,10 @@ class Config:
         'JSON lines {"prompt": ..., "answer": ...}; without it, additions of two numbers',
         is_file=True,
     )
-    eval: str = flag(
-        "",
-        "JSON lines to measure on; without it, a fifth of the prompts (64 at most), which are then "
-        "not trained on",
+    eval: tuple = flag(
+        (),
+        "JSON lines to measure on; may be given several times, for several files and their mean. "
+        "Without it, a fifth of the prompts (64 at most), which are then not trained on",
         is_file=True,
     )
     out: str = flag("runs/opd", "directory of the run")
@@ -144,6 +149,11 @@ class Config:
         "none (prompts as they are), answer, boxed, or a text of your own with {question} in it "
         "(5.2)",
         group="the prompts, and the two recipes (5)",
+    )
+    teacher_template: str = flag(
+        "",
+        "another template for the teacher, put into its own chat template. Without it, the teacher "
+        'reads what the student reads, or the "teacher_prompt" of the line',
     )
     thinking: str = flag(
         "default",
@@ -219,6 +229,7 @@ class Config:
     eval_max_new_tokens: int = flag(
         0, "their tokens, at most; 0 is max_new_tokens. The paper takes 31,744", at_least=0
     )
+    checker: str = flag("built-in", CHECKER, choices=CHECKERS)
     resume: bool = flag(False, "go on from the checkpoint in --out")
     save_every: int = flag(25, "steps between checkpoints", at_least=1)
 
@@ -293,6 +304,11 @@ class Diagnosis:
         "none (prompts as they are), answer, boxed, or a text of your own with {question} in it "
         "(5.2)",
     )
+    teacher_template: str = flag(
+        "",
+        "another template for the teacher, put into its own chat template. Without it, the teacher "
+        'reads what the student reads, or the "teacher_prompt" of the line',
+    )
     thinking: str = flag(
         "default",
         "enable_thinking, for chat templates that have it",
@@ -309,6 +325,13 @@ class Diagnosis:
         0.7, "of the responses whose accuracy is measured; the paper's", at_least=0
     )
     eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
+    depths: str = flag(
+        "0,0.25,0.5,0.75",
+        "where teacher and student take over from the student's response: with a point, a share of "
+        "it; without, a number of tokens. The paper takes 1024,4096,8192,16384, of responses that "
+        "are longer than that (6.1). The start, 0, is always measured",
+    )
+    checker: str = flag("built-in", CHECKER, choices=CHECKERS)
     seed: int = flag(
         0, "of the choice of prompts and of all sampling", at_least=0, at_most=LARGEST_SEED
     )
@@ -482,9 +505,14 @@ def check(flags):
         if about["choices"] and value not in about["choices"]:
             choices = ", ".join(choice for choice in about["choices"] if choice)
             raise UserError(f"{named(field.name)} {value!r}: choose from {choices}")
-        if about["is_file"] and value:
-            check_file(value, named(field.name))
+        if about["is_file"]:
+            for path in value if field.type is tuple else filter(None, [value]):
+                check_file(path, named(field.name))
     apply_template("", flags.template)
+    if flags.teacher_template:
+        apply_template("", flags.teacher_template)
+    if flags.checker == "math-verify" and not importlib.util.find_spec("math_verify"):
+        raise UserError("--checker math-verify needs its package: pip install math-verify")
     pick_device(flags.device)
     return flags
 
@@ -530,6 +558,7 @@ def parse_analysis(words):
     has_pair = bool(flags.student or flags.teacher)
     if bool(flags.run) == has_pair:
         raise UserError("give either --student and --teacher, or --run")
+    depths_of(flags)
     if flags.run and flags.tokens:
         raise UserError("--tokens goes with --student and --teacher, not with --run")
     for name in ("plot", "positions"):
@@ -553,6 +582,28 @@ def parse_analysis(words):
     if not flags.run:
         need(flags, "student", "teacher")
     return flags
+
+
+def depths_of(flags):
+    """--depths as analysis.continuation takes it, the start first: "0.5,64" -> (0.0, 0.5, 64).
+
+    UserError for what is neither a share below 1 nor a number of tokens below --max-new-tokens.
+    """
+    depths = [0.0]
+    for word in flags.depths.split(","):
+        try:
+            depth = float(word) if "." in word else int(word)
+        except ValueError:
+            depth = math.nan
+        most = 1 if isinstance(depth, float) else flags.max_new_tokens
+        if not 0 <= depth < most:
+            raise UserError(
+                f"--depths {flags.depths}: {word!r} is neither a share from 0.0 to below 1.0 nor a "
+                f"number of tokens below --max-new-tokens {flags.max_new_tokens}"
+            )
+        if depth not in depths:
+            depths.append(depth)
+    return tuple(depths)
 
 
 def of_pair(flags):

@@ -7,7 +7,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from analysis import BUCKETS, SHARE, estimate, means_by_position, sums_by_position
+from analysis import BUCKETS, SHARE, estimate, mean_of, means_by_position, sums_by_position
 from plumbing import show
 from plumbing.answers import answered
 from plumbing.exits import RunEnded
@@ -15,7 +15,7 @@ from plumbing.processes import over_processes, processes, share, whole
 from plumbing.slots import rollout
 from recipes import is_degenerate
 from rollout import seed_of
-from teacher import UserError, micro_batches, values_of
+from teacher import UserError, micro_batches, read_by_teacher, values_of
 
 MAY_BE_EMPTY = "overlap_token_advantage"  # NaN where the two models share no likely token
 
@@ -117,9 +117,9 @@ def share_right(cfg, pair, rows, model, *, n, **how):
     """How often a model of the pair is right on the rows that have answers, n times each.
 
     how: temperature, top_p.
-    -> {"mean", "standard_error", "samples", "truncated", "each": right answers to each prompt}, or
-    None if no row has an answer. Every model gets the same random numbers. The standard error is
-    that of the mean over prompts: the answers to one prompt are not independent.
+    -> see `counted`, or None if no row has an answer. If the rows are of several files, "files"
+    has the same for each of them, and the mean is that of the files. Every model gets the same
+    random numbers.
     """
     rows = [row for row in rows if row["answer"] is not None]
     if not rows:
@@ -132,10 +132,28 @@ def share_right(cfg, pair, rows, model, *, n, **how):
         max_new_tokens=cfg.eval_max_new_tokens or cfg.max_new_tokens,
         seed=cfg.seed,
         share=processes(),
+        checker=cfg.checker,
         **how,
     )
     right = over_processes(right.int().to(pair.device)).cpu()  # (rows, n)
     truncated = over_processes(truncated.int().to(pair.device)).cpu()
+    found = counted(right, truncated)
+    files = list(dict.fromkeys(row.get("file") for row in rows))
+    if len(files) > 1:
+        found["files"] = {}
+        for file in files:
+            is_of_file = torch.tensor([row["file"] == file for row in rows])
+            found["files"][file] = counted(right[is_of_file], truncated[is_of_file])
+        found.update(mean_of(found["files"].values()))
+    return found
+
+
+def counted(right, truncated):
+    """(rows, n) bool -> {"mean", "standard_error", "samples", "truncated", "each": right answers}.
+
+    The standard error is that of the mean over prompts: the answers to one prompt are not
+    independent.
+    """
     return {
         **estimate(right.double().mean(1), SHARE),
         "samples": right.numel(),
@@ -167,7 +185,8 @@ def distance(cfg, pair, rows, per_position):
         if idle:
             r.is_response[:] = False
         metrics = Means(cfg.max_new_tokens, pair.device)
-        for part in micro_batches(r, pair.micro_batch_tokens):
+        teacher_reads = read_by_teacher(r, mine, pair.pad_id)
+        for part in micro_batches(r, pair.micro_batch_tokens, teacher_reads):
             values = values_of(
                 pair,
                 part,

@@ -213,7 +213,10 @@ def surprises(student_tokenizer, teacher_tokenizer):
         differing = sorted(student_special ^ teacher_special)
         found.append(f"special tokens of only one of the two: {differing}")
     if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
-        found.append("chat templates differ: both models read the student's text")
+        found.append(
+            "chat templates differ: both models read the student's text; --teacher-template gives "
+            "the teacher its own"
+        )
     if not student_tokenizer.chat_template:
         text = next(iter(student_tokenizer.get_vocab()))
         if student_tokenizer(text).input_ids != teacher_tokenizer(text).input_ids:

@@ -16,7 +16,7 @@ from loss import support_of
 from plumbing.answers import read_answer, same_answer
 from plumbing.slots import rollout
 from rollout import seed_of
-from teacher import grade
+from teacher import grade, read_by_teacher
 
 SHOWN = 5  # of the tokens that both models find likely, in the note of a token
 FULL_TINT = 2.0  # nats
@@ -51,7 +51,10 @@ def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, se
             **pair.sampling,
         )
     per_position = functools.partial(seen, k=k)
-    grid = grade(pair, r, per_position, temperature=temperature)  # {name: (B, T) or (B, T, SHOWN)}
+    teacher_reads = read_by_teacher(r, rows, pair.pad_id)
+    grid = grade(  # {name: (B, T) or (B, T, SHOWN)}
+        pair, r, per_position, teacher_reads=teacher_reads, temperature=temperature
+    )
     parts = [head(pair, len(rows), k, temperature)]
     for i, row in enumerate(rows):
         written = r.response_mask[i]  # (T,)

@@ -76,18 +76,21 @@ def is_sharded(parameter):
     return hasattr(parameter, "full_tensor")
 
 
-def equal_micro_batches(r, budget):
+def equal_micro_batches(r, budget, teacher_reads=None):
     """teacher.micro_batches, as many on every process: -> list of MicroBatch.
 
     A sharded model gathers its weights in every forward and backward, so all processes must call
     it equally often. What a process lacks are idle parts: no response token, no gradient.
     """
-    parts = micro_batches(r, budget)
+    parts = micro_batches(r, budget, teacher_reads)
     count = over_processes(torch.tensor(len(parts), device=r.ids.device), dist.ReduceOp.MAX)
     first = parts[0]
     idle = dataclasses.replace(
         first,
         is_response=torch.zeros_like(first.is_response),  # (b, L)
+        for_teacher=dataclasses.replace(
+            first.for_teacher, is_response=torch.zeros_like(first.for_teacher.is_response)
+        ),
         y=first.y[:0],
         log_p=first.log_p[:0],
         place=first.place[:0],

@@ -1,9 +1,12 @@
 """plumbing/prompts.py: what the student is asked, and the conversations of a cold start.
 
 A prompt is text or a list of chat messages. It is read from a file, put into a template, encoded
-to token ids by the student's tokenizer, and checked against what the two models can hold.
+to token ids by the student's tokenizer, and checked against what the two models can hold. The
+teacher reads the same ids, unless the line has a "teacher_prompt", or --teacher-template makes
+one. That is encoded by the teacher's tokenizer, in its own chat template.
 """
 
+import itertools
 import math
 import os
 import random
@@ -12,9 +15,17 @@ import warnings
 import torch
 
 from plumbing.files import json_lines
-from recipes import TEMPLATES, distinct, in_template, is_in_template, mix_prompts, question_key
+from recipes import (
+    TEMPLATES,
+    distinct,
+    in_template,
+    is_in_template,
+    mix_prompts,
+    prompt_in_template,
+    question_key,
+)
 from rollout import seed_of
-from teacher import UserError
+from teacher import UserError, teacher_ids
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -39,39 +50,47 @@ def is_conversation(x):
 
 
 def load_prompts(path):
-    """Read JSON lines {"prompt": text or chat messages, "answer": text (optional)}.
+    """Read JSON lines {"prompt": text or chat messages, "answer": text, "teacher_prompt": ...}.
 
-    -> list of {"prompt", "answer": text or None, "id": "name of the file:line"}. Raises UserError
-    with file and line for anything else.
+    The last two are optional; a teacher_prompt is what a prompt is. -> list of {"prompt", "answer":
+    text or None, "id": "name of the file:line"}, and "teacher_prompt" where the line has one.
+    Raises UserError with file and line for anything else.
     """
     rows = []
     for number, row in json_lines(path):
         row = row if isinstance(row, dict) else {}
-        prompt = row.get("prompt")
         answer = row.get("answer")
-        is_text = isinstance(prompt, str) and prompt.strip() != ""
-        if not is_text and not is_chat(prompt):
-            raise UserError(
-                f'{path}:{number} needs "prompt": text, or a list of '
-                '{"role": text, "content": text}'
-            )
-        if not is_text and prompt[-1]["role"] not in ("user", "tool"):
-            raise UserError(
-                f"{path}:{number} ends with what the {prompt[-1]['role']} says; a prompt ends with "
-                "the user, or with a tool"
-            )
+        asked = {"prompt": row.get("prompt")}
+        if "teacher_prompt" in row:
+            asked["teacher_prompt"] = row["teacher_prompt"]
+        for name, prompt in asked.items():
+            check_prompt(prompt, name, f"{path}:{number}")
         if answer is not None and not (isinstance(answer, str) and answer.strip()):
             raise UserError(
                 f"{path}:{number} has an answer that is no text ({type(answer).__name__}), or "
                 'empty; write "answer": "42", or leave it out'
             )
         name = f"{os.path.basename(path)}:{number}"
-        rows.append({"prompt": prompt, "answer": answer, "id": name})
+        rows.append({**asked, "answer": answer, "id": name})
     if not rows:
         raise UserError(
             f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line'
         )
     return rows
+
+
+def check_prompt(prompt, name, where):
+    """UserError if what a line has as its prompt, or teacher_prompt, is none."""
+    is_text = isinstance(prompt, str) and prompt.strip() != ""
+    if not is_text and not is_chat(prompt):
+        raise UserError(
+            f'{where} needs "{name}": text, or a list of {{"role": text, "content": text}}'
+        )
+    if not is_text and prompt[-1]["role"] not in ("user", "tool"):
+        raise UserError(
+            f"{where}: its {name} ends with what the {prompt[-1]['role']} says; a prompt ends with "
+            "the user, or with a tool"
+        )
 
 
 def additions(count, seed=0):
@@ -148,15 +167,12 @@ def questions(cfg):
     all of their text is the same; what is left out for that is counted in a warning.
     """
     given = given_or_additions(cfg.prompts, cfg.seed)
-    train = once(put_in_template(given, cfg.template, "--prompts"), "--prompts")
+    train = once(put_in_template(cfg, given, "--prompts"), "--prompts")
     learnt = conversation_keys(cfg)
     train = without(train, learnt, "--prompts", "answered in --cold-start-file")
 
     if cfg.eval:
-        held_out = load_prompts(cfg.eval)
-        if cfg.eval_template:
-            held_out = out_of_template(held_out, cfg.eval_template)
-        held_out = once(put_in_template(held_out, cfg.template, "--eval"), "--eval")
+        held_out = in_turn([of_eval_file(cfg, path) for path in cfg.eval])
         in_both = len(keys_of(held_out) & learnt)
         tell("--eval", in_both, held_out, "are answered in --cold-start-file")
         train = without(train, keys_of(held_out), "--prompts", "held out in --eval")
@@ -182,13 +198,42 @@ def questions(cfg):
         raise UserError(
             f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones"
         )
+    check_teacher_prompts(train + cold + held_out)
     return train, cold, held_out
+
+
+def of_eval_file(cfg, path):
+    """The held-out rows of a file, each question once, in the template, with "file": its path."""
+    rows = load_prompts(path)
+    if cfg.eval_template:
+        rows = out_of_template(rows, cfg.eval_template)
+    rows = once(put_in_template(cfg, rows, "--eval"), "--eval")
+    return [{**row, "file": path} for row in rows]
+
+
+def in_turn(lists):
+    """The first of each list, the second of each, ...: a list. So a part of it is of all lists."""
+    items = []
+    for of_each in itertools.zip_longest(*lists):
+        items += [item for item in of_each if item is not None]
+    return items
+
+
+def check_teacher_prompts(rows):
+    """A warning that counts the rows without a teacher_prompt, if others have one."""
+    lacking = sum("teacher_prompt" not in row for row in rows)
+    if 0 < lacking < len(rows):
+        warnings.warn(
+            f'{lacking} of {len(rows)} prompts have no "teacher_prompt": there the teacher reads '
+            "what the student reads",
+            stacklevel=2,
+        )
 
 
 def mixed(cfg, train, seen):
     """The training prompts with their share of aligned ones (5.2), none of a question seen."""
     aligned = load_prompts(cfg.aligned_prompts)
-    aligned = put_in_template(aligned, cfg.template, "--aligned-prompts")
+    aligned = put_in_template(cfg, aligned, "--aligned-prompts")
     aligned = once(aligned, "--aligned-prompts")
     aligned = without(aligned, seen, "--aligned-prompts", "held out or in the cold start")
     others = without(train, keys_of(aligned), "--prompts", "among --aligned-prompts")
@@ -204,13 +249,27 @@ def mixed(cfg, train, seen):
     return mixture
 
 
-def put_in_template(rows, template, flag):
-    """in_template, and a warning that counts those that were in the template before."""
+def put_in_template(cfg, rows, flag):
+    """The rows in --template, and what the teacher reads of them in --teacher-template: -> rows.
+
+    A warning counts those that were in --template before.
+    """
     already = 0
     for row in rows:
-        already += is_in_template(question_text(row["prompt"]), template)
+        already += is_in_template(question_text(row["prompt"]), cfg.template)
     tell(flag, already, rows, "are in the template already and stay as they are")
-    return in_template(rows, template)
+    if cfg.teacher_template:
+        rows = in_teacher_template(rows, cfg.template, cfg.teacher_template)
+    return in_template(rows, cfg.template)
+
+
+def in_teacher_template(rows, template, teacher_template):
+    """The rows, each with a teacher_prompt in a template: its own, or the question alone."""
+    done = []
+    for row, alone in zip(rows, out_of_template(rows, template)):
+        prompt = row.get("teacher_prompt", alone["prompt"])
+        done.append({**row, "teacher_prompt": prompt_in_template(prompt, teacher_template)})
+    return done
 
 
 def for_accuracy(cfg, held_out):
@@ -280,21 +339,22 @@ def tell(flag, count, rows, what):
         warnings.warn(f"{flag}: {count} of {len(rows)} prompts {what}", stacklevel=3)
 
 
-def some_questions(path, template, seed, count):
-    """`count` rows of a file, or of additions without one, drawn by the seed, in a template."""
-    rows = given_or_additions(path, seed)
-    rows = put_in_template(rows, template, "--prompts")
-    random.Random(seed_of(seed, "some questions")).shuffle(rows)
-    return rows[:count]
+def some_questions(cfg):
+    """--count rows of --prompts, or of additions without it, drawn by the seed, in the template."""
+    rows = given_or_additions(cfg.prompts, cfg.seed)
+    rows = put_in_template(cfg, rows, "--prompts")
+    random.Random(seed_of(cfg.seed, "some questions")).shuffle(rows)
+    check_teacher_prompts(rows)
+    return rows[: cfg.count]
 
 
 # --- token ids -----------------------------------------------------------------------------------
 
 
 def encode(tokenizer, prompt, thinking="default", where="a prompt"):
-    """A prompt as the student reads it, by the chat template if there is one: -> token ids.
+    """A prompt as a model reads it, by the chat template if there is one: -> token ids.
 
-    Both models get these very ids. They do not end with an end of text, which some tokenizers
+    They do not end with an end of text, which some tokenizers
     append: nothing would follow. Raises UserError, see text_of.
     """
     return tokens_of(tokenizer, text_of(tokenizer, prompt, thinking, where))
@@ -308,8 +368,8 @@ def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
     """
     if thinking != "default" and "enable_thinking" not in str(tokenizer.chat_template):
         raise UserError(
-            f"--thinking {thinking}: the student's chat template has no enable_thinking; leave it "
-            "out"
+            f"--thinking {thinking}: the chat template of {tokenizer.name_or_path} has no "
+            "enable_thinking; leave it out"
         )
     if not tokenizer.chat_template:
         if isinstance(prompt, str):
@@ -322,7 +382,8 @@ def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
             chat, add_generation_prompt=True, tokenize=False, **options
         )
     except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
-        raise UserError(f"{where}: the student's chat template refuses it: {error}") from error
+        whose = f"the chat template of {tokenizer.name_or_path}"
+        raise UserError(f"{where}: {whose} refuses it: {error}") from error
 
 
 def tokens_of(tokenizer, text):
@@ -336,16 +397,31 @@ def tokens_of(tokenizer, text):
 def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
     """Rows {"prompt", ...} -> those that fit, each with its token ids "ids".
 
-    Longer prompts are dropped and counted, never cut. Raises UserError if none is left, if a prompt
-    and new_tokens outgrow a model, if a token has no output row, or if most tokens are unknown.
+    A row with a "teacher_prompt" has "teacher_ids", too. Longer prompts are dropped and counted,
+    never cut. Raises UserError if none is left, if a prompt and new_tokens outgrow a model, if a
+    token has no output row, or if most tokens are unknown; and for a teacher_prompt without a
+    token.
     """
+    both = (pair.student, pair.teacher)
     fit = []
     for row in rows:
         where = f"prompt {row.get('id', str(row['prompt'])[:80])}"
         ids = encode(pair.tokenizer, row["prompt"], thinking, where)
-        if 0 < len(ids) <= max_prompt_tokens:
-            check_fits(pair, ids, new_tokens, where)
-            fit.append({**row, "ids": ids})
+        if not 0 < len(ids) <= max_prompt_tokens:
+            continue
+        row = {**row, "ids": ids}
+        readers = both
+        if "teacher_prompt" in row:
+            readers = (pair.student,)
+            where_teacher = f"the teacher_prompt of {where}"
+            tokenizer = pair.teacher_tokenizer or pair.tokenizer
+            read = encode(tokenizer, row["teacher_prompt"], thinking, where_teacher)
+            if not read:
+                raise UserError(f"{where_teacher} has no token; write what the teacher is to read")
+            check_fits(pair, (pair.teacher,), read, new_tokens, where_teacher)
+            row["teacher_ids"] = read
+        check_fits(pair, readers, ids, new_tokens, where)
+        fit.append(row)
     if not fit:
         raise UserError(f"no prompt has 1 to {max_prompt_tokens} tokens; raise --max-prompt-tokens")
     if len(fit) < len(rows):
@@ -355,6 +431,7 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
             stacklevel=2,
         )
     check_known(pair.tokenizer, [row["ids"] for row in fit])
+    check_known(pair.tokenizer, [teacher_ids(row) for row in fit])
     return fit
 
 
@@ -386,9 +463,9 @@ def encode_for(cfg, pair, rows):
     )
 
 
-def check_fits(pair, ids, new_tokens, what):
+def check_fits(pair, models, ids, new_tokens, what):
     """UserError if ids and what is to be written outgrow a model, or have no output row."""
-    for model in (pair.student, pair.teacher):
+    for model in models:
         room = positions(model.config.get_text_config())
         if len(ids) + new_tokens > room:
             raise UserError(
@@ -432,7 +509,8 @@ def load_conversations(path, pair, thinking="default"):
             prompt_ids = tokens_of(pair.tokenizer, text)
             response_ids = continuation(pair.tokenizer, text, prompt_ids, answer["content"])
             response_ids = response_ids + pair.eos_ids[:1]
-        check_fits(pair, prompt_ids + response_ids, 0, row["where"])
+        both = (pair.student, pair.teacher)
+        check_fits(pair, both, prompt_ids + response_ids, 0, row["where"])
         examples.append((prompt_ids, response_ids))
     return examples
 

@@ -445,5 +445,5 @@ class Run:
 
 
 def digest_of(rows):
-    """A name for questions and their answers, as texts."""
-    return digest([(row["prompt"], row["answer"]) for row in rows])
+    """A name for questions, what the teacher reads of them, and their answers, as texts."""
+    return digest([(row["prompt"], row.get("teacher_prompt"), row["answer"]) for row in rows])

@@ -31,6 +31,9 @@ METRICS = {  # of a diagnosis, in words
     "entropy_student": "entropy, student",
     "entropy_teacher": "entropy, teacher",
     "reward": "mean reward",
+    "distance_left": "distance left |log q(y) - log p(y)|",
+    "end_mass_student": "probability of an end, student",
+    "end_mass_teacher": "probability of an end, teacher",
 }
 
 # --- a step --------------------------------------------------------------------------------------
@@ -102,29 +105,41 @@ def change(before, after, metric, form):
 
 
 def outcome(result):
-    """The accuracies of a finished run and its gap recovery: three lines, none without answers."""
+    """The accuracies of a finished run, of each file if it has several, and its gap recovery.
+
+    Lines to read, none without answers.
+    """
     if result["accuracy_after"] is None:
         return []
     sampled = f"T {result['eval_temperature']:g}, top-p {result['eval_top_p']:g}"
-    asked = how_many(result["accuracy_after"])
-    return [
-        f"accuracy       {course(result, 'accuracy')}; {sampled}, {asked}",
-        f"greedy         {course(result, 'greedy')}",
-        f"gap recovery   {recovery(result)}",
-    ]
+    files = list(result["accuracy_after"].get("files", ()))
+    asked = f"mean of {len(files)} files" if files else how_many(result["accuracy_after"])
+    lines = [f"accuracy       {course(result, 'accuracy')}; {sampled}, {asked}"]
+    for file in files:
+        asked = how_many(result["accuracy_after"]["files"][file])
+        lines.append(f"  {file}: {course(result, 'accuracy', file)}; {asked}")
+    lines.append(f"greedy         {course(result, 'greedy')}")
+    for file in files:
+        lines.append(f"  {file}: {course(result, 'greedy', file)}")
+    lines.append(f"gap recovery   {recovery(result)}")
+    return lines
 
 
-def course(result, kind):
+def course(result, kind, file=None):
     """The student before -> (after a cold start) -> after, and the teacher: str.
 
-    kind: "accuracy" or "greedy".
+    kind: "accuracy" or "greedy"; file: one of several held-out files, or the mean.
     """
-    stages = [plus_minus(result[f"{kind}_before"])]
-    if result.get(f"{kind}_cold_start"):
-        stages.append(f"{plus_minus(result[f'{kind}_cold_start'])} (cold start)")
-    stages.append(plus_minus(result[f"{kind}_after"]))
-    teacher = plus_minus(result[f"{kind}_teacher"])
-    return f"{' -> '.join(stages)}, teacher {teacher}"
+    found = {}
+    for when in ("before", "cold_start", "after", "teacher"):
+        accuracy = result.get(f"{kind}_{when}")
+        if accuracy:
+            found[when] = plus_minus(accuracy["files"][file] if file else accuracy)
+    stages = [found["before"]]
+    if "cold_start" in found:
+        stages.append(f"{found['cold_start']} (cold start)")
+    stages.append(found["after"])
+    return f"{' -> '.join(stages)}, teacher {found['teacher']}"
 
 
 def how_many(accuracy):
@@ -165,7 +180,7 @@ DIRECTIONS = {1: FOR, 0: NOTHING, -1: AGAINST}  # of a gain, by analysis.sure
 def diagnosis(report):
     """The report of analysis.diagnose_pair as tables, and the verdict: str."""
     lines = metric_lines(report)
-    if "continuation" in report:
+    if "greedy" in report:
         lines += accuracy_lines(report)
     lines += position_lines(report["by_position"])
     lines += sign_lines(report)
@@ -242,7 +257,7 @@ def signs(report):
     for side in ("student", "teacher"):
         mass = report["metrics"][f"overlap_mass_{side}"]
         rows.append((f"overlap mass, {side}", plus_minus(mass), *of_mass(mass)))
-    if "continuation" not in report:
+    if "greedy" not in report:
         return rows
 
     lead = report["greedy"]["gain"]

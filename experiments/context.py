@@ -1,0 +1,367 @@
+"""experiments/context.py: a model learns from itself: the teacher is the same checkpoint and may
+read the worked answer.
+
+The student is asked "8 + 3 + 9" as a chat, with two worked examples before. Its teacher reads
+"8 + 3 + 9 (8 + 3 = 11, 11 + 9 = 20)", in the examples, too. So the two think alike, and what is
+new comes from what the teacher may read (the paper's outlook names such a teacher). Measured
+on held-out sums, which the student is asked without the hint.
+
+    python experiments/context.py
+        writes runs/context/prompts.jsonl and eval.jsonl, for opd.py: see README.md
+    python experiments/context.py --base DIR_OR_HUB
+        trains and measures the arms below: results/context/ARM-SEED.json, context.{txt,svg}
+
+The base is SmolLM2-135M-Instruct. The arms differ in the teacher alone:
+
+    hint        the base, which reads the worked answer
+    other sum   the base, which reads the worked answer of another sum: format without knowledge
+    expert      the base after three rounds of expert iteration (real.py), which reads what the
+                student reads: knowledge in the weights
+
+Criteria, fixed before the first run, three seeds. "Lead" is the teacher's over the student before.
+    hint        the lead is .3 or more, greedily, in every seed
+    learnt      the student makes up .8 of the lead, greedily and at T .7, in every seed
+    knowledge   hint ends above other sum, greedily
+    format      other sum ends where the student began, greedily
+    expert      hint and expert end alike, greedily
+    masses      both overlap masses are .95 or more at the first step of hint (the paper: .97)
+    aligning    in hint the overlap ratio rises and the reverse KL falls below a half, every seed
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from statistics import mean
+
+import plot
+import real
+import transformers
+from lab import (
+    RESULTS,
+    Difference,
+    above,
+    commit_of,
+    curves,
+    each,
+    equal,
+    every_seed,
+    file_name,
+    finding,
+    first_sentence,
+    once,
+    share,
+    verdicts,
+)
+
+import opd
+from analysis import ahead, plus_minus
+from plumbing import figures, files, models
+from plumbing.flags import Config
+from rollout import seed_of
+
+ARMS = ("hint", "other sum", "expert")
+HELD_OUT = 64
+ENDS = 3  # steps at either end that are averaged
+SETTINGS = dict(steps=16, batch_size=16, lr=1e-5, max_new_tokens=48)
+QUICK = dict(steps=4, batch_size=2, max_new_tokens=8, eval_n=1)
+
+# --- the questions --------------------------------------------------------------------------------
+
+
+def asked(digits):
+    """The sum as the student reads it: (8, 3, 9) -> "8 + 3 + 9"."""
+    return " + ".join(map(str, digits))
+
+
+def hinted(digits, solved):
+    """What the teacher reads: the sum, and a worked answer, of `solved`."""
+    a, b, c = solved
+    return f"{asked(digits)} ({a} + {b} = {a + b}, {a + b} + {c} = {a + b + c})"
+
+
+def chat(last, examples):
+    """Two worked examples and a question: {text of an example: its digits} -> chat."""
+    messages = [{"role": "system", "content": "Add."}]
+    for text, digits in examples.items():
+        messages.append({"role": "user", "content": text})
+        messages.append({"role": "assistant", "content": real.steps_of(*digits)})
+    return [*messages, {"role": "user", "content": last}]
+
+
+def row(digits, solved=None):
+    """A line of the files: what the student reads, what the teacher reads, and the answer.
+
+    solved: the digits whose worked answer the teacher reads, None for no teacher_prompt.
+    """
+    made = {
+        "prompt": chat(asked(digits), {asked(x): x for x in real.EXAMPLES}),
+        "answer": str(sum(digits)),
+    }
+    if solved is not None:
+        examples = {hinted(x, x): x for x in real.EXAMPLES}
+        made["teacher_prompt"] = chat(hinted(digits, solved), examples)
+    return made
+
+
+def write_questions(folder, seed, arm="hint", held_out=HELD_OUT):
+    """All 729 sums of three digits from 1 to 9 but the two examples: prompts.jsonl, eval.jsonl."""
+    sums = [(a, b, c) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
+    sums = [digits for digits in sums if digits not in real.EXAMPLES]
+    draw = random.Random(seed_of(seed, "context"))
+    draw.shuffle(sums)
+    others = sums[1:] + sums[:1]  # of each sum another one
+    rows = []
+    for digits, other in zip(sums, others):
+        solved = {"hint": digits, "other sum": other, "expert": None}[arm]
+        rows.append(row(digits, solved))
+    folder.mkdir(parents=True, exist_ok=True)
+    files.write_lines(folder / "eval.jsonl", rows[:held_out])
+    files.write_lines(folder / "prompts.jsonl", rows[held_out:])
+
+
+# --- the runs -------------------------------------------------------------------------------------
+
+
+def expert(base, folder, seed, quick):
+    """The base after expert iteration on the training sums, made if it is not there: -> folder."""
+    if not (folder / "tokenizer_config.json").exists():
+        pair = models.load_pair(base, base, device="cpu")
+        rows = real.encoded(
+            pair,
+            folder.parent / "expert-questions" / "prompts.jsonl",
+            max_prompt_tokens=512,
+            new_tokens=real.NEW_TOKENS,
+        )
+        rounds, samples = (1, 8) if quick else (real.ROUNDS, real.SAMPLES)
+        real.expert_iteration(pair, rows, rounds, seed, samples)
+        pair.student.save_pretrained(folder)
+        pair.tokenizer.save_pretrained(folder)  # last: it says that the model is whole
+    return folder
+
+
+def train(arm, base, folder, seed, quick):
+    """Run opd.py, or what is left of a run that was killed: -> what the result holds."""
+    questions = folder / f"{arm.replace(' ', '-')}-questions"
+    write_questions(questions, seed, arm, 4 if quick else HELD_OUT)
+    out = folder / arm.replace(" ", "-")
+    teacher = base
+    if arm == "expert":
+        teacher = str(expert(base, folder / "expert-model", seed, quick))
+    cfg = Config(
+        student=base,
+        teacher=teacher,
+        prompts=str(questions / "prompts.jsonl"),
+        eval=(str(questions / "eval.jsonl"),),
+        out=str(out),
+        seed=seed,
+        **{**SETTINGS, **(QUICK if quick else {})},
+    )
+    if not (out / "result.json").exists():
+        is_begun = (out / "checkpoint" / "state.pt").exists()
+        opd.distil(dataclasses.replace(cfg, resume=is_begun))
+    found = files.read_json(out / "result.json")
+    made = {"curves": curves(figures.read_rows(out))}
+    made["accuracy"] = {}
+    for when in ("before", "after", "teacher"):
+        made["accuracy"][when] = {
+            "T .7": found[f"accuracy_{when}"],
+            "greedy": found[f"greedy_{when}"],
+        }
+    for when in ("before", "after"):
+        made[f"held_out_{when}"] = found[f"held_out_{when}"]
+        made[f"held_out_{when}"].pop("by_position", None)
+    return made
+
+
+# --- what was found -------------------------------------------------------------------------------
+
+
+def greedy_difference(ours, theirs, than="after"):
+    """Greedy accuracy of one arm after training - that of another `than`, the same seeds in both.
+
+    -> Difference.
+    """
+    found = []
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["seed"] == b["seed"]
+        found.append(ahead(a["accuracy"]["after"]["greedy"], b["accuracy"][than]["greedy"]))
+    variance = sum(x["standard_error"] ** 2 for x in found)
+    return Difference(mean(x["mean"] for x in found), 2 * variance**0.5 / len(found))
+
+
+def lead(run, way, when="teacher"):
+    """How far the teacher, or the student after training, is ahead of the student before: float."""
+    return run["accuracy"][when][way]["mean"] - run["accuracy"]["before"][way]["mean"]
+
+
+def recovered(run, way):
+    return share(lead(run, way, "after"), lead(run, way))
+
+
+def ends(run, name):
+    """A metric over the first steps and over the last."""
+    values = run["curves"][name]
+    return mean(values[:ENDS]), mean(values[-ENDS:])
+
+
+def judge(results):
+    """{arm: [result, one a seed]} -> the findings, in the order of the criteria."""
+    hint = results["hint"]
+    other = results["other sum"]
+    leads = [lead(run, "greedy") for run in hint]
+    yield finding(
+        "outlook",
+        "the same model is right more often if it reads the worked answer",
+        "not run",
+        f"lead {each(leads)} greedily",
+        every_seed(x >= 0.3 for x in leads),
+    )
+    greedy = [recovered(run, "greedy") for run in hint]
+    sampled = [recovered(run, "T .7") for run in hint]
+    yield finding(
+        "outlook",
+        "the student learns from itself what it could not do without the hint",
+        "not run",
+        f"recovery {each(greedy)} greedily, {each(sampled)} at T .7",
+        every_seed(x >= 0.8 for x in [*greedy, *sampled]),
+    )
+    x = greedy_difference(hint, other)
+    yield finding(
+        "outlook",
+        "a worked answer teaches more than a worked answer of another sum",
+        "not run",
+        f"{x} greedily",
+        above(x),
+    )
+    x = greedy_difference(other, other, "before")
+    gains = [lead(run, "greedy", "after") for run in other]
+    yield finding(
+        "outlook",
+        "the worked answer of another sum teaches nothing",
+        "not run",
+        f"gain {x} greedily; seeds {each(gains)}",
+        equal(x),
+    )
+    x = greedy_difference(hint, results["expert"])
+    yield finding(
+        "outlook",
+        "the hint teaches as much as an expert of the same size",
+        "not run",
+        f"{x} greedily",
+        equal(x),
+    )
+    masses = []
+    for run in hint:
+        of_both = [run["curves"][f"overlap_mass_{side}"][0] for side in ("student", "teacher")]
+        masses.append(min(of_both))
+    yield finding(
+        "4.1",
+        "the shared tokens hold nearly all of both models' mass from the first step on",
+        ".97 to .99 throughout",
+        f"the smaller of the two {each(masses, '.3f')}",
+        every_seed(x >= 0.95 for x in masses),
+    )
+    overlaps = [ends(run, "overlap_ratio") for run in hint]
+    kls = [ends(run, "reverse_kl") for run in hint]
+    rises = [last - first for first, last in overlaps]
+    falls = [last / first for first, last in kls]
+    yield finding(
+        "4.1",
+        "the overlap ratio rises, the reverse KL falls below a half",
+        "overlap about .72 to above .91",
+        f"overlap by {each(rises)}, KL to {each(falls)} of its size",
+        every_seed(x > 0 for x in rises),
+        every_seed(x < 0.5 for x in falls),
+    )
+
+
+def table(results):
+    """A line a run: accuracies before, after, and of the teacher."""
+    lines = [f"{'teacher':10} seed {'greedy: before, after, teacher':>46} {'T .7':>46}"]
+    for arm, runs in results.items():
+        for run in runs:
+            cells = []
+            for way in ("greedy", "T .7"):
+                three = [run["accuracy"][when][way] for when in ("before", "after", "teacher")]
+                cells.append("  ".join(map(plus_minus, three)))
+            lines.append(f"{arm:10} {run['seed']:4d} {cells[0]:>46} {cells[1]:>46}")
+    return lines
+
+
+def read_results(out):
+    """{arm: [result, one a seed]} of the seeds that have every arm. SystemExit if none has."""
+    found = {}
+    for arm in ARMS:
+        found[arm] = {}
+        for path in (out / "context").glob(file_name(arm, "*")):
+            run = json.loads(path.read_text())
+            found[arm][run["seed"]] = run
+    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in found.values())))
+    if not seeds:
+        raise SystemExit("no seed has all arms yet; python experiments/context.py --base DIR")
+    return {arm: [of_arm[seed] for seed in seeds] for arm, of_arm in found.items()}
+
+
+def report(out):
+    """context.txt and context.svg, from the results."""
+    results = read_results(out)
+    runs = [run for of_arm in results.values() for run in of_arm]
+    lines = [*table(results), "", *verdicts(judge(results)), ""]
+    lines.append(
+        f"T .7 with top-p .95, 4 answers to each of {HELD_OUT} held-out sums; greedily one. "
+        "The student is asked without the hint. ± is two standard errors, +- is one."
+    )
+    commits = sorted({commit_of(run) for run in runs})
+    seconds = sum(run["seconds"] for run in runs)
+    lines.append(f"commits {', '.join(commits)}; {seconds:.0f} CPU seconds")
+    print("\n".join(lines))
+    (out / "context.txt").write_text("\n".join(lines) + "\n")
+    plot.context(results, out / "context")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=first_sentence(__doc__))
+    parser.add_argument("--base", help="train and measure the arms with this chat model")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM")
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    parser.add_argument("--runs", default="runs/context", help="folder of questions and runs")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
+    parser.add_argument("--quick", action="store_true", help="two steps of one seed; keeps nothing")
+    flags = parser.parse_args()
+    folder = Path(flags.runs)
+    if flags.report:
+        report(Path(flags.out))
+        return
+    if not flags.base:
+        write_questions(folder, seed=0)
+        print(f"{folder}/prompts.jsonl, {folder}/eval.jsonl")
+        return
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    transformers.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) if flags.quick else Path(flags.out)
+        seeds = flags.seeds[:1] if flags.quick else flags.seeds
+        for seed in seeds:
+            for arm in flags.arms:
+                where = (Path(scratch) if flags.quick else folder) / f"seed-{seed}"
+                once(
+                    out / "context" / file_name(arm, seed),
+                    {"name": arm, "seed": seed},
+                    {"model": Path(flags.base).name, **SETTINGS},
+                    lambda arm=arm, seed=seed, where=where: train(
+                        arm, flags.base, where, seed, flags.quick
+                    ),
+                )
+                print(f"seed {seed}: {arm}", file=sys.stderr, flush=True)
+        if tuple(flags.arms) == ARMS:
+            report(out)
+
+
+if __name__ == "__main__":
+    main()
