@@ -313,7 +313,7 @@ def continuation(pair, rows, responses, depth, *, answered, n, **how):
         cut = min(len(response), depth) if isinstance(depth, int) else int(depth * len(response))
         cuts.append(cut)
     starts = [response[:cut] for response, cut in zip(responses, cuts)]
-    student, _ = answered(pair, rows, starts=starts, n=n, **how)
+    student, _ = answered(pair, rows, model=pair.student, starts=starts, n=n, **how)
     teacher, _ = answered(pair, rows, model=pair.teacher, starts=starts, n=n, **how)
     return {
         "student": student.double().mean(1),

@@ -60,6 +60,7 @@ def run(**settings):
     }
     for name in ("steps", "resume", "micro_batch_tokens"):
         del asked[name]
+    asked = json.loads(json.dumps(asked))  # as they stand in config.json
     is_another = had is not None and any(had.get(name) != x for name, x in asked.items())
     is_longer = result is not None and result["steps"] > cfg.steps
     if is_another or is_longer:

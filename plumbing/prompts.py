@@ -88,8 +88,8 @@ def check_prompt(prompt, name, where):
         )
     if not is_text and prompt[-1]["role"] not in ("user", "tool"):
         raise UserError(
-            f"{where}: its {name} ends with what the {prompt[-1]['role']} says; a prompt ends with "
-            "the user, or with a tool"
+            f"{where} ends with what the {prompt[-1]['role']} says; a {name} ends with the user, "
+            "or with a tool"
         )
 
 

@@ -302,12 +302,16 @@ def test_the_mean_reward_over_samples_is_minus_the_reverse_kl(pair):
 
 @given(st.one_of(pairs(), pairs_with_holes()), ks)
 def test_diagnose_is_the_single_functions(pair, k):
-    """The very numbers of the functions above, the reward, and log p(y)."""
+    """The very numbers of the functions above, the reward and its size, log p(y), and the
+    probability of an end."""
     y = torch.arange(len(pair[0]))
-    ours = diagnose(*pair, y, k)
+    ours = diagnose(*pair, y, k, ends=[0, 2])
     expected = metrics(*pair, k)
     expected["log_p"] = pair[0][y, y]
     expected["reward"] = pair[1][y, y] - pair[0][y, y]
+    expected["distance_left"] = expected["reward"].abs()
+    expected["end_mass_student"] = pair[0][:, [0, 2]].exp().sum(-1)
+    expected["end_mass_teacher"] = pair[1][:, [0, 2]].exp().sum(-1)
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
 
 

@@ -3,6 +3,7 @@ r"""Laws of plumbing/answers.py: which answer a text holds, which answers are eq
 Accuracy, and the share of a gap that a run recovers, stand here, too.
 """
 
+import importlib.util
 import itertools
 import re
 from dataclasses import replace
@@ -17,11 +18,11 @@ from hypothesis import strategies as st
 from analysis import ahead, estimate, gap_recovery
 from plumbing import answers
 from plumbing.answers import answered, canonical, read_answer, same_answer
-from plumbing.flags import Config
+from plumbing.flags import Config, parse_opd
 from plumbing.measure import accuracy, greedy_accuracy
 from recipes import is_degenerate
 from rollout import from_texts
-from teacher import make_pair
+from teacher import UserError, make_pair
 
 # --- reading -------------------------------------------------------------------------------------
 
@@ -305,15 +306,46 @@ def test_what_is_written_to_its_end_is_judged_as_it_stands(pair, calls):
     assert calls == []
 
 
+def test_another_checker_says_what_is_right(pair, monkeypatch):
+    """--checker: what was read and what is wanted go to the function of that name."""
+    asked = []
+
+    def generous(said, want):
+        asked.append((said, want))
+        return True
+
+    monkeypatch.setitem(answers.CHECKERS, "math-verify", generous)
+    right, _ = answered(pair, rows(), n=1, max_new_tokens=LENGTH, checker="math-verify")
+    assert right.all()
+    assert sorted(want for _, want in asked) == sorted(row["answer"] for row in rows())
+
+
+@pytest.mark.skipif(
+    not importlib.util.find_spec("math_verify"), reason="math-verify is not installed"
+)
+def test_math_verify_knows_algebra():
+    """Case 28. None is no answer; a gold answer may be a whole solution."""
+    same = answers.same_to_math_verify
+    assert same("x + 1", "1 + x") and same(r"\sqrt{8}", r"2\sqrt{2}") and same("0.5", r"\frac12")
+    assert same("18", "9 * 2 = 18 #### 18") and not same("17", "18") and not same(None, "18")
+
+
+def test_math_verify_that_is_missing_is_said_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    words = ["--student", "s", "--teacher", "t", "--checker", "math-verify"]
+    with pytest.raises(UserError, match="needs its package: pip install math-verify"):
+        parse_opd(words)
+
+
 def test_the_budget_counts_the_start(pair, monkeypatch):
     """A response has max_new_tokens in all, the start among them, whatever else is in its batch."""
     starts = [[4] * 5, [], [5] * 3, [6], [7] * 2, [10] * 4, [8] * 6]
     judged = []
     plainly = answers.judged
 
-    def seen(pair, row, ids):
-        judged.append((PROMPTS.index(row["ids"]), ids))
-        return plainly(pair, row, ids)
+    def seen(pair, row, prompt_ids, ids, is_same):
+        judged.append((PROMPTS.index(prompt_ids), ids))
+        return plainly(pair, row, prompt_ids, ids, is_same)
 
     monkeypatch.setattr(answers, "judged", seen)
     _, truncated = answered(pair, rows(), starts=starts, n=4, max_new_tokens=LENGTH, seed=1)

@@ -37,7 +37,7 @@ from analysis import (
 )
 from plumbing import figures, measure, page, prompts, show
 from plumbing.answers import answered, read_answer, same_answer
-from plumbing.flags import Config, parse_analysis
+from plumbing.flags import Config, Diagnosis, depths_of, parse_analysis
 from plumbing.models import load_pair
 from rollout import rollout, seed_of
 from teacher import UserError, grade, make_pair
@@ -59,7 +59,8 @@ ANSWERS = "3 7 0 7 3 0 3 7".split()
 LENGTH = 6
 METRICS = (
     "reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher overlap_token_advantage "
-    "entropy_gap largest_gap entropy_student entropy_teacher reward"
+    "entropy_gap largest_gap entropy_student entropy_teacher reward distance_left "
+    "end_mass_student end_mass_teacher"
 ).split()
 
 
@@ -109,7 +110,7 @@ def is_right(ids, answer):
 
 def measured(pair, r, k=3, **temperatures):
     """Eq. 6 to 10 at every token of a rollout: {name: (B, T)}."""
-    return grade(pair, r, lambda *states: diagnose(*states, k), **temperatures)
+    return grade(pair, r, lambda *states: diagnose(*states, k, pair.eos_ids), **temperatures)
 
 
 # --- where they part ----------------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_the_metrics_are_those_of_the_plain_logits(temperature, teacher_temperat
         for model, T in ((pair.student, temperature), (pair.teacher, teacher_temperature)):
             logits = model(input_ids=ids).logits[0, -len(response) - 1 : -1, : len(WORDS)]
             log_p.append(logits.div(T).log_softmax(-1))
-        plain = diagnose(*log_p, torch.tensor(response), 3)
+        plain = diagnose(*log_p, torch.tensor(response), 3, pair.eos_ids)
         ours = {name: x[row, : len(response)] for name, x in grid.items()}
         torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-4, equal_nan=True)
 
@@ -160,7 +161,7 @@ def test_the_buckets_of_a_training_step_add_up_to_its_means():
     pair = different()
     r = written(pair, n=3, max_new_tokens=20)
     means = measure.Means(20, pair.device)
-    per_position = opd.loss_and_metrics(Config(k=3))
+    per_position = opd.loss_and_metrics(Config(k=3), pair.eos_ids)
     for part in measure.micro_batches(r, 30):
         means.add(measure.values_of(pair, part, per_position), part)
     row = means.means(r)
@@ -581,10 +582,12 @@ def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
     that of the endings; greedy answers have none."""
     pair = different()
     asked = {}
+    made = []
 
     def note_rollout(model, prompts, **how):
         asked["rollout"] = (model, prompts, how)
-        return rollout(model, prompts, **how)
+        made.append(rollout(model, prompts, **how))
+        return made[0]
 
     def note_grade(pair, r, per_position, **how):
         asked["grade"] = how
@@ -617,17 +620,67 @@ def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
     how = {"n": 3, "max_new_tokens": 5, "temperature": 0.8, "seeds": seeds, **pair.sampling}
     assert asked == {
         "rollout": (pair.student, PROMPTS, how),
-        "grade": {"temperature": 0.8},
+        "grade": {"temperature": 0.8, "teacher_reads": made[0]},
     }
     first = responses(written(pair, n=3, max_new_tokens=5, temperature=0.8, seed=7))[::3]
     greedy = {"temperature": 0.0}
     expected = [(pair.student, [[]] * 8, 1, 5, greedy), (pair.teacher, [[]] * 8, 1, 5, greedy)]
     how = {"temperature": 0.3, "top_p": 0.6, "seed": 7}
-    for starts in ([[]] * 8, [ids[:3] for ids in first]):
+    deep = [ids for ids in first if len(ids) > 3]
+    assert 0 < len(deep) < 8
+    for starts in ([[]] * len(deep), [ids[:3] for ids in deep]):
         for model in (pair.student, pair.teacher):
             expected.append((model, starts, 2, 5, how))
     assert endings == expected
     assert found["k"] == 4
+
+
+def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
+    """6.1 cuts responses after 1K to 16K tokens: at each depth the same responses count, those that
+    go on after the deepest. A share asks nothing of the length."""
+    pair = different()
+    given = [list(range(length)) for length in (1, 2, 3, 4, 5, 6, 2, 1)]
+
+    def note(pair, rows, *, starts, n, **how):
+        return torch.ones(len(rows), n), None
+
+    report, gain = analysis.gains(pair, rows(), given, (0.0, 2, 4), answered=note, n=1)
+    assert [(cut["tokens"], cut["responses"]) for cut in report] == [(0, 2), (2, 2), (4, 2)]
+    assert gain["mean"] == 0
+    report, _ = analysis.gains(pair, rows(), given, (0.0, 0.5), answered=note, n=1)
+    assert [cut["responses"] for cut in report] == [8, 8]
+    assert analysis.gains(pair, rows(), given, (0.0, 6), answered=note, n=1) == ([], None)
+
+
+def test_responses_that_are_all_too_short_leave_it_undecided(command):
+    """What was measured is shown; the verdict says what to lower."""
+    report = command(depths=f"0.5,{LENGTH - 1}", max_new_tokens=LENGTH, temperature=0.01)
+    if not report["continuation"]:
+        assert report["reasons"] == ["no response is longer than the deepest of --depths"]
+    assert show.diagnosis(report)
+
+
+@pytest.mark.parametrize(
+    "depths, found",
+    [
+        ("0,0.25,0.5,0.75", (0.0, 0.25, 0.5, 0.75)),
+        ("64", (0.0, 64)),
+        ("0.5,1,127", (0.0, 0.5, 1, 127)),
+        ("0.0,.5", (0.0, 0.5)),
+    ],
+)
+def test_a_depth_with_a_point_is_a_share_and_the_start_is_always_there(depths, found):
+    """6.1 counts tokens; our own depths are shares."""
+    taken = depths_of(Diagnosis(depths=depths))
+    assert taken == found
+    assert list(map(type, taken)) == list(map(type, found))
+
+
+@pytest.mark.parametrize("depths", ["", "a", "1.0", "-1", "128", "0.5,,", "nan", "0.5;3", "1e3."])
+def test_other_depths_are_refused(depths):
+    """128 tokens are --max-new-tokens: nothing would be left to finish."""
+    with pytest.raises(UserError, match="--depths"):
+        depths_of(Diagnosis(depths=depths))
 
 
 def test_a_teacher_that_is_the_student_has_nothing_new():
@@ -825,7 +878,8 @@ def test_the_command_is_the_function_on_some_prompts_of_the_file(command, files)
     }
     report = command(count=5, micro_batch_tokens=64, template="add {question} +", **numbers)
     pair = load_pair(f"{files}/student", f"{files}/teacher", device="cpu", micro_batch_tokens=64)
-    some = prompts.some_questions(f"{files}/prompts.jsonl", "add {question} +", 4, 5)
+    asked = {"template": "add {question} +", "seed": 4, "count": 5}
+    some = prompts.some_questions(Diagnosis(prompts=f"{files}/prompts.jsonl", **asked))
     given = prompts.encode_rows(pair, some, max_prompt_tokens=1024, new_tokens=5)
     expected = diagnose_pair(pair, given, answered=answered, **numbers)
     assert {name: report[name] for name in expected} == expected
@@ -856,7 +910,8 @@ def test_a_few_unknown_words_are_no_reason_to_refuse():
 @pytest.mark.parametrize("function", [diagnose_pair, prompts.encode_rows])
 def test_the_flags_have_the_defaults_of_the_functions(function):
     """What the command does if nothing is said is what the function does."""
-    flags = vars(parse_analysis(["--student", "s", "--teacher", "t"]))
+    parsed = parse_analysis(["--student", "s", "--teacher", "t"])
+    flags = {**vars(parsed), "depths": depths_of(parsed)}
     defaults = {}
     for name, parameter in inspect.signature(function).parameters.items():
         if name in flags and parameter.default is not inspect.Parameter.empty:

@@ -433,7 +433,7 @@ def test_the_next_day_is_no_other_file(world, tmp_path, out, monkeypatch):
     assert [text.split()[0] for text in texts[::2]] == ["3", "3", "7"]
 
 
-@pytest.mark.parametrize("change", [{}, {"eval": "held_out.jsonl"}])
+@pytest.mark.parametrize("change", [{}, {"eval": ("held_out.jsonl",)}])
 def test_prompts_can_be_left_out_and_held_out_ones_cannot(
     world, tmp_path, out, monkeypatch, change
 ):
@@ -727,7 +727,7 @@ def test_held_out_prompts_that_break_end_the_run(world, out):
     pair, _, held_out = ready(cfg)
     pair.teacher.get_output_embeddings().weight[3] = math.nan
     with pytest.raises(RunEnded, match="not finite"):
-        measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg))
+        measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg, pair.eos_ids))
 
 
 def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, out, monkeypatch):

@@ -22,6 +22,7 @@ from conftest import (
 )
 from transformers import AutoModelForCausalLM
 
+import analysis
 import opd
 from loss import full_vocab, sampled_token, top_k, top_k_released
 from plumbing import measure, prompts, show
@@ -32,6 +33,7 @@ from teacher import UserError, log_probs, micro_batches
 
 METRICS = """loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher
     overlap_token_advantage entropy_gap largest_gap entropy_student entropy_teacher reward
+    distance_left end_mass_student end_mass_teacher
     response_length truncated_fraction repetition_fraction grad_norm lr tokens overlap_empty
     sampling_mismatch time_rollout time_update""".split()
 
@@ -125,7 +127,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
     assert row["overlap_ratio"] == 1
     cfg = config(world, tmp_path)
     pair, _, held_out = ready(cfg)
-    assert measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg))["reverse_kl"] > 0.01
+    assert (
+        measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg, pair.eos_ids))["reverse_kl"]
+        > 0.01
+    )
 
 
 def test_temperatures_are_those_of_writing_and_of_scoring(world, tmp_path):
@@ -566,6 +571,43 @@ def test_a_finished_run_goes_on_with_more_steps_and_only_then(world, tmp_path):
 # --- prompts and flags --------------------------------------------------------------------------
 
 
+def test_several_held_out_files_are_reported_each_and_as_their_mean(world, tmp_path, capsys):
+    """The paper averages AIME24, AIME25 and AMC23, of 30, 30 and 40 prompts: each file counts
+    alike. The errors are those of the files, as they are independent."""
+    write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
+    write_lines(tmp_path / "b.jsonl", PROMPTS[2:7])
+    paths = (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl")
+    run = config(world, tmp_path / "run", eval=paths, steps=1, eval_n=2)
+    with pytest.warns(UserWarning, match="7 of 10 prompts are held out"):
+        found = opd.distil(run)
+    for name in ("accuracy_before", "greedy_after", "accuracy_teacher"):
+        accuracy = found[name]
+        files = accuracy["files"]
+        assert list(files) == list(paths)
+        assert [len(files[path]["each"]) for path in paths] == [2, 5]
+        assert accuracy["mean"] == sum(files[path]["mean"] for path in paths) / 2
+        errors = [files[path]["standard_error"] for path in paths]
+        assert accuracy["standard_error"] == pytest.approx(math.hypot(*errors) / 2)
+        assert sum(sum(files[path]["each"]) for path in paths) == sum(accuracy["each"])
+    gap = analysis.ahead(found["accuracy_teacher"], found["accuracy_before"])
+    lead = found["accuracy_teacher"]["mean"] - found["accuracy_before"]["mean"]
+    assert gap["mean"] == pytest.approx(lead)
+    said = show.summary(found)
+    assert "mean of 2 files" in said
+    for path in paths:
+        assert said.count(path) == 2  # sampled, and greedily
+
+
+def test_the_held_out_distance_is_of_all_files(world, tmp_path):
+    """It takes the first 256 rows: files stand in turn, so that none is left out."""
+    write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
+    write_lines(tmp_path / "b.jsonl", PROMPTS[2:7])
+    cfg = config(world, "", eval=(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"))
+    with pytest.warns(UserWarning):
+        _, _, held_out = prompts.questions(cfg)
+    assert [row["id"][0] for row in held_out] == list("ababbbb")
+
+
 def test_held_out_prompts_are_never_trained_on(world, tmp_path):
     """Without --eval a fifth is set apart, though lines repeat; with it, both is only measured."""
     twice = tmp_path / "twice.jsonl"
@@ -577,7 +619,7 @@ def test_held_out_prompts_are_never_trained_on(world, tmp_path):
     assert len(held_out) == 2
     assert not learned & {row["prompt"] for row in held_out}
     with pytest.raises(UserError, match="no prompt is left"):
-        prompts.questions(config(world, "", eval=f"{world}/prompts.jsonl"))
+        prompts.questions(config(world, "", eval=(f"{world}/prompts.jsonl",)))
 
 
 def test_a_preset_gives_way_to_a_flag():

@@ -102,7 +102,9 @@ def gradients(cfg):
         r, found["row"] = opd.update(cfg, pair, optimizer, train[:3], 0)
     found["tokens"] = [r.response_ids(row) for row in range(len(r.ids))]
     found["of an update"] = found["gradients"]
-    found["held out"] = measure.distance(cfg, pair, held_out[:1], opd.loss_and_metrics(cfg))
+    found["held out"] = measure.distance(
+        cfg, pair, held_out[:1], opd.loss_and_metrics(cfg, pair.eos_ids)
+    )
     found["accuracy"] = measure.accuracy(cfg, pair, held_out, pair.student)
     how = {"share": processes(), "descend": descend, "micro_batches": equal_micro_batches}
     cold = recipes.cold_start(pair, optimizer, EXAMPLES, steps=4, batch_size=3, **how)

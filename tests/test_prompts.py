@@ -4,6 +4,7 @@ Also the shuffle that deals prompts out to steps, and the templates around them 
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import warnings
@@ -13,7 +14,7 @@ from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Phi3Config, PreTrainedTokenizerFast
 
-from plumbing.flags import Config
+from plumbing.flags import Config, Diagnosis
 from plumbing.prompts import (
     additions,
     check_fits,
@@ -185,13 +186,14 @@ def test_a_prompt_that_is_in_the_template_is_put_once_and_that_is_said(tmp_path,
     put = apply_template("add 3", template)
     path = lines(tmp_path / "p.jsonl", {"prompt": put}, {"prompt": [user(put)]}, {"prompt": "add"})
     note = "--prompts: 2 of 3 prompts are in the template already and stay as they are"
+    cfg = Diagnosis(prompts=path, template=template, count=3)
     with says(note):
-        rows = some_questions(path, template, seed=0, count=3)
+        rows = some_questions(cfg)
     prompts = [row["prompt"] for row in rows]
     for prompt in (put, [user(put)], apply_template("add", template)):
         assert prompt in prompts
     with says():
-        some_questions(path, "none", seed=0, count=3)
+        some_questions(dataclasses.replace(cfg, template="none"))
 
 
 # --- questions -----------------------------------------------------------------------------------
@@ -203,6 +205,8 @@ def config(folder, prompts, **change):
     for name, value in flags.items():
         if isinstance(value, list):
             flags[name] = lines(folder / f"{name}.jsonl", *value)
+        if name == "eval":
+            flags[name] = (flags[name],)
     return Config(student="s", teacher="t", **flags)
 
 
@@ -459,13 +463,14 @@ def test_a_text_that_outgrows_a_model_is_refused():
     assert positions(phi) == 16
     assert positions(pair.student.config) == 64
     pair.teacher.config.rope_parameters = rope
-    check_fits(pair, [4] * 6, 10, "p.jsonl:3")
+    both = (pair.student, pair.teacher)
+    check_fits(pair, both, [4] * 6, 10, "p.jsonl:3")
     with pytest.raises(
         UserError, match="p.jsonl:3 and .* need 17 tokens, .* holds 16; lower --max"
     ):
-        check_fits(pair, [4] * 6, 11, "p.jsonl:3")
+        check_fits(pair, both, [4] * 6, 11, "p.jsonl:3")
     with pytest.raises(UserError, match="a token of p.jsonl:3 has no output row"):
-        check_fits(pair, [len(WORDS)], 1, "p.jsonl:3")
+        check_fits(pair, both, [len(WORDS)], 1, "p.jsonl:3")
 
 
 # --- conversations -------------------------------------------------------------------------------

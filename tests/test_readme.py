@@ -15,7 +15,13 @@ import opd
 from plumbing.flags import Config, Diagnosis, parse_opd
 
 README = (ROOT / "README.md").read_text()
-ALL = ("README.md", "plumbing/README.md", "experiments/README.md", "tests/README.md")
+ALL = (
+    "README.md",
+    "plumbing/README.md",
+    "plumbing/figures.md",
+    "experiments/README.md",
+    "tests/README.md",
+)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -320,7 +320,10 @@ def test_the_teacher_template_stands_around_the_question_or_its_own_prompt(tmp_p
         (" \n", 'p.jsonl:2 needs "teacher_prompt"'),
         (None, 'p.jsonl:2 needs "teacher_prompt"'),
         ([], 'p.jsonl:2 needs "teacher_prompt"'),
-        ([{"role": "assistant", "content": "so"}], "p.jsonl:2: its teacher_prompt ends with what"),
+        (
+            [{"role": "assistant", "content": "so"}],
+            "p.jsonl:2 ends with what the assistant says; a teacher_prompt",
+        ),
     ],
 )
 def test_what_is_no_teacher_prompt_is_refused_with_its_line(tmp_path, teacher_prompt, said):
