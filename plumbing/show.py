@@ -31,7 +31,7 @@ METRICS = {  # of a diagnosis, in words
     "entropy_student": "entropy, student",
     "entropy_teacher": "entropy, teacher",
     "reward": "mean reward",
-    "distance_left": "distance left |log q(y) - log p(y)|",
+    "distance_left": "distance left, mean |reward|",
     "end_mass_student": "probability of an end, student",
     "end_mass_teacher": "probability of an end, teacher",
 }
@@ -215,14 +215,26 @@ def accuracy_lines(report):
     """How often each model is right, on its own and finishing what the student began (6.1)."""
     title = f"right answers at T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
     rows = [("greedy, from the start", report["greedy"])]
+    counts_tokens = False
     for cut in report["continuation"]:
-        tokens = f" ({cut['tokens']:.1f} tokens) of a student's answer" if cut["depth"] else ""
-        rows.append((from_depth(cut) + tokens, cut))
+        name = from_depth(cut)
+        if isinstance(cut["depth"], int):
+            counts_tokens = True
+        elif cut["depth"]:
+            name += f" ({cut['tokens']:.1f} tokens)"
+        if cut["depth"]:
+            name += " of a student's answer"
+        rows.append((name, cut))
     lines = ["", f"{title:52} student   teacher"]
     for name, found in rows:
         student = found["student"]["mean"]
         teacher = found["teacher"]["mean"]
         lines.append(f"  {name:48} {student:9.3f} {teacher:9.3f}")
+    if counts_tokens:
+        count = report["continuation"][0]["responses"]
+        lines.append(
+            f"  (but greedy: {counted(count, 'response')} that go on after the deepest cut)"
+        )
     return lines
 
 
@@ -270,9 +282,10 @@ def signs(report):
             points, why = of_lead(gain)
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
-    why = "6.1: +.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens"
-    rows.append(("  mean over these depths", plus_minus(gain, "+.3f"), DIRECTIONS[sure(gain)], why))
-
+    if gain is not None:  # a response is as long as --depths asks
+        why = "6.1: +.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens"
+        found = plus_minus(gain, "+.3f")
+        rows.append(("  mean over these depths", found, DIRECTIONS[sure(gain)], why))
     auroc = "not defined" if report["auroc"] is None else f" {report['auroc']:.3f}"
     name = f"AUROC, {report['right']} right, {report['wrong']} not"
     rows.append((name, auroc, NOTHING, "6.2: success .733, failure .751"))

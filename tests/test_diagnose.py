@@ -652,12 +652,17 @@ def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
     assert analysis.gains(pair, rows(), given, (0.0, 6), answered=note, n=1) == ([], None)
 
 
-def test_responses_that_are_all_too_short_leave_it_undecided(command):
+def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     """What was measured is shown; the verdict says what to lower."""
-    report = command(depths=f"0.5,{LENGTH - 1}", max_new_tokens=LENGTH, temperature=0.01)
-    if not report["continuation"]:
-        assert report["reasons"] == ["no response is longer than the deepest of --depths"]
-    assert show.diagnosis(report)
+    monkeypatch.setattr(analysis, "gains", lambda *args, **how: ([], None))
+    report = diagnosed(different())
+    said = show.diagnosis(report)
+    assert "greedy, from the start" in said and "mean over these depths" not in said
+    report["metrics"]["overlap_mass_student"] = {"mean": 0.99, "standard_error": 0.001}
+    report["metrics"]["overlap_mass_teacher"] = {"mean": 0.99, "standard_error": 0.001}
+    word, reasons = analysis.verdict(report)
+    assert word == analysis.UNDECIDED
+    assert reasons[-1] == "no response is longer than the deepest of --depths"
 
 
 @pytest.mark.parametrize(

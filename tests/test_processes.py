@@ -126,16 +126,20 @@ def numbers(row):
 @pytest.mark.parametrize(
     "change, shard",
     [
-        ({"objective": "full"}, False),
+        ({"objective": "full", "teacher_template": "so {question} ="}, False),
         ({"gradient_checkpointing": True, "teacher": "gemma3"}, False),
         ({"gradient_checkpointing": True, "student": "gemma3"}, True),
-        ({"objective": "sampled", "teacher": "gemma3"}, True),
+        (
+            {"objective": "sampled", "teacher": "gemma3", "teacher_template": "so {question} ="},
+            True,
+        ),
     ],
 )
 def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change, shard):
     """trl#4105, easydistill#16: one denominator for all, whatever each of them got, here five or
     six micro-batches of unlike sizes. One held-out prompt (case 8) leaves a process idle, and it
-    counts nothing. The same of sharded models, whose gradients are put together again.
+    counts nothing. The same of sharded models, whose gradients are put together again. So with a
+    prompt of the teacher's own.
     """
     change = dict(change)
     for name in ("student", "teacher"):
