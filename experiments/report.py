@@ -3,9 +3,10 @@
     python experiments/report.py
 
 It writes results/findings.md: every claim about the toy and about SmolLM2, what the paper has, what
-was found here, and a word. It puts the tables of findings and scripts and what forecast.py and
-bench.py print into experiments/README.md, each between its two markers. It puts opd.update into
-README.md. It draws every figure anew. A script of the toy without results is left out, and named.
+was found here, and a word. It puts the tables of findings and scripts and what context.py,
+forecast.py and bench.py print into experiments/README.md, each between its two markers. It puts
+opd.update into README.md. It draws every figure anew. A script of the toy without results is left
+out, and named.
 
 Criteria stand in the first lines of a script. The four words are explained in lab.py.
 """
@@ -14,6 +15,7 @@ import importlib
 import inspect
 import sys
 
+import context
 import lab
 import plot
 
@@ -201,13 +203,23 @@ def findings_in_short(results):
     return table(("section", "claim", "word", "found"), rows) + left_out(results)
 
 
-def findings_in_full(results):
+def findings_in_full(findings):
     """The same with what the paper has."""
     titles = ("section", "claim", "the paper", "found here (mean over seeds)", "word")
     rows = []
-    for x in judged(results):
+    for x in findings:
         rows.append((x.section, x.claim, x.paper, x.found, emphasised(x.word)))
-    return table(titles, rows) + left_out(results)
+    return table(titles, rows)
+
+
+def findings_of_context(folder):
+    """Of context.py, from its results in a folder."""
+    try:
+        results = context.read_results(folder)
+    except SystemExit as refusal:
+        print(f"context.py is left out: {refusal}", file=sys.stderr)
+        return NOT_YET
+    return findings_in_full(context.judge(results))
 
 
 def findings_of_real(results):
@@ -222,7 +234,7 @@ def findings_of_real(results):
     return table(titles, rows)
 
 
-def page(toy, real):
+def page(toy, real, folder):
     """results/findings.md: str."""
     commits = [f"{script}.py at {made['commit']}" for script, made in real.items()]
     return f"""# Findings
@@ -236,7 +248,10 @@ difference. *undecided*: within noise, or otherwise from seed to seed. *not aska
 cannot show it. ± is noise, two standard errors. Numbers with commas between them are those of the
 seeds, in order.
 
-{findings_in_full(toy)}
+{findings_in_full(judged(toy))}{left_out(toy)}
+## SmolLM2-135M-Instruct that learns from itself
+
+{findings_of_context(folder)}
 ## SmolLM2-135M-Instruct, measured before the new toy world
 
 These runs are older than the toy world of today and its four words. A criterion holds or is missed.
@@ -315,6 +330,7 @@ def filled(text, toy, real, folder):
     """experiments/README.md with its tables made anew: str."""
     text = put(findings_in_short(toy), "findings", text)
     text = put(scripts(toy, real), "scripts", text)
+    text = put(printed(folder / "context.txt"), "context", text)
     text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)
     return put(printed(folder / "bench.txt"), "bench", text)
 
@@ -333,15 +349,16 @@ def draw(toy, real, folder):
     for script in real:
         getattr(plot, script)(folder / f"{script}.json", folder / f"{script}.svg")
     try:
+        plot.context(context.read_results(folder), folder / "context")
         plot.overview(lab.read_results(folder, OVERVIEW), folder / "overview")
     except SystemExit as refusal:
-        print(f"the overview is not drawn: {refusal}", file=sys.stderr)
+        print(f"a figure is not drawn: {refusal}", file=sys.stderr)
 
 
 def main():
     toy = toy_results(lab.RESULTS)
     real = real_results(lab.RESULTS)
-    (lab.RESULTS / "findings.md").write_text(page(toy, real))
+    (lab.RESULTS / "findings.md").write_text(page(toy, real, lab.RESULTS))
     readme = lab.ROOT / "experiments" / "README.md"
     readme.write_text(filled(readme.read_text(), toy, real, lab.RESULTS))
     front = lab.ROOT / "README.md"
