@@ -226,7 +226,7 @@ def ahead(a, b):
     Both are results of plumbing.measure.accuracy on the same prompts; of several files the mean.
     """
     if "files" in a:
-        return mean_of([ahead(a["files"][name], b["files"][name]) for name in a["files"]])
+        return mean_of([ahead(x, y) for x, y in zip(a["files"], b["files"], strict=True)])
     share_a = torch.tensor(a["each"]).double() / a["samples"] * len(a["each"])  # (prompts,)
     share_b = torch.tensor(b["each"]).double() / b["samples"] * len(b["each"])
     return estimate(share_a - share_b, GAIN)
@@ -477,6 +477,7 @@ def gains(pair, rows, responses, depths, **how):
     """
     deepest = max((depth for depth in depths if isinstance(depth, int)), default=-1)
     deep = [i for i, response in enumerate(responses) if len(response) > deepest]
+    left_out = len(rows) - len(deep)
     rows = [rows[i] for i in deep]
     responses = [responses[i] for i in deep]
     if not rows:
@@ -487,7 +488,8 @@ def gains(pair, rows, responses, depths, **how):
         found = continuation(pair, rows, responses, depth, **how)
         gain_at.append(found["teacher"] - found["student"])  # (rows,)
         tokens = found["tokens"]
-        report.append({"depth": depth, "tokens": tokens, "responses": len(rows), **compared(found)})
+        cut = {"depth": depth, "tokens": tokens, "responses": len(rows), "left_out": left_out}
+        report.append({**cut, **compared(found)})
         if depth == depths[0] and not found["student"].any() and not found["teacher"].any():
             break
     return report, estimate(torch.stack(gain_at).mean(0), GAIN)
@@ -514,6 +516,7 @@ def verdict(report):
     masses = (metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
     unlike = surely_below(min(masses, key=lambda x: x["mean"]), SHARED_MASS)
     part_ways = "the two part ways at the student's states (3.1); a cold start moves those (5.1)"
+    becomes = "the student becomes what the teacher is, mistakes included (3.3)"
     reasons = []
     if metrics["reverse_kl"]["mean"] < 1e-6:
         return NOTHING_NEW, ["student and teacher agree at every state: no gradient (Eq. 4)"]
@@ -521,15 +524,20 @@ def verdict(report):
         reasons.append("most responses were cut off: take a higher --max-new-tokens")
     if unlike:
         reasons.append(f"the tokens that both find likely hold less than {SHARED_MASS} in sum")
-    if not report.get("continuation"):
-        why = "without answers no lead can be measured"
-        if "continuation" in report:
-            why = "no response is longer than the deepest of --depths"
-        reasons.append(part_ways if unlike else why)
+    if "greedy" not in report:
+        reasons.append(part_ways if unlike else "without answers no lead can be measured")
+        return INCOMPATIBLE if unlike else UNDECIDED, reasons
+
+    lead = report["greedy"]["gain"]
+    if sure(lead) < 0:
+        reasons.append(becomes)
+        return HARMFUL, reasons
+    if not report["continuation"]:
+        too_short = "no response is longer than the deepest of --depths"
+        reasons.append(part_ways if unlike else too_short)
         return INCOMPATIBLE if unlike else UNDECIDED, reasons
 
     alone = report["continuation"][0]
-    lead = report["greedy"]["gain"]
     gain = report["predicted_gain"]
     if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
         reasons.append(
@@ -537,8 +545,8 @@ def verdict(report):
             "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"
         )
         return INCOMPATIBLE if unlike else UNDECIDED, reasons
-    if sure(alone["gain"]) < 0 or sure(lead) < 0:
-        reasons.append("the student becomes what the teacher is, mistakes included (3.3)")
+    if sure(alone["gain"]) < 0:
+        reasons.append(becomes)
         return HARMFUL, reasons
     leads_alone_only = sure(alone["gain"]) > 0 and sure(gain) < 0
     if unlike or leads_alone_only:
@@ -584,12 +592,12 @@ def main(argv=None):
             "seed": args.seed,
         }
         if args.tokens:
-            page.write_page(pair, rows[:8], args.tokens, **sampling)
+            page.write_page(pair, rows[:8], args.tokens, checker=args.checker, **sampling)
         report = diagnose_pair(
             pair,
             rows,
             answered=partial(answers.answered, checker=args.checker),
-            rollout=slots.rollout,
+            rollout=partial(slots.rollout, in_flight=pair.in_flight),
             depths=flags.depths_of(args),
             n=args.n,
             finishes=args.finishes,

@@ -247,6 +247,8 @@ def distil(cfg):
             if cfg.eval_every and (step + 1) % cfg.eval_every == 0 and step + 1 < cfg.steps:
                 accuracy = measure.accuracy(cfg, pair, exam, pair.student)
                 row["accuracy"] = accuracy and accuracy["mean"]
+                if accuracy and "files" in accuracy:
+                    row["accuracy_of_files"] = [found["mean"] for found in accuracy["files"]]
             run.log({"step": step + 1, **row}, r)
 
         result = student_now(cfg, pair, exam, held_out, "after")

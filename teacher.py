@@ -271,21 +271,34 @@ def micro_batches(r, budget, teacher_reads=None):
 
     Rows of like length are together, the longest first, so that memory peaks early. Columns that
     are padding in every row of a part are left out. teacher_reads: from read_by_teacher; None: the
-    teacher reads what the student reads. The parts do not depend on it.
+    teacher reads what the student reads. Neither model reads more than the budget at a time.
     """
-    mask = r.attention_mask.long()
-    start = mask.argmax(1).tolist()  # the column of the first token of each row
-    end = (mask.cumsum(1).argmax(1) + 1).tolist()
-    longest_first = sorted(range(len(start)), key=lambda row: start[row] - end[row])
+    texts = [used_columns(r)]
+    if teacher_reads is not None and teacher_reads is not r:
+        texts.append(used_columns(teacher_reads))
+
+    def width(rows):
+        """Columns that some rows need, in the wider of the two texts."""
+        widths = [max(end[i] for i in rows) - min(start[i] for i in rows) for start, end in texts]
+        return max(widths)
+
+    longest_first = sorted(range(len(r.ids)), key=lambda row: -width([row]))
     groups = []
     for row in longest_first:
         rows = groups[-1] + [row] if groups else [row]
-        width = max(end[i] for i in rows) - min(start[i] for i in rows)
-        if groups and width * len(rows) <= budget:
+        if groups and width(rows) * len(rows) <= budget:
             groups[-1] = rows
         else:
             groups.append([row])
     return [cut(r, rows, teacher_reads or r) for rows in groups]
+
+
+def used_columns(r):
+    """The column of the first token of each row, and the one behind its last: two lists of int."""
+    mask = r.attention_mask.long()
+    start = mask.argmax(1).tolist()
+    end = (mask.cumsum(1).argmax(1) + 1).tolist()
+    return start, end
 
 
 def cut(r, rows, teacher_reads):

@@ -7,7 +7,7 @@ new comes from what the teacher may read (the paper's outlook names such a teach
 on held-out sums, which the student is asked without the hint.
 
     python experiments/context.py
-        writes runs/context/prompts.jsonl and eval.jsonl, for opd.py: see README.md
+        writes runs/context/prompts.jsonl and eval.jsonl, for the command in ../README.md
     python experiments/context.py --base DIR_OR_HUB
         trains and measures the arms below: results/context/ARM-SEED.json, context.{txt,svg}
 
@@ -54,6 +54,7 @@ from lab import (
     finding,
     first_sentence,
     once,
+    refuse_another,
     share,
     verdicts,
 )
@@ -151,7 +152,7 @@ def train(arm, base, folder, seed, quick):
     out = folder / arm.replace(" ", "-")
     teacher = base
     if arm == "expert":
-        teacher = str(expert(base, folder / "expert-model", seed, quick))
+        teacher = str(expert(base, folder / f"expert-of-{Path(base).name}", seed, quick))
     cfg = Config(
         student=base,
         teacher=teacher,
@@ -161,6 +162,7 @@ def train(arm, base, folder, seed, quick):
         seed=seed,
         **{**SETTINGS, **(QUICK if quick else {})},
     )
+    refuse_another(out, {"student": base, "teacher": teacher, **SETTINGS})
     if not (out / "result.json").exists():
         is_begun = (out / "checkpoint" / "state.pt").exists()
         opd.distil(dataclasses.replace(cfg, resume=is_begun))
@@ -332,7 +334,9 @@ def main():
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     parser.add_argument("--runs", default="runs/context", help="folder of questions and runs")
     parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
-    parser.add_argument("--quick", action="store_true", help="two steps of one seed; keeps nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="four steps of one seed; keeps nothing"
+    )
     flags = parser.parse_args()
     folder = Path(flags.runs)
     if flags.report:

@@ -348,11 +348,14 @@ def draw(toy, real, folder):
         getattr(plot, script)(results, folder / script)
     for script in real:
         getattr(plot, script)(folder / f"{script}.json", folder / f"{script}.svg")
-    try:
-        plot.context(context.read_results(folder), folder / "context")
-        plot.overview(lab.read_results(folder, OVERVIEW), folder / "overview")
-    except SystemExit as refusal:
-        print(f"a figure is not drawn: {refusal}", file=sys.stderr)
+    for name, read in (
+        ("context", lambda: context.read_results(folder)),
+        ("overview", lambda: lab.read_results(folder, OVERVIEW)),
+    ):
+        try:
+            getattr(plot, name)(read(), folder / name)
+        except SystemExit as refusal:
+            print(f"{name}.svg is not drawn: {refusal}", file=sys.stderr)
 
 
 def main():

@@ -210,8 +210,6 @@ def same(a, b):
     """Are two values of a flag the same? A path may be put another way."""
     if a == b:
         return True
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
     both_are_paths = isinstance(a, str) and isinstance(b, str) and os.path.exists(a)
     return both_are_paths and os.path.realpath(a) == os.path.realpath(b)
 

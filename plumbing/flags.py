@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loss import SUPPORTS
+from plumbing.answers import CHECKERS
 from plumbing.files import check_file
 from plumbing.models import pick_device
 from recipes import apply_template
@@ -21,7 +22,15 @@ from teacher import UserError
 
 OBJECTIVES = ("top-k", "full", "sampled", "top-k-released")
 LARGEST_SEED = 2**31 - 1
-CHECKERS = ("built-in", "math-verify")
+TEACHER_TEMPLATE = (
+    'a template around the teacher\'s question, or around the "teacher_prompt" of the line; the '
+    "teacher's own chat template goes around that. Without it, the teacher reads the "
+    "teacher_prompt as it is, or what the student reads"
+)
+IN_FLIGHT = (
+    "responses that are written at a time while the others wait; bounds the memory of the cache. "
+    "0: all"
+)
 CHECKER = (
     "who says if an answer is right: built-in compares numbers, and all else as text; math-verify "
     "is the package of that name, which knows that x + 1 is 1 + x (pip install math-verify)"
@@ -134,7 +143,9 @@ class Config:
         at_least=1,
     )
     max_prompt_tokens: int = flag(
-        1024, "longer prompts are dropped and counted, never cut; the paper's", at_least=1
+        1024,
+        "longer prompts of the student are dropped and counted, never cut; the paper's",
+        at_least=1,
     )
     temperature: float = flag(
         1.0, "of the student, when it writes and when it is scored; the paper's", above=0
@@ -150,14 +161,10 @@ class Config:
         "(5.2)",
         group="the prompts, and the two recipes (5)",
     )
-    teacher_template: str = flag(
-        "",
-        "another template for the teacher, put into its own chat template. Without it, the teacher "
-        'reads what the student reads, or the "teacher_prompt" of the line',
-    )
+    teacher_template: str = flag("", TEACHER_TEMPLATE)
     thinking: str = flag(
         "default",
-        "enable_thinking, for chat templates that have it",
+        "enable_thinking, for chat templates that have it; the teacher's, too, if it has",
         choices=("default", "on", "off"),
     )
     cold_start: int = flag(
@@ -224,12 +231,12 @@ class Config:
         "the template of the held-out prompts when accuracy is measured, if it is another than "
         "--template. The paper trains under answer and measures under boxed. Their distance (KL, "
         "overlap) is measured under --template, because it is about the states that training "
-        "visits",
+        "visits. A teacher with a prompt of its own is asked behind that",
     )
     eval_max_new_tokens: int = flag(
         0, "their tokens, at most; 0 is max_new_tokens. The paper takes 31,744", at_least=0
     )
-    checker: str = flag("built-in", CHECKER, choices=CHECKERS)
+    checker: str = flag("built-in", CHECKER, choices=tuple(CHECKERS))
     resume: bool = flag(False, "go on from the checkpoint in --out")
     save_every: int = flag(25, "steps between checkpoints", at_least=1)
 
@@ -254,12 +261,7 @@ class Config:
         "cut both models over the processes of torchrun, weights, gradients and AdamW: a student "
         "of more than about 3e9 parameters does not fit one GPU",
     )
-    in_flight: int = flag(
-        0,
-        "responses that are written at a time while the other prompts wait; bounds the memory of "
-        "the cache. 0: all",
-        at_least=0,
-    )
+    in_flight: int = flag(0, IN_FLIGHT, at_least=0)
     micro_batch_tokens: int = flag(
         0,
         "padded tokens in one forward and backward pass; changes the memory, not the result. "
@@ -304,14 +306,10 @@ class Diagnosis:
         "none (prompts as they are), answer, boxed, or a text of your own with {question} in it "
         "(5.2)",
     )
-    teacher_template: str = flag(
-        "",
-        "another template for the teacher, put into its own chat template. Without it, the teacher "
-        'reads what the student reads, or the "teacher_prompt" of the line',
-    )
+    teacher_template: str = flag("", TEACHER_TEMPLATE)
     thinking: str = flag(
         "default",
-        "enable_thinking, for chat templates that have it",
+        "enable_thinking, for chat templates that have it; the teacher's, too, if it has",
         choices=("default", "on", "off"),
     )
     ends: str = flag("merged", "as for opd.py", choices=("merged", "own"))
@@ -331,7 +329,7 @@ class Diagnosis:
         "it; without, a number of tokens. The paper takes 1024,4096,8192,16384, of responses that "
         "are longer than that (6.1). The start, 0, is always measured",
     )
-    checker: str = flag("built-in", CHECKER, choices=CHECKERS)
+    checker: str = flag("built-in", CHECKER, choices=tuple(CHECKERS))
     seed: int = flag(
         0, "of the choice of prompts and of all sampling", at_least=0, at_most=LARGEST_SEED
     )
@@ -344,6 +342,7 @@ class Diagnosis:
     micro_batch_tokens: int = flag(
         16384, "padded tokens in one forward pass; changes the memory, not the result", at_least=1
     )
+    in_flight: int = flag(0, IN_FLIGHT, at_least=0)
     out: str = flag("runs/diagnose.json", "the file of the report; its folder is made if missing")
     tokens: str = flag("", "an .html file: a few responses, every token tinted by its reward")
 
@@ -481,6 +480,16 @@ def check_range(name, value, at_least, above, at_most):
         raise UserError(f"{name} {value}: must be {' and '.join(bounds)}")
 
 
+def check_files(paths, name):
+    """UserError if one of a flag's files cannot be read, or stands there twice."""
+    seen = set()
+    for path in filter(None, paths):
+        check_file(path, name)
+        if Path(path).resolve() in seen:
+            raise UserError(f"{name} {path}: the file is given twice; leave it out once")
+        seen.add(Path(path).resolve())
+
+
 def check_writable(name, path):
     """UserError if a folder cannot be written to, or cannot be made. Nothing is made here."""
     folder = Path(path).absolute()
@@ -505,9 +514,10 @@ def check(flags):
         if about["choices"] and value not in about["choices"]:
             choices = ", ".join(choice for choice in about["choices"] if choice)
             raise UserError(f"{named(field.name)} {value!r}: choose from {choices}")
+        if field.type is tuple and isinstance(value, str):
+            raise UserError(f"{named(field.name)} {value}: from Python give a tuple, ({value!r},)")
         if about["is_file"]:
-            for path in value if field.type is tuple else filter(None, [value]):
-                check_file(path, named(field.name))
+            check_files(value if field.type is tuple else (value,), named(field.name))
     apply_template("", flags.template)
     if flags.teacher_template:
         apply_template("", flags.teacher_template)

@@ -118,8 +118,8 @@ def share_right(cfg, pair, rows, model, *, n, **how):
 
     how: temperature, top_p.
     -> see `counted`, or None if no row has an answer. If the rows are of several files, "files"
-    has the same for each of them, and the mean is that of the files. Every model gets the same
-    random numbers.
+    has the same for each of them, in order, and mean and standard error are those of the mean of
+    the files. Every model gets the same random numbers.
     """
     rows = [row for row in rows if row["answer"] is not None]
     if not rows:
@@ -140,11 +140,12 @@ def share_right(cfg, pair, rows, model, *, n, **how):
     found = counted(right, truncated)
     files = list(dict.fromkeys(row.get("file") for row in rows))
     if len(files) > 1:
-        found["files"] = {}
+        found["files"] = []
         for file in files:
             is_of_file = torch.tensor([row["file"] == file for row in rows])
-            found["files"][file] = counted(right[is_of_file], truncated[is_of_file])
-        found.update(mean_of(found["files"].values()))
+            of_file = counted(right[is_of_file], truncated[is_of_file])
+            found["files"].append({"file": file, **of_file})
+        found.update(mean_of(found["files"]))
     return found
 
 

@@ -214,8 +214,8 @@ def surprises(student_tokenizer, teacher_tokenizer):
         found.append(f"special tokens of only one of the two: {differing}")
     if student_tokenizer.chat_template != teacher_tokenizer.chat_template:
         found.append(
-            "chat templates differ: both models read the student's text; --teacher-template gives "
-            "the teacher its own"
+            "chat templates differ: a prompt goes into the student's, a teacher_prompt (see "
+            "--teacher-template) into the teacher's"
         )
     if not student_tokenizer.chat_template:
         text = next(iter(student_tokenizer.get_vocab()))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from analysis import diagnose
 from loss import support_of
-from plumbing.answers import read_answer, same_answer
+from plumbing.answers import CHECKERS, read_answer
 from plumbing.slots import rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
@@ -35,10 +35,20 @@ section { border-top: 1px solid #999; margin-top: 1.5rem }
 """
 
 
-def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, seed=0):
+def write_page(
+    pair,
+    rows,
+    out,
+    *,
+    k=16,
+    max_new_tokens=128,
+    temperature=1.0,
+    seed=0,
+    checker="built-in",
+):
     """Let the student answer each of the rows once, grade it, and write the page to the file `out`.
 
-    rows: of plumbing.prompts.encode_rows, {"ids", "answer" or None}.
+    rows: of plumbing.prompts.encode_rows, {"ids", "answer" or None}. checker: of answers.CHECKERS.
     """
     with pair.autocast():
         r = rollout(
@@ -61,7 +71,7 @@ def write_page(pair, rows, out, *, k=16, max_new_tokens=128, temperature=1.0, se
         values = {name: x[i, written].tolist() for name, x in grid.items()}
         truncated = bool(r.truncated[i])
         parts.append(f"<section>\n<h2>Response {i + 1}</h2>")
-        parts.append(section(pair.tokenizer, row, r.response_ids(i), truncated, values))
+        parts.append(section(pair.tokenizer, row, r.response_ids(i), truncated, values, checker))
         parts.append("</section>")
     parts.append("</body></html>\n")
     Path(out).write_text("\n".join(parts), encoding="utf-8")
@@ -95,15 +105,15 @@ def seen(log_p, log_q, y, k):
 # --- one response --------------------------------------------------------------------------------
 
 
-def section(tokenizer, row, ids, truncated, values):
-    """One response as HTML: what is known of it, its prompt as the student reads it, its tokens."""
+def section(tokenizer, row, ids, truncated, values, checker="built-in"):
+    """One response as HTML: what is known of it, its prompt as each model reads it, its tokens."""
     said = read_answer(tokenizer.decode(ids, skip_special_tokens=True))
     mean = sum(values["reward"]) / len(ids)
     facts = [f"mean reward {mean:+.3f} nats", f"{len(ids)} tokens"]
     if truncated:
         facts.append("✂ cut off")
     if row["answer"] is not None:
-        facts.append(verdict(said, row["answer"]))
+        facts.append(verdict(said, row["answer"], checker))
     spans = []
     for t, i in enumerate(ids):
         of_token = {name: x[t] for name, x in values.items()}
@@ -112,17 +122,20 @@ def section(tokenizer, row, ids, truncated, values):
         spans.append(tinted(text, of_token["reward"], title))
     about = escaped("; ".join(facts))
     prompt = escaped(tokenizer.decode(row["ids"]))
+    if "teacher_ids" in row:
+        prompt += '</p>\n<p class="prompt">the teacher reads: '
+        prompt += escaped(tokenizer.decode(row["teacher_ids"]))
     response = "".join(spans)
     return f"""<p>{about}</p>
 <p class="prompt">{prompt}</p>
 <p class="response">{response}</p>"""
 
 
-def verdict(said, wanted):
+def verdict(said, wanted, checker="built-in"):
     """The answer of a response beside the one that was asked for."""
     if said is None:
         return f"no answer, {wanted} was asked for"
-    if same_answer(said, wanted):
+    if CHECKERS[checker](said, wanted):
         return f"answer {said} ✓ right"
     return f"answer {said} ✗ wrong, {wanted} was asked for"
 

@@ -25,7 +25,7 @@ from recipes import (
     question_key,
 )
 from rollout import seed_of
-from teacher import UserError, teacher_ids
+from teacher import UserError
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -50,11 +50,11 @@ def is_conversation(x):
 
 
 def load_prompts(path):
-    """Read JSON lines {"prompt": text or chat messages, "answer": text, "teacher_prompt": ...}.
+    """Read JSON lines {"prompt", "answer", "teacher_prompt"}, of which the last two are optional.
 
-    The last two are optional; a teacher_prompt is what a prompt is. -> list of {"prompt", "answer":
-    text or None, "id": "name of the file:line"}, and "teacher_prompt" where the line has one.
-    Raises UserError with file and line for anything else.
+    An answer is text, a prompt is text or chat messages. -> list of {"prompt", "answer": text or
+    None, "id": "name of the file:line"}, and "teacher_prompt" where the line has one. Raises
+    UserError with file and line for anything else.
     """
     rows = []
     for number, row in json_lines(path):
@@ -173,6 +173,8 @@ def questions(cfg):
 
     if cfg.eval:
         held_out = in_turn([of_eval_file(cfg, path) for path in cfg.eval])
+        repeated = len(held_out) - len(keys_of(held_out))
+        tell("--eval", repeated, held_out, "stand in another file, too, and count in both")
         in_both = len(keys_of(held_out) & learnt)
         tell("--eval", in_both, held_out, "are answered in --cold-start-file")
         train = without(train, keys_of(held_out), "--prompts", "held out in --eval")
@@ -207,7 +209,10 @@ def of_eval_file(cfg, path):
     rows = load_prompts(path)
     if cfg.eval_template:
         rows = out_of_template(rows, cfg.eval_template)
-    rows = once(put_in_template(cfg, rows, "--eval"), "--eval")
+    name = f"--eval {path}" if len(cfg.eval) > 1 else "--eval"
+    rows = once(put_in_template(cfg, rows, name), name)
+    if len(cfg.eval) > 1 and all(row["answer"] is None for row in rows):
+        warnings.warn(f"{name} has no answers: it is in no accuracy", stacklevel=2)
     return [{**row, "file": path} for row in rows]
 
 
@@ -415,7 +420,9 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
             readers = (pair.student,)
             where_teacher = f"the teacher_prompt of {where}"
             tokenizer = pair.teacher_tokenizer or pair.tokenizer
-            read = encode(tokenizer, row["teacher_prompt"], thinking, where_teacher)
+            has_switch = "enable_thinking" in str(tokenizer.chat_template)
+            thinks = thinking if has_switch else "default"
+            read = encode(tokenizer, row["teacher_prompt"], thinks, where_teacher)
             if not read:
                 raise UserError(f"{where_teacher} has no token; write what the teacher is to read")
             check_fits(pair, (pair.teacher,), read, new_tokens, where_teacher)
@@ -430,20 +437,21 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
             f"{max_prompt_tokens} tokens",
             stacklevel=2,
         )
-    check_known(pair.tokenizer, [row["ids"] for row in fit])
-    check_known(pair.tokenizer, [teacher_ids(row) for row in fit])
+    check_known(pair.tokenizer, [row["ids"] for row in fit], "prompts")
+    for_teacher = [row["teacher_ids"] for row in fit if "teacher_ids" in row]
+    check_known(pair.tokenizer, for_teacher, "teacher's prompts")
     return fit
 
 
-def check_known(tokenizer, prompts):
+def check_known(tokenizer, prompts, what="prompts"):
     """UserError if most tokens of these prompts, lists of ids, stand for text without a token."""
     ids = [i for prompt in prompts for i in prompt]
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > len(ids) / 2:
         raise UserError(
-            f"{unknown} of {len(ids)} tokens of the prompts are {tokenizer.unk_token}: the "
-            "student's tokenizer does not know their words; give --prompts that it knows, without "
-            "a --template of other words"
+            f"{unknown} of {len(ids)} tokens of the {what} are {tokenizer.unk_token}: the "
+            "tokenizer does not know their words; give --prompts that it knows, without a template "
+            "of other words"
         )
 
 

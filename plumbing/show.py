@@ -112,29 +112,29 @@ def outcome(result):
     if result["accuracy_after"] is None:
         return []
     sampled = f"T {result['eval_temperature']:g}, top-p {result['eval_top_p']:g}"
-    files = list(result["accuracy_after"].get("files", ()))
+    files = result["accuracy_after"].get("files", [])
     asked = f"mean of {len(files)} files" if files else how_many(result["accuracy_after"])
     lines = [f"accuracy       {course(result, 'accuracy')}; {sampled}, {asked}"]
-    for file in files:
-        asked = how_many(result["accuracy_after"]["files"][file])
-        lines.append(f"  {file}: {course(result, 'accuracy', file)}; {asked}")
+    for place, found in enumerate(files):
+        of_file = course(result, "accuracy", place)
+        lines.append(f"  {found['file']}: {of_file}; {how_many(found)}")
     lines.append(f"greedy         {course(result, 'greedy')}")
-    for file in files:
-        lines.append(f"  {file}: {course(result, 'greedy', file)}")
+    for place, found in enumerate(files):
+        lines.append(f"  {found['file']}: {course(result, 'greedy', place)}")
     lines.append(f"gap recovery   {recovery(result)}")
     return lines
 
 
-def course(result, kind, file=None):
+def course(result, kind, place=None):
     """The student before -> (after a cold start) -> after, and the teacher: str.
 
-    kind: "accuracy" or "greedy"; file: one of several held-out files, or the mean.
+    kind: "accuracy" or "greedy"; place: of one of several held-out files; None: their mean.
     """
     found = {}
     for when in ("before", "cold_start", "after", "teacher"):
         accuracy = result.get(f"{kind}_{when}")
         if accuracy:
-            found[when] = plus_minus(accuracy["files"][file] if file else accuracy)
+            found[when] = plus_minus(accuracy if place is None else accuracy["files"][place])
     stages = [found["before"]]
     if "cold_start" in found:
         stages.append(f"{found['cold_start']} (cold start)")
@@ -215,12 +215,9 @@ def accuracy_lines(report):
     """How often each model is right, on its own and finishing what the student began (6.1)."""
     title = f"right answers at T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
     rows = [("greedy, from the start", report["greedy"])]
-    counts_tokens = False
     for cut in report["continuation"]:
         name = from_depth(cut)
-        if isinstance(cut["depth"], int):
-            counts_tokens = True
-        elif cut["depth"]:
+        if cut["depth"] and not isinstance(cut["depth"], int):
             name += f" ({cut['tokens']:.1f} tokens)"
         if cut["depth"]:
             name += " of a student's answer"
@@ -230,10 +227,10 @@ def accuracy_lines(report):
         student = found["student"]["mean"]
         teacher = found["teacher"]["mean"]
         lines.append(f"  {name:48} {student:9.3f} {teacher:9.3f}")
-    if counts_tokens:
-        count = report["continuation"][0]["responses"]
+    if any(cut["left_out"] for cut in report["continuation"]):
+        kept = counted(cut["responses"], "response")
         lines.append(
-            f"  (but greedy: {counted(count, 'response')} that go on after the deepest cut)"
+            f"  (sampled: {kept}; {cut['left_out']} end before the deepest cut and are left out)"
         )
     return lines
 
@@ -282,7 +279,7 @@ def signs(report):
             points, why = of_lead(gain)
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
-    if gain is not None:  # a response is as long as --depths asks
+    if gain is not None:  # None: no response is as long as --depths asks
         why = "6.1: +.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens"
         found = plus_minus(gain, "+.3f")
         rows.append(("  mean over these depths", found, DIRECTIONS[sure(gain)], why))

@@ -61,7 +61,8 @@ def rollout(
     """Sample n responses to each prompt, see rollout.rollout: same arguments, same Rollout.
 
     in_flight: at most so many responses are written at a time, which bounds the memory of the
-    cache; all by default, and never fewer than the n of one prompt.
+    cache; all by default. If it is less than n, a prompt is read anew for each of its responses
+    (not so by rollout.rollout, which then writes n).
     """
     check(model, prompts, max_new_tokens, eos_ids)
     prompts_at_once = len(prompts)
@@ -87,6 +88,10 @@ def rollout(
     device = model.get_input_embeddings().weight.device
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     u = uniform(seeds, len(prompts), n, max_new_tokens).to(device)  # (B, T)
+    if in_flight and in_flight < n:
+        prompts = [prompt for prompt in prompts for _ in range(n)]
+        n = 1
+        prompts_at_once = min(len(prompts), in_flight)
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (m, P), (m, P)
 
     B = len(prompts) * n

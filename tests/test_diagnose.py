@@ -646,6 +646,7 @@ def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
 
     report, gain = analysis.gains(pair, rows(), given, (0.0, 2, 4), answered=note, n=1)
     assert [(cut["tokens"], cut["responses"]) for cut in report] == [(0, 2), (2, 2), (4, 2)]
+    assert {cut["left_out"] for cut in report} == {6}
     assert gain["mean"] == 0
     report, _ = analysis.gains(pair, rows(), given, (0.0, 0.5), answered=note, n=1)
     assert [cut["responses"] for cut in report] == [8, 8]
@@ -663,6 +664,8 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     word, reasons = analysis.verdict(report)
     assert word == analysis.UNDECIDED
     assert reasons[-1] == "no response is longer than the deepest of --depths"
+    report["greedy"]["gain"] = {"mean": -0.4, "standard_error": 0.05}
+    assert analysis.verdict(report)[0] == analysis.HARMFUL  # it is behind, however short they are
 
 
 @pytest.mark.parametrize(
@@ -939,7 +942,13 @@ def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(command, tmp_
         "rows": 8,
         "dtype": torch.bfloat16,
         "ends": False,
-        "how": {"k": 3, "max_new_tokens": LENGTH, "temperature": 0.5, "seed": 7},
+        "how": {
+            "checker": "built-in",
+            "k": 3,
+            "max_new_tokens": LENGTH,
+            "temperature": 0.5,
+            "seed": 7,
+        },
     }
     assert report["metrics"]
 

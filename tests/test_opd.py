@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 import analysis
 import opd
 from loss import full_vocab, sampled_token, top_k, top_k_released
-from plumbing import measure, prompts, show
+from plumbing import flags, measure, prompts, show
 from plumbing.answers import answered
 from plumbing.flags import OBJECTIVES, PRESETS, Config, parse_opd
 from rollout import batch, from_texts, rollout
@@ -577,18 +577,20 @@ def test_several_held_out_files_are_reported_each_and_as_their_mean(world, tmp_p
     write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
     write_lines(tmp_path / "b.jsonl", PROMPTS[2:7])
     paths = (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl")
-    run = config(world, tmp_path / "run", eval=paths, steps=1, eval_n=2)
+    run = config(world, tmp_path / "run", eval=paths, steps=2, eval_n=2, eval_every=1)
     with pytest.warns(UserWarning, match="7 of 10 prompts are held out"):
         found = opd.distil(run)
     for name in ("accuracy_before", "greedy_after", "accuracy_teacher"):
         accuracy = found[name]
         files = accuracy["files"]
-        assert list(files) == list(paths)
-        assert [len(files[path]["each"]) for path in paths] == [2, 5]
-        assert accuracy["mean"] == sum(files[path]["mean"] for path in paths) / 2
-        errors = [files[path]["standard_error"] for path in paths]
+        assert [x["file"] for x in files] == list(paths)
+        assert [len(x["each"]) for x in files] == [2, 5]
+        assert accuracy["mean"] == sum(x["mean"] for x in files) / 2
+        errors = [x["standard_error"] for x in files]
         assert accuracy["standard_error"] == pytest.approx(math.hypot(*errors) / 2)
-        assert sum(sum(files[path]["each"]) for path in paths) == sum(accuracy["each"])
+        assert sum(sum(x["each"]) for x in files) == sum(accuracy["each"])
+    of_files = rows(tmp_path / "run")[0]["accuracy_of_files"]
+    assert len(of_files) == 2 and rows(tmp_path / "run")[0]["accuracy"] == sum(of_files) / 2
     gap = analysis.ahead(found["accuracy_teacher"], found["accuracy_before"])
     lead = found["accuracy_teacher"]["mean"] - found["accuracy_before"]["mean"]
     assert gap["mean"] == pytest.approx(lead)
@@ -606,6 +608,23 @@ def test_the_held_out_distance_is_of_all_files(world, tmp_path):
     with pytest.warns(UserWarning):
         _, _, held_out = prompts.questions(cfg)
     assert [row["id"][0] for row in held_out] == list("ababbbb")
+
+
+def test_what_is_odd_about_several_held_out_files_is_said(world, tmp_path):
+    """A file twice is refused, a question in two files counts in both, a file without answers is
+    in no accuracy. From Python a text is not read letter by letter."""
+    write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
+    write_lines(tmp_path / "b.jsonl", [{"prompt": PROMPTS[1]["prompt"]}])
+    a = f"{tmp_path}/a.jsonl"
+    with pytest.raises(UserError, match="--eval .*a.jsonl: the file is given twice"):
+        flags.check_run(config(world, tmp_path / "run", eval=(a, f"{tmp_path}/./a.jsonl")))
+    with pytest.raises(UserError, match="from Python give a tuple"):
+        flags.check_run(config(world, tmp_path / "run", eval=a))
+    with pytest.warns(UserWarning) as said:
+        prompts.questions(config(world, "", eval=(a, f"{tmp_path}/b.jsonl")))
+    texts = [str(warning.message) for warning in said]
+    assert f"--eval {tmp_path}/b.jsonl has no answers: it is in no accuracy" in texts
+    assert "--eval: 1 of 3 prompts stand in another file, too, and count in both" in texts
 
 
 def test_held_out_prompts_are_never_trained_on(world, tmp_path):

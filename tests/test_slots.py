@@ -126,7 +126,7 @@ def mamba():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", *MORE])
-@pytest.mark.parametrize("in_flight", [None, 7])
+@pytest.mark.parametrize("in_flight", [None, 2, 7])
 @pytest.mark.parametrize("kind", [Slots, Static])
 def test_the_tokens_are_those_of_the_plain_loop(use, kind, in_flight, name):
     """Rows leave, others join and take their places, windows lie over fixed columns.
@@ -206,9 +206,9 @@ def test_the_way_of_writing_is_chosen_by_what_a_model_keeps():
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
-@pytest.mark.parametrize("in_flight, most", [(1, 3), (3, 3), (8, 6), (11, 9), (None, 24)])
+@pytest.mark.parametrize("in_flight, most", [(1, 1), (2, 2), (3, 3), (8, 6), (11, 9), (None, 24)])
 def test_no_more_responses_are_in_flight_than_allowed(name, in_flight, most):
-    """Whole prompts, and one prompt's n responses at least."""
+    """Whole prompts; if their n responses are more than allowed, a response at a time."""
     model = tiny(name)
     seen = forwards(model)
     sample(model, in_flight=in_flight)
