@@ -228,7 +228,7 @@ def tokenizer_padding_with(token):
     "other, sentence",
     [
         (tokenizer_padding_with("so"), "special tokens of only one of the two: ['[PAD]', 'so']"),
-        (word_tokenizer(chat_template=TEMPLATE), "chat templates differ: both models read"),
+        (word_tokenizer(chat_template=TEMPLATE), "chat templates differ: a prompt goes"),
         (tokenizer_without_bos(), "the tokenizers encode"),
         (word_tokenizer(), None),
     ],
