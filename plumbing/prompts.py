@@ -359,8 +359,8 @@ def some_questions(cfg):
 def encode(tokenizer, prompt, thinking="default", where="a prompt"):
     """A prompt as a model reads it, by the chat template if there is one: -> token ids.
 
-    They do not end with an end of text, which some tokenizers
-    append: nothing would follow. Raises UserError, see text_of.
+    They do not end with an end of text, which some tokenizers append: nothing would follow. Raises
+    UserError, see text_of.
     """
     return tokens_of(tokenizer, text_of(tokenizer, prompt, thinking, where))
 
@@ -407,7 +407,6 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
     token has no output row, or if most tokens are unknown; and for a teacher_prompt without a
     token.
     """
-    both = (pair.student, pair.teacher)
     fit = []
     for row in rows:
         where = f"prompt {row.get('id', str(row['prompt'])[:80])}"
@@ -415,18 +414,10 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
         if not 0 < len(ids) <= max_prompt_tokens:
             continue
         row = {**row, "ids": ids}
-        readers = both
+        readers = (pair.student, pair.teacher)
         if "teacher_prompt" in row:
             readers = (pair.student,)
-            where_teacher = f"the teacher_prompt of {where}"
-            tokenizer = pair.teacher_tokenizer or pair.tokenizer
-            has_switch = "enable_thinking" in str(tokenizer.chat_template)
-            thinks = thinking if has_switch else "default"
-            read = encode(tokenizer, row["teacher_prompt"], thinks, where_teacher)
-            if not read:
-                raise UserError(f"{where_teacher} has no token; write what the teacher is to read")
-            check_fits(pair, (pair.teacher,), read, new_tokens, where_teacher)
-            row["teacher_ids"] = read
+            row["teacher_ids"] = encode_for_teacher(pair, row, new_tokens, thinking, where)
         check_fits(pair, readers, ids, new_tokens, where)
         fit.append(row)
     if not fit:
@@ -441,6 +432,21 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
     for_teacher = [row["teacher_ids"] for row in fit if "teacher_ids" in row]
     check_known(pair.tokenizer, for_teacher, "teacher's prompts")
     return fit
+
+
+def encode_for_teacher(pair, row, new_tokens, thinking, where):
+    """The teacher_prompt of a row in the teacher's own chat template: -> token ids.
+
+    UserError if it has none, or if it and new_tokens outgrow the teacher.
+    """
+    what = f"the teacher_prompt of {where}"
+    tokenizer = pair.teacher_tokenizer or pair.tokenizer
+    has_switch = "enable_thinking" in str(tokenizer.chat_template)
+    ids = encode(tokenizer, row["teacher_prompt"], thinking if has_switch else "default", what)
+    if not ids:
+        raise UserError(f"{what} has no token; write what the teacher is to read")
+    check_fits(pair, (pair.teacher,), ids, new_tokens, what)
+    return ids
 
 
 def check_known(tokenizer, prompts, what="prompts"):
