@@ -661,6 +661,7 @@ def context(results, path):
         "other sum": (COLOURS["sharp"], "itself, reading that\nof another sum"),
         "expert": (COLOURS["early"], "expert: itself\nafter RL"),
     }
+    arms = {arm: look for arm, look in arms.items() if arm in results}
     figure, panels = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
     for axes, (way, how) in zip(panels, {"greedy": "greedily", "T .7": "at T .7"}.items()):
         rows(axes, results, arms, way)

@@ -94,10 +94,13 @@ def test_results_are_read_by_seed_and_a_missing_arm_is_named(tmp_path):
     """An arm can be added without running the others again."""
     (tmp_path / "context").mkdir()
     for arm in context.ARMS[:2]:
+        with pytest.raises(SystemExit, match="no seed has all arms yet"):
+            context.read_results(tmp_path)
         path = tmp_path / "context" / lab.file_name(arm, 1)
         path.write_text(json.dumps(run_of(arm, 1, 30, 60, 60)))
-    with pytest.raises(SystemExit, match="no seed has all arms yet"):
-        context.read_results(tmp_path)
+    without = context.read_results(tmp_path)
+    assert list(without) == ["hint", "other sum"]
+    assert len(list(context.judge(without))) == 6
     path = tmp_path / "context" / lab.file_name("expert", 1)
     path.write_text(json.dumps(run_of("expert", 1, 30, 60, 60)))
     found = context.read_results(tmp_path)
