@@ -212,14 +212,19 @@ def findings_in_full(findings):
     return table(titles, rows)
 
 
-def findings_of_context(folder):
-    """Of context.py, from its results in a folder."""
+def context_results(folder):
+    """{arm: [result, one a seed]} of context.py; none if no seed is complete."""
     try:
-        results = context.read_results(folder)
+        return context.read_results(folder)
     except SystemExit as refusal:
         print(f"context.py is left out: {refusal}", file=sys.stderr)
-        return NOT_YET
-    return findings_in_full(context.judge(results))
+        return {}
+
+
+def findings_of_context(folder):
+    """Of context.py, from its results in a folder."""
+    results = context_results(folder)
+    return findings_in_full(context.judge(results)) if results else NOT_YET
 
 
 def findings_of_real(results):
@@ -260,7 +265,7 @@ Accuracy is at T 1. Commits: {", ".join(commits)}.
 {findings_of_real(real)}"""
 
 
-def scripts(toy, real):
+def scripts(toy, real, folder):
     """A row a script: what it asks, by its first sentence, and what it took."""
     titles = ("script", "what it asks", "seeds", "CPU seconds", "commits")
     rows = []
@@ -274,6 +279,12 @@ def scripts(toy, real):
         rows.append(script_row(script, runs, seconds, commits))
     hours = sum(shared.values()) / 3600
     of_real = 0
+    of_context = [run for of_arm in context_results(folder).values() for run in of_arm]
+    if of_context:
+        seconds = sum(run["seconds"] for run in of_context)
+        of_real += seconds / 3600
+        commits = {lab.commit_of(run) for run in of_context}
+        rows.append(script_row("context", of_context, seconds, commits))
     for script, made in real.items():
         seconds = made["seconds"] * made["threads"]
         of_real += seconds / 3600
@@ -329,7 +340,7 @@ def put(made, name, text):
 def filled(text, toy, real, folder):
     """experiments/README.md with its tables made anew: str."""
     text = put(findings_in_short(toy), "findings", text)
-    text = put(scripts(toy, real), "scripts", text)
+    text = put(scripts(toy, real, folder), "scripts", text)
     text = put(printed(folder / "context.txt"), "context", text)
     text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)
     return put(printed(folder / "bench.txt"), "bench", text)

@@ -77,10 +77,10 @@ def test_every_criterion_on_smollm2_has_its_claim():
     assert len(report.findings_of_real(real).splitlines()) == len(report.CLAIMS) + 2
 
 
-def test_an_arm_that_scripts_share_is_counted_once():
+def test_an_arm_that_scripts_share_is_counted_once(tmp_path):
     run = {"name": "success", "seed": 0, "seconds": 1800.0, "commit": "abc", "dirty": True}
     toy = {"phenomenology": {"success": [run]}, "mechanism": {"success": [run]}}
-    table = report.scripts(toy, {})
+    table = report.scripts(toy, {}, tmp_path)
     assert table.count("| 0 | 1,800 | abc and changes |") == 2
     assert "the toy takes 0.5 hours" in table
 
