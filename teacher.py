@@ -273,13 +273,13 @@ def micro_batches(r, budget, teacher_reads=None):
     are padding in every row of a part are left out. teacher_reads: from read_by_teacher; None: the
     teacher reads what the student reads. Neither model reads more than the budget at a time.
     """
-    texts = [used_columns(r)]
+    columns = [used_columns(r)]
     if teacher_reads is not None and teacher_reads is not r:
-        texts.append(used_columns(teacher_reads))
+        columns.append(used_columns(teacher_reads))
 
     def width(rows):
         """Columns that some rows need, in the wider of the two texts."""
-        widths = [max(end[i] for i in rows) - min(start[i] for i in rows) for start, end in texts]
+        widths = [max(end[i] for i in rows) - min(start[i] for i in rows) for start, end in columns]
         return max(widths)
 
     longest_first = sorted(range(len(r.ids)), key=lambda row: -width([row]))

@@ -202,6 +202,7 @@ def lead(run, way, when="teacher"):
 
 
 def recovered(run, way):
+    """The share of its teacher's lead that the student made up: float."""
     return share(lead(run, way, "after"), lead(run, way))
 
 

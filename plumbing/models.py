@@ -367,8 +367,8 @@ def activations(model, device, width):
 
     17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits,
     without attention scores, which are no longer kept). With checkpointed layers 1, and 17 in the
-    layer at hand. Rough: norms and residuals stay float32 under autocast. On 2 cores parts of one
-    response of SmolLM2 took 1.1 times the time of parts of two or more.
+    layer at hand. Rough: norms and residuals stay float32 under autocast. With one
+    thread, parts of one response of SmolLM2 took 1.1 times the time of parts of two or more.
     """
     config = model.config.get_text_config()
     layers = config.num_hidden_layers

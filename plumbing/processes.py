@@ -154,4 +154,4 @@ def one_of_several(device):
     is_first = dist.get_rank() == 0
     dist.destroy_process_group()
     if not is_first:
-        os._exit(0)  # once in some dozens of runs a thread of gloo aborted a process as it ended
+        os._exit(0)  # once, in a test, a process aborted as it ended, after its work
