@@ -37,8 +37,7 @@ from statistics import median
 import torch
 import toy
 import transformers
-from lab import ROOT, first_sentence
-from real_lab import join, write_text
+from lab import ROOT, first_sentence, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loss
@@ -594,6 +593,22 @@ def report(rows):
     return lines
 
 
+def join(parts):
+    """Results of several commands as one: their rows one after the other, commands and seconds
+    listed."""
+    commands = [part["command"] for part in parts]
+    if len(set(commands)) < len(parts):
+        raise SystemExit("the same results twice")
+    if len({(part["commit"], part["threads"]) for part in parts}) > 1:
+        raise SystemExit("these results come from different commits, or numbers of threads")
+    return {
+        **parts[0],
+        "command": " ; ".join(commands),
+        "seconds": sum(part["seconds"] for part in parts),
+        "rows": [row for part in parts for row in part["rows"]],
+    }
+
+
 def main():
     parser = argparse.ArgumentParser(description=first_sentence(__doc__))
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
@@ -641,7 +656,7 @@ def main():
             json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how))
         )
     if flags.report:
-        made = join([json.loads(Path(path).read_text()) for path in flags.report], "rows")
+        made = join([json.loads(Path(path).read_text()) for path in flags.report])
         write_json(Path(flags.out) / "bench.json", made)
         return write_text("\n".join(report(made["rows"])), made, Path(flags.out) / "bench")
     started = time.perf_counter()

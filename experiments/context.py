@@ -15,7 +15,7 @@ The base is SmolLM2-135M-Instruct. The arms differ in the teacher alone:
 
     hint        the base, which reads the worked answer
     other sum   the base, which reads the worked answer of another sum: format without knowledge
-    expert      the base after three rounds of expert iteration (real.py), which reads what the
+    expert      the base after three rounds of expert iteration (sums.py), which reads what the
                 student reads: knowledge in the weights
 
 Criteria, fixed before the first run, three seeds. "Lead" is the teacher's over the student before.
@@ -31,7 +31,6 @@ Criteria, fixed before the first run, three seeds. "Lead" is the teacher's over 
 import argparse
 import dataclasses
 import json
-import random
 import sys
 import tempfile
 import warnings
@@ -39,7 +38,7 @@ from pathlib import Path
 from statistics import mean
 
 import plot
-import real
+import sums
 import transformers
 from lab import (
     RESULTS,
@@ -74,24 +73,10 @@ QUICK = dict(steps=4, batch_size=2, max_new_tokens=8, eval_n=1)
 # --- the questions --------------------------------------------------------------------------------
 
 
-def asked(digits):
-    """The sum as the student reads it: (8, 3, 9) -> "8 + 3 + 9"."""
-    return " + ".join(map(str, digits))
-
-
 def hinted(digits, solved):
     """What the teacher reads: the sum, and a worked answer, of `solved`."""
     a, b, c = solved
-    return f"{asked(digits)} ({a} + {b} = {a + b}, {a + b} + {c} = {a + b + c})"
-
-
-def chat(last, examples):
-    """Two worked examples and a question: {text of an example: its digits} -> chat."""
-    messages = [{"role": "system", "content": "Add."}]
-    for text, digits in examples.items():
-        messages.append({"role": "user", "content": text})
-        messages.append({"role": "assistant", "content": real.steps_of(*digits)})
-    return [*messages, {"role": "user", "content": last}]
+    return f"{' + '.join(map(str, digits))} ({a} + {b} = {a + b}, {a + b} + {c} = {a + b + c})"
 
 
 def row(digits, solved=None):
@@ -99,25 +84,19 @@ def row(digits, solved=None):
 
     solved: the digits whose worked answer the teacher reads, None for no teacher_prompt.
     """
-    made = {
-        "prompt": chat(asked(digits), {asked(x): x for x in real.EXAMPLES}),
-        "answer": str(sum(digits)),
-    }
+    made = sums.question(digits)
     if solved is not None:
-        examples = {hinted(x, x): x for x in real.EXAMPLES}
-        made["teacher_prompt"] = chat(hinted(digits, solved), examples)
+        examples = [(hinted(x, x), x) for x in sums.EXAMPLES]
+        made["teacher_prompt"] = sums.chat("Add.", examples, hinted(digits, solved))
     return made
 
 
 def write_questions(folder, seed, arm="hint", held_out=HELD_OUT):
     """All 729 sums of three digits from 1 to 9 but the two examples: prompts.jsonl, eval.jsonl."""
-    sums = [(a, b, c) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
-    sums = [digits for digits in sums if digits not in real.EXAMPLES]
-    draw = random.Random(seed_of(seed, "context"))
-    draw.shuffle(sums)
-    others = sums[1:] + sums[:1]  # of each sum another one
+    asked = sums.all_sums(seed_of(seed, "context"))
+    others = asked[1:] + asked[:1]  # of each sum another one
     rows = []
-    for digits, other in zip(sums, others):
+    for digits, other in zip(asked, others):
         solved = {"hint": digits, "other sum": other, "expert": None}[arm]
         rows.append(row(digits, solved))
     folder.mkdir(parents=True, exist_ok=True)
@@ -132,14 +111,10 @@ def expert(base, folder, seed, quick):
     """The base after expert iteration on the training sums, made if it is not there: -> folder."""
     if not (folder / "tokenizer_config.json").exists():
         pair = models.load_pair(base, base, device="cpu")
-        rows = real.encoded(
-            pair,
-            folder.parent / "expert-questions" / "prompts.jsonl",
-            max_prompt_tokens=512,
-            new_tokens=real.NEW_TOKENS,
-        )
-        rounds, samples = (1, 8) if quick else (real.ROUNDS, real.SAMPLES)
-        real.expert_iteration(pair, rows, rounds, seed, samples)
+        rows = sums.encoded(pair, folder.parent / "expert-questions" / "prompts.jsonl")
+        rounds, samples = (1, 8) if quick else (sums.ROUNDS, sums.SAMPLES)
+        for _ in sums.expert_iteration(pair, rows, rounds, seed, samples):
+            pass
         pair.student.save_pretrained(folder)
         pair.tokenizer.save_pretrained(folder)  # last: it says that the model is whole
     return folder

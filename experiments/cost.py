@@ -48,7 +48,6 @@ import plot
 import torch
 import toy
 from lab import (
-    NEW_TOKENS,
     NOT_ASKABLE,
     arm,
     below,
@@ -264,7 +263,7 @@ def depths(lab, prompts):
     rows = lab.rows(pair, 16 if lab.quick else prompts)
     r = lab.write(pair, rows, "depths")
     responses = [r.response_ids(i) for i in range(len(rows))]
-    how = dict(n=2, max_new_tokens=NEW_TOKENS, seed=lab.seed, **toy.WAYS["T .7"])
+    how = dict(n=2, max_new_tokens=lab.new_tokens, seed=lab.seed, **toy.WAYS["T .7"])
     endings = [
         continuation(pair, rows, responses, depth, answered=answered, **how) for depth in DEPTHS
     ]
@@ -391,8 +390,12 @@ def depth(runs):
 
 
 def area(runs, name):
-    """The AUROC with a teacher before training: its mean over seeds, and noise, as a Difference."""
-    areas = [run["found"][name]["before"]["auroc"] for run in runs["signal"]]
+    """The AUROC with a teacher before training: Difference."""
+    return mean_area([run["found"][name]["before"]["auroc"] for run in runs["signal"]])
+
+
+def mean_area(areas):
+    """Of several seeds, from auroc_with_error: the mean, and its noise, as a Difference."""
     means = [math.nan if x["mean"] is None else x["mean"] for x in areas]
     variance = sum((x["standard_error"] or 0) ** 2 for x in areas)
     return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
@@ -424,19 +427,31 @@ def gradients(runs):
     """6.2: do the gradients of a failing teacher cancel?"""
     now = {name: [run["found"][name]["before"] for run in runs["signal"]] for name in TEACHERS}
     for name, what in FAILING.items():
-        yield finding(
-            "6.2",
-            f"the gradients of a failing teacher {what} are large and cancel",
-            "a hypothesis, not tested",
-            f"size {each((x['size'] for x in now[name]), '.3f')} against "
-            f"{each((x['size'] for x in now['success']), '.3f')}, coherence "
-            f"{each((x['coherence'] for x in now[name]), '.3f')} against "
-            f"{each((x['coherence'] for x in now['success']), '.3f')}",
-            every_seed(
-                a["size"] > b["size"] and a["coherence"] < b["coherence"]
-                for a, b in zip(now[name], now["success"])
-            ),
-        )
+        claim = f"the gradients of a failing teacher {what} are large and cancel"
+        yield cancelling(claim, now[name], now["success"])
+
+
+def cancelling(claim, failing, working):
+    """Are gradients of one teacher larger than those of another, and less coherent? -> Finding.
+
+    failing, working: of signal_of, one a seed.
+    """
+    size = {}
+    coherence = {}
+    for who, runs in (("failing", failing), ("working", working)):
+        size[who] = each((x["size"] for x in runs), ".3f")
+        coherence[who] = each((x["coherence"] for x in runs), ".3f")
+    return finding(
+        "6.2",
+        claim,
+        "a hypothesis, not tested",
+        f"size {size['failing']} against {size['working']}, coherence {coherence['failing']} "
+        f"against {coherence['working']}",
+        every_seed(
+            a["size"] > b["size"] and a["coherence"] < b["coherence"]
+            for a, b in zip(failing, working)
+        ),
+    )
 
 
 def supports(runs):

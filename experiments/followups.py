@@ -34,7 +34,6 @@ import phenomenology
 import plot
 import toy
 from lab import (
-    NEW_TOKENS,
     Arm,
     arm,
     below,
@@ -88,13 +87,13 @@ def prepare(lab):
     tokenizer.save_pretrained(folder)
 
 
-def trap(lab, prompts):
+def trap(lab, prompts, student="student", teacher="teacher"):
     """2606.09471: the KL before, at and after the first slip of the student's responses.
 
     -> {"before", "at", "after": mean reverse KL, nats; "saved": how often the teacher who goes on
     from behind the slip is right; "slips": how many there were}
     """
-    pair = lab.load("student", "teacher")
+    pair = lab.load(student, teacher)
     rows = lab.rows(pair, 16 if lab.quick else prompts)
     r = lab.write(pair, rows, "trap")
 
@@ -106,9 +105,8 @@ def trap(lab, prompts):
     slipped = []
     starts = []
     for i, row in enumerate(rows):
-        digits = [int(word[1]) for word in row["prompt"].split()[1:-1]]  # "Add a3 b7 :" -> 3, 7
         response = r.response_ids(i)
-        at = toy.first_slip(response, digits, len(digits))
+        at = lab.first_slip(pair, row, response)
         if at is None or at == len(response):  # right, or just cut off
             continue
         parts["before"] += kl[i, :at].tolist()
@@ -122,7 +120,7 @@ def trap(lab, prompts):
         slipped,
         model=pair.teacher,
         starts=starts,
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=lab.new_tokens,
         seed=lab.seed,
         **toy.WAYS["T .7"],
     )
@@ -193,8 +191,12 @@ def direction(runs):
 
 def trapped(runs):
     """What is taught after a mistake."""
-    traps = runs["trap"]
-    yield finding(
+    yield agreement(runs["trap"])
+
+
+def agreement(traps):
+    """What `trap` found, one a seed: -> Finding."""
+    return finding(
         "2606.09471",
         "after a mistake that cannot be mended the teacher agrees",
         "low KL there, and nothing is taught",

@@ -28,8 +28,7 @@ from unittest import mock
 
 import torch
 import transformers
-from lab import ROOT
-from real_lab import write_text
+from lab import ROOT, write_text
 from transformers import AutoModelForCausalLM, GenerationConfig, Qwen2Config
 
 import loss

@@ -1,9 +1,11 @@
-"""experiments/lab.py: what the toy's experiments share: worlds, arms, measuring, and four words.
+"""experiments/lab.py: what the experiments share: worlds, arms, measuring, and four words.
 
 An arm is one training run: who learns from whom, and with which settings. A probe measures models
 without training. Either is run once for each seed, and its result is a file of its own,
 results/toy/NAME-SEED.json, with the settings, the commit and the CPU seconds that made it. Several
 scripts may ask for the same arm. So an arm can be added, or removed and run again, by itself.
+
+Lab is one seed of the toy world (toy.py). sums.RealLab is one of the world of SmolLM2.
 
 Worlds and runs are kept in --worlds. What is missing there is made again from its seed. A run that
 was killed goes on from its checkpoint.
@@ -41,7 +43,6 @@ from recipes import in_template  # noqa: E402
 from rollout import seed_of  # noqa: E402
 
 RESULTS = ROOT / "experiments" / "results"
-NEW_TOKENS = 96  # of a response; a solution takes some 33
 CURVES = (
     "step",
     "loss",
@@ -69,16 +70,16 @@ class Arm:
     """One training run.
 
     student, teacher: models of the world. settings: flags of opd.py, where they are not those of
-    the toy preset; a file is one of the world's folder. train: in place of opd.py, a function of
-    (lab, arm, folder) that leaves folder/student and returns what else is to be kept. exams: the
-    templates under which accuracy is measured.
+    the lab; a file is one of the world's folder. train: in place of opd.py, a function of (lab,
+    arm, folder) that leaves folder/student and returns what else is to be kept. exams: how accuracy
+    is measured, {name: exam}, if not only as the lab does it; an exam of the toy is a template.
     """
 
     student: str
     teacher: str
     settings: dict = field(default_factory=dict)
     train: Callable = None
-    exams: dict = field(default_factory=lambda: {"accuracy": toy.PLAIN})
+    exams: dict = field(default_factory=dict)
 
 
 def arm(student, teacher, **settings):
@@ -86,15 +87,23 @@ def arm(student, teacher, **settings):
 
 
 class Lab:
-    """One seed: its world of models, its runs, its results."""
+    """One seed: its world of models, its runs, its results. Here of the toy."""
 
-    def __init__(self, seed, worlds, results, quick=False, more_models=None):
+    kind = "toy"  # the folder of the results
+    new_tokens = 96  # of a response; a solution takes some 33
+    max_prompt_tokens = 64
+    exam = toy.PLAIN
+    defaults = {"steps": 100, **PRESETS["toy"]}  # flags of an arm
+    quick_sizes = {"batch_size": 8, "steps": 4, "cold_start": 16, "cold_start_steps": 2}
+
+    def __init__(self, seed, worlds, results, quick=False, models=None):
         self.seed = seed
         self.quick = quick
         self.world = Path(worlds) / f"world-{seed}"
         self.results = Path(results)
         self.scale = toy.QUICK if quick else toy.FULL
-        self.models = {**toy.MODELS, **(more_models or {})}
+        self.held_out = self.scale.held_out
+        self.models = {**toy.MODELS, **(models or {})}
 
     def model(self, name):
         """The folder of a model of this world, made if it is not there."""
@@ -109,9 +118,14 @@ class Lab:
 
     def rows(self, pair, count, name="prompts", template=toy.PLAIN):
         """The first prompts of a file of this world with their token ids: list of dicts."""
-        found = prompts.load_prompts(self.world / f"{name}.jsonl")[:count]
-        found = in_template(found, template)
-        return prompts.encode_rows(pair, found, max_prompt_tokens=64, new_tokens=NEW_TOKENS)
+        found = in_template(prompts.load_prompts(self.world / f"{name}.jsonl")[:count], template)
+        return prompts.encode_rows(
+            pair, found, max_prompt_tokens=self.max_prompt_tokens, new_tokens=self.new_tokens
+        )
+
+    def exam_rows(self, pair, exam):
+        """The held-out prompts of an exam with their token ids: list of dicts."""
+        return self.rows(pair, self.held_out, "eval", exam)
 
     def write(self, pair, rows, what, **how):
         """What the student of a pair writes to rows: -> Rollout."""
@@ -120,18 +134,23 @@ class Lab:
             pair.student,
             [row["ids"] for row in rows],
             seeds=seeds,
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=self.new_tokens,
             in_flight=pair.in_flight,
             **pair.sampling,
             **how,
         )
+
+    def first_slip(self, pair, row, response):
+        """Where a response (token ids) first goes wrong: its index, None if it never does."""
+        digits = [int(word[1]) for word in row["prompt"].split()[1:-1]]  # "Add a3 b7 :" -> 3, 7
+        return toy.first_slip(response, digits, len(digits))
 
     def once(self, name, asked, make):
         """The result of that name: read if it is there, else made and kept.
 
         asked: what decides it, plain values. SystemExit if the file was made with other ones.
         """
-        path = self.results / "toy" / file_name(name, self.seed)
+        path = self.results / self.kind / file_name(name, self.seed)
         return once(path, {"name": name, "seed": self.seed}, asked, make)
 
     def run(self, name, arm):
@@ -140,16 +159,24 @@ class Lab:
 
     def asked(self, arm):
         """What decides the result of an arm."""
-        asked = {"student": arm.student, "teacher": arm.teacher, "steps": 100}
-        asked.update(PRESETS["toy"])
-        asked.update(arm.settings)
+        asked = {"student": arm.student, "teacher": arm.teacher, **self.defaults, **arm.settings}
         if arm.train is not None:
             asked["train"] = arm.train.__name__
         if self.quick:
-            asked.update(batch_size=8, steps=min(asked["steps"], 4))
-            if "cold_start" in asked:
-                asked.update(cold_start=16, cold_start_steps=2)
+            for name, size in self.quick_sizes.items():
+                if name in asked:
+                    asked[name] = min(asked[name], size)
         return asked
+
+    def followed(self, steps):
+        """Flags by which a run measures itself on the way. What counts is measured on all prompts.
+
+        -> {"eval", "eval_every"}
+        """
+        some = self.world / "eval-256.jsonl"
+        lines = (self.world / "eval.jsonl").read_text().splitlines(keepends=True)
+        some.write_text("".join(lines[:256]))
+        return {"eval": (str(some),), "eval_every": max(1, steps // 5)}
 
     def train(self, name, arm):
         """Train and measure an arm: -> what its result holds."""
@@ -161,11 +188,11 @@ class Lab:
         else:
             shutil.rmtree(folder, ignore_errors=True)  # accuracies of an earlier student, too
             made = arm.train(self, arm, folder)
-        for exam, template in arm.exams.items():
-            made[exam] = {
-                "before": self.accuracies(self.model(arm.student), template),
-                "after": self.accuracies(folder / "student", template),
-                "teacher": self.accuracies(self.model(arm.teacher), template),
+        for name, exam in (arm.exams or {"accuracy": self.exam}).items():
+            made[name] = {
+                "before": self.accuracies(self.model(arm.student), exam),
+                "after": self.accuracies(folder / "student", exam),
+                "teacher": self.accuracies(self.model(arm.teacher), exam),
             }
         return made
 
@@ -180,20 +207,26 @@ class Lab:
             self.train(name, arm)
         return folder / "student"
 
-    def accuracies(self, folder, template=toy.PLAIN):
+    def notes(self, folder):
+        """The folder for what was measured of a model: its own."""
+        return Path(folder)
+
+    def accuracies(self, folder, exam):
         """Of a saved model on the held-out prompts, one answer to each, sampled in toy.WAYS.
 
         -> {way: {"mean", "standard_error", "prompts", "right": a bit a prompt, in hexadecimal
         digits}}. Every model gets the same random numbers. Kept beside the model.
         """
-        path = Path(folder) / f"accuracy-{files.digest(template)[:8]}.json"
+        path = self.notes(folder) / f"accuracy-{files.digest(exam)[:8]}.json"
         if path.exists():
             return files.read_json(path)
         pair = self.load(folder, folder)
-        rows = self.rows(pair, self.scale.held_out, "eval", template)
+        rows = self.exam_rows(pair, exam)
         found = {}
         for way, how in toy.WAYS.items():
-            right, _ = answered(pair, rows, n=1, max_new_tokens=NEW_TOKENS, seed=self.seed, **how)
+            right, _ = answered(
+                pair, rows, n=1, max_new_tokens=self.new_tokens, seed=self.seed, **how
+            )
             found[way] = {
                 **estimate(right.double().mean(1)),
                 "prompts": len(rows),
@@ -237,9 +270,6 @@ def file_name(name, seed):
 
 def run_opd(lab, arm, folder):
     """A run of opd.py, or what is left of one that was killed: -> distances and curves."""
-    some = lab.world / "eval-256.jsonl"  # to follow a run; what counts is measured on all
-    lines = (lab.world / "eval.jsonl").read_text().splitlines(keepends=True)
-    some.write_text("".join(lines[:256]))
     asked = lab.asked(arm)
     for name in ("prompts", "aligned_prompts"):
         if name in asked:
@@ -247,18 +277,17 @@ def run_opd(lab, arm, folder):
     cfg = Config(
         **{
             "prompts": str(lab.world / "prompts.jsonl"),
-            "eval_every": max(1, asked["steps"] // 5),
-            "eval_max_new_tokens": NEW_TOKENS,
+            "eval_max_new_tokens": lab.new_tokens,
             "seed": lab.seed,
             "device": "cpu",
+            **lab.followed(asked["steps"]),
             **asked,
             "student": str(lab.model(arm.student)),
             "teacher": str(lab.model(arm.teacher)),
-            "eval": (str(some),),
             "out": str(folder),
         }
     )
-    refuse_another(folder, lab.asked(arm))
+    refuse_another(folder, {**lab.asked(arm), "student": cfg.student, "teacher": cfg.teacher})
     if not (folder / "result.json").exists():
         is_begun = (folder / "checkpoint" / "state.pt").exists()
         with contextlib.redirect_stdout(io.StringIO()):  # its lines are in metrics.jsonl
@@ -319,6 +348,16 @@ def write_result(path, made):
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in made.items()]
     text = "{\n" + ",\n".join(lines) + "\n}\n"
     files.write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_text(text, made, out):
+    """Print a table with what made it, and keep it beside the results."""
+    text += (
+        f"\n{made['command']}, commit {made['commit']}, "
+        f"{made['seconds']} s on {made['threads']} thread(s)"
+    )
+    print(text)
+    out.with_suffix(".txt").write_text(text + "\n")
 
 
 # --- four words -----------------------------------------------------------------------------------
@@ -490,18 +529,34 @@ def first_sentence(about):
     return " ".join(about.split("\n\n")[0].split())
 
 
-def main(about, arms, judge, *, probes=None, models=None, prepare=None, more=None, draw=None):
+def main(
+    about,
+    arms,
+    judge,
+    *,
+    probes=None,
+    models=None,
+    prepare=None,
+    more=None,
+    draw=None,
+    world=Lab,
+    own=None,
+):
     """The command line of a script: runs what is missing, then reports.
 
     arms: {name: Arm}. probes: {name: (function of (lab, **asked), asked)}. judge: a function of
     {name: [result, one a seed]} -> [Finding]. models: of the world, beside toy.MODELS. prepare: a
     function of a Lab, called before its first run. more: a function of the results -> further
-    lines of the table. draw: a function of the results and
-    a path without suffix, for the figure.
+    lines of the table. draw: a function of the results and a path without suffix, for the figure.
+    world: Lab, or a class like it, whose results are reported as far as they are there. own: {flag:
+    help} of what that class cannot be made without.
     """
     name = Path(sys.argv[0]).stem
     probes = probes or {}
+    own = own or {}
     parser = argparse.ArgumentParser(description=first_sentence(about))
+    for flag, text in own.items():
+        parser.add_argument(f"--{flag}", help=text)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument(
         "--only", nargs="+", default=[], help="these arms and probes, and no report"
@@ -518,6 +573,10 @@ def main(about, arms, judge, *, probes=None, models=None, prepare=None, more=Non
     unknown = set(flags.only) - {*arms, *probes}
     if unknown:
         parser.error(f"{', '.join(unknown)}: there are {', '.join([*arms, *probes])}")
+    given = {flag: getattr(flags, flag) for flag in own}
+    lacking = [f"--{flag}" for flag, value in given.items() if not value]
+    if lacking and not flags.report:
+        parser.error(f"{', '.join(lacking)}: needed; see --help")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -529,12 +588,14 @@ def main(about, arms, judge, *, probes=None, models=None, prepare=None, more=Non
             out = Path(scratch)  # its numbers mean nothing
         if not flags.report:
             for seed in flags.seeds:
-                lab = Lab(seed, flags.worlds, out, flags.quick, models)
+                lab = world(seed, flags.worlds, out, flags.quick, models, **given)
                 if prepare is not None:
                     prepare(lab)
                 run_all(lab, arms, probes, flags.only)
         if not flags.only:
-            results = read_results(out, [*arms, *probes])
+            names = [*arms, *probes]
+            is_toy = world is Lab
+            results = read_results(out, names) if is_toy else read_all(out, names, world.kind)
             findings = judge(results)
             lines = [*table(results, arms), *(more(results) if more else []), ""]
             lines += verdicts(findings)
@@ -557,20 +618,32 @@ def run_all(lab, arms, probes, only):
         print(f"seed {lab.seed}: {name}", file=sys.stderr, flush=True)
 
 
-def read_results(out, names):
-    """{name: [result, one a seed]} of the seeds that have all of them. SystemExit if none has."""
+def read_all(out, names, kind="toy"):
+    """What is there: {name: [result, one a seed]}."""
     found = {}
     for name in names:
-        found[name] = {}
-        for path in (Path(out) / "toy").glob(file_name(name, "*")):
-            seed = path.stem.removeprefix(f"{slug(name)}-")
-            if seed.isdigit():
-                found[name][int(seed)] = files.read_json(path)
-    seeds = set.intersection(*(set(of_name) for of_name in found.values()))
-    if not seeds:
+        found[name] = []
+        for path in (Path(out) / kind).glob(file_name(name, "*")):
+            if path.stem.removeprefix(f"{slug(name)}-").isdigit():
+                found[name].append(files.read_json(path))
+        found[name].sort(key=lambda run: run["seed"])
+    return found
+
+
+def of_shared_seeds(results, names):
+    """{name: [result, one a seed]} of these names, of the seeds that have all of them."""
+    seeds = set.intersection(*({run["seed"] for run in results[name]} for name in names))
+    return {name: [run for run in results[name] if run["seed"] in seeds] for name in names}
+
+
+def read_results(out, names):
+    """Of the toy, of the seeds that have all of these names. SystemExit if none has."""
+    found = read_all(out, names)
+    whole = of_shared_seeds(found, names)
+    if not whole[names[0]]:
         lacking = min(names, key=lambda name: len(found[name]))
         raise SystemExit(f"no seed has all results yet; {lacking} is missing")
-    return {name: [of_name[seed] for seed in sorted(seeds)] for name, of_name in found.items()}
+    return whole
 
 
 def table(results, arms):

@@ -99,10 +99,10 @@ PROBES = {
 }
 
 
-def start_and_end(run, name):
+def start_and_end(run, name, steps=ENDS):
     """A metric in the first and in the last steps: their means."""
     known = [x for x in run["curves"][name] if x is not None]
-    return mean(known[:ENDS]), mean(known[-ENDS:])
+    return mean(known[:steps]), mean(known[-steps:])
 
 
 def rise(run):
@@ -119,9 +119,9 @@ def fall(run):
     return start - lowest
 
 
-def shrinks(run, name):
+def shrinks(run, name, steps=ENDS):
     """The size of a metric at the end, as a share of that at the start."""
-    start, end = start_and_end(run, name)
+    start, end = start_and_end(run, name, steps)
     return share(abs(end), abs(start))
 
 

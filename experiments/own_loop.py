@@ -2,11 +2,11 @@
 around, no teacher at all. Controls for claims of later papers.
 
 One loop, opd.update with the loss and the writer changed. The learning rate, batch and steps are
-those of the toy preset.
+those of the lab.
 """
 
 import torch
-from lab import NEW_TOKENS, curves
+from lab import curves
 from tqdm import tqdm
 
 from analysis import diagnose
@@ -41,7 +41,7 @@ def train(lab, arm, folder, loss_of, writer="student"):
             getattr(pair, writer),
             [rows[i]["ids"] for i in chosen],
             seeds=[seed_of(lab.seed, "rollout", step, i) for i in range(len(chosen))],
-            max_new_tokens=NEW_TOKENS,
+            max_new_tokens=lab.new_tokens,
             in_flight=pair.in_flight,
             **pair.sampling,
         )
@@ -51,7 +51,7 @@ def train(lab, arm, folder, loss_of, writer="student"):
             return {"loss": loss_at(log_p, log_q, y), **diagnose(log_p, log_q, y, 16)}
 
         total = r.is_response.sum()
-        metrics = Means(NEW_TOKENS, pair.device)
+        metrics = Means(lab.new_tokens, pair.device)
         for part in micro_batches(r, pair.micro_batch_tokens):
             h_p = states(pair.student, part)
             with torch.no_grad():

@@ -10,11 +10,9 @@ path.svg is written.
     forecast       the gain that came against the one that was predicted
     overview       a pair that works, one that fails, and the same one after a cold start
 
-SmolLM2. context is a function of (results, path), too; the others of (a results file, the picture).
+SmolLM2.
     context        a model that learns from itself, reading the worked answer
-    real           success, failures and recovery on a real language model
-    again          one setting changed at a time on the same model
-    longer         a longer cold start
+    real           a model that learns to add from copies of itself; fails or slow
 
 A colour means the same pair in every figure. A solid line is T .7, a dashed one greedy.
 Pictures need matplotlib, which is optional: without it a line says what to install.
@@ -22,7 +20,6 @@ Pictures need matplotlib, which is optional: without it a line says what to inst
 
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from statistics import mean
@@ -74,7 +71,35 @@ FORWARD = (
     "other",
 )  # 3.1 and 3.2
 REVERSED = ("reverse", "reverse-bigger", "reverse-sharp")  # 3.3
-WITHOUT_TEACHER = ("self", "no-teacher, lr by 10")  # an accuracy of the teacher would say nothing
+WITHOUT_TEACHER = (
+    "self",
+    "no-teacher, lr by 10",
+    "sharper",
+    "no teacher",
+)  # an accuracy of the teacher would say nothing
+REAL = {  # arm of real.py -> its colour, and its name
+    "success": (COLOURS["success"], "expert: three rounds of RL"),
+    "round 2": (COLOURS["early"], "after two rounds"),
+    "round 1": (COLOURS["early"], "after one round"),
+    "copy": (COLOURS["bigger"], "copy: its own unchecked answers"),
+    "sharper": (COLOURS["self"], "itself at temperature .4"),
+    "no teacher": ("#000000", "no teacher"),
+    "backwards": (COLOURS["sharp"], "works from the right"),
+    "words": (COLOURS["other"], "works in words"),
+    "words, 72": (COLOURS["other"], "words, 72 steps"),
+    "words, fast": (COLOURS["other"], "words, ten times the rate"),
+    "words, 72 fast": (COLOURS["other"], "words, both"),
+    "words, sft": (COLOURS["cold start"], "words, 72 updates of SFT"),
+    "words, cold": (COLOURS["cold start"], "words, 60 of SFT, then OPD"),
+    "reverse": (COLOURS["reverse"], "expert from base, 100 steps"),
+    "intersection": ("#000000", "expert, shared tokens"),
+    "difference": ("#000000", "expert, other tokens"),
+    "sampled": ("#000000", "expert, Eq. 3"),
+    "full": ("#000000", "expert, Eq. 4"),
+    "wordy": ("#000000", "expert, other template"),
+    "8 tokens": ("#000000", "expert, 8 tokens"),
+    "one prompt": ("#000000", "expert, one prompt"),
+}
 WAYS = {"T .7": "at T .7", "greedy": "greedily"}
 STYLES = {"T .7": "-", "greedy": "--"}
 MARKERS = {"T .7": "o", "greedy": "^"}
@@ -683,138 +708,35 @@ def context(results, path):
     keep(plt, figure, path)
 
 
-def opened(results, script):
-    """pyplot, and the runs of a results file; (None, None) without matplotlib."""
-    plt = pyplot(f"python experiments/{script}.py --report {results}")
-    return (plt, None) if plt is None else (plt, read_json(Path(results))["runs"])
-
-
-def real(results, out):
-    """Figure 6 on a real language model: success beside other teachers; all accuracies.
-
-    Mean and range of the seeds.
-    """
-    plt, runs = opened(results, "real")
+def real(results, path):
+    """Every arm before and after; Figure 6 of three; words with patience and after a cold start."""
+    plt = pyplot("python experiments/report.py")
     if plt is None:
         return
-    figure, grid = plt.subplots(2, 4, figsize=(12, 5), layout="constrained")
-    colours = {
-        "success": COLOURS["success"],
-        "nothing new": COLOURS["bigger"],
-        "other way": COLOURS["other"],
-        "cold start": COLOURS["cold start"],
-        "intersection": COLOURS["reverse"],
-    }
-    aligning(
-        plt,
-        grid.flat,
-        {
-            label: (colours[name], [run for run in runs if run["run"] == name])
-            for name, label in (
-                ("success", "post-trained copy of the student"),
-                ("nothing new", "copy trained on its own answers, unselected"),
-                ("other way", "copy that works the sums out from the right"),
-            )
-        },
-        window=1,
-    )
-    bars(grid[1, 3], [{**run, "arm": run["run"]} for run in runs if run["run"] in colours], colours)
-    plt.setp(grid[1, 3].get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor")
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
-    )
-    save(plt, figure, out)
-
-
-def again(results, out):
-    """One setting changed at a time on the real model; the overlap ratio with four teachers."""
-    overlap_and_accuracy(
-        results,
-        out,
-        "again",
-        {
-            "success": (COLOURS["success"], "after expert iteration"),
-            "other way": (COLOURS["bigger"], "from right to left"),
-            "words": (COLOURS["other"], "in words"),
-            "words, cold": (COLOURS["cold start"], "in words, after a cold start"),
-        },
-        {
-            "success": COLOURS["success"],
-            "sampled": COLOURS["success"],
-            "full": COLOURS["success"],
-            "unaligned": COLOURS["reverse"],
-            "first 30 %": COLOURS["reverse"],
-            "one prompt": COLOURS["reverse"],
-            "other way": COLOURS["bigger"],
-            "words": COLOURS["other"],
-            "words, cold": COLOURS["cold start"],
-            "reverse": SPARE[4],
-        },
-    )
-
-
-def longer(results, out):
-    """A teacher in words, after no cold start, a short one and a long one."""
-    arms = {
-        "words": (COLOURS["other"], "no cold start"),
-        "words, cold": (COLOURS["cold start"], "10 updates"),
-        "long cold": (SPARE[1], "60 updates"),
-    }
-    overlap_and_accuracy(
-        results, out, "longer", arms, {name: colour for name, (colour, _) in arms.items()}
-    )
-
-
-def overlap_and_accuracy(results, out, name, followed, colours):
-    """The held-out overlap ratio before and after OPD of the runs followed, {run: (colour, label)}.
-
-    Beside it all accuracies {run: colour}: before, after a cold start, and after OPD.
-    """
-    plt, runs = opened(results, name)
-    if plt is None:
-        return
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 3.6), width_ratios=(1, 2), layout="constrained"
-    )
-    for arm, (colour, label) in followed.items():
-        mine = [run for run in runs if run["run"] == arm]
-        ends = [
-            [run.get("held_out_cold_start", run["held_out_before"]), run["held_out_after"]]
-            for run in mine
-        ]
+    figure = plt.figure(figsize=(13, 10), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    two = top.subplots(1, 2, sharey=True)
+    both_ways(two, results, REAL, "base", WITHOUT_TEACHER)
+    grid = bottom.subplots(2, 4)
+    groups = {}
+    for name in ("success", "copy", "words"):
+        colour, label = REAL[name]
+        groups[label] = (colour, results[name])
+    aligning(plt, grid.flat, groups, window=1)
+    accuracy = grid[1, 3]
+    for name, style in (("words, 72", "-"), ("words, 72 fast", "--")):
+        runs = results[name]
         band(
-            left,
-            (0, mine[0]["steps"]),
-            [[x["overlap_ratio"] for x in two] for two in ends],
-            colour,
-            label=label,
+            accuracy,
+            [0, *runs[0]["curves"]["evaluated"]],
+            [[level(run, "before", "T .7"), *run["curves"]["accuracy"]] for run in runs],
+            COLOURS["other"],
+            style,
+            label=name,
         )
-    left.set(xlabel="step of OPD", ylim=(0, 1), title="overlap ratio (Eq. 6), held out")
-    left.legend(frameon=False, fontsize=8)
-    bars(right, [{**run, "arm": run["run"]} for run in runs], colours)
-    for place, arm in enumerate(colours):
-        for when, style in (("accuracy_before", "--"), ("accuracy_cold_start", ":")):
-            levels = [run[when]["mean"] for run in runs if run["run"] == arm and run.get(when)]
-            if levels:
-                right.plot(
-                    (place - 0.35, place + 0.35),
-                    [sum(levels) / len(levels)] * 2,
-                    style,
-                    color="0.3",
-                )
-    right.set_title("accuracy (dashed: before; dotted: after the cold start)")
-    save(plt, figure, out)
-
-
-def bars(axes, runs, colours):
-    """A bar an arm, {arm: colour}: the mean of its accuracy after training, and a point a seed."""
-    for place, (arm, colour) in enumerate(colours.items()):
-        values = [run["accuracy_after"]["mean"] for run in runs if run["arm"] == arm]
-        axes.bar(place, sum(values) / len(values), color=colour, alpha=0.35, width=0.7)
-        axes.plot([place] * len(values), values, "o", color=colour, markersize=4, clip_on=False)
-    axes.set_xticks(
-        range(len(colours)),
-        [re.sub(r"(?<=,) | (?=\+|T|prompt|30 %)", "\n", arm) for arm in colours],
-        fontsize=8,
-    )
-    axes.set(ylabel="accuracy after", ylim=(0, 1))
+    accuracy.set(title="accuracy with words, T .7", xlabel="step", ylim=(0, 1))
+    accuracy.legend(frameon=False, fontsize=7)
+    handles, labels = signs(two[0])
+    more_handles, more_labels = grid[0, 0].get_legend_handles_labels()
+    below(figure, [*handles, *more_handles], [*labels, *more_labels], 6)
+    keep(plt, figure, path)

@@ -1,447 +1,545 @@
-"""experiments/real.py: a real language model learns a real skill from a post-trained copy of
-itself (paper 3, 4, 5, 6).
+"""experiments/real.py: a real language model learns to add from copies of itself that were trained
+further (paper 3, 4, 5, 6).
 
-The base (SmolLM2-135M-Instruct; --base takes any chat model) is asked as a chat to add three
-digits, with two worked examples before: "5 + 6 + 9" -> "5 + 6 = 11, 11 + 9 = 20. Answer: 20". Its
-teachers are copies of it:
+    arm            student <- teacher (sums.py); 12 steps of 16 responses at 1e-5 if not said
+    success        base <- expert: after three rounds of expert iteration, it knows more
+    round 1; round 2   base <- expert-1; <- expert-2: after one round, and after two
+    copy           base <- copy: after three rounds on its own answers, right or wrong
+    backwards      base <- backwards: works from the right
+    words          base <- words: works in words
 
-    expert     after rounds of expert iteration: it answers new questions, and is fine-tuned on its
-               right answers (3.2)
-    copy       after as many rounds on its own answers, right or wrong, which teach it nothing new
-               (3.2)
-    backwards  fine-tuned on the same sums worked out from the right, "9 + 6 = 15, ...", then as
-               expert (3.1)
+    words, 72; words, fast; words, 72 fast     72 steps; 12 at 1e-4; 72 at 1e-4
+    words, sft     no OPD: 72 updates of fine-tuning at 1e-4 on 560 answers of words, T 1
+    words, cold    60 such updates on 400 answers, then 12 steps of OPD at 1e-5
+    reverse        expert <- base, its earlier self; 100 steps
+    sharper        base <- base at teacher temperature .4: a sharper score, no news
+    no teacher     unlikely tokens are pushed down, no teacher (2608.31046)
 
-and its runs, all with the same settings, questions and seed:
+    intersection; difference    base <- expert on the tokens that both find likely, on the others
+    sampled; full  base <- expert by Eq. 3, by Eq. 4
+    wordy          base <- expert on the same questions in other words, under another system prompt
+    8 tokens       base <- expert, responses of 8 tokens, the first 30 % of a solution (2606.22600)
+    one prompt     base <- expert, one question 16 times a step (2609.04172)
 
-    success        base <- expert
-    nothing new    base <- copy
-    other way      base <- backwards
-    cold start     base, fine-tuned on the answers of backwards first, <- backwards (5.1)
-    intersection   base <- expert, only the tokens that both find likely (4.2)
+Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py). They
+are asked greedily and at T .7, if not said.
+    3.1 equal way    of two teachers, expert after the last round that scores surely less than words
+                     at T .7 (weaker, alike), and words (stronger, other), the first has the surely
+                     better student, at T .7 and greedily. Asked on seeds 3, 4, 5; not askable if no
+                     round scores less
+    3.2 skill        success makes up .8 of its teacher's lead, in every seed
+    3.2 first round  round 1 ends surely above its start, greedily
+    3.2 nothing new  copy gains surely less than .05, greedily
+    3.2 sharper      surely more at T 1, greedy accuracy equal to where it began
+    3.3 reverse      it ends equal to its teacher
+    no teacher       it ends equal to success or above: at T 1, at T .7 and greedily
+    4.1 masses       in success both are .95 or more at the first step, in every seed
+    4.1 overlap      in success the overlap ratio rises, in every seed (three steps at either end)
+    4.1 gaps         in success the advantage, the entropy gap and p - q halve, in every seed
+    4.1 small loss   copy begins with less than half of success's loss and gradient, in every seed
+    4.2 shared       intersection ends equal to success
+    4.2 others       difference ends surely below it
+    5.1 fails        words gains surely less than a quarter of what success does, at T .7
+    5.1 not slow     the same of words, 72, of words, fast, and of words, 72 fast
+    5.1 rescues      words, cold ends surely above words, 72 fast, after as many updates
+    5.1 beats        words, cold ends surely above words, sft, after as many updates
+    3.1 from right   backwards gains surely less than half of what success does, at T .7
+    5.2 template     success ends surely above wordy
+    2.2 estimators   sampled and success end equal to full
+    one prompt       it gains .72 of what success does at T .7 or more, in every seed
+    first 30 %       8 tokens gain .8 of what success does at T .7 or more, in every seed
+    6.2 success      the AUROC of a response's mean reward, by expert, is surely above .6
+    6.2 failure      that by words, and by copy, is at most .1 behind it, surely
+    6.2 coherence    the gradients of words and copy at single positions are larger than expert's,
+                     and their sum is smaller beside them, in every seed
+    trap             after the base's first slip the KL to expert is half of what it is at the slip
+                     or less, and expert, going on from there, is right less than .1 of the time, in
+                     every seed (2606.09471)
 
-Criteria, fixed before the first run of the script; three seeds. What is compared is compared
-prompt by prompt:
-    skill         the expert leads the base by .3 or more, and success makes up .8 of that lead or
-                  more, in every seed
-    masses        both overlap masses are .95 or more at the first step of success (the paper: .97
-                  to .99 throughout, in its failing run too)
-    overlap       the overlap ratio rises in success, first and last three steps, in every seed
-    nothing new   the gain is below a quarter of that of success
-    other way     the gain is below half of that of success, and a mass lies below .95 at the first
-                  step
-    cold start    ends above the other way without it by more than noise
-    intersection  ends within .05 of success, noise included (lab.equal asks for more: they may
-                  differ by so little)
-    reward        AUROC of the mean reward for right answers, over all seeds: above .6 with expert;
-                  the other's is told
-Judged after the runs, by the toy's criteria (mechanism.py):
-    gaps          overlap-token advantage, entropy gap and largest gap halve in success
-    small loss    loss and gradient norm of nothing new begin below half of those of success
-
-    python experiments/real.py --base DIR_OR_HUB    results/real.{json,txt,svg}; an hour a seed on
-                                                    2 cores
-
-With --runs DIR models and runs are kept, and what was killed goes on. (A teacher that works the
-sums out in words was tried first, on seed 5: after 320 examples it was right .25 of the time, and
-no better teacher.)
+    python experiments/real.py --base DIR_OR_HUB     results/real.{txt,svg}; 20 hours of one thread
+    python experiments/real.py --base DIR_OR_HUB --only words success --seeds 1
 """
 
-import json
 import math
-import random
-from statistics import mean
 
+import cost
+import followups
+import lab
+import mechanism
 import plot
-import torch
-from real_lab import (
-    MARGIN,
-    analysis,
+import sums
+from lab import (
+    Arm,
+    Difference,
+    above,
+    arm,
+    below,
+    both,
     difference,
-    encoded,
-    load,
-    main,
-    run,
-    slots,
-    verdicts,
-    write,
-    write_text,
+    each,
+    equal,
+    every_seed,
+    finding,
+    gain,
+    more_than,
+    reaches,
+    recovery,
+    share,
 )
+from own_loop import train_without_teacher
 
-from plumbing.answers import answered, read_answer, same_answer
-from recipes import cold_start
+from analysis import diagnose_pair
+from plumbing.answers import answered
+from plumbing.slots import rollout
 
-NEEDED = {
-    "base": "directory or hub name of a chat model that follows worked examples, and adds badly"
+AT_1 = dict(cold_start_temperature=1.0, cold_start_top_p=1.0)
+TAUGHT = {  # arm -> its teacher; all are diagnosed beforehand
+    "success": "expert",
+    "round 1": "expert-1",
+    "round 2": "expert-2",
+    "copy": "copy",
+    "backwards": "backwards",
+    "words": "words",
 }
-NEW_TOKENS, HELD_OUT, ROUNDS, SAMPLES = 48, 64, 3, 160
-MICRO = 700  # tokens in a forward: .8 of the default's time
-SETTINGS = dict(
-    steps=12,
-    batch_size=16,
-    max_new_tokens=NEW_TOKENS,
-    lr=1e-5,
-    eval_n=6,
-    eval_temperature=1.0,
-    eval_top_p=1.0,
-    eval_max_new_tokens=NEW_TOKENS,
-    device="auto",
-    micro_batch_tokens=MICRO,
-)
-COLD = dict(
-    cold_start=96,
-    cold_start_steps=6,
-    cold_start_lr=3e-5,
-    cold_start_temperature=1.0,
-    cold_start_top_p=1.0,
-)
-RUNS = {
-    "success": ("expert", {}),
-    "nothing new": ("copy", {}),
-    "other way": ("backwards", {}),
-    "cold start": ("backwards", COLD),
-    "intersection": ("expert", dict(support="intersection")),
+ARMS = {
+    **{name: arm("base", teacher) for name, teacher in TAUGHT.items()},
+    "words, 72": arm("base", "words", steps=72),
+    "words, fast": arm("base", "words", lr=1e-4),
+    "words, 72 fast": arm("base", "words", steps=72, lr=1e-4),
+    "words, sft": arm(
+        "base", "words", cold_start=560, cold_start_steps=72, cold_start_lr=1e-4, steps=0, **AT_1
+    ),
+    "words, cold": arm(
+        "base", "words", cold_start=400, cold_start_steps=60, cold_start_lr=1e-4, **AT_1
+    ),
+    "reverse": arm("expert", "base", steps=100),
+    "sharper": arm("base", "base", teacher_temperature=0.4),
+    "no teacher": Arm("base", "expert", train=train_without_teacher),
+    "intersection": arm("base", "expert", support="intersection"),
+    "difference": arm("base", "expert", support="difference"),
+    "sampled": arm("base", "expert", objective="sampled"),
+    "full": arm("base", "expert", objective="full"),
+    "wordy": arm("base", "expert", prompts="wordy.jsonl"),
+    "8 tokens": arm("base", "expert", max_new_tokens=8),
+    "one prompt": arm("base", "expert", prompts="one.jsonl"),
 }
+PATIENT = ("words, 72", "words, fast", "words, 72 fast")
+BY_ROUND = ("round 1", "round 2", "success")
+FAILING = ("words", "copy")
 ENDS = 3  # steps at either end that are averaged
+LATER = 3  # the first of the seeds that only 3.1 and the diagnosis' rule are judged on
 
 
-# --- the questions --------------------------------------------------------------------------------
+# --- probes ---------------------------------------------------------------------------------------
 
 
-def steps_of(a, b, c):
-    return f"{a} + {b} = {a + b}, {a + b} + {c} = {a + b + c}. Answer: {a + b + c}"
+def diagnosis(lab, teacher, prompts):
+    """The report of `analysis.py --student base --teacher ...`, without what is by position."""
+    pair = lab.load("base", teacher)
+    report = diagnose_pair(
+        pair,
+        lab.rows(pair, 4 if lab.quick else prompts),
+        answered=answered,
+        rollout=rollout,
+        n=2,
+        max_new_tokens=lab.new_tokens,
+        seed=lab.seed,
+    )
+    del report["by_position"]
+    return {"report": report}
 
 
-def backwards(a, b, c):
-    return f"{c} + {b} = {b + c}, {b + c} + {a} = {a + b + c}. Answer: {a + b + c}"
+def signal(lab, teachers, prompts, samples):
+    """6.2 without training: what each teacher's rewards and gradients say of the base's answers."""
+    count = 4 if lab.quick else prompts
+    return {"found": {name: cost.signal_of(lab, "base", name, count, samples) for name in teachers}}
 
 
-EXAMPLES = ((5, 6, 9), (3, 8, 4))
-PLAIN, WORDY = (
-    ("Add.", "{} + {} + {}"),
-    ("You are a careful accountant.", "What is the sum of {}, {} and {}?"),
+def trap(lab, prompts):
+    return followups.trap(lab, prompts, "base", "expert")
+
+
+PROBES = {
+    f"diagnosis of {name}": (diagnosis, {"teacher": teacher, "prompts": 64})
+    for name, teacher in TAUGHT.items()
+}
+PROBES["signal"] = (
+    signal,
+    {"teachers": ["expert", "words", "backwards", "copy"], "prompts": 256, "samples": 4},
 )
+PROBES["trap"] = (trap, {"prompts": 256})
 
 
-def question(digits, template=PLAIN):
-    """A row as load_prompts gives it: the chat, with two worked examples, and the sum."""
-    system, asks = template
-    chat = [{"role": "system", "content": system}]
-    for example in EXAMPLES:
-        chat += [
-            {"role": "user", "content": asks.format(*example)},
-            {"role": "assistant", "content": steps_of(*example)},
-        ]
-    return {
-        "prompt": [*chat, {"role": "user", "content": asks.format(*digits)}],
-        "answer": str(sum(digits)),
-    }
+# --- the report -----------------------------------------------------------------------------------
 
 
-def digits_of(row):
-    return map(int, row["prompt"][-1]["content"].split(" + "))
+def less_than_share(ours, theirs, part):
+    """Do some arms gain surely less than a part of what others do, at T .7? -> a word."""
+    a = gain(ours, "T .7")
+    b = gain(theirs, "T .7")
+    return more_than(Difference(part * b.mean - a.mean, part * b.noise + a.noise), 0)
 
 
-def write_questions(world, seed):
-    """All 729 sums of three digits from 1 to 9 but the examples, shuffled: world/eval.jsonl and
-    prompts.jsonl, the latter in other words too (wordy.jsonl), and its first alone (one.jsonl).
-    """
-    sums = [(a, b, c) for a in range(1, 10) for b in range(1, 10) for c in range(1, 10)]
-    sums = [digits for digits in sums if digits not in EXAMPLES]
-    random.Random(seed).shuffle(sums)
-    for name, part, template in (
-        ("eval", sums[:HELD_OUT], PLAIN),
-        ("prompts", sums[HELD_OUT:], PLAIN),
-        ("wordy", sums[HELD_OUT:], WORDY),
-        ("one", sums[HELD_OUT : HELD_OUT + 1], PLAIN),
-    ):
-        (world / f"{name}.jsonl").write_text(
-            "".join(json.dumps(question(x, template)) + "\n" for x in part)
-        )
+def two(offs):
+    """Differences at T .7 and greedily, to read."""
+    return f"{offs[0]} at T .7, {offs[1]} greedily"
 
 
-# --- the teachers ---------------------------------------------------------------------------------
-
-
-def fine_tune(pair, examples, seed, lr=3e-5):
-    """One epoch over [(prompt ids, response ids)] in batches of 16."""
-    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=lr)
-    for _ in cold_start(
-        pair,
-        optimizer,
-        examples,
-        steps=math.ceil(len(examples) / 16),
-        lr=lr,
-        batch_size=16,
-        seed=seed,
-    ):
-        pass
-
-
-def expert_iteration(pair, rows, rounds, seed, samples=SAMPLES, keep=same_answer):
-    """Let the student of a pair answer new rows (of lab.encoded) each round, and fine-tune it on
-    the finished answers for which keep(what it says, what is right) holds.
-    """
-    draw = random.Random(seed)
-    for number in range(rounds):
-        chosen = draw.sample(rows, min(samples, len(rows)))
-        ids = [row["ids"] for row in chosen]
-        r = write(pair, ids, max_new_tokens=NEW_TOKENS, seed=seed + number)
-        said = [r.response_ids(i) for i in range(len(chosen))]
-        good = [
-            (row["ids"], ids)
-            for row, ids, cut in zip(chosen, said, r.truncated.tolist())
-            if not cut
-            and keep(
-                read_answer(pair.tokenizer.decode(ids, skip_special_tokens=True)), row["answer"]
-            )
-        ]
-        print(f"round {number + 1}: {len(good)} of {len(chosen)} answers kept", flush=True)
-        if good:
-            fine_tune(pair, good, seed + number)
-
-
-def taught(pair, rows, seed, count=SAMPLES):
-    """Fine-tune the student of a pair on sums worked out from the right."""
-    chosen = random.Random(seed).sample(rows, min(count, len(rows)))
-    end = pair.tokenizer.eos_token_id
-    fine_tune(
-        pair,
-        [
-            (
-                row["ids"],
-                pair.tokenizer(backwards(*digits_of(row)), add_special_tokens=False).input_ids
-                + [end],
-            )
-            for row in chosen
-        ],
-        seed,
+def skill(runs):
+    greedy = [recovery(run, "greedy") for run in runs["success"]]
+    at_7 = [recovery(run, "T .7") for run in runs["success"]]
+    yield finding(
+        "3.2",
+        "what a teacher newly knows can be learnt",
+        "gap recovery above .8 where the teacher is the student after RL (4.1)",
+        f"recovery {each(greedy)} greedily, {each(at_7)} at T .7",
+        reaches(greedy, 0.8),
+        reaches(at_7, 0.8),
     )
 
 
-def teachers(base, world, seed, quick):
-    """world/{expert,copy,backwards}, made where they are not there."""
-    for name in ("expert", "copy", "backwards"):
-        if (world / name / "tokenizer_config.json").exists():
-            continue
-        pair = load(base, base, device="auto", micro_batch_tokens=MICRO)
-        rows = encoded(pair, world / "prompts.jsonl", max_prompt_tokens=512, new_tokens=NEW_TOKENS)
-        rounds, samples = (1, 16) if quick else (ROUNDS, SAMPLES)
-        if name == "backwards":
-            taught(pair, rows, seed, samples)
-            if not quick:
-                expert_iteration(pair, rows, rounds - 1, seed)  # until it is as good
-        else:
-            expert_iteration(
-                pair,
-                rows,
-                rounds,
-                seed,
-                samples,
-                *([lambda said, right: True] if name == "copy" else []),
-            )
-        pair.student.save_pretrained(world / name)
-        pair.tokenizer.save_pretrained(world / name)
+def first_round(runs):
+    x = gain(runs["round 1"], "greedy")
+    yield finding(
+        "3.2", "so can what it knows after one round", "not there", f"gain {x} greedily", above(x)
+    )
 
 
-# --- the runs -------------------------------------------------------------------------------------
+def nothing_new(runs):
+    x = gain(runs["copy"], "greedy")
+    yield finding(
+        "3.2",
+        "a copy that knows no more teaches nothing",
+        "gap recovery .05 and .16 from bigger ones of the same pipeline",
+        f"gain {x} greedily, {gain(runs['copy'], 'T .7')} at T .7",
+        more_than(-x, -lab.MARGIN),
+    )
 
 
-def distilled(name, student, teacher, world, scratch, seed, quick, **how):
-    """A run of SETTINGS and what `how` says, or what is there of it in scratch: its result, its
-    curves."""
-    settings = {**SETTINGS, "prompts": str(world / "prompts.jsonl"), **how}
-    if quick:
-        settings.update(steps=2, batch_size=4, max_new_tokens=8, eval_n=1, eval_max_new_tokens=8)
-        if "cold_start" in how:
-            settings.update(cold_start=8, cold_start_steps=1, cold_start_max_new_tokens=NEW_TOKENS)
-    return {
-        "run": name,
-        "seed": seed,
-        **run(
-            **settings,
-            student=str(student),
-            teacher=str(teacher),
-            seed=seed,
-            eval=(str(world / "eval.jsonl"),),
-            out=str(scratch / f"{name.replace(' ', '-')}-{seed}"),
-        ),
-    }
+def sharper(runs):
+    x = gain(runs["sharper"], "greedy")
+    at_1 = gain(runs["sharper"], "T 1")
+    yield finding(
+        "3.2",
+        "itself at temperature .4 raises the score at T 1 and teaches no knowledge",
+        "not there",
+        f"gain {at_1} at T 1, {x} greedily",
+        above(at_1),
+        equal(x),
+    )
 
 
-def seed_runs(seed, world, scratch, quick, base):
-    world.mkdir(parents=True, exist_ok=True)
-    write_questions(world, seed)
-    teachers(base, world, seed, quick)
-    made = [
-        distilled(name, base, world / teacher, world, scratch, seed, quick, **how)
-        for name, (teacher, how) in RUNS.items()
-    ]
-    for teacher in ("expert", "backwards"):
-        pair = load(base, world / teacher, device="auto", micro_batch_tokens=MICRO)
-        rows = encoded(
-            pair,
-            world / "eval.jsonl",
-            4 if quick else 32,
-            max_prompt_tokens=512,
-            new_tokens=NEW_TOKENS,
+def reverse(runs):
+    offs = both(runs["reverse"], runs["reverse"], "after", "teacher")
+    yield finding(
+        "3.3",
+        "its earlier self takes back what expert iteration gave",
+        "from about .54 to about .30 to .34; the earlier self has .28",
+        f"student - teacher at the end {two(offs)}",
+        *map(equal, offs),
+    )
+
+
+def no_teacher(runs):
+    for way, how in (("T 1", "at T 1"), ("T .7", "at T .7"), ("greedy", "greedily")):
+        off = difference(runs["no teacher"], runs["success"], way)
+        of_gain = share(gain(runs["no teacher"], way).mean, gain(runs["success"], way).mean)
+        yield finding(
+            "2608.31046",
+            f"pushing down unlikely tokens does what a teacher does, {how}",
+            "so",
+            f"{off} of success, {of_gain:.2f} of its gain",
+            lab.HOLDS if above(off) == lab.HOLDS else equal(off),
         )
-        found = analysis.diagnose_pair(
-            pair,
-            rows,
-            answered=answered,
-            rollout=slots.rollout,
-            n=2,
-            max_new_tokens=NEW_TOKENS,
-            seed=seed,
-            eval_temperature=1.0,
-            eval_top_p=1.0,
+
+
+def ends(run, name):
+    """A metric in the first and in the last steps: their means."""
+    return mechanism.start_and_end(run, name, ENDS)
+
+
+def aligning(runs):
+    success = runs["success"]
+    masses = []
+    for run in success:
+        sides = [run["curves"][f"overlap_mass_{side}"][0] for side in ("student", "teacher")]
+        masses.append(min(sides))
+    yield finding(
+        "4.1",
+        "the shared tokens hold nearly all of both models' mass from the first step on",
+        ".97 to .99 throughout, in its failing run too",
+        f"the smaller of the two {each(masses, '.3f')}",
+        every_seed(x >= 0.95 for x in masses),
+    )
+    rises = [end - start for start, end in (ends(run, "overlap_ratio") for run in success)]
+    yield finding(
+        "4.1",
+        "in success the overlap ratio rises",
+        "about .72 to above .91",
+        f"by {each(rises)}",
+        every_seed(x > 0 for x in rises),
+    )
+    for name, title in (
+        ("overlap_token_advantage", "the overlap-token advantage goes to 0"),
+        ("entropy_gap", "the entropy gap narrows"),
+        ("largest_gap", "p - q on the token of largest advantage shrinks"),
+    ):
+        of_start = [mechanism.shrinks(run, name, ENDS) for run in success]
+        yield finding(
+            "4.1",
+            f"in success {title}",
+            "so; persists in failure",
+            f"to {each(of_start)} of its size",
+            every_seed(x <= 0.5 for x in of_start),
         )
-        made.append(
-            {
-                "run": f"diagnosis, {teacher}",
-                "seed": seed,
-                **{name: found.get(name) for name in ("verdict", "auroc", "predicted_gain")},
-                "metrics": found["metrics"],
-            }
+
+
+def small_loss(runs):
+    begun = {}
+    for name in ("loss", "grad_norm"):
+        of_copy, of_success = (
+            [run["curves"][name][0] for run in runs[arm]] for arm in ("copy", "success")
         )
-    return made
+        begun[name] = [share(a, b) for a, b in zip(of_copy, of_success)]
+    yield finding(
+        "4.1",
+        "where nothing new is taught loss and gradient begin small",
+        "so: a small loss is no success",
+        f"loss {each(begun['loss'])} of success's, gradient norm {each(begun['grad_norm'])}",
+        every_seed(x < 0.5 for x in begun["loss"]),
+        every_seed(x < 0.5 for x in begun["grad_norm"]),
+    )
 
 
-def of(runs, name):
-    return [r for r in runs if r["run"] == name]
+def supports(runs):
+    shared = both(runs["intersection"], runs["success"])
+    yield finding(
+        "4.2",
+        "the shared tokens suffice",
+        "Overlap equals Student Top-k",
+        two(shared),
+        *map(equal, shared),
+    )
+    others = both(runs["difference"], runs["success"])
+    yield finding(
+        "4.2",
+        "the tokens that are not shared do not suffice",
+        "Non-Overlap is clearly weaker",
+        two(others),
+        *map(below, others),
+    )
 
 
-def gain(runs):
-    """What the student gained, in each seed."""
-    return [r["accuracy_after"]["mean"] - r["accuracy_before"]["mean"] for r in runs]
+def from_right(runs):
+    yield finding(
+        "3.1",
+        "a teacher that works from the right teaches little",
+        "student about .15 with the stronger teacher, .20 with the weaker",
+        f"gain {gain(runs['backwards'], 'T .7')} at T .7, success {gain(runs['success'], 'T .7')}",
+        less_than_share(runs["backwards"], runs["success"], 0.5),
+    )
 
 
-def first(runs, name):
-    """A metric at the first step, in each seed."""
-    return [r["curves"][name][0] for r in runs]
+def in_words(runs):
+    x = gain(runs["words"], "greedy")
+    yield finding(
+        "5.1",
+        "OPD from a teacher that works in words fails",
+        "it learns, to a lower ceiling (AMC23, about .12 to .26)",
+        f"gain {gain(runs['words'], 'T .7')} at T .7, {x} greedily",
+        less_than_share(runs["words"], runs["success"], 0.25),
+    )
+
+
+def not_slow(runs):
+    gains = [f"{name}: {gain(runs[name], 'T .7')}" for name in PATIENT]
+    yield finding(
+        "5.1",
+        "it fails, and is not just slow: six times the steps, ten times the rate, both",
+        "not there",
+        f"{', '.join(gains)} at T .7",
+        *(less_than_share(runs[name], runs["success"], 0.25) for name in PATIENT),
+    )
+
+
+def cold_start(runs):
+    offs = both(runs["words, cold"], runs["words, 72 fast"])
+    yield finding(
+        "5.1",
+        "a cold start rescues it",
+        "it raises the ceiling (AMC23, about .36 to .40)",
+        f"{two(offs)}, of as many updates of OPD",
+        *map(above, offs),
+    )
+    offs = both(runs["words, cold"], runs["words, sft"])
+    yield finding(
+        "5.1",
+        "and beats as many updates of fine-tuning alone",
+        "not controlled",
+        two(offs),
+        *map(above, offs),
+    )
+
+
+def template(runs):
+    offs = both(runs["success"], runs["wordy"])
+    yield finding(
+        "5.2",
+        "the teacher's template helps",
+        "mean about .54 against .51",
+        two(offs),
+        *map(above, offs),
+    )
+
+
+def estimators(runs):
+    sampled = both(runs["sampled"], runs["full"])
+    top_16 = both(runs["success"], runs["full"])
+    yield finding(
+        "2.2",
+        "Eq. 3, 4 and 5 end alike",
+        "not there",
+        f"Eq. 3 {two(sampled)}, Eq. 5 {two(top_16)}, of Eq. 4",
+        *map(equal, [*sampled, *top_16]),
+    )
+
+
+def of_the_gain(runs, name):
+    """The share of what success gains at T .7, a number a seed."""
+    pairs = zip(runs[name], runs["success"], strict=True)
+    return [share(gain([a], "T .7").mean, gain([b], "T .7").mean) for a, b in pairs]
+
+
+def one_prompt(runs):
+    shares = of_the_gain(runs, "one prompt")
+    yield finding(
+        "2609.04172",
+        "one prompt gives most of the gain",
+        ".87 of it at step 300, .72 at 1,000",
+        f"{each(shares)} of the gain at T .7",
+        reaches(shares, 0.72),
+    )
+
+
+def first_tokens(runs):
+    shares = of_the_gain(runs, "8 tokens")
+    yield finding(
+        "2606.22600",
+        "the first 30 % of the tokens give nearly all",
+        "so",
+        f"{each(shares)} of the gain at T .7",
+        reaches(shares, 0.8),
+    )
+
+
+def area(runs, name):
+    """The AUROC with a teacher: its mean over seeds, and noise, as a Difference."""
+    return cost.mean_area([run["found"][name]["auroc"] for run in runs["signal"]])
+
+
+def rewards(runs):
+    good = area(runs, "expert")
+    yield finding(
+        "6.2",
+        "a good teacher's mean reward ranks answers",
+        "AUROC .733",
+        f"{good.mean:.3f} ± {good.noise:.3f}",
+        more_than(good, 0.6),
+    )
+    for name in FAILING:
+        bad = area(runs, name)
+        behind = Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
+        yield finding(
+            "6.2",
+            f"that of {name}, which fails, does so as well",
+            "AUROC .751 with the one that fails",
+            f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
+            more_than(-behind, -0.1),
+        )
+
+
+def gradients(runs):
+    good = [run["found"]["expert"] for run in runs["signal"]]
+    for name in FAILING:
+        bad = [run["found"][name] for run in runs["signal"]]
+        yield cost.cancelling(
+            f"the gradients of {name}, which fails, are large and cancel", bad, good
+        )
+
+
+def equal_way(runs):
+    """On seeds that no other claim was made from."""
+    alike = []
+    other = []
+    for words, *rounds in zip(*(runs[name] for name in ("words", *BY_ROUND)), strict=True):
+        weaker = [run for run in rounds if is_weaker(run, words)]
+        if words["seed"] >= LATER and weaker:
+            alike.append(weaker[-1])
+            other.append(words)
+    if not alike:
+        return
+    teachers = difference(alike, other, "T .7", "teacher")
+    offs = both(alike, other)
+    yield finding(
+        "3.1",
+        "a weaker teacher that thinks alike makes the better student",
+        "student about .20 with the weaker, .15 with the stronger",
+        f"teachers {teachers} at T .7; students {two(offs)}; seeds "
+        f"{each((run['seed'] for run in alike), 'd')}",
+        *map(above, offs),
+    )
+
+
+def is_weaker(run, other):
+    """Does the teacher of a run score surely less than that of another, at T .7?"""
+    x = difference([run], [other], "T .7", "teacher")
+    return x.mean < -x.noise
+
+
+def trapped(runs):
+    yield followups.agreement(runs["trap"])
+
+
+CLAIMS = (  # what is asked, and the arms and probes that it is asked of
+    (skill, ("success",)),
+    (first_round, ("round 1",)),
+    (nothing_new, ("copy",)),
+    (sharper, ("sharper",)),
+    (no_teacher, ("no teacher", "success")),
+    (reverse, ("reverse",)),
+    (equal_way, ("words", *BY_ROUND)),
+    (from_right, ("backwards", "success")),
+    (in_words, ("words", "success")),
+    (not_slow, (*PATIENT, "success")),
+    (cold_start, ("words, cold", "words, 72 fast", "words, sft")),
+    (aligning, ("success",)),
+    (small_loss, ("copy", "success")),
+    (supports, ("intersection", "difference", "success")),
+    (template, ("success", "wordy")),
+    (rewards, ("signal",)),
+    (gradients, ("signal",)),
+    (estimators, ("sampled", "success", "full")),
+    (one_prompt, ("one prompt", "success")),
+    (first_tokens, ("8 tokens", "success")),
+    (trapped, ("trap",)),
+)
 
 
 def judge(runs):
-    """The criteria above: [(name, criterion, what was found, does it hold)]."""
-    good, nothing, other, cold, shared = (of(runs, name) for name in RUNS)
-    leads = [r["accuracy_teacher"]["mean"] - r["accuracy_before"]["mean"] for r in good]
-    recovered = [a / (b or math.nan) for a, b in zip(gain(good), leads)]
-    masses = {
-        who: [
-            min(first(part, f"overlap_mass_{side}")[i] for side in ("student", "teacher"))
-            for i in range(len(part))
-        ]
-        for who, part in (("success", good), ("other way", other))
-    }
-    rise = [
-        mean(r["curves"]["overlap_ratio"][-ENDS:]) - mean(r["curves"]["overlap_ratio"][:ENDS])
-        for r in good
-    ]
-    gaps = {
-        name: [
-            mean(mean(r["curves"][name][part]) for r in good)
-            for part in (slice(ENDS), slice(-ENDS, None))
-        ]
-        for name in ("overlap_token_advantage", "entropy_gap", "largest_gap")
-    }
-    begins = {
-        name: [mean(first(part, name)) for part in (nothing, good)]
-        for name in ("loss", "grad_norm")
-    }
-    better, noise = difference(cold, other)
-    off, spread = difference(shared, good)
-    auroc = {
-        name: [r["auroc"] for r in of(runs, f"diagnosis, {name}")]
-        for name in ("expert", "backwards")
-    }
-
-    def each(values, form="+.3f"):
-        return ", ".join("none" if x is None else format(x, form) for x in values)
-
-    return [
-        (
-            "real skill",
-            "lead >= .3, .8 of it made up, each seed",
-            f"lead {each(leads)}; of it {each(recovered, '.2f')}",
-            min(leads) >= 0.3 and min(recovered) >= 0.8,
-        ),
-        (
-            "real masses",
-            "both >= .95 at the first step",
-            each(masses["success"], ".3f"),
-            min(masses["success"]) >= 0.95,
-        ),
-        ("real overlap", "the ratio rises, each seed", each(rise), min(rise) > 0),
-        (
-            "real gaps",
-            "halve in success",
-            "; ".join("{:+.4f} -> {:+.4f}".format(*ends) for ends in gaps.values()),
-            all(abs(b) < abs(a) / 2 for a, b in gaps.values()),
-        ),
-        (
-            "real small loss",
-            "nothing new's loss and gradient < half of success's",
-            "; ".join("{:.3f} against {:.3f}".format(*two) for two in begins.values()),
-            all(a < b / 2 for a, b in begins.values()),
-        ),
-        (
-            "real nothing new",
-            "gain < a quarter of success's",
-            f"{each(gain(nothing))} against {each(gain(good))}",
-            mean(gain(nothing)) < mean(gain(good)) / 4,
-        ),
-        (
-            "real other way",
-            "gain < half of success's, a mass < .95",
-            f"{each(gain(other))}; masses {each(masses['other way'], '.3f')}",
-            mean(gain(other)) < mean(gain(good)) / 2 and max(masses["other way"]) < 0.95,
-        ),
-        (
-            "real cold start",
-            f"above the other way by > {noise:.3f}",
-            f"{better:+.3f}",
-            better > noise,
-        ),
-        (
-            "real intersection",
-            f"|it - success| + noise < {MARGIN}",
-            f"{off:+.3f} (noise {spread:.3f})",
-            abs(off) + spread < MARGIN,
-        ),
-        (
-            "real reward",
-            "AUROC > .6 with expert, each seed",
-            f"{each(auroc['expert'], '.3f')}; with backwards {each(auroc['backwards'], '.3f')}",
-            all(x is not None and x > 0.6 for x in auroc["expert"]),
-        ),
-    ]
-
-
-def report(made, out):
-    lines = [
-        f"{'run':13} {'seed':>4} {'before':>7} {'after':>7} {'teacher':>8} {'overlap':>14} "
-        f"{'reverse KL':>15} {'masses, first step':>18} {'s':>5}"
-    ]
-    for r in made["runs"]:
-        if "curves" not in r:
-            lines.append(
-                f"{r['run']:18} {r['seed']:4d} {r['verdict']}; AUROC "
-                f"{'none' if r['auroc'] is None else format(r['auroc'], '.3f')}"
-            )
-            continue
-        a, b = r["held_out_before"], r["held_out_after"]
-        lines.append(
-            f"{r['run']:13} {r['seed']:4d} {r['accuracy_before']['mean']:7.3f} "
-            f"{r['accuracy_after']['mean']:7.3f} {r['accuracy_teacher']['mean']:8.3f} "
-            f"{a['overlap_ratio']:6.3f} -> {b['overlap_ratio']:.3f} "
-            f"{a['reverse_kl']:6.3f} -> {b['reverse_kl']:.3f} "
-            f"{r['curves']['overlap_mass_student'][0]:10.3f} "
-            f"{r['curves']['overlap_mass_teacher'][0]:.3f} {r['seconds']:7.0f}"
-        )
-    write_text("\n".join(lines + verdicts(judge(made["runs"]))), made, out)
-    plot.real(out.with_suffix(".json"), out.with_suffix(".svg"))
+    """Every claim, of the seeds that have its arms: yields Findings. runs: of lab.read_all."""
+    for claim, names in CLAIMS:
+        some = lab.of_shared_seeds(runs, names)
+        if some[names[0]]:
+            yield from claim(some)
 
 
 if __name__ == "__main__":
-    main("real", __doc__, seed_runs, report, NEEDED)
+    lab.main(
+        __doc__,
+        ARMS,
+        judge,
+        probes=PROBES,
+        draw=plot.real,
+        world=sums.RealLab,
+        own={"base": "directory or hub name of a chat model that adds badly"},
+    )

@@ -18,118 +18,12 @@ import sys
 import context
 import lab
 import plot
-
-from plumbing import files
+import real
 
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
-REAL = ("real", "again", "longer")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
-
-# criteria of the scripts of SmolLM2: section, claim, what the paper has
-CLAIMS = {
-    "real skill": (
-        "3.2",
-        "what a teacher newly knows can be learnt",
-        "gap recovery above .8 where the teacher is the student after RL (4.1)",
-    ),
-    "real masses": (
-        "4.1",
-        "the shared tokens hold nearly all of both models' mass",
-        ".97 to .99 throughout, in its failing run too",
-    ),
-    "real overlap": (
-        "4.1",
-        "in success the overlap ratio rises",
-        "about .72 to above .91",
-    ),
-    "real gaps": (
-        "4.1",
-        "in success advantage, entropy gap and p - q shrink",
-        "so",
-    ),
-    "real small loss": (
-        "4.1",
-        "where nothing new is taught loss and gradient begin small",
-        "so",
-    ),
-    "real nothing new": (
-        "3.2",
-        "a teacher that knows no more teaches nothing",
-        "gap recovery .05 and .16 from bigger ones of the same pipeline",
-    ),
-    "real other way": (
-        "3.1",
-        "a teacher that thinks otherwise teaches little",
-        "student about .15 with the stronger teacher, .20 with the weaker",
-    ),
-    "real cold start": (
-        "5.1",
-        "a cold start helps, although the pair does not fail",
-        "AMC23 about .36 to .40 with it, .12 to .26 without",
-    ),
-    "real intersection": (
-        "4.2",
-        "the shared tokens suffice",
-        "Overlap equals Student Top-k",
-    ),
-    "real reward": (
-        "6.2",
-        "a good teacher's mean reward ranks answers",
-        "AUROC .733; .751 with the one that fails",
-    ),
-    "again 2.2 estimators": (
-        "2.2",
-        "Eq. 3, 4 and 5 end alike",
-        "not there",
-    ),
-    "again 3.3 reverse": (
-        "3.3",
-        "its earlier self takes back what post-training gave, all of it",
-        "from about .54 to about .30 to .34; the earlier self has .28",
-    ),
-    "again 3.3 lost": (
-        "3.3",
-        "its earlier self takes back most of it",
-        "about .77 to .92 of it",
-    ),
-    "again 5.2 template": (
-        "5.2",
-        "the teacher's template helps",
-        "mean about .54 against .51",
-    ),
-    "again one prompt": (
-        "2609.04172",
-        "one prompt gives most of the gain",
-        ".87 of it at step 300, .72 at 1,000",
-    ),
-    "again first 30 %": (
-        "2606.22600",
-        "the first 30 % of the tokens give nearly all",
-        "so",
-    ),
-    "again low KL": (
-        "ours",
-        "where a run fails its KL may fall all the same",
-        "not there",
-    ),
-    "again words": (
-        "3.1",
-        "a teacher that works in words teaches little",
-        "student about .15 with the stronger teacher, .20 with the weaker",
-    ),
-    "again words, cold": (
-        "5.1",
-        "a short cold start rescues it",
-        "AMC23 about .36 to .40 with it, .12 to .26 without",
-    ),
-    "longer cold start": (
-        "5.1",
-        "a long cold start rescues it",
-        "AMC23 about .36 to .40 with it, .12 to .26 without",
-    ),
-}
 
 
 # --- what is there --------------------------------------------------------------------------------
@@ -149,15 +43,8 @@ def toy_results(folder):
 
 
 def real_results(folder):
-    """{script: its results file} of the scripts of SmolLM2."""
-    found = {}
-    for script in REAL:
-        path = folder / f"{script}.json"
-        if path.exists():
-            found[script] = files.read_json(path)
-        else:
-            print(f"{script}.py is left out: no {path.name}", file=sys.stderr)
-    return found
+    """{arm or probe: [result, one a seed]} of real.py, as far as they are there."""
+    return lab.read_all(folder, [*real.ARMS, *real.PROBES], "real")
 
 
 def judged(results):
@@ -228,20 +115,13 @@ def findings_of_context(folder):
 
 
 def findings_of_real(results):
-    """A row a criterion of the scripts of SmolLM2."""
-    titles = ("section", "claim", "the paper", "criterion", "found (mean over seeds)", "word")
-    rows = []
-    for script, made in results.items():
-        for name, criterion, found, holds in importlib.import_module(script).judge(made["runs"]):
-            section, claim, paper = CLAIMS[name]
-            word = emphasised(lab.HOLDS if holds else "missed")
-            rows.append((section, claim, paper, criterion, found, word))
-    return table(titles, rows)
+    """Of real.py; a claim whose arms are not there on any seed is left out."""
+    findings = list(real.judge(results))
+    return findings_in_full(findings) if findings else NOT_YET
 
 
-def page(toy, real, folder):
+def page(toy, of_real, folder):
     """results/findings.md: str."""
-    commits = [f"{script}.py at {made['commit']}" for script, made in real.items()]
     return f"""# Findings
 
 `python experiments/report.py` writes this page. Criteria stand in the first lines of each script.
@@ -257,15 +137,14 @@ seeds, in order.
 ## SmolLM2-135M-Instruct that learns from itself
 
 {findings_of_context(folder)}
-## SmolLM2-135M-Instruct, measured before the new toy world
+## SmolLM2-135M-Instruct that learns to add
 
-These runs are older than the toy world of today and its four words. A criterion holds or is missed.
-Accuracy is at T 1. Commits: {", ".join(commits)}.
+{findings_of_real(of_real)}
+What was measured before this toy world stands in [before.md](before.md).
+"""
 
-{findings_of_real(real)}"""
 
-
-def scripts(toy, real, folder):
+def scripts(toy, of_real, folder):
     """A row a script: what it asks, by its first sentence, and what it took."""
     titles = ("script", "what it asks", "seeds", "CPU seconds", "commits")
     rows = []
@@ -277,21 +156,18 @@ def scripts(toy, real, folder):
         seconds = sum(run["seconds"] for run in runs)
         commits = {lab.commit_of(run) for run in runs}
         rows.append(script_row(script, runs, seconds, commits))
-    hours = sum(shared.values()) / 3600
-    of_real = 0
-    of_context = [run for of_arm in context_results(folder).values() for run in of_arm]
-    if of_context:
-        seconds = sum(run["seconds"] for run in of_context)
-        of_real += seconds / 3600
-        commits = {lab.commit_of(run) for run in of_context}
-        rows.append(script_row("context", of_context, seconds, commits))
-    for script, made in real.items():
-        seconds = made["seconds"] * made["threads"]
-        of_real += seconds / 3600
-        rows.append(script_row(script, made["runs"], seconds, {made["commit"]}))
+    of_toy = sum(shared.values())
+    of_smollm2 = 0
+    for script, results in (("context", context_results(folder)), ("real", of_real)):
+        runs = [run for of_name in results.values() for run in of_name]
+        if not runs:
+            continue
+        seconds = sum(run["seconds"] for run in runs)
+        of_smollm2 += seconds
+        rows.append(script_row(script, runs, seconds, {lab.commit_of(run) for run in runs}))
     return table(titles, rows) + (
         "\nA script's seconds count the arms that it shares with others. Each arm once, the toy "
-        f"takes {hours:.1f} hours of one thread. SmolLM2 took {of_real:.1f}.\n"
+        f"takes {of_toy / 3600:.1f} hours of one thread, SmolLM2 {of_smollm2 / 3600:.1f}.\n"
     )
 
 
@@ -337,10 +213,10 @@ def put(made, name, text):
     return before + first + made + last + after
 
 
-def filled(text, toy, real, folder):
+def filled(text, toy, of_real, folder):
     """experiments/README.md with its tables made anew: str."""
     text = put(findings_in_short(toy), "findings", text)
-    text = put(scripts(toy, real, folder), "scripts", text)
+    text = put(scripts(toy, of_real, folder), "scripts", text)
     text = put(printed(folder / "context.txt"), "context", text)
     text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)
     return put(printed(folder / "bench.txt"), "bench", text)
@@ -353,12 +229,12 @@ def with_update(text):
     return before + STEP + inspect.getsource(lab.opd.update) + after
 
 
-def draw(toy, real, folder):
+def draw(toy, of_real, folder):
     """All figures."""
     for script, results in toy.items():
         getattr(plot, script)(results, folder / script)
-    for script in real:
-        getattr(plot, script)(folder / f"{script}.json", folder / f"{script}.svg")
+    if all(of_real.values()):
+        plot.real(of_real, folder / "real")
     for name, read in (
         ("context", lambda: context.read_results(folder)),
         ("overview", lambda: lab.read_results(folder, OVERVIEW)),
@@ -371,14 +247,14 @@ def draw(toy, real, folder):
 
 def main():
     toy = toy_results(lab.RESULTS)
-    real = real_results(lab.RESULTS)
-    (lab.RESULTS / "findings.md").write_text(page(toy, real, lab.RESULTS))
+    of_real = real_results(lab.RESULTS)
+    (lab.RESULTS / "findings.md").write_text(page(toy, of_real, lab.RESULTS))
     readme = lab.ROOT / "experiments" / "README.md"
-    readme.write_text(filled(readme.read_text(), toy, real, lab.RESULTS))
+    readme.write_text(filled(readme.read_text(), toy, of_real, lab.RESULTS))
     front = lab.ROOT / "README.md"
     front.write_text(with_update(front.read_text()))
     print(findings_in_short(toy))
-    draw(toy, real, lab.RESULTS)
+    draw(toy, of_real, lab.RESULTS)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import context
 import lab
 import pytest
-import real
+import sums
 
 from plumbing.prompts import load_prompts
 
@@ -47,7 +47,7 @@ def test_the_hint_is_the_worked_answer_and_the_control_has_that_of_another_sum(t
         assert right["teacher_prompt"][:-1] == wrong["teacher_prompt"][:-1]
     examples = [message["content"] for message in hint[0]["teacher_prompt"][1:-1]]
     assert examples[0] == "5 + 6 + 9 (5 + 6 = 11, 11 + 9 = 20)"
-    assert examples[1] == real.steps_of(5, 6, 9)
+    assert examples[1] == sums.forwards(5, 6, 9)
 
 
 def accuracy(right):

@@ -12,24 +12,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import again
 import bench
 import cost
 import followups
 import forecast
 import lab
-import longer
 import mechanism
 import own_loop
 import phenomenology
 import pytest
-import real
-import real_lab
 import recipe
 import torch
 import tour
 import toy
-from conftest import ROOT, TEMPLATE, WORDS, Killed, config, tiny, tiny_pair, word_tokenizer
+from conftest import ROOT, WORDS, Killed, tiny_pair
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
@@ -40,11 +36,10 @@ from loss import full_vocab, top_k
 from plumbing import files
 from plumbing.flags import PRESETS, Config
 from plumbing.prompts import load_prompts
-from rollout import batch, from_texts
-from teacher import UserError, eos_ids, log_probs
+from rollout import batch, from_texts, rollout
+from teacher import eos_ids, log_probs
 
 RESULTS = ROOT / "experiments" / "results"
-SCRIPTS = sorted(path.stem for path in RESULTS.glob("*.json"))
 OF_THE_TOY = (phenomenology, mechanism, recipe, cost, followups, forecast)
 
 
@@ -176,8 +171,7 @@ ONE_STEP = {**SHORT, "steps": 1}
 @pytest.fixture
 def short(monkeypatch):
     """Responses of eight tokens."""
-    monkeypatch.setattr(lab, "NEW_TOKENS", 8)
-    monkeypatch.setattr(own_loop, "NEW_TOKENS", 8)
+    monkeypatch.setattr(lab.Lab, "new_tokens", 8)
 
 
 @pytest.fixture
@@ -268,15 +262,15 @@ def test_every_model_is_measured_once_with_the_same_random_numbers(tmp_path, sho
         return torch.rand(len(rows), n, generator=generator) < 0.5, None
 
     monkeypatch.setattr(lab, "answered", answered)
-    mine = here.accuracies(here.world / "student")
-    assert here.accuracies(here.world / "twin") == mine
+    mine = here.accuracies(here.world / "student", toy.PLAIN)
+    assert here.accuracies(here.world / "twin", toy.PLAIN) == mine
     assert [how for *_, how in asked] == 2 * list(toy.WAYS.values())
     for count, n, seed, _ in asked:
         assert (count, n, seed) == (8, 1, 3)
     for found in mine.values():
         assert found["mean"] == lab.bits(found["right"]).mean()
         assert found["prompts"] == 8
-    assert here.accuracies(here.world / "student") == mine
+    assert here.accuracies(here.world / "student", toy.PLAIN) == mine
     assert len(asked) == 6
     assert here.accuracies(here.world / "student", toy.POLITE) != mine  # measured apart
 
@@ -628,142 +622,16 @@ def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(
     assert collections.Counter(x.section for x in findings if x.word == lab.HOLDS) == holds
 
 
-# --- runs of the real model's scripts ------------------------------------------------------------
-
-
-@pytest.fixture
-def settings(world):
-    """Settings of a short run, as the scripts hand them to real_lab.run."""
-    flags = dataclasses.asdict(config(world, ""))
-    del flags["out"]
-    return {**flags, "batch_size": 2, "n": 1}
-
-
-def test_a_killed_run_goes_on_and_a_finished_one_is_not_run_again(settings, tmp_path, monkeypatch):
-    """Its curve is that of a run that nothing stopped; its seconds count in a later call, too."""
-    monkeypatch.setattr(real_lab, "EARLIER", [])
-    update = opd.update
-    done = []
-
-    def dies(cfg, pair, optimizer, rows, step):
-        if step == 3:
-            raise Killed
-        return update(cfg, pair, optimizer, rows, step)
-
-    def counts(cfg, pair, optimizer, rows, step):
-        done.append(step)
-        return update(cfg, pair, optimizer, rows, step)
-
-    whole = real_lab.run(**settings, out=str(tmp_path / "whole"))
-    out = str(tmp_path / "cut")
-    monkeypatch.setattr(opd, "update", dies)
-    with pytest.raises(Killed):
-        real_lab.run(**settings, out=out)
-    monkeypatch.setattr(opd, "update", counts)
-    cut = real_lab.run(**settings, out=out)
-    assert done == [2, 3]  # from the checkpoint after two steps
-    for name in ("loss", "overlap_ratio", "reward", "accuracy"):
-        assert len(whole["curves"][name]) == 4
-        assert cut["curves"][name] == whole["curves"][name]
-    assert real_lab.run(**settings, out=out) == cut
-    assert done == [2, 3]
-    assert real_lab.EARLIER[0] < 0.1 < cut["seconds"]
-    assert real_lab.EARLIER[-1] == pytest.approx(cut["seconds"], abs=0.5)
-    longer_run = real_lab.run(**{**settings, "steps": 5}, out=out)
-    assert done == [2, 3, 4]
-    assert longer_run["steps"] == 5
-
-
-@pytest.mark.parametrize("change", [{"lr": 1e-2}, {"objective": "full"}, {"seed": 1}])
-def test_runs_of_other_settings_are_not_taken_for_ones_own(settings, tmp_path, change):
-    """Whichever of the two is the default, nor one that has come further."""
-    settings["steps"] = 2
-    changed = {**settings, **change}
-    for kept, asked in ((settings, changed), (changed, settings)):
-        out = str(tmp_path / str(kept is settings))
-        real_lab.run(**kept, out=out)
-        for other in (asked, {**kept, "steps": 1}):
-            with pytest.raises(SystemExit, match="other settings or of another commit"):
-                real_lab.run(**other, out=out)
-
-
-def test_runs_of_another_commit_are_not_taken_for_ones_own(settings, tmp_path, monkeypatch):
-    """What another version measured is another number."""
-    settings["steps"] = 1
-    real_lab.run(**settings, out=str(tmp_path))
-    monkeypatch.setattr(real_lab.files, "provenance", lambda: {"commit": "another"})
-    with pytest.raises(SystemExit, match="take another --runs"):
-        real_lab.run(**settings, out=str(tmp_path))
-
-
-def test_a_run_that_was_killed_further_on_is_not_cut_back(settings, tmp_path):
-    """A checkpoint of step 4 does not become a run of 2 steps."""
-    real_lab.run(**settings, out=str(tmp_path))
-    (tmp_path / "result.json").unlink()
-    with pytest.raises(UserError, match="come to step 4; ask for more"):
-        real_lab.run(**{**settings, "steps": 2}, out=str(tmp_path))
-
-
-def test_a_run_without_a_step_has_empty_curves(settings, tmp_path):
-    """As the arms of 5.1 that fine-tune only: measured before and after."""
-    said = [{"role": "user", "content": "add 7 7"}, {"role": "assistant", "content": "so 0"}]
-    answers = tmp_path / "answers.jsonl"
-    answers.write_text(json.dumps({"messages": said}))
-    cold = {"steps": 0, "cold_start_file": str(answers), "cold_start_steps": 2}
-    made = real_lab.run(**{**settings, **cold}, out=str(tmp_path / "run"))
-    assert made["curves"] == {name: [] for name in real_lab.CURVES}
-    assert made["accuracy_cold_start"] == made["accuracy_after"]
-
-
-# --- what is said of them, in two words ----------------------------------------------------------
-
-
-def accuracies(name, *values):
-    """One run a seed, of {name: accuracy}; values: (mean, standard error)."""
-    return [{name: {"mean": mean, "standard_error": error}} for mean, error in values]
-
-
-def test_a_difference_and_its_noise_by_hand():
-    """Two standard errors: of the prompts, 2 sqrt((.03^2 + .04^2) / 2) = .0707, or of seeds that
-    differ, 2 sqrt(.02 / 2) = .2; a second key of the same prompts takes nothing off."""
-    ours = accuracies("a", (0.7, 0.03), (0.8, 0.03))
-    theirs = accuracies("a", (0.5, 0.04), (0.6, 0.04))
-    apart = accuracies("b", (0.5, 0.04), (0.4, 0.04))
-    assert real_lab.difference(ours, theirs, of=("a",)) == pytest.approx((0.2, 0.005**0.5))
-    assert real_lab.difference(ours, theirs, of=("a", "a")) == pytest.approx((0.2, 0.005**0.5))
-    assert real_lab.difference(ours, apart, of=("a",), than=("b",)) == pytest.approx((0.3, 0.2))
-    with pytest.raises(ValueError):
-        real_lab.difference(ours, theirs[:1], of=("a",))  # a seed is missing
-
-
-def test_two_that_know_their_prompts_are_compared_prompt_by_prompt():
-    """Each of 8 prompts gains 1 right answer of 4: a lead of .25. Older results do not know their
-    prompts, and the errors are added up."""
-    before = {"mean": 0.375, "standard_error": 0.15, "samples": 32, "each": [0, 1, 2, 3] * 2}
-    after = {"mean": 0.625, "standard_error": 0.15, "samples": 32, "each": [1, 2, 3, 4] * 2}
-    lead = real_lab.lead(after, before)
-    assert lead["mean"] == pytest.approx(0.25)
-    assert lead["standard_error"] < 0.2
-    del after["each"]
-    assert real_lab.lead(after, before)["standard_error"] == pytest.approx(0.15 * 2**0.5)
-
-
-def test_equal_is_more_than_not_different():
-    """Within noise, and the noise within the margin: neither a noisy run nor a small but sure
-    difference will do."""
-    assert real_lab.equal(0.01, 0.02)
-    assert real_lab.equal(-0.01, 0.02)
-    for off, noise in ((0.03, 0.02), (0.01, 0.045), (-0.04, 0.2)):
-        assert not real_lab.equal(off, noise)
+# --- results of bench.py -------------------------------------------------------------------------
 
 
 def test_results_of_several_commands_are_joined_once():
-    """The seeds of one command twice would halve the noise."""
+    """The rows of one command do not count twice."""
     made_by = {"commit": "c", "threads": 1, "seconds": 2}
-    first = {"command": "x.py --seeds 0", **made_by, "runs": [{"seed": 0}]}
-    second = {"command": "x.py --seeds 1", **made_by, "runs": [{"seed": 1}]}
-    made = real_lab.join([first, second])
-    assert made["runs"] == [{"seed": 0}, {"seed": 1}]
+    first = {"command": "x.py --seeds 0", **made_by, "rows": [{"seed": 0}]}
+    second = {"command": "x.py --seeds 1", **made_by, "rows": [{"seed": 1}]}
+    made = bench.join([first, second])
+    assert made["rows"] == [{"seed": 0}, {"seed": 1}]
     assert made["seconds"] == 4
     assert made["command"] == "x.py --seeds 0 ; x.py --seeds 1"
     cases = (
@@ -773,44 +641,18 @@ def test_results_of_several_commands_are_joined_once():
     )
     for other, why in cases:
         with pytest.raises(SystemExit, match=why):
-            real_lab.join([first, other])
+            bench.join([first, other])
 
 
-def test_what_an_experiment_needs_is_asked_for_before_anything_runs(monkeypatch, capsys):
-    """One line, exit code 2."""
-    monkeypatch.setattr(sys, "argv", ["x.py", "--student", "S"])
-    with pytest.raises(SystemExit, match="2"):
-        real_lab.main("x", "", None, None, {"student": "", "teacher": "", "prompts": ""})
-    assert "--teacher, --prompts: needed" in capsys.readouterr().err
-
-
-# --- stored results of the real model's scripts ---------------------------------------------------
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_results_say_where_they_come_from(script):
-    """A command that another machine can run, the commit, the seconds; three seeds or more."""
-    made = json.loads((RESULTS / f"{script}.json").read_text())
-    assert script in made["command"]
+def test_the_results_of_bench_say_where_they_come_from():
+    """A command that another machine can run, the commit, the seconds."""
+    made = json.loads((RESULTS / "bench.json").read_text())
+    assert "bench" in made["command"]
     assert not any(word.startswith("/") for word in made["command"].split())
     assert made["seconds"] > 0
     assert made["threads"] > 0
     assert len(made["commit"]) == 12
-    assert (RESULTS / f"{script}.txt").exists()
-    if script != "bench":
-        assert len({run["seed"] for run in made["runs"]}) >= 3
-        assert (RESULTS / f"{script}.svg").exists()
-
-
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "bench"])
-def test_a_table_of_results_is_written_from_them(script, tmp_path, monkeypatch):
-    """Results that an earlier version measured are still read, and say what they said."""
-    module = __import__(script)
-    monkeypatch.setattr(module.plot, script, lambda *_: None)
-    made = json.loads((RESULTS / f"{script}.json").read_text())
-    module.report(made, tmp_path / script)
-    written = (tmp_path / f"{script}.txt").read_text()
-    assert written == (RESULTS / f"{script}.txt").read_text()
+    assert (RESULTS / "bench.txt").exists()
 
 
 # --- 4: curves and slips ------------------------------------------------------------------------
@@ -1085,6 +927,8 @@ def test_the_trap_is_measured_before_at_and_after_the_first_slip(monkeypatch):
         load=lambda *names: SimpleNamespace(teacher=names[1]),
         rows=lambda pair, count: rows,
         write=lambda pair, rows, what: from_texts([[3]] * 4, written),
+        first_slip=partial(lab.Lab.first_slip, None),
+        new_tokens=96,
         quick=False,
         seed=0,
     )
@@ -1189,6 +1033,7 @@ def test_what_the_gain_by_depth_would_be_by_even_slips(monkeypatch):
         load=lambda *names: None,
         rows=lambda pair, count: 4 * [{"ids": [1], "answer": "2"}],
         write=lambda *_: SimpleNamespace(response_ids=lambda i: [i]),
+        new_tokens=96,
         quick=False,
         seed=0,
     )
@@ -1206,7 +1051,7 @@ PROMPTS = [[1, 4], [1, 5, 6], [1, 6, 7, 4, 5], [1, 4, 7, 5], [1, 7], [1, 5, 4, 4
 def written(architecture="llama"):
     """A pair, and what its student wrote to six prompts."""
     pair = tiny_pair(architecture, micro_batch_tokens=20)
-    return pair, real_lab.write(pair, PROMPTS, max_new_tokens=6, seed=0)
+    return pair, rollout(pair.student, PROMPTS, max_new_tokens=6, seeds=range(6), **pair.sampling)
 
 
 def full(log_p, log_q, y):
@@ -1279,67 +1124,6 @@ def test_pairs_that_another_script_has_run_keep_their_names():
     assert all(arm.settings == {} for arm in forecast.ARMS.values())
     asked = [asked for _, asked in forecast.PROBES.values()]
     assert {(x["student"], x["teacher"]) for x in asked} == set(pairs)
-
-
-# --- the real model's scripts -------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_real_model_s_scripts_run_on_any_chat_model(tmp_path):
-    """A tiny one with random weights; the later scripts read what the earlier have run."""
-    base = tmp_path / "base"
-    world = tmp_path / "world"
-    runs = tmp_path / "runs"
-    known = list(WORDS)
-    for template in (real.PLAIN, real.WORDY):
-        for message in real.question((1, 2, 3), template)["prompt"]:
-            known += message["content"].split()
-    known = list(dict.fromkeys(known))
-    model = tiny("llama", vocab_size=len(known))
-    model.config.max_position_embeddings = 256
-    model.save_pretrained(base)
-    word_tokenizer(known, chat_template=TEMPLATE).save_pretrained(base)
-    scripts = (
-        (real, {}),
-        (again, {"real": tmp_path / "real.json"}),
-        (longer, {"again": tmp_path / "again.json"}),
-    )
-    for script, earlier in scripts:
-        made = script.seed_runs(0, world, runs, True, base, **earlier)
-        assert {run["run"] for run in made} >= set(script.RUNS)
-        results = {"runs": made, "command": "x", "commit": "c", "seconds": 1, "threads": 1}
-        real_lab.save(results, tmp_path / script.__name__, real_lab.CURVES, script.report)
-    with pytest.raises(SystemExit, match="real.json has no runs of seed 1"):
-        again.seed_runs(1, world, runs, True, base, tmp_path / "real.json")
-    with pytest.raises(SystemExit, match="again.json has no runs of seed 1"):
-        longer.seed_runs(1, world, runs, True, base, tmp_path / "again.json")
-
-
-def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
-    """All 727 once, none of them an example; the same ones in other words; what is held out is in
-    neither."""
-    real.write_questions(tmp_path, 3)
-    rows = {}
-    asked = {}
-    for name in ("eval", "prompts", "wordy", "one"):
-        rows[name] = load_prompts(tmp_path / f"{name}.jsonl")
-        asked[name] = [row["prompt"][-1]["content"] for row in rows[name]]
-    plain = asked["eval"] + asked["prompts"]
-    assert len(set(plain)) == 727
-    assert "5 + 6 + 9" not in plain
-    assert asked["one"] == asked["prompts"][:1]
-    digits = re.findall(r"\d", asked["prompts"][0])
-    assert asked["wordy"][0] == "What is the sum of {}, {} and {}?".format(*digits)
-    for row, text in zip(rows["wordy"], asked["wordy"]):
-        assert sum(map(int, re.findall(r"\d", text))) == int(row["answer"])
-
-
-def test_three_ways_to_work_a_sum_out():
-    """From the left, from the right, in words."""
-    assert real.steps_of(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
-    assert real.backwards(5, 6, 9) == "9 + 6 = 15, 15 + 5 = 20. Answer: 20"
-    in_words = "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
-    assert again.in_words(9, 9, 9) == in_words
 
 
 # --- the tour -----------------------------------------------------------------------------------

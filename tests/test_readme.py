@@ -6,8 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import again
-import longer
 import pytest
 from conftest import ROOT, config, rows
 
@@ -30,9 +28,8 @@ def test_every_flag_that_it_names_exists(name):
     known = {"--help", "--all", "--config"}
     for flags in (Config, Diagnosis):
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(flags)}
-    for file in ("experiments/bench.py", "experiments/lab.py", "experiments/real_lab.py"):
+    for file in ("experiments/bench.py", "experiments/lab.py", "experiments/context.py"):
         known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / file).read_text()))
-    known |= {f"--{flag}" for flag in (*again.NEEDED, *longer.NEEDED)}
     text = (ROOT / name).read_text()
     text = re.sub(r"```text.*?```", "", text, flags=re.DOTALL)  # tables of results
     text = re.sub(r"torchrun .*? -- ", "", text)  # flags of another's

@@ -1,0 +1,276 @@
+"""experiments/sums.py and real.py: what SmolLM2 is asked, and what follows from its results."""
+
+import json
+import re
+import sys
+
+import lab
+import plot
+import pytest
+import real
+import sums
+import toy
+from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
+
+from plumbing.prompts import load_prompts
+
+# --- the questions ------------------------------------------------------------------------------
+
+
+def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
+    """All 727 once, none of them an example; the same ones in other words; what is held out is in
+    neither."""
+    sums.write_questions(tmp_path, 3)
+    rows = {}
+    asked = {}
+    for name in ("eval", "prompts", "wordy", "one"):
+        rows[name] = load_prompts(tmp_path / f"{name}.jsonl")
+        asked[name] = [row["prompt"][-1]["content"] for row in rows[name]]
+    plain = asked["eval"] + asked["prompts"]
+    assert len(asked["eval"]) == sums.HELD_OUT
+    assert len(set(plain)) == 727
+    assert "5 + 6 + 9" not in plain
+    assert asked["one"] == asked["prompts"][:1]
+    digits = re.findall(r"\d", asked["prompts"][0])
+    assert asked["wordy"][0] == "What is the sum of {}, {} and {}?".format(*digits)
+    for row in rows["wordy"] + rows["eval"]:
+        assert sum(sums.digits_of(row)) == int(row["answer"])
+
+
+def test_three_ways_to_work_a_sum_out():
+    """From the left, from the right, in words."""
+    assert sums.forwards(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
+    assert sums.backwards(5, 6, 9) == "9 + 6 = 15, 15 + 5 = 20. Answer: 20"
+    in_words = "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
+    assert sums.in_words(9, 9, 9) == in_words
+
+
+@pytest.mark.parametrize(
+    "said, place",
+    [
+        ("5 + 6 = 11, 11 + 9 = 20. Answer: 20", None),
+        ("So 5 + 6 is 11, and", None),  # as far as it goes
+        ("5 + 6 = 12, 12 + 9 = 21. Answer: 21", 9),  # the second digit of 12
+        ("5 + 6 = 1, 1 + 9", 9),  # where the second digit should be
+        ("5 + 6 = 11, 12 + 9 = 21", 13),
+        ("6 + 5 = 11", 0),
+    ],
+)
+def test_a_slip_is_the_first_digit_that_is_wrong(said, place):
+    assert sums.first_slip(said, (5, 6, 9)) == place
+
+
+# --- runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny chat model of random weights that knows the words of the questions."""
+    known = list(WORDS)
+    for template in (sums.PLAIN, sums.WORDY):
+        for message in sums.question((1, 2, 3), template)["prompt"]:
+            known += message["content"].split()
+    known = list(dict.fromkeys(known))
+    model = tiny("llama", vocab_size=len(known))
+    model.config.max_position_embeddings = 256
+    folder = tmp_path / "base"
+    model.save_pretrained(folder)
+    word_tokenizer(known, chat_template=TEMPLATE).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def run_script(base, tmp_path, monkeypatch):
+    def run(*flags):
+        command = ["real.py", "--worlds", str(tmp_path), "--out", str(tmp_path), *flags]
+        monkeypatch.setattr(sys, "argv", command)
+        lab.main(
+            real.__doc__,
+            real.ARMS,
+            real.judge,
+            probes=real.PROBES,
+            world=sums.RealLab,
+            own={"base": "the base"},
+        )
+
+    return run
+
+
+def test_the_base_is_asked_for_before_anything_runs(run_script, capsys):
+    """One line, exit code 2."""
+    with pytest.raises(SystemExit, match="2"):
+        run_script("--only", "success")
+    assert "--base: needed; see --help" in capsys.readouterr().err
+
+
+def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
+    """The base's own folder belongs to someone else, and other seeds have other questions."""
+    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+    before = sorted(path.name for path in base.iterdir())
+    found = here.accuracies(here.model("base"), here.exam)
+    assert sorted(path.name for path in base.iterdir()) == before
+    assert [path.name for path in (here.world / "base").iterdir()] == [
+        path.name for path in here.world.rglob("accuracy-*.json")
+    ]
+    assert found["greedy"]["prompts"] == 8
+
+
+def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
+    """expert-1 and expert-2 are what the expert was on its way."""
+    here = sums.RealLab(0, tmp_path, tmp_path, base=base)
+    kept = []
+    monkeypatch.setattr(here, "save", lambda pair, name: kept.append(name))
+    monkeypatch.setattr(sums, "expert_iteration", lambda *_: iter(range(sums.ROUNDS)))
+    here.model("expert-1")
+    assert kept == ["expert-1", "expert-2", "expert"]
+    (here.world / "expert-2").mkdir()
+    (here.world / "expert-2" / "tokenizer_config.json").touch()
+    kept.clear()
+    here.model("expert-2")
+    assert kept == []
+    with pytest.raises(ValueError, match="no model teacher"):
+        here.model("teacher")
+
+
+@pytest.mark.slow
+def test_every_arm_and_probe_runs_on_any_chat_model(run_script, base, tmp_path):
+    """A tiny one with random weights; a second call runs nothing again."""
+    run_script("--quick", "--base", str(base))
+    run_script("--base", str(base), "--seeds", "0", "--only", "8 tokens")
+    path = tmp_path / "real" / "8-tokens-0.json"
+    made = json.loads(path.read_text())
+    assert made["asked"]["base"] == "base"
+    assert made["accuracy"]["after"]["greedy"]["prompts"] == sums.HELD_OUT
+    changed = path.stat().st_mtime_ns
+    run_script("--base", str(base), "--seeds", "0", "--only", "8 tokens")
+    assert path.stat().st_mtime_ns == changed
+
+
+# --- what follows -------------------------------------------------------------------------------
+
+
+def accuracy(right, prompts=160):
+    """Of that many right, in every way of sampling."""
+    bits = "1" * right + "0" * (prompts - right)
+    found = {"mean": right / prompts, "standard_error": 0.01, "prompts": prompts}
+    return {way: {**found, "right": f"{int(bits, 2):0{prompts // 4}x}"} for way in toy.WAYS}
+
+
+def run_of(seed, before, after, teacher):
+    curves = {
+        "step": list(range(1, 7)),
+        "evaluated": [6],
+        "accuracy": [after / 160],
+        "loss": [0.4] * 3 + [0.1] * 3,
+        "grad_norm": [2.0] * 6,
+    }
+    for name in ("overlap_mass_student", "overlap_mass_teacher"):
+        curves[name] = [0.97] * 6
+    for name in ("overlap_token_advantage", "entropy_gap", "largest_gap"):
+        curves[name] = [0.4] * 3 + [0.1] * 3
+    curves["overlap_ratio"] = [0.7] * 3 + [0.8] * 3
+    levels = {"before": before, "after": after, "teacher": teacher}
+    return {
+        "seed": seed,
+        "seconds": 1.0,
+        "accuracy": {when: accuracy(right) for when, right in levels.items()},
+        "curves": curves,
+    }
+
+
+GOOD = (80, 140, 140)
+NOTHING = (80, 80, 80)
+OUTCOMES = {  # what the paper would have: (before, after, teacher), right answers of 160
+    "success": GOOD,
+    "round 1": (80, 110, 110),
+    "round 2": (80, 130, 130),
+    "backwards": (80, 85, 140),
+    "words": (80, 80, 125),
+    "words, 72": (80, 80, 125),
+    "words, fast": (80, 80, 125),
+    "words, 72 fast": (80, 80, 125),
+    "words, sft": (80, 100, 125),
+    "words, cold": (80, 120, 125),
+    "reverse": (140, 80, 80),
+    "difference": (80, 82, 140),
+    "wordy": (80, 120, 140),
+    "8 tokens": (80, 136, 140),
+    "one prompt": (80, 130, 140),
+}
+
+
+def results(seeds=(0, 1, 2), **others):
+    found = {name: [] for name in [*real.ARMS, *real.PROBES]}
+    outcomes = {name: GOOD for name in real.ARMS} | {"copy": NOTHING} | OUTCOMES | others
+    for name, levels in outcomes.items():
+        found[name] = [run_of(seed, *levels) for seed in seeds]
+    for run in found["copy"]:
+        run["curves"]["loss"] = [0.1] * 6
+        run["curves"]["grad_norm"] = [0.5] * 6
+    good = {"size": 1.0, "coherence": 0.5, "auroc": {"mean": 0.8, "standard_error": 0.01}}
+    bad = {"size": 2.0, "coherence": 0.2, "auroc": {"mean": 0.8, "standard_error": 0.01}}
+    signal = {"expert": good, "words": bad, "backwards": bad, "copy": bad}
+    trap = {"before": 0.1, "at": 1.0, "after": 0.1, "saved": 0.0}
+    found["signal"] = [{"seed": seed, "seconds": 1.0, "found": signal} for seed in seeds]
+    found["trap"] = [{"seed": seed, "seconds": 1.0, **trap} for seed in seeds]
+    return found
+
+
+def words_of(found):
+    return {x.claim: x.word for x in real.judge(found)}
+
+
+def test_what_the_paper_has_holds_and_its_opposite_is_contradicted():
+    """All but the one claim that asks for a rise without knowledge, which both cannot have."""
+    held = words_of(results())
+    missed = {claim for claim, word in held.items() if word != lab.HOLDS}
+    assert missed == {"itself at temperature .4 raises the score at T 1 and teaches no knowledge"}
+    opposite = words_of(
+        results(
+            **{
+                "success": NOTHING,
+                "copy": GOOD,
+                "words, 72 fast": GOOD,
+                "words, sft": GOOD,
+                "reverse": (140, 140, 80),
+            }
+        )
+    )
+    for claim in (
+        "a copy that knows no more teaches nothing",
+        "its earlier self takes back what expert iteration gave",
+        "it fails, and is not just slow: six times the steps, ten times the rate, both",
+        "a cold start rescues it",
+        "and beats as many updates of fine-tuning alone",
+    ):
+        assert opposite[claim] == lab.CONTRADICTED
+
+
+def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
+    """And left out if there are none."""
+    found = results()
+    found["reverse"] = []
+    found["copy"] = found["copy"][1:]
+    judged = words_of(found)
+    assert "its earlier self takes back what expert iteration gave" not in judged
+    (small,) = (x for x in real.judge(found) if x.claim.startswith("where nothing new is taught"))
+    assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
+    assert list(real.judge({name: [] for name in found})) == []
+
+
+def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
+    """On seeds 3 and above; of each seed its own round, and none if there is no such round."""
+    claim = "a weaker teacher that thinks alike makes the better student"
+    assert claim not in words_of(results())
+    (found,) = (x for x in real.judge(results((3, 4))) if x.claim == claim)
+    assert found.found.startswith("teachers -0.094 ± 0.0")  # round 1: 110 against 125 right
+    assert found.found.endswith("seeds 3, 4")
+    assert found.word == lab.HOLDS
+    assert claim not in words_of(results((3, 4), words=(80, 80, 100)))
+
+
+def test_the_figure_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    plot.real(results(), tmp_path / "real")
+    assert "</svg>" in (tmp_path / "real.svg").read_text()
+    assert set(plot.REAL) == set(real.ARMS)
