@@ -524,73 +524,98 @@ def spread(x, form=".2f"):
 
 
 def report(rows):
-    """The table, a list of lines; what an issue asks for stands as a ratio with its spread."""
+    """The table, a list of lines; what is compared stands as a ratio with its spread."""
     lines = []
-    for r in rows:
-        if r["part"] == "rollout":
-            lines.append(
-                f"rollout {r['model']:5} {r['lengths']:6} {r['sequences']:4d} sequences, mean "
-                f"{r['tokens'] / r['sequences']:5.1f}, longest {r['longest']:4d}: {r['arm']:14} "
-                f"{median(r['tokens_per_second']):7.0f} tokens/s, "
-                f"ours is {spread(r['ratio'])} times as fast"
-            )
-        if r["part"] == "floor":
-            lines.append(
-                f"decode {r['model']}: {r['weights'] / 1e6:.1f} MB of weights at "
-                f"{r['bandwidth'] / 1e9:.1f} GB/s take {r['floor'] * 1e3:.2f} ms; a token takes "
-                + ", ".join(
-                    f"{s * 1e3:.2f} ms at {rows} rows ({r['floor'] / s:.0%} of the floor's speed)"
-                    for rows, s in r["seconds_a_token"].items()
-                )
-            )
-    for objective in OBJECTIVES:
-        for V in VOCABULARIES:
-            mine = {
-                (r["arm"], r["N"]): r["bytes"] / 2**20
-                for r in rows
-                if r["part"] == "loss" and r["V"] == V and r["objective"] == objective
-            }
-            if mine:
-                lines.append(
-                    f"loss {objective:7} V = {V:6d}: peak MiB "
-                    + "; ".join(
-                        f"{arm} "
-                        + ", ".join(
-                            f"N {N}: {size:.0f}" for (a, N), size in mine.items() if a == arm
-                        )
-                        for arm in ("ours", "eager")
-                    )
-                )
-    for r in rows:
-        if r["part"] == "loss time":
-            lines.append(
-                f"loss {r['objective']:7} V = {r['V']:6d}: N {r['N']}: "
-                f"{median(r['seconds']['ours']):.2f} s, "
-                f"{spread(r['ratio'])} of eager's time"
-            )
-        elif r["part"] == "step":
-            lines.append(
-                f"step {r['model']:5} {r['what']:24}: {r['seconds']:7.3f} s = "
-                f"rollout {r['time_rollout']:.3f} + teacher {r['time_teacher']:.3f} "
-                f"+ update {r['time_update']:.3f}; "
-                f"{r['tokens'] / r['seconds']:6.0f} tokens/s, peak {r['bytes'] / 1e9:.2f} GB"
-            )
-        elif r["part"] == "processes":
-            lines.append(
-                f"processes toy, {r['batch_size']:3d} prompts, {r['arm']:27}: "
-                f"{median(r['tokens_per_second']):6.0f} tokens/s, "
-                f"{spread(r['ratio'])} times the first's"
-            )
-        elif r["part"] == "trl":
-            faster = [a / b for a, b in zip(r["trl seconds"], r["ours seconds"])]
-            smaller = [a / b for a, b in zip(r["ours bytes"], r["trl bytes"])]
-            lines.append(
-                f"trl {r['model']}: ours {median(r['ours seconds']):.3f} s a step, TRL "
-                f"{median(r['trl seconds']):.3f} s: {spread(faster)} times as fast, "
-                f"{spread(smaller)} of its peak memory "
-                f"({median(r['ours bytes']) / 1e9:.2f} and {median(r['trl bytes']) / 1e9:.2f} GB)"
-            )
+    peaks = {}
+    for row in rows:
+        if row["part"] != "loss":
+            lines.append(LINES[row["part"]](row))
+            continue
+        what = (row["objective"], row["V"])
+        if what not in peaks:
+            peaks[what] = [other for other in rows if is_like(other, row)]
+            lines.append(line_of_peaks(peaks[what]))
     return lines
+
+
+def is_like(row, other):
+    """Are both peaks of the same loss and vocabulary?"""
+    return all(row.get(name) == other[name] for name in ("part", "objective", "V"))
+
+
+def line_of_rollout(row):
+    return (
+        f"rollout {row['model']:5} {row['lengths']:6} {row['sequences']:4d} sequences, mean "
+        f"{row['tokens'] / row['sequences']:5.1f}, longest {row['longest']:4d}: {row['arm']:14} "
+        f"{median(row['tokens_per_second']):7.0f} tokens/s, "
+        f"ours is {spread(row['ratio'])} times as fast"
+    )
+
+
+def line_of_floor(row):
+    cells = []
+    for rows, seconds in row["seconds_a_token"].items():
+        share = row["floor"] / seconds
+        cells.append(f"{seconds * 1e3:.2f} ms at {rows} rows ({share:.0%} of the floor's speed)")
+    return (
+        f"decode {row['model']}: {row['weights'] / 1e6:.1f} MB of weights at "
+        f"{row['bandwidth'] / 1e9:.1f} GB/s take {row['floor'] * 1e3:.2f} ms; a token takes "
+        f"{', '.join(cells)}"
+    )
+
+
+def line_of_peaks(rows):
+    """Of one loss and vocabulary, every N."""
+    of_arms = []
+    for arm in ("ours", "eager"):
+        cells = [f"N {row['N']}: {row['bytes'] / 2**20:.0f}" for row in rows if row["arm"] == arm]
+        of_arms.append(f"{arm} {', '.join(cells)}")
+    return f"loss {rows[0]['objective']:7} V = {rows[0]['V']:6d}: peak MiB {'; '.join(of_arms)}"
+
+
+def line_of_loss_time(row):
+    return (
+        f"loss {row['objective']:7} V = {row['V']:6d}: N {row['N']}: "
+        f"{median(row['seconds']['ours']):.2f} s, {spread(row['ratio'])} of eager's time"
+    )
+
+
+def line_of_step(row):
+    return (
+        f"step {row['model']:5} {row['what']:24}: {row['seconds']:7.3f} s = "
+        f"rollout {row['time_rollout']:.3f} + teacher {row['time_teacher']:.3f} "
+        f"+ update {row['time_update']:.3f}; "
+        f"{row['tokens'] / row['seconds']:6.0f} tokens/s, peak {row['bytes'] / 1e9:.2f} GB"
+    )
+
+
+def line_of_processes(row):
+    return (
+        f"processes toy, {row['batch_size']:3d} prompts, {row['arm']:27}: "
+        f"{median(row['tokens_per_second']):6.0f} tokens/s, "
+        f"{spread(row['ratio'])} times the first's"
+    )
+
+
+def line_of_trl(row):
+    faster = [a / b for a, b in zip(row["trl seconds"], row["ours seconds"])]
+    smaller = [a / b for a, b in zip(row["ours bytes"], row["trl bytes"])]
+    return (
+        f"trl {row['model']}: ours {median(row['ours seconds']):.3f} s a step, TRL "
+        f"{median(row['trl seconds']):.3f} s: {spread(faster)} times as fast, "
+        f"{spread(smaller)} of its peak memory "
+        f"({median(row['ours bytes']) / 1e9:.2f} and {median(row['trl bytes']) / 1e9:.2f} GB)"
+    )
+
+
+LINES = {  # of a row of each part
+    "rollout": line_of_rollout,
+    "floor": line_of_floor,
+    "loss time": line_of_loss_time,
+    "step": line_of_step,
+    "processes": line_of_processes,
+    "trl": line_of_trl,
+}
 
 
 def join(parts):
@@ -609,7 +634,7 @@ def join(parts):
     }
 
 
-def main():
+def parse(argv):
     parser = argparse.ArgumentParser(description=first_sentence(__doc__))
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
@@ -641,77 +666,91 @@ def main():
         "--device", help="cuda: another bench, at the size of Qwen2-1.5B on a GPU, see gpu.py"
     )
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # of in_a_process
+    return parser.parse_args(argv)
+
+
+def pairs_of(flags):
+    """{"toy", and "real" if there is a second pair: flags of a run}; the toy's models are made."""
+    world = Path(flags.world or tempfile.mkdtemp())
+    scale = toy.QUICK if flags.quick else toy.FULL
+    toy.make_missing(world, seed=0, names=("student", "teacher"), scale=scale)
+    pairs = {
+        "toy": {
+            "student": str(world / "student"),
+            "teacher": str(world / "teacher"),
+            "prompts": str(world / "prompts.jsonl"),
+        }
+    }
+    for name in ("batch_size", "max_new_tokens", "lr"):
+        pairs["toy"][name] = PRESETS["toy"][name]
+    if flags.student:
+        pairs["real"] = {
+            "student": flags.student,
+            "teacher": flags.teacher,
+            "prompts": flags.prompts,
+            "batch_size": 8,
+            "max_new_tokens": 64,
+            "lr": 3e-5,
+        }
+    return pairs
+
+
+def measured(part, flags, pairs):
+    """The rows of one part."""
+    if part == "loss":
+        return bench_loss(flags.quick)
+    if part == "step":
+        return bench_step(pairs, flags.quick)
+    if part == "processes":
+        return bench_processes(pairs["toy"], flags.quick)
+    if part == "trl":
+        return bench_trl(flags.trl, pairs, flags.quick) if flags.trl else []
+    rows = []
+    for name, pair in pairs.items():
+        longest = flags.max_new_tokens if name == "real" else pair["max_new_tokens"]
+        batched = name in flags.generate_batch and not flags.quick
+        model = pair["teacher"]
+        rows += bench_rollout(name, model, pair["prompts"], longest, batched, flags.quick)
+    return rows
+
+
+def main():
     if "--device" in sys.argv:
         import gpu
 
-        return gpu.main(sys.argv[1:])
-    flags = parser.parse_args()
+        gpu.main(sys.argv[1:])
+        return
+    flags = parse(sys.argv[1:])
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)
     if flags.one:
-        what, how = flags.one[0], json.loads(flags.one[1])
-        return print(
-            json.dumps({"loss": loss_memory, "step": our_step, "trl": trl_step}[what](**how))
-        )
+        what, how = flags.one
+        one = {"loss": loss_memory, "step": our_step, "trl": trl_step}[what]
+        print(json.dumps(one(**json.loads(how))))
+        return
+    out = Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench"  # quick means nothing
+    out.parent.mkdir(parents=True, exist_ok=True)
     if flags.report:
         made = join([json.loads(Path(path).read_text()) for path in flags.report])
-        write_json(Path(flags.out) / "bench.json", made)
-        return write_text("\n".join(report(made["rows"])), made, Path(flags.out) / "bench")
+        write_json(out.with_suffix(".json"), made)
+    else:
+        made = run_parts(flags, out)
+    write_text("\n".join(report(made["rows"])), made, out)
+
+
+def run_parts(flags, out):
+    """Measure; after each part what is there is kept: -> what bench.json holds."""
     started = time.perf_counter()
-    world = Path(flags.world or tempfile.mkdtemp())
-    if flags.quick:
-        flags.generate_batch = []
-    scale = toy.QUICK if flags.quick else toy.FULL
-    toy.make_missing(world, seed=0, names=("student", "teacher"), scale=scale)
-    preset = {name: PRESETS["toy"][name] for name in ("batch_size", "max_new_tokens", "lr")}
-    pairs = {
-        "toy": dict(
-            student=str(world / "student"),
-            teacher=str(world / "teacher"),
-            prompts=str(world / "prompts.jsonl"),
-            **preset,
-        )
-    }
-    long = {"toy": preset["max_new_tokens"], "real": flags.max_new_tokens}
-    if flags.student:
-        pairs["real"] = dict(
-            student=flags.student,
-            teacher=flags.teacher,
-            prompts=flags.prompts,
-            batch_size=8,
-            max_new_tokens=64,
-            lr=3e-5,
-        )
-    rows, out = (
-        [],
-        Path(tempfile.mkdtemp() if flags.quick else flags.out) / "bench",
-    )  # quick's numbers mean nothing
-    out.parent.mkdir(parents=True, exist_ok=True)
+    pairs = pairs_of(flags)
+    rows = []
     for part in flags.parts:
         print(f"--- {part}", flush=True)
-        rows += {
-            "rollout": lambda: [
-                row
-                for name, pair in pairs.items()
-                for row in bench_rollout(
-                    name,
-                    pair["teacher"],
-                    pair["prompts"],
-                    long[name],
-                    name in flags.generate_batch,
-                    flags.quick,
-                )
-            ],
-            "loss": lambda: bench_loss(flags.quick),
-            "step": lambda: bench_step(pairs, flags.quick),
-            "processes": lambda: bench_processes(pairs["toy"], flags.quick),
-            "trl": lambda: bench_trl(flags.trl, pairs, flags.quick) if flags.trl else [],
-        }[part]()
+        rows += measured(part, flags, pairs)
         made = {**provenance(), "seconds": round(time.perf_counter() - started), "rows": rows}
-        write_json(out.with_suffix(".json"), made)  # what is measured is not lost
-    write_text("\n".join(report(rows)), made, out)
+        write_json(out.with_suffix(".json"), made)
+    return made
 
 
 if __name__ == "__main__":

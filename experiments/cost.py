@@ -144,7 +144,8 @@ def signal(lab, prompts, samples):
     return {"found": found}
 
 
-def signal_of(lab, student, teacher, prompts, samples):
+def signal_of(lab, student, teacher, prompts, samples, coherent=None):
+    """Of one pair; coherence on the answers to the first `coherent` prompts, if not on all."""
     pair = lab.load(student, teacher)
     rows = lab.rows(pair, prompts)
     r = lab.write(pair, rows, "signal", n=samples)
@@ -161,7 +162,8 @@ def signal_of(lab, student, teacher, prompts, samples):
     for label, which in (("right", right), ("wrong", ~right)):
         inside = scores[which].clamp(low, high)
         histogram[label] = torch.histc(inside.float(), BINS, low, high).int().tolist()
-    gradients = logit_gradients(pair, r, partial(opd.objective, Config()))
+    some = lab.write(pair, rows[:coherent], "signal", n=samples) if coherent else r
+    gradients = logit_gradients(pair, some, partial(opd.objective, Config()))
     return {
         **coherence(gradients),
         "auroc": auroc_with_error(scores, right, samples),

@@ -92,6 +92,7 @@ class Lab:
     kind = "toy"  # the folder of the results
     new_tokens = 96  # of a response; a solution takes some 33
     max_prompt_tokens = 64
+    in_flight = 0  # responses written at a time; 0: all
     exam = toy.PLAIN
     defaults = {"steps": 100, **PRESETS["toy"]}  # flags of an arm
     quick_sizes = {"batch_size": 8, "steps": 4, "cold_start": 16, "cold_start_steps": 2}
@@ -114,7 +115,7 @@ class Lab:
     def load(self, student, teacher):
         """Two names or folders -> teacher.Pair on the CPU."""
         paths = [x if isinstance(x, Path) else self.model(x) for x in (student, teacher)]
-        return models.load_pair(*map(str, paths), device="cpu")
+        return models.load_pair(*map(str, paths), device="cpu", in_flight=self.in_flight)
 
     def rows(self, pair, count, name="prompts", template=toy.PLAIN):
         """The first prompts of a file of this world with their token ids: list of dicts."""
@@ -280,6 +281,7 @@ def run_opd(lab, arm, folder):
             "eval_max_new_tokens": lab.new_tokens,
             "seed": lab.seed,
             "device": "cpu",
+            "in_flight": lab.in_flight,
             **lab.followed(asked["steps"]),
             **asked,
             "student": str(lab.model(arm.student)),

@@ -15,6 +15,7 @@ further (paper 3, 4, 5, 6).
     sharper        base <- base at teacher temperature .4: a sharper score, no news
     no teacher     unlikely tokens are pushed down, no teacher (2608.31046)
 
+    bfloat16       success, computed in bfloat16
     intersection; difference    base <- expert on the tokens that both find likely, on the others
     sampled; full  base <- expert by Eq. 3, by Eq. 4
     wordy          base <- expert on the same questions in other words, under another system prompt
@@ -33,6 +34,7 @@ are asked greedily and at T .7, if not said.
     3.2 sharper      surely more at T 1, greedy accuracy equal to where it began
     3.3 reverse      it ends equal to its teacher
     no teacher       it ends equal to success or above: at T 1, at T .7 and greedily
+    bfloat16         it ends equal to success. If so, arms of 72 steps and more are run in bfloat16
     4.1 masses       in success both are .95 or more at the first step, in every seed
     4.1 overlap      in success the overlap ratio rises, in every seed (three steps at either end)
     4.1 gaps         in success the advantage, the entropy gap and p - q halve, in every seed
@@ -115,6 +117,7 @@ ARMS = {
     "reverse": arm("expert", "base", steps=100),
     "sharper": arm("base", "base", teacher_temperature=0.4),
     "no teacher": Arm("base", "expert", train=train_without_teacher),
+    "bfloat16": arm("base", "expert", dtype="bfloat16"),
     "intersection": arm("base", "expert", support="intersection"),
     "difference": arm("base", "expert", support="difference"),
     "sampled": arm("base", "expert", objective="sampled"),
@@ -149,10 +152,13 @@ def diagnosis(lab, teacher, prompts):
     return {"report": report}
 
 
-def signal(lab, teachers, prompts, samples):
+def signal(lab, teachers, prompts, samples, coherent):
     """6.2 without training: what each teacher's rewards and gradients say of the base's answers."""
-    count = 4 if lab.quick else prompts
-    return {"found": {name: cost.signal_of(lab, "base", name, count, samples) for name in teachers}}
+    found = {}
+    for name in teachers:
+        count = 4 if lab.quick else prompts
+        found[name] = cost.signal_of(lab, "base", name, count, samples, coherent)
+    return {"found": found}
 
 
 def trap(lab, prompts):
@@ -165,7 +171,12 @@ PROBES = {
 }
 PROBES["signal"] = (
     signal,
-    {"teachers": ["expert", "words", "backwards", "copy"], "prompts": 256, "samples": 4},
+    {
+        "teachers": ["expert", "words", "backwards", "copy"],
+        "prompts": 256,
+        "samples": 4,
+        "coherent": 64,
+    },
 )
 PROBES["trap"] = (trap, {"prompts": 256})
 
@@ -308,6 +319,17 @@ def small_loss(runs):
         f"loss {each(begun['loss'])} of success's, gradient norm {each(begun['grad_norm'])}",
         every_seed(x < 0.5 for x in begun["loss"]),
         every_seed(x < 0.5 for x in begun["grad_norm"]),
+    )
+
+
+def rounding(runs):
+    offs = both(runs["bfloat16"], runs["success"])
+    yield finding(
+        "ours",
+        "computed in bfloat16 it ends alike",
+        "it is what the paper's runs did",
+        two(offs),
+        *map(equal, offs),
     )
 
 
@@ -514,6 +536,7 @@ CLAIMS = (  # what is asked, and the arms and probes that it is asked of
     (cold_start, ("words, cold", "words, 72 fast", "words, sft")),
     (aligning, ("success",)),
     (small_loss, ("copy", "success")),
+    (rounding, ("bfloat16", "success")),
     (supports, ("intersection", "difference", "success")),
     (template, ("success", "wordy")),
     (rewards, ("signal",)),

@@ -223,6 +223,7 @@ class RealLab(lab.Lab):
     kind = "real"
     new_tokens = NEW_TOKENS
     max_prompt_tokens = PROMPT_TOKENS
+    in_flight = 256  # their cache takes 2 GB
     exam = "eval"  # a file of held-out prompts
     defaults = {"steps": 12, "batch_size": 16, "lr": 1e-5, "max_new_tokens": NEW_TOKENS}
     quick_sizes = {
