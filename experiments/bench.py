@@ -621,7 +621,7 @@ LINES = {  # of a row of each part
 def join(parts):
     """Results of several commands as one: their rows one after the other, commands and seconds
     listed."""
-    commands = [part["command"] for part in parts]
+    commands = [re.sub(r" --out \S+", "", part["command"]) for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
     if len({(part["commit"], part["threads"]) for part in parts}) > 1:

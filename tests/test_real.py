@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import lab
 import plot
@@ -58,6 +59,25 @@ def test_three_ways_to_work_a_sum_out():
 )
 def test_a_slip_is_the_first_digit_that_is_wrong(said, place):
     assert sums.first_slip(said, (5, 6, 9)) == place
+
+
+@pytest.mark.parametrize(
+    "said, at",
+    [
+        ("5| +| 6| =| |1|1|,| |1|1| +| |9| =| |2|0|.| Answer|:| |2|0|", None),
+        ("5| +| 6| =| |1|2|,| |1|2| +| |9| =| |2|1|.| Answer|:| |2|1|", 6),
+        ("5| +| 6| =| |1|1|,| |1|1| +", 12),  # cut off: behind its last token
+    ],
+)
+def test_a_slip_is_found_at_its_token(said, at):
+    pieces = said.split("|")
+
+    def decode(ids, skip_special_tokens):
+        return "".join(pieces[i] for i in ids)
+
+    pair = SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))
+    row = sums.question((5, 6, 9))
+    assert sums.RealLab.first_slip(None, pair, row, list(range(len(pieces)))) == at
 
 
 # --- runs ---------------------------------------------------------------------------------------
