@@ -385,8 +385,8 @@ def depth(runs):
         "6.1",
         "deep in a response the teacher helps less",
         "+.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens",
-        f"{'; '.join(each(x) for x in gains)} from depths {each(DEPTHS)}; by even slips "
-        f"{each(even)}",
+        f"{'; '.join(each(x) for x in gains)} from depths {each(DEPTHS)}; if mistakes "
+        f"were spread evenly {each(even)}",
         every_seed(x == sorted(x, reverse=True) and x[-1] <= x[0] / 4 for x in gains),
     )
 

@@ -93,6 +93,7 @@ class Lab:
     new_tokens = 96  # of a response; a solution takes some 33
     max_prompt_tokens = 64
     in_flight = 0  # responses written at a time; 0: all
+    dtype = "float32"  # in which models are measured
     exam = toy.PLAIN
     defaults = {"steps": 100, **PRESETS["toy"]}  # flags of an arm
     quick_sizes = {"batch_size": 8, "steps": 4, "cold_start": 16, "cold_start_steps": 2}
@@ -100,7 +101,7 @@ class Lab:
     def __init__(self, seed, worlds, results, quick=False, models=None):
         self.seed = seed
         self.quick = quick
-        self.world = Path(worlds) / f"world-{seed}"
+        self.world = Path(worlds).resolve() / f"world-{seed}"
         self.results = Path(results)
         self.scale = toy.QUICK if quick else toy.FULL
         self.held_out = self.scale.held_out
@@ -115,7 +116,9 @@ class Lab:
     def load(self, student, teacher):
         """Two names or folders -> teacher.Pair on the CPU."""
         paths = [x if isinstance(x, Path) else self.model(x) for x in (student, teacher)]
-        return models.load_pair(*map(str, paths), device="cpu", in_flight=self.in_flight)
+        return models.load_pair(
+            *map(str, paths), device="cpu", dtype=self.dtype, in_flight=self.in_flight
+        )
 
     def rows(self, pair, count, name="prompts", template=toy.PLAIN):
         """The first prompts of a file of this world with their token ids: list of dicts."""
@@ -131,15 +134,16 @@ class Lab:
     def write(self, pair, rows, what, **how):
         """What the student of a pair writes to rows: -> Rollout."""
         seeds = [seed_of(self.seed, what, i) for i in range(len(rows))]
-        return slots.rollout(
-            pair.student,
-            [row["ids"] for row in rows],
-            seeds=seeds,
-            max_new_tokens=self.new_tokens,
-            in_flight=pair.in_flight,
-            **pair.sampling,
-            **how,
-        )
+        with pair.autocast():
+            return slots.rollout(
+                pair.student,
+                [row["ids"] for row in rows],
+                seeds=seeds,
+                max_new_tokens=self.new_tokens,
+                in_flight=pair.in_flight,
+                **pair.sampling,
+                **how,
+            )
 
     def first_slip(self, pair, row, response):
         """Where a response (token ids) first goes wrong: its index, None if it never does."""
@@ -604,7 +608,7 @@ def main(
             lines += provenance(results)
             print("\n".join(lines))
             (out / f"{name}.txt").write_text("\n".join(lines) + "\n")
-            if draw is not None:
+            if draw is not None and all(results.values()):
                 draw(results, out / name)
 
 

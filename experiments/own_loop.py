@@ -37,14 +37,15 @@ def train(lab, arm, folder, loss_of, writer="student"):
     kept = []
     for step in tqdm(range(asked["steps"]), desc=folder.name, mininterval=1, disable=None):
         chosen = batch(len(rows), step, asked["batch_size"], lab.seed)
-        r = rollout(
-            getattr(pair, writer),
-            [rows[i]["ids"] for i in chosen],
-            seeds=[seed_of(lab.seed, "rollout", step, i) for i in range(len(chosen))],
-            max_new_tokens=lab.new_tokens,
-            in_flight=pair.in_flight,
-            **pair.sampling,
-        )
+        with pair.autocast():
+            r = rollout(
+                getattr(pair, writer),
+                [rows[i]["ids"] for i in chosen],
+                seeds=[seed_of(lab.seed, "rollout", step, i) for i in range(len(chosen))],
+                max_new_tokens=lab.new_tokens,
+                in_flight=pair.in_flight,
+                **pair.sampling,
+            )
         loss_at = loss_of(r)
 
         def per_position(log_p, log_q, y, loss_at=loss_at):
@@ -53,10 +54,11 @@ def train(lab, arm, folder, loss_of, writer="student"):
         total = r.is_response.sum()
         metrics = Means(lab.new_tokens, pair.device)
         for part in micro_batches(r, pair.micro_batch_tokens):
-            h_p = states(pair.student, part)
-            with torch.no_grad():
-                h_q = states(pair.teacher, part)
-            values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
+            with pair.autocast():
+                h_p = states(pair.student, part)
+                with torch.no_grad():
+                    h_q = states(pair.teacher, part)
+                values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
             (values["loss"].sum() / total).backward()
             metrics.add(values, part)
         grad_norm = descend(optimizer, pair.student)

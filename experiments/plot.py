@@ -92,7 +92,7 @@ REAL = {  # arm of real.py -> its colour, and its name
     "words, sft": (COLOURS["cold start"], "words, 72 updates of SFT"),
     "words, cold": (COLOURS["cold start"], "words, 60 of SFT, then OPD"),
     "reverse": (COLOURS["reverse"], "expert from base, 100 steps"),
-    "bfloat16": ("#000000", "expert, in bfloat16"),
+    "float32": ("#000000", "expert, in float32"),
     "intersection": ("#000000", "expert, shared tokens"),
     "difference": ("#000000", "expert, other tokens"),
     "sampled": ("#000000", "expert, Eq. 3"),

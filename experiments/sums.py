@@ -14,28 +14,32 @@ time. Its copies:
     words       fine-tuned on sums in words, "Five plus six is eleven, ...", 160 a round, until it
                 is right .8 of the time
 
-A copy is made from its seed, and kept in the world's folder.
+A copy is made from its seed, in float32, and kept in the world's folder. Runs and measurements are
+in bfloat16 (real.py has an arm that tells what it changes).
 """
 
-import json
+import contextlib
+import fcntl
+import hashlib
 import math
 import os
 import random
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import lab
 import torch
 
-from plumbing import models, prompts, slots
+from plumbing import files, models, prompts, slots
 from plumbing.answers import answered, read_answer, same_answer
 from recipes import cold_start
 from rollout import seed_of
 
 NEW_TOKENS = 48  # of a response; a solution takes some 27
 PROMPT_TOKENS = 512
-HELD_OUT = 160
+HELD_OUT = 240
 FOLLOWED = 32  # held-out prompts on which a run measures itself on the way
 EXPERTS = ("expert-1", "expert-2", "expert")  # after one round of expert iteration, two, three
 ROUNDS = len(EXPERTS)
@@ -108,15 +112,20 @@ def write_questions(world, seed):
     sums = all_sums(seed)
     held_out = sums[:HELD_OUT]
     rest = sums[HELD_OUT:]
-    world.mkdir(parents=True, exist_ok=True)
     for name, part, template in (
         ("eval", held_out, PLAIN),
         ("prompts", rest, PLAIN),
         ("wordy", rest, WORDY),
         ("one", rest[:1], PLAIN),
     ):
-        lines = [json.dumps(question(digits, template)) + "\n" for digits in part]
-        (world / f"{name}.jsonl").write_text("".join(lines))
+        write_lines(world / f"{name}.jsonl", [question(digits, template) for digits in part])
+
+
+def write_lines(path, rows):
+    """A file of JSON lines. One that is there may be in use, and stays."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_lines(path, rows)
 
 
 def first_slip(said, digits):
@@ -217,6 +226,14 @@ def write_in_words(pair, rows, seed, rounds, samples):
 # --- a seed ---------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def alone(folder):
+    """Other processes wait here until this one has left. The lock goes with its holder."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 class RealLab(lab.Lab):
     """One seed of this world: its models, its runs, its results."""
 
@@ -224,8 +241,15 @@ class RealLab(lab.Lab):
     new_tokens = NEW_TOKENS
     max_prompt_tokens = PROMPT_TOKENS
     in_flight = 256  # their cache takes 2 GB
+    dtype = "bfloat16"
     exam = "eval"  # a file of held-out prompts
-    defaults = {"steps": 12, "batch_size": 16, "lr": 1e-5, "max_new_tokens": NEW_TOKENS}
+    defaults = {
+        "steps": 12,
+        "batch_size": 16,
+        "lr": 1e-5,
+        "max_new_tokens": NEW_TOKENS,
+        "dtype": dtype,
+    }
     quick_sizes = {
         "batch_size": 4,
         "steps": 2,
@@ -236,7 +260,8 @@ class RealLab(lab.Lab):
 
     def __init__(self, seed, worlds, results, quick=False, models=None, *, base):
         super().__init__(seed, worlds, results, quick, models)
-        self.base = Path(base)
+        self.base = Path(base).resolve() if Path(base).is_dir() else Path(base)
+        self.world = self.world.parent / f"{self.base.name}-{seed}"
         self.held_out = 8 if quick else HELD_OUT
         write_questions(self.world, seed)
 
@@ -247,12 +272,13 @@ class RealLab(lab.Lab):
         """The folder of a model, made if it is not there."""
         if name == "base":
             return self.base
-        if not self.is_made(name):
-            self.make(name)
+        with alone(self.world):
+            if not self.is_made(name):
+                self.make(name)
         return self.world / name
 
     def is_made(self, name):
-        return (self.world / name / "tokenizer_config.json").exists()
+        return (self.world / name).exists()
 
     def make(self, name):
         """Train a copy of the base, and what is made on the way."""
@@ -273,15 +299,34 @@ class RealLab(lab.Lab):
                 pass
         elif name in EXPERTS:
             for after, _ in zip(EXPERTS, expert_iteration(pair, rows, ROUNDS, seed, samples)):
-                self.save(pair, after)
+                if not self.is_made(after):
+                    self.save(pair, after)
             return
         else:
             raise ValueError(f"no model {name}")
         self.save(pair, name)
 
+    def train(self, name, arm):
+        """What the result of an arm holds, and digests of its models: made again on another
+        machine, one may come out otherwise."""
+        made = super().train(name, arm)
+        return {**made, "models": {who: self.digest(who) for who in {arm.student, arm.teacher}}}
+
+    def digest(self, name):
+        """Of the weights of a model in a folder."""
+        found = hashlib.sha256()
+        for path in sorted(self.model(name).glob("*.safetensors")):
+            with open(path, "rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()[:12]
+
     def save(self, pair, name):
-        pair.student.save_pretrained(self.world / name)
-        pair.tokenizer.save_pretrained(self.world / name)  # last: it says that the model is whole
+        """Whole, or not at all."""
+        folder = self.world / f"{name}.part"
+        shutil.rmtree(folder, ignore_errors=True)
+        pair.student.save_pretrained(folder)
+        pair.tokenizer.save_pretrained(folder)
+        folder.rename(self.world / name)
 
     def exam_rows(self, pair, exam):
         return self.rows(pair, self.held_out, exam)
@@ -293,11 +338,14 @@ class RealLab(lab.Lab):
         (self.world / "base").mkdir(exist_ok=True)
         return self.world / "base"
 
+    def accuracies(self, folder, exam):
+        with alone(self.notes(folder)):
+            return super().accuracies(folder, exam)
+
     def followed(self, steps):
         some = self.world / f"eval-{FOLLOWED}.jsonl"
-        lines = (self.world / "eval.jsonl").read_text().splitlines(keepends=True)
-        count = 4 if self.quick else FOLLOWED
-        some.write_text("".join(lines[:count]))
+        rows = prompts.load_prompts(self.world / "eval.jsonl")
+        write_lines(some, rows[: 4 if self.quick else FOLLOWED])
         return {"eval": (str(some),), "eval_n": 1, "eval_every": 12}
 
     def first_slip(self, pair, row, response):

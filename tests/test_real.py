@@ -11,7 +11,7 @@ import pytest
 import real
 import sums
 import toy
-from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
+from conftest import TEMPLATE, WORDS, Killed, tiny, word_tokenizer
 
 from plumbing.prompts import load_prompts
 
@@ -129,9 +129,7 @@ def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
     before = sorted(path.name for path in base.iterdir())
     found = here.accuracies(here.model("base"), here.exam)
     assert sorted(path.name for path in base.iterdir()) == before
-    assert [path.name for path in (here.world / "base").iterdir()] == [
-        path.name for path in here.world.rglob("accuracy-*.json")
-    ]
+    assert [path.parent.name for path in here.world.rglob("accuracy-*.json")] == ["base"]
     assert found["greedy"]["prompts"] == 8
 
 
@@ -144,12 +142,44 @@ def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
     here.model("expert-1")
     assert kept == ["expert-1", "expert-2", "expert"]
     (here.world / "expert-2").mkdir()
-    (here.world / "expert-2" / "tokenizer_config.json").touch()
     kept.clear()
     here.model("expert-2")
     assert kept == []
+    here.model("expert")
+    assert kept == ["expert-1", "expert"]  # one that is there may be in use
     with pytest.raises(ValueError, match="no model teacher"):
         here.model("teacher")
+
+
+def test_a_model_is_whole_or_not_there(base, tmp_path):
+    """Killed while its tokenizer is written, it is made again."""
+    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+
+    class Dies:
+        def save_pretrained(self, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            raise Killed
+
+    class Saves:
+        def save_pretrained(self, folder):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            here.save(SimpleNamespace(student=Saves(), tokenizer=Dies()), "copy")
+        assert not here.is_made("copy")
+    here.save(SimpleNamespace(student=Saves(), tokenizer=Saves()), "copy")
+    assert here.is_made("copy")
+
+
+def test_questions_that_are_there_are_not_written_again(tmp_path):
+    """Another process may be reading them. Worlds of another base have a folder of their own."""
+    here = sums.RealLab(0, tmp_path, tmp_path, base="a/b")
+    path = here.world / "prompts.jsonl"
+    written = path.stat().st_mtime_ns
+    sums.RealLab(0, tmp_path, tmp_path, base="a/b")
+    assert path.stat().st_mtime_ns == written
+    assert sums.RealLab(0, tmp_path, tmp_path, base="a/c").world != here.world
 
 
 @pytest.mark.slow
@@ -160,6 +190,7 @@ def test_every_arm_and_probe_runs_on_any_chat_model(run_script, base, tmp_path):
     path = tmp_path / "real" / "8-tokens-0.json"
     made = json.loads(path.read_text())
     assert made["asked"]["base"] == "base"
+    assert set(made["models"]) == {"base", "expert"}
     assert made["accuracy"]["after"]["greedy"]["prompts"] == sums.HELD_OUT
     changed = path.stat().st_mtime_ns
     run_script("--base", str(base), "--seeds", "0", "--only", "8 tokens")
@@ -275,6 +306,7 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
     assert "its earlier self takes back what expert iteration gave" not in judged
     (small,) = (x for x in real.judge(found) if x.claim.startswith("where nothing new is taught"))
     assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
+    assert small.word == "2 of 3 seeds"
     assert list(real.judge({name: [] for name in found})) == []
 
 
@@ -282,11 +314,23 @@ def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_
     """On seeds 3 and above; of each seed its own round, and none if there is no such round."""
     claim = "a weaker teacher that thinks alike makes the better student"
     assert claim not in words_of(results())
-    (found,) = (x for x in real.judge(results((3, 4))) if x.claim == claim)
+    assert words_of(results(range(6))) == words_of(results()) | {claim: lab.HOLDS}
+    (found,) = real.judge(results((3, 4, 5)))
+    assert found.claim == claim
     assert found.found.startswith("teachers -0.094 ± 0.0")  # round 1: 110 against 125 right
-    assert found.found.endswith("seeds 3, 4")
+    assert found.found.endswith("seeds 3, 4, 5")
     assert found.word == lab.HOLDS
-    assert claim not in words_of(results((3, 4), words=(80, 80, 100)))
+    assert words_of(results((3, 4, 5), words=(80, 80, 100))) == {claim: lab.NOT_ASKABLE}
+
+
+def test_a_model_that_was_made_again_otherwise_is_told():
+    found = results((0, 1))
+    for arm in ("success", "words"):
+        for run in found[arm]:
+            run["models"] = {"base": "b", "expert": "e"}
+    assert real.more(found) == []
+    found["words"][1]["models"]["expert"] = "f"
+    assert real.more(found) == ["seed 1: expert was made 2 times, and not alike"]
 
 
 def test_the_figure_is_drawn(tmp_path):
