@@ -22,6 +22,17 @@ import real
 
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
+IN_SHORT = (  # how the lines of bench.txt begin that users ask for; the rest stays there
+    "rollout toy   uneven",
+    "rollout real  uneven",
+    "step toy   as it is",
+    "step real  as it is",
+    "step real  bfloat16",
+    "loss top-k   V = 152000",
+    "processes toy, 256 prompts, one process, two",
+    "processes toy, 256 prompts, two processes ",
+    "trl",
+)
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
 
@@ -184,12 +195,17 @@ def script_row(script, runs, seconds, commits):
     )
 
 
-def printed(path, start=""):
-    """The lines that a script wrote, from the first that begins so, as a block of Markdown."""
+def printed(path, start="", only=""):
+    """The lines that a script wrote, as a block of Markdown.
+
+    start: how the first of them begins. only: how those begin that are taken, a tuple.
+    """
     if not path.exists():
         return NOT_YET
     text = "\n" + path.read_text().strip()
-    return "```text\n" + text[text.index(f"\n{start}") + 1 :] + "\n```\n"
+    lines = text[text.index(f"\n{start}") + 1 :].splitlines()
+    taken = [line for line in lines if line.startswith(only)]
+    return "\n".join(["```text", *taken, "```", ""])
 
 
 # --- pages ----------------------------------------------------------------------------------------
@@ -219,7 +235,7 @@ def filled(text, toy, of_real, folder):
     text = put(scripts(toy, of_real, folder), "scripts", text)
     text = put(printed(folder / "context.txt"), "context", text)
     text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)
-    return put(printed(folder / "bench.txt"), "bench", text)
+    return put(printed(folder / "bench.txt", only=IN_SHORT), "bench", text)
 
 
 def with_update(text):
