@@ -28,7 +28,21 @@ The paper, the authors' code and we leave this term out (tests/test_loss.py has 
 either, and top-k sums without renormalisation. Their gradient pays the student for moving its
 mass out of the set (tests/test_loss.py shows it).
 
-To copy: this file alone. Tensors only: no models, no files.
+To copy: this file alone. Tensors only: no models, no files. With two models of transformers:
+
+    # ids, attention_mask, is_response: (B, L), prompt and response; is_response is bool
+    positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # counted behind the padding
+
+    def at_response_tokens(model):
+        out = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
+        logits = out.logits[:, :-1][is_response[:, 1:]]  # (N, V): token t-1 predicts token t
+        return logits.float().log_softmax(-1)
+
+    log_p = at_response_tokens(student)
+    with torch.no_grad():
+        log_q = at_response_tokens(teacher)
+    loss = top_k(log_p, log_q).sum() / is_response.sum()
+    loss.backward()
 """
 
 import torch

@@ -8,7 +8,15 @@ in eval mode.
 `rollout` is one plain loop. The commands of this project take plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
 
-To copy: this file alone. It needs transformers 5.24 or later.
+To copy: this file alone. It needs transformers 5.24 or later. With a model and a tokenizer of it:
+
+    prompts = [tokenizer(text).input_ids for text in ("add 3 7", "add the digits 3")]
+    ends = [tokenizer.eos_token_id]
+    r = rollout(model.eval(), prompts, n=4, max_new_tokens=64, eos_ids=ends, seeds=[0, 1])
+    texts = [tokenizer.decode(r.response_ids(row)) for row in range(len(r.ids))]
+    positions = position_ids(r.attention_mask)
+    out = model(input_ids=r.ids, attention_mask=r.attention_mask, position_ids=positions)
+    logits = out.logits[:, :-1][r.is_response[:, 1:]]  # (N, V): token t-1 predicts token t
 """
 
 import hashlib

@@ -5,9 +5,15 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+
+import loss
+import rollout
+import teacher
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -161,6 +167,30 @@ COPIES = {  # file -> what its header says, what goes with it, what a user would
         RECIPES,
     ),
 }
+
+
+def example(module):
+    """The lines of code in the header of a file."""
+    return textwrap.dedent(module.__doc__[module.__doc__.index("To copy:") :].split("\n\n", 1)[1])
+
+
+def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
+    """Shift, mask and positions are where everyone errs: against teacher.log_probs."""
+    mine = {}
+    exec(MODELS + TOKENIZER, mine)
+    mine["model"] = mine["student"]
+    exec("from rollout import rollout, position_ids\n" + example(rollout), mine)
+    r = mine["r"]
+    assert len(mine["texts"]) == 8
+    whole = (r.ids, r.attention_mask, r.is_response)
+    log_p, log_q = (teacher.log_probs(mine[name], *whole) for name in ("student", "teacher"))
+    torch.testing.assert_close(mine["logits"].log_softmax(-1), log_p, rtol=0, atol=1e-5)
+
+    mine.update(ids=r.ids, attention_mask=r.attention_mask, is_response=r.is_response)
+    exec("from loss import top_k\n" + example(loss), mine)
+    torch.testing.assert_close(mine["loss"], loss.top_k(log_p, log_q).mean())
+    weight = mine["student"].get_input_embeddings().weight
+    assert weight.grad.abs().sum() > 0
 
 
 @contextlib.contextmanager
