@@ -37,7 +37,7 @@ from statistics import median
 import torch
 import toy
 import transformers
-from lab import ROOT, first_sentence, write_text
+from lab import ROOT, first_sentence, without_out, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loss
@@ -621,7 +621,7 @@ LINES = {  # of a row of each part
 def join(parts):
     """Results of several commands as one: their rows one after the other, commands and seconds
     listed."""
-    commands = [re.sub(r" --out \S+", "", part["command"]) for part in parts]
+    commands = [without_out(part["command"]) for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
     if len({(part["commit"], part["threads"]) for part in parts}) > 1:

@@ -17,6 +17,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 import shutil
 import sys
 import tempfile
@@ -257,11 +258,17 @@ def once(path, names, asked, make):
         return found
     origin = files.provenance()
     started = time.process_time()
+    origin["command"] = without_out(origin["command"])
     made = {**names, "asked": asked, **make(), **origin}
     made["seconds"] = round(time.process_time() - started, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_result(path, made)
     return made
+
+
+def without_out(command):
+    """A command without --out: where a result is written says nothing of the result."""
+    return re.sub(r" --out \S+", "", command)
 
 
 def slug(name):
@@ -535,6 +542,33 @@ def first_sentence(about):
     return " ".join(about.split("\n\n")[0].split())
 
 
+def parse(about, names, own):
+    """The flags of a script with arms and probes of these names; own: {flag: help}, see main."""
+    parser = argparse.ArgumentParser(description=first_sentence(about))
+    for flag, text in own.items():
+        parser.add_argument(f"--{flag}", help=text)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="these arms and probes, and no report"
+    )
+    parser.add_argument(
+        "--worlds", default="runs/worlds", help="folder of models and runs (runs/worlds)"
+    )
+    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
+    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, a few steps: does it run? Keeps nothing"
+    )
+    flags = parser.parse_args()
+    unknown = set(flags.only) - set(names)
+    if unknown:
+        parser.error(f"{', '.join(unknown)}: there are {', '.join(names)}")
+    lacking = [f"--{flag}" for flag in own if not getattr(flags, flag)]
+    if lacking and not flags.report:
+        parser.error(f"{', '.join(lacking)}: needed; see --help")
+    return flags
+
+
 def main(
     about,
     arms,
@@ -560,29 +594,8 @@ def main(
     name = Path(sys.argv[0]).stem
     probes = probes or {}
     own = own or {}
-    parser = argparse.ArgumentParser(description=first_sentence(about))
-    for flag, text in own.items():
-        parser.add_argument(f"--{flag}", help=text)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--only", nargs="+", default=[], help="these arms and probes, and no report"
-    )
-    parser.add_argument(
-        "--worlds", default="runs/worlds", help="folder of models and runs (runs/worlds)"
-    )
-    parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, a few steps: does it run? Keeps nothing"
-    )
-    flags = parser.parse_args()
-    unknown = set(flags.only) - {*arms, *probes}
-    if unknown:
-        parser.error(f"{', '.join(unknown)}: there are {', '.join([*arms, *probes])}")
+    flags = parse(about, [*arms, *probes], own)
     given = {flag: getattr(flags, flag) for flag in own}
-    lacking = [f"--{flag}" for flag, value in given.items() if not value]
-    if lacking and not flags.report:
-        parser.error(f"{', '.join(lacking)}: needed; see --help")
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

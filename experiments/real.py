@@ -59,7 +59,8 @@ too: lab.py). They are asked greedily and at T .7 of seeds 0, 1, 2, if not said.
                      or less, and expert, going on from there, is right less than .1 of the time, in
                      every seed (2606.09471)
 
-    python experiments/real.py --base DIR_OR_HUB     results/real.{txt,svg}; 20 hours of one thread
+    python experiments/real.py --base DIR_OR_HUB     results/real.{txt,svg}; a day of one thread,
+                                                     by estimate
     python experiments/real.py --base DIR_OR_HUB --only words success --seeds 1
 """
 
@@ -310,10 +311,10 @@ def aligning(runs):
 def small_loss(runs):
     begun = {}
     for name in ("loss", "grad_norm"):
-        of_copy, of_success = (
-            [run["curves"][name][0] for run in runs[arm]] for arm in ("copy", "success")
-        )
-        begun[name] = [share(a, b) for a, b in zip(of_copy, of_success)]
+        begun[name] = []
+        for of_copy, of_success in zip(runs["copy"], runs["success"], strict=True):
+            ratio = share(of_copy["curves"][name][0], of_success["curves"][name][0])
+            begun[name].append(ratio)
     yield finding(
         "4.1",
         "where nothing new is taught loss and gradient begin small",

@@ -183,7 +183,8 @@ def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
     r = mine["r"]
     assert len(mine["texts"]) == 8
     whole = (r.ids, r.attention_mask, r.is_response)
-    log_p, log_q = (teacher.log_probs(mine[name], *whole) for name in ("student", "teacher"))
+    log_p = teacher.log_probs(mine["student"], *whole)
+    log_q = teacher.log_probs(mine["teacher"], *whole)
     torch.testing.assert_close(mine["logits"].log_softmax(-1), log_p, rtol=0, atol=1e-5)
 
     mine.update(ids=r.ids, attention_mask=r.attention_mask, is_response=r.is_response)

@@ -53,7 +53,8 @@ def a_lab(tmp_path):
 
 def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
     """A file for each name and seed; JSON has no NaN."""
-    monkeypatch.setattr(files, "provenance", lambda: {"commit": "abc", "dirty": False})
+    origin = {"commit": "abc", "dirty": False, "command": "x.py --out /here --seeds 3"}
+    monkeypatch.setattr(files, "provenance", lambda: dict(origin))
     asked = {"steps": 3, "part": (1, 2)}
     made = a_lab.once("sft, opd", asked, lambda: {"found": [0.5, math.nan]})
     assert made["found"][0] == 0.5
@@ -67,6 +68,7 @@ def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
         "found": [0.5, None],
         "commit": "abc",
         "dirty": False,
+        "command": "x.py --seeds 3",
     }
     again = a_lab.once("sft, opd", asked, lambda: 1 / 0)  # is not called
     assert again["found"] == [0.5, None]

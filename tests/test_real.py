@@ -1,5 +1,6 @@
 """experiments/sums.py and real.py: what SmolLM2 is asked, and what follows from its results."""
 
+import fcntl
 import json
 import re
 import sys
@@ -149,6 +150,27 @@ def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
     assert kept == ["expert-1", "expert"]  # one that is there may be in use
     with pytest.raises(ValueError, match="no model teacher"):
         here.model("teacher")
+
+
+def test_one_process_at_a_time_makes_a_model_or_measures_it(base, tmp_path, monkeypatch):
+    """Another one, which would train it again or read half of it, waits."""
+    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+    held = []
+
+    def is_held(folder):
+        with open(folder / "lock") as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held.append(folder.name)
+
+    monkeypatch.setattr(here, "make", lambda name: is_held(here.world))
+    here.model("copy")
+    monkeypatch.setattr(lab.Lab, "accuracies", lambda self, folder, exam: is_held(folder))
+    student = tmp_path / "student"
+    student.mkdir()
+    here.accuracies(student, here.exam)
+    assert held == [here.world.name, "student"]
+    with open(student / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # left again
 
 
 def test_a_model_is_whole_or_not_there(base, tmp_path):
