@@ -4,9 +4,10 @@ pairs a seed.
 Each pair is diagnosed as `analysis.py --student S --teacher T` does it, then distilled for 100
 steps with the settings of every other pair. The results keep every input that a rule may want:
 gains by depth, overlap ratio and masses over all positions, at the first eight tokens and in the
-worst stretch of positions, the greedy lead.
+worst stretch of positions, the greedy lead. The verdict is that of today's analysis.verdict.
 
-Criteria, fixed before the runs:
+The rule was chosen on seeds 0, 1, 2, here and in real.py. So what is said of later seeds is its
+record. Criteria, fixed before the runs of each seed:
     rank       Spearman correlation of the predicted gain (the mean gain over depths) with the gain
                that came, at T .7: .8 or more in every seed
     promise    every run that "should work" gains surely, at T .7 and greedily
@@ -19,9 +20,10 @@ Criteria, fixed before the runs:
 import lab
 import phenomenology
 import plot
+import torch
 from lab import above, arm, each, every_seed, finding, gain, more_than, together
 
-from analysis import NOTHING_NEW, SHOULD_WORK, VERDICTS, diagnose_pair
+from analysis import NOTHING_NEW, SHOULD_WORK, VERDICTS, auroc, diagnose_pair, sure, verdict
 from plumbing.answers import answered
 from plumbing.slots import rollout
 
@@ -49,6 +51,9 @@ PAIRS = (
     ("bigger", "teacher"),
     ("right", "other"),
 )
+
+
+LATER = 3  # the first of the seeds that the rule was not chosen on
 
 
 def name_of(student, teacher):
@@ -110,29 +115,60 @@ def spearman(x, y):
     return sum(r * s for r, s in zip(a, b)) / scale if scale else None
 
 
-def pairs_of(results):
-    """A dict a run: {"name", "seed", "report", "gain": {way: Difference}}."""
+def pairs_of(results, names):
+    """Diagnosed and distilled pairs, a dict a run: {"name", "seed", "report", "verdict", "gain":
+    {way: Difference}, "pilot"}. pilot: the share of the reverse KL that three steps took away."""
     found = []
-    for name in ARMS:
-        for run, diagnosed in zip(results[name], results[f"diagnosis of {name}"], strict=True):
+    for name in names:
+        both = lab.of_shared_seeds(results, (name, f"diagnosis of {name}"))
+        for run, diagnosed in zip(*both.values(), strict=True):
+            report = diagnosed["report"]
+            kl = run["curves"]["reverse_kl"]
             found.append(
                 {
                     "name": name,
                     "seed": run["seed"],
-                    "report": diagnosed["report"],
+                    "report": report,
+                    "verdict": verdict(report)[0],
                     "gain": {way: gain([run], way) for way in ("T .7", "greedy", "T 1")},
+                    "pilot": 1 - kl[min(3, len(kl) - 1)] / kl[0],
                 }
             )
     return found
 
 
+def leads(pair):
+    """The teacher's lead at T .7, by depth: list, the first from the start."""
+    return [cut["gain"]["mean"] for cut in pair["report"]["continuation"]]
+
+
+def metric(name):
+    return lambda pair: pair["report"]["metrics"][name]["mean"]
+
+
 PREDICTORS = {
-    "predicted gain (mean over depths)": lambda report: report["predicted_gain"]["mean"],
-    "teacher's lead at T .7": lambda report: report["continuation"][0]["gain"]["mean"],
-    "teacher's greedy lead": lambda report: report["greedy"]["gain"]["mean"],
-    "overlap ratio": lambda report: report["metrics"]["overlap_ratio"]["mean"],
-    "minus reverse KL": lambda report: -report["metrics"]["reverse_kl"]["mean"],
+    "predicted gain (mean over depths)": lambda pair: pair["report"]["predicted_gain"]["mean"],
+    "teacher's lead at T .7": lambda pair: leads(pair)[0],
+    "teacher's greedy lead": lambda pair: pair["report"]["greedy"]["gain"]["mean"],
+    "overlap ratio": metric("overlap_ratio"),
+    "minus reverse KL": lambda pair: -metric("reverse_kl")(pair),
 }
+CANDIDATES = {  # to tell which pairs gain, of those whose teacher knows more
+    "predicted gain": PREDICTORS["predicted gain (mean over depths)"],
+    "gain after 25 %": lambda pair: leads(pair)[1],
+    "gain after 50 %": lambda pair: leads(pair)[2],
+    "mean gain after 25, 50, 75 %": lambda pair: lab.mean(leads(pair)[1:]),
+    "overlap ratio": metric("overlap_ratio"),
+    "overlap ratio, first tokens": lambda pair: first(pair, "overlap_ratio"),
+    "overlap ratio, worst bucket": lambda pair: pair["report"]["worst_bucket"]["overlap_ratio"],
+    "overlap mass, teacher": metric("overlap_mass_teacher"),
+    "overlap mass, teacher, first tokens": lambda pair: first(pair, "overlap_mass_teacher"),
+    "share of the KL gone after 3 steps": lambda pair: pair["pilot"],
+}
+
+
+def first(pair, name):
+    return pair["report"]["first_tokens"][name]["mean"]
 
 
 def by_seed(pairs, value, way):
@@ -140,18 +176,14 @@ def by_seed(pairs, value, way):
     found = []
     for seed in sorted({pair["seed"] for pair in pairs}):
         mine = [pair for pair in pairs if pair["seed"] == seed]
-        values = [value(pair["report"]) for pair in mine]
+        values = [value(pair) for pair in mine]
         found.append(spearman(values, [pair["gain"][way].mean for pair in mine]))
     return found
 
 
 def judge(results):
     """The criteria above."""
-    return list(findings(pairs_of(results)))
-
-
-def findings(pairs):
-    """A verdict that no pair has says nothing."""
+    pairs = pairs_of(results, ARMS)
     ranked = by_seed(pairs, PREDICTORS["predicted gain (mean over depths)"], "T .7")
     yield finding(
         "ours",
@@ -160,23 +192,40 @@ def findings(pairs):
         f"Spearman {each(ranked)}",
         every_seed((x or 0) >= 0.8 for x in ranked),
     )
-    promised = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == SHOULD_WORK]
+    old, new = by_age(pairs)
+    yield from promises(old, "on the seeds that the rule was chosen on")
+    yield from promises(new, "on later seeds")
+
+
+def by_age(pairs):
+    """Those of the seeds that the rule was chosen on, and later ones: two lists."""
+    old = [pair for pair in pairs if pair["seed"] < LATER]
+    new = [pair for pair in pairs if pair["seed"] >= LATER]
+    return old, new
+
+
+def promises(pairs, where):
+    """What became of "should work" and of "nothing new to teach": yields Findings.
+
+    A verdict that no pair has says nothing.
+    """
+    promised = [pair["gain"] for pair in pairs if pair["verdict"] == SHOULD_WORK]
     if promised:
         words = [together(above(x["T .7"]), above(x["greedy"])) for x in promised]
         yield finding(
             "ours",
-            'a pair that "should work" gains',
+            f'a pair that "should work" gains, {where}',
             "not there",
             f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
             f"{min(x['greedy'].mean for x in promised):+.3f} or more",
             *words,
         )
-    nothing = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == NOTHING_NEW]
+    nothing = [pair["gain"] for pair in pairs if pair["verdict"] == NOTHING_NEW]
     if nothing:
         words = [more_than(-x["greedy"], -lab.MARGIN) for x in nothing]
         yield finding(
             "ours",
-            'a pair with "nothing new to teach" gains no knowledge',
+            f'a pair with "nothing new to teach" gains no knowledge, {where}',
             "not there",
             f"{words.count(lab.HOLDS)} of {len(words)} runs, greedily by "
             f"{max(x['greedy'].mean for x in nothing):+.3f} at most",
@@ -186,7 +235,20 @@ def findings(pairs):
 
 def more(results):
     """Every pair, the predictors, and what came by verdict."""
-    pairs = pairs_of(results)
+    pairs = pairs_of(results, ARMS)
+    lines = pair_lines(pairs)
+    lines.append("")
+    for name, value in PREDICTORS.items():
+        lines.append(
+            f"Spearman, each seed: {name:34} with the gain at T .7 "
+            f"{each(by_seed(pairs, value, 'T .7'))}; greedily "
+            f"{each(by_seed(pairs, value, 'greedy'))}"
+        )
+    return lines + candidate_lines(pairs) + record_lines(pairs)
+
+
+def pair_lines(pairs):
+    """A line a pair: what was measured before, and what came."""
     lines = [
         "",
         f"{'pair':26} seed {'overlap':>7} {'mass':>6} {'rev. KL':>7} "
@@ -203,26 +265,64 @@ def more(results):
             f"{mass:6.3f} {metrics['reverse_kl']['mean']:7.3f} {predicted['mean']:+8.3f} +- "
             f"{predicted['standard_error']:.3f} {report['greedy']['gain']['mean']:+11.3f} "
             f"{pair['gain']['T .7'].mean:+10.3f} {pair['gain']['greedy'].mean:+7.3f}  "
-            f"{report['verdict']}"
+            f"{pair['verdict']}"
         )
-    lines.append("")
-    for name, value in PREDICTORS.items():
-        lines.append(
-            f"Spearman, each seed: {name:34} with the gain at T .7 "
-            f"{each(by_seed(pairs, value, 'T .7'))}; greedily "
-            f"{each(by_seed(pairs, value, 'greedy'))}"
-        )
-    lines.append("")
-    for verdict in VERDICTS:
-        mine = [pair["gain"] for pair in pairs if pair["report"]["verdict"] == verdict]
-        if not mine:
-            continue
-        ranges = []
-        for way in ("T .7", "greedy"):
-            gains = [x[way].mean for x in mine]
-            ranges.append(f"{min(gains):+.3f} .. {max(gains):+.3f} {way}")
-        lines.append(f"{verdict:62} {len(mine):3d} runs, gain {', '.join(ranges)}")
     return lines
+
+
+def gains_greedily(pair):
+    return above(pair["gain"]["greedy"]) == lab.HOLDS
+
+
+def candidate_lines(pairs):
+    """How well each candidate tells the pairs that gained from those that did not, among those
+    whose teacher surely leads greedily, on the seeds that a rule may be chosen on."""
+    old, _ = by_age(pairs)
+    asked = [pair for pair in old if sure(pair["report"]["greedy"]["gain"]) > 0]
+    won = sum(gains_greedily(pair) for pair in asked)
+    lines = [
+        "",
+        f"the teacher surely leads greedily, seeds 0 to 2: {len(asked)} pairs, of which "
+        f"{won} gained greedily; AUROC of a candidate, its values",
+    ]
+    if not asked:
+        return []
+    for name, value in CANDIDATES.items():
+        values = torch.tensor([value(pair) for pair in asked])
+        won = torch.tensor([gains_greedily(pair) for pair in asked])
+        area = auroc(values, won)
+        lines.append(
+            f"{name:36} {'   -' if area is None else f'{area:.2f}'}  gained {span(values[won])}, "
+            f"not {span(values[~won])}"
+        )
+    return lines
+
+
+def span(values):
+    """From the least to the largest, to read: "+0.10 .. +0.30"."""
+    values = [float(value) for value in values]
+    return f"{min(values):+.2f} .. {max(values):+.2f}" if values else "none"
+
+
+def record_lines(pairs):
+    """What came by verdict, on the seeds that the rule was chosen on and on later ones."""
+    lines = []
+    for which, mine in zip(("seeds 0 to 2, chosen on", "later seeds"), by_age(pairs)):
+        if mine:
+            lines += ["", f"{which}: {len(mine)} runs"]
+        for name in VERDICTS:
+            called = [pair for pair in mine if pair["verdict"] == name]
+            if not called:
+                continue
+            lines.append(
+                f"{name:62} {len(called):3d} runs, {sum(map(gains_greedily, called)):3d} gained "
+                f"greedily; {came(called, 'T .7')} T .7, {came(called, 'greedy')} greedily"
+            )
+    return lines
+
+
+def came(pairs, way):
+    return span(pair["gain"][way].mean for pair in pairs)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analysis import verdict as verdict_of  # noqa: E402
 from plumbing import figures  # noqa: E402
 from plumbing.figures import PANELS, limit, save, smooth  # noqa: E402
 
@@ -599,7 +600,7 @@ def forecast(results, path):
         axes.axvline(0, color="0.6", linewidth=0.8)
         axes.axline((0, 0), slope=1, color="0.65", linewidth=0.8, linestyle="--")
         for verdict, (colour, marker) in VERDICTS.items():
-            mine = [i for i, x in enumerate(reports) if x["verdict"].startswith(verdict)]
+            mine = [i for i, x in enumerate(reports) if verdict_of(x)[0].startswith(verdict)]
             if not mine:
                 continue
             predicted = [reports[i]["predicted_gain"] for i in mine]

@@ -55,6 +55,9 @@ too: lab.py). They are asked greedily and at T .7 of seeds 0, 1, 2, if not said.
     6.2 failure      that by words, and by copy, is at most .1 behind it, surely
     6.2 coherence    the gradients of words and copy at single positions are larger than expert's,
                      and their sum is smaller beside them, in every seed
+    promise          on seeds 3, 4: of the arms from success to words every one whose diagnosis says
+                     "should work" gains surely, at T .7 and greedily; every one with "nothing new
+                     to teach" gains surely less than .05 greedily
     trap             after the base's first slip the KL to expert is half of what it is at the slip
                      or less, and expert, going on from there, is right less than .1 of the time, in
                      every seed (2606.09471)
@@ -69,6 +72,7 @@ from dataclasses import replace
 
 import cost
 import followups
+import forecast
 import lab
 import mechanism
 import plot
@@ -133,7 +137,6 @@ PATIENT = ("words, 72", "words, fast", "words, 72 fast")
 BY_ROUND = ("round 1", "round 2", "success")
 FAILING = ("words", "copy")
 ENDS = 3  # steps at either end that are averaged
-LATER = 3  # the first of the seeds that only 3.1 and the diagnosis' rule are judged on
 
 
 # --- probes ---------------------------------------------------------------------------------------
@@ -523,6 +526,10 @@ def is_weaker(run, other):
     return x.mean < -x.noise
 
 
+def promises(runs):
+    yield from forecast.promises(forecast.pairs_of(runs, TAUGHT), "on later seeds")
+
+
 def trapped(runs):
     yield followups.agreement(runs["trap"])
 
@@ -552,7 +559,10 @@ CLAIMS = (  # what is asked of seeds 0 to 2, and the arms and probes that it is 
 )
 
 
-LATER_CLAIMS = ((equal_way, ("words", *BY_ROUND)),)  # the same, of seeds 3 and above
+LATER_CLAIMS = (  # the same, of later seeds
+    (equal_way, ("words", *BY_ROUND)),
+    (promises, tuple(both for name in TAUGHT for both in (name, f"diagnosis of {name}"))),
+)
 
 
 def judge(runs):
@@ -563,8 +573,8 @@ def judge(runs):
     first = {}
     later = {}
     for name, of_name in runs.items():
-        first[name] = [run for run in of_name if run["seed"] < LATER]
-        later[name] = [run for run in of_name if run["seed"] >= LATER]
+        first[name] = [run for run in of_name if run["seed"] < forecast.LATER]
+        later[name] = [run for run in of_name if run["seed"] >= forecast.LATER]
     for claims, of_seeds in ((CLAIMS, first), (LATER_CLAIMS, later)):
         for claim, names in claims:
             some = lab.of_shared_seeds(of_seeds, names)
@@ -576,7 +586,14 @@ def judge(runs):
 
 
 def more(runs):
-    """Which models came out otherwise when they were made again, so that arms differ in them."""
+    """The diagnoses and what came; and which models were made anew and came out otherwise."""
+    pairs = forecast.pairs_of(runs, TAUGHT)
+    lines = forecast.pair_lines(pairs) + forecast.candidate_lines(pairs)
+    return lines + forecast.record_lines(pairs) + unlike_models(runs)
+
+
+def unlike_models(runs):
+    """A model that was made twice and is not the same: then arms differ in it, too."""
     digests = {}
     for of_name in runs.values():
         for run in of_name:

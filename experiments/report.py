@@ -33,6 +33,15 @@ IN_SHORT = (  # how the lines of bench.txt begin that users ask for; the rest st
     "processes toy, 256 prompts, two processes ",
     "trl",
 )
+HEADINGS = {  # of experiments/README.md: the paragraphs about what a script found
+    "phenomenology": "When does it work? (paper 3)",
+    "mechanism": "Why does it work? (paper 4)",
+    "recipe": "How to recover (paper 5)",
+    "cost": "What it costs (paper 6), and which loss (2.2)",
+    "followups": "What later papers say, and ends that differ",
+    "forecast": "Before training",
+}
+SHORT = ("section", "claim", "word", "found")  # titles
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
 
@@ -96,9 +105,25 @@ def left_out(results):
 
 
 def findings_in_short(results):
-    """Section, claim, word and what was found, of the toy."""
-    rows = [(x.section, x.claim, emphasised(x.word), x.found) for x in judged(results)]
-    return table(("section", "claim", "word", "found"), rows) + left_out(results)
+    """Section, claim, word and what was found, of the toy. A section leads to its paragraphs."""
+    rows = []
+    for script, of_script in results.items():
+        for x in judged({script: of_script}):
+            section = f"[{x.section}](#{anchor(HEADINGS[script])})"
+            rows.append((section, x.claim, emphasised(x.word), x.found))
+    return table(SHORT, rows) + left_out(results)
+
+
+def anchor(heading):
+    """Where a heading of a page is found on GitHub: "How to recover (5)" -> "how-to-recover-5"."""
+    kept = [letter for letter in heading.lower() if letter.isalnum() or letter in " -_"]
+    return "".join(kept).replace(" ", "-")
+
+
+def real_in_short(results):
+    """The same of real.py."""
+    rows = [(x.section, x.claim, emphasised(x.word), x.found) for x in real.judge(results)]
+    return table(SHORT, rows) if rows else NOT_YET
 
 
 def findings_in_full(findings):
@@ -232,6 +257,7 @@ def put(made, name, text):
 def filled(text, toy, of_real, folder):
     """experiments/README.md with its tables made anew: str."""
     text = put(findings_in_short(toy), "findings", text)
+    text = put(real_in_short(of_real), "findings on SmolLM2", text)
     text = put(scripts(toy, of_real, folder), "scripts", text)
     text = put(printed(folder / "context.txt"), "context", text)
     text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)

@@ -30,6 +30,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import analysis
 import opd
 from analysis import auroc
 from loss import full_vocab, top_k
@@ -1126,6 +1127,67 @@ def test_pairs_that_another_script_has_run_keep_their_names():
     assert all(arm.settings == {} for arm in forecast.ARMS.values())
     asked = [asked for _, asked in forecast.PROBES.values()]
     assert {(x["student"], x["teacher"]) for x in asked} == set(pairs)
+
+
+def a_pair(seed, word, gained, after_half=0.1):
+    """A diagnosed and distilled pair whose teacher surely leads."""
+    sure = {"mean": 0.3, "standard_error": 0.05}
+    cuts = [{"gain": {"mean": x}} for x in (0.3, 0.2, after_half, 0.0)]
+    flat = collections.defaultdict(lambda: {"mean": 0.5})
+    return {
+        "name": "success",
+        "seed": seed,
+        "verdict": word,
+        "gain": {way: lab.Difference(gained, 0.02) for way in ("T .7", "greedy")},
+        "pilot": 0.5,
+        "report": {
+            "greedy": {"gain": sure},
+            "continuation": cuts,
+            "predicted_gain": {"mean": 0.15},
+            "metrics": flat,
+            "first_tokens": flat,
+            "worst_bucket": collections.defaultdict(float),
+        },
+    }
+
+
+def test_a_rule_has_its_record_on_seeds_that_it_was_not_chosen_on():
+    """Counted apart: what came of each verdict on seeds 0 to 2, and on later ones."""
+    pairs = [
+        a_pair(0, analysis.SHOULD_WORK, 0.3),
+        a_pair(2, analysis.SHOULD_WORK, 0.3),
+        a_pair(3, analysis.SHOULD_WORK, 0.2),
+        a_pair(4, analysis.SHOULD_WORK, 0.0),
+        a_pair(5, analysis.NOTHING_NEW, 0.0),
+    ]
+    old, new = forecast.by_age(pairs)
+    assert [pair["seed"] for pair in new] == [3, 4, 5]
+    (kept,) = forecast.promises(old, "there")
+    assert kept.word == lab.HOLDS
+    assert kept.found == "2 of 2 runs, greedily by +0.300 or more"
+    broken, nothing = forecast.promises(new, "there")
+    assert broken.word == lab.CONTRADICTED
+    assert broken.found == "1 of 2 runs, greedily by +0.000 or more"
+    assert nothing.word == lab.HOLDS
+    text = "\n".join(forecast.record_lines(pairs))
+    assert "seeds 0 to 2, chosen on: 2 runs" in text
+    assert "later seeds: 3 runs" in text
+    assert "  2 runs,   1 gained greedily; +0.00 .. +0.20 T .7, +0.00 .. +0.20 greedily" in text
+
+
+def test_a_candidate_is_judged_by_how_it_tells_who_gained():
+    """On seeds 0 to 2 alone; of pairs that all gained there is no area."""
+    won = a_pair(0, analysis.UNDECIDED, 0.3, after_half=0.2)
+    lost = a_pair(1, analysis.UNDECIDED, 0.0, after_half=-0.1)
+    later = a_pair(3, analysis.UNDECIDED, 0.0, after_half=0.5)
+    lines = forecast.candidate_lines([won, lost, later])
+    assert "2 pairs, of which 1 gained greedily" in lines[1]
+    line = {line[:36].strip(): line[37:] for line in lines[2:]}
+    assert line["gain after 50 %"] == "1.00  gained +0.20 .. +0.20, not -0.10 .. -0.10"
+    assert line["overlap ratio"].startswith("0.50")
+    line = {line[:36].strip(): line[37:] for line in forecast.candidate_lines([won])[2:]}
+    assert line["gain after 50 %"] == "   -  gained +0.20 .. +0.20, not none"
+    assert forecast.candidate_lines([later]) == []
 
 
 # --- the tour -----------------------------------------------------------------------------------

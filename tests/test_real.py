@@ -350,9 +350,9 @@ def test_a_model_that_was_made_again_otherwise_is_told():
     for arm in ("success", "words"):
         for run in found[arm]:
             run["models"] = {"base": "b", "expert": "e"}
-    assert real.more(found) == []
+    assert real.unlike_models(found) == []
     found["words"][1]["models"]["expert"] = "f"
-    assert real.more(found) == ["seed 1: expert was made 2 times, and not alike"]
+    assert real.unlike_models(found) == ["seed 1: expert was made 2 times, and not alike"]
 
 
 def test_the_figure_is_drawn(tmp_path):

@@ -66,11 +66,19 @@ def test_a_word_is_bold_if_it_is_not_holds(monkeypatch):
         r"| 3.1 | KL(p \|\| q) falls | so | by 1 | holds |",
         r"| 3.1 | KL(p \|\| q) falls | so | by 1 | **undecided** |",
     ]
-    short = report.findings_in_short(dict.fromkeys(report.TOY)).splitlines()
-    assert short[2:] == [
-        r"| 3.1 | KL(p \|\| q) falls | holds | by 1 |",
-        r"| 3.1 | KL(p \|\| q) falls | **undecided** | by 1 |",
+    short = report.findings_in_short({"recipe": {}}).splitlines()
+    assert short[2:4] == [
+        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | holds | by 1 |",
+        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | **undecided** | by 1 |",
     ]
+
+
+def test_a_row_leads_to_a_heading_that_is_there():
+    lines = README.read_text().splitlines()
+    assert set(report.HEADINGS) == set(report.TOY)
+    for heading in report.HEADINGS.values():
+        assert lines.count(f"## {heading}") == 1
+    assert report.anchor("What it costs (6), and 2.2") == "what-it-costs-6-and-22"
 
 
 def test_an_arm_that_scripts_share_is_counted_once(tmp_path):
