@@ -2,7 +2,7 @@
 
     python opd.py --student DIR_OR_HUB --teacher DIR_OR_HUB
 
-    once:       0  fine-tune on what the teacher answers, if --cold-start asks for it   recipes.py
+    once:       0  fine-tune on the teacher's answers, if --cold-start asks for it      recipes.py
     each step:  1  take the next prompts of an endless shuffled list                    rollout.py
                 2  the student writes n responses to each, y ~ p(.|x)                   rollout.py *
                 3  both models read them: states, log p, log q                          teacher.py
@@ -11,17 +11,17 @@
                 5  its mean over the response tokens of the step, backward
                 6  clip the gradient, one AdamW update of the student
 
-    * the commands take its faster twin, plumbing/slots.py
+    * the commands use its faster twin, plumbing/slots.py
 
 `update` is a step, `distil` is a run.
 
 Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The
-reward is dense and needs none. The prompts of a step and its random numbers follow from (seed,
-step) alone, so a run that was cut goes on bit for bit. A step whose gradient is not finite
-changes nothing and is counted; the third in a row ends the run.
+reward is dense and needs none of them. The prompts of a step and its random numbers follow from
+(seed, step) alone, so on a CPU a run that was cut goes on bit for bit. A step whose gradient is
+not finite leaves the student as it is and is counted. The third in a row ends the run.
 
-Its flags, each with the reason for its default: plumbing/flags.py. Its folder, checkpoint and
-Ctrl-C: plumbing/run.py.
+The flags, each with the reason for its default: plumbing/flags.py. The folder of a run, its
+checkpoint and Ctrl-C: plumbing/run.py.
 """
 
 import math
@@ -54,7 +54,10 @@ from teacher import UserError, log_softmax_of, read_by_teacher, states
 
 
 def objective(cfg, log_p, log_q, y):
-    """The loss that --objective names: (N, V), (N, V), (N,) -> (N,)."""
+    """The loss that --objective names: log_p (N, V), log_q (N, V), y (N,) ids -> (N,), nats.
+
+    ValueError for another objective, or as the losses of loss.py raise it.
+    """
     if cfg.objective == "top-k":
         return top_k(log_p, log_q, cfg.k, cfg.support)  # Eq. 5
     if cfg.objective == "full":
@@ -67,7 +70,10 @@ def objective(cfg, log_p, log_q, y):
 
 
 def loss_and_metrics(cfg, ends):
-    """A function of log_p (N, V), log_q (N, V), y (N,) -> {name: (N,)}, evaluated at each state."""
+    """What a step evaluates at each state: a function of log_p (N, V), log_q (N, V), y (N,).
+
+    It returns {name: (N,)}: "loss", and Eq. 6 to 10 from `diagnose`. ends: ids of the end tokens.
+    """
 
     def per_position(log_p, log_q, y):
         values = {"loss": objective(cfg, log_p, log_q, y)}
@@ -78,11 +84,12 @@ def loss_and_metrics(cfg, ends):
 
 
 def update(cfg, pair, optimizer, rows, step):
-    """One step of on-policy distillation on some prompts: -> Rollout, {metric: of the step}.
+    """One step of on-policy distillation on some prompts: -> Rollout, {metric: value}.
 
-    rows: the step's prompts, each with its token ids, {"ids": ..., ...}. Of several processes
-    each takes its share of them, and the Rollout is that of its share. Gradient and metrics are
-    means over the response tokens of all.
+    rows: the step's prompts, each with its token ids, {"ids": ..., ...}. step: counted from 0.
+    Each of several processes takes its share of the rows, and returns the Rollout of that share.
+    Gradient and metrics are means over the response tokens of all processes. If the gradient is
+    not finite, there is no update, and the metrics have the reason as "skipped".
     """
     started = time.perf_counter()
     seeds = [seed_of(cfg.seed, "rollout", step, i) for i in range(len(rows))]
@@ -105,7 +112,8 @@ def update(cfg, pair, optimizer, rows, step):
     log_p_of = log_softmax_of(pair, pair.student, cfg.temperature)
     log_q_of = log_softmax_of(pair, pair.teacher, cfg.teacher_temperature)
     metrics = measure.Means(cfg.max_new_tokens, pair.device)
-    teacher_reads = read_by_teacher(r, share(rows), pair.pad_id)  # r, but for "teacher_prompt"
+    # r itself, unless some prompt has a "teacher_prompt"
+    teacher_reads = read_by_teacher(r, share(rows), pair.pad_id)
     for part in equal_micro_batches(r, pair.micro_batch_tokens, teacher_reads):
         with pair.autocast():
             h_p = states(pair.student, part)  # (N, H) before each response token
@@ -128,9 +136,9 @@ def update(cfg, pair, optimizer, rows, step):
 
 
 def descend(optimizer, student):
-    """Add the gradients of all processes up, clip them, take one AdamW step: -> the norm before.
+    """Add up the gradients of all processes, clip their norm to 1, take one AdamW step.
 
-    No step is taken if the norm is not finite, as it is if the loss is not.
+    -> the norm before clipping. If it is not finite, no step is taken.
     """
     sum_gradients(student)
     norm = clip_grad_norm_(student.parameters(), max_norm=1.0).item()
@@ -141,14 +149,18 @@ def descend(optimizer, student):
 
 
 def adamw(cfg, student):
-    """The student's optimizer, the authors' settings."""
+    """The student's optimizer: the settings of the authors' code, but for the learning rate."""
     return torch.optim.AdamW(
         student.parameters(), lr=cfg.lr, betas=(0.9, 0.999), weight_decay=0.01, fused=True
     )
 
 
 def fine_tune(cfg, run, pair, optimizer, rows):
-    """5.1: fine-tune the student on what the teacher answers to rows, or on --cold-start-file."""
+    """Paper 5.1: fine-tune the student on the teacher's answers to rows, or on --cold-start-file.
+
+    rows: the prompts of the cold start, with their token ids. The answers and a line of metrics
+    per update go into the folder of the run. UserError if there is no answer to learn from.
+    """
     path = cfg.cold_start_file
     if not path:
         path = run.out / "cold_start.jsonl"
@@ -174,7 +186,10 @@ def fine_tune(cfg, run, pair, optimizer, rows):
 
 
 def ask_teacher(cfg, pair, rows, path):
-    """Write the teacher's answers to a file, from where it stops: -> {why: how many}."""
+    """Add the teacher's answers to the file `path`, from the first row that it lacks.
+
+    -> {"kept", "unfinished", "degenerate": how many}. UserError if none is kept.
+    """
     length = cfg.cold_start_max_new_tokens or cfg.max_new_tokens
 
     def answers_from(start):
@@ -205,9 +220,10 @@ def ask_teacher(cfg, pair, rows, path):
 
 
 def student_now(cfg, pair, exam, held_out, when):
-    """The student on held-out prompts: {"accuracy_<when>", "greedy_<when>", "held_out_<when>"}.
+    """Measure the student on the held-out prompts, as plumbing/measure.py does.
 
-    exam: the prompts in the template of --eval-template; held_out: in that of training.
+    -> {"accuracy_<when>", "greedy_<when>", "held_out_<when>"}. exam: the prompts in the template
+    of --eval-template; held_out: in that of training.
     """
     found = measure.accuracies(cfg, pair, exam, pair.student, when)
     per_position = loss_and_metrics(cfg, pair.eos_ids)
@@ -216,7 +232,11 @@ def student_now(cfg, pair, exam, held_out, when):
 
 
 def distil(cfg):
-    """The whole run, in the folder --out: -> what its result.json holds."""
+    """A whole run, in the folder --out: Config -> what its result.json holds, a dict.
+
+    Raises UserError if it cannot work as asked, RunEnded if it cannot go on, and Stopped after a
+    signal (plumbing/exits.py).
+    """
     with Run(flags.check_run(cfg)) as run:
         texts, cold_texts, held_out_texts = prompts.questions(cfg)
         pair = run.load_pair()
@@ -262,11 +282,12 @@ def distil(cfg):
 
 
 def progress(steps, name, done, total):
-    """A bar over the steps of a run; none if stderr is no terminal."""
+    """A progress bar over the steps of a run, if stderr is a terminal."""
     return tqdm(steps, desc=name, initial=done, total=total, mininterval=1, disable=None)
 
 
 def main(argv=None):
+    """The command: parse the flags, run, print the outcome."""
     with one_line("opd.py"):
         cfg = flags.parse_opd(sys.argv[1:] if argv is None else argv)
         with one_of_several(cfg.device):
