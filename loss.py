@@ -16,17 +16,18 @@ pi_teacher(.|s_t):
 
 Each loss takes log-probabilities (N, V) at N states and returns one number per state, (N,), in
 nats. The gradient flows into log_p alone. At k = V all four have the same expected gradient, that
-of Eq. 4 (but for the support "difference", which is then empty).
+of Eq. 4. The support "difference" is the exception: it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
 score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
 The paper, the authors' code and we leave this term out (tests/test_loss.py has both parts).
 
-`in_chunks` evaluates any of them from hidden states, and N x V logits never exist at once.
+`in_chunks` evaluates any of them from hidden states, so that N x V logits never exist at once.
 
-`forward_kl` is not the paper's: a control for experiments. Not here: JSD, which the paper has not
-either, and top-k sums without renormalisation. Their gradient pays the student for moving its
-mass out of the set (tests/test_loss.py shows it).
+`forward_kl` is not from the paper. It is a control for experiments. Not here: JSD, which the
+paper does not use either, and the plain sum of p log(p/q) over a top-k set, without
+renormalisation. Its gradient pays the student for moving its mass out of the set
+(tests/test_loss.py shows it).
 
 To copy: this file alone. Tensors only: no models, no files. With two models of transformers:
 
@@ -56,11 +57,12 @@ LOG_ZERO = -1e4  # nats, for log 0: a token ruled out on one side costs much, an
 
 
 def sampled_token(log_p, log_q, y):
-    """Eq. 3 as a policy gradient: (N, V), (N, V), (N,) token ids -> (N,).
+    """Eq. 3 as a policy gradient: (N, V), (N, V), (N,) token ids -> (N,), nats.
 
-    Value log p(y) - log q(y). Gradient -A grad log p(y), with the advantage A = log q(y) - log
-    p(y) held constant. Over y ~ p the value's mean is KL(p || q), and the gradient's mean is the
-    gradient of KL(p || q). Back-propagating the value itself would have zero mean gradient.
+    The value is log p(y) - log q(y). The gradient is -A grad log p(y), with the advantage A =
+    log q(y) - log p(y) held constant. Over y ~ p the value's mean is KL(p || q), and the
+    gradient's mean is the gradient of KL(p || q). Back-propagating the value itself would have
+    zero mean gradient.
     """
     y = y.unsqueeze(-1)  # (N, 1)
     log_p_y = log_p.gather(-1, y).squeeze(-1).clamp_min(LOG_ZERO)  # (N,)
@@ -70,17 +72,17 @@ def sampled_token(log_p, log_q, y):
 
 
 def full_vocab(log_p, log_q):
-    """Eq. 4, KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,)."""
+    """Eq. 4, KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,), nats."""
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def top_k(log_p, log_q, k=16, support="student"):
-    """Eq. 5, KL(p' || q') with p and q renormalised on a support: (N, V), (N, V) -> (N,).
+    """Eq. 5, KL(p' || q') with p and q renormalised on a support: (N, V), (N, V) -> (N,), nats.
 
-    It is 0 where the support has fewer than two tokens, so always 0 at k = 1 with the student's.
-    ValueError for an unknown support, or a k outside 1..V.
+    It is 0 where the support has fewer than two tokens. So at k = 1 it is always 0 with the
+    student's support. ValueError for an unknown support, or a k outside 1..V.
     """
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_p_S = renormalised(log_p, S, counts)  # (N, m)
@@ -90,14 +92,14 @@ def top_k(log_p, log_q, k=16, support="student"):
 
 
 def top_k_released(log_p, log_q, k=16, support="student"):
-    """What the authors' code descends in place of Eq. 5: (N, V), (N, V) -> (N,).
+    """What the authors' code descends in place of Eq. 5: (N, V), (N, V) -> (N,), nats.
 
-    Value sum_S w (log p - log q); gradient sum_S w (log p - log q) grad log p, with w held
-    constant. Differs from the paper: w is p renormalised on S, but the log-ratio is that of the
-    whole vocabulary. So the gradient is that of sum_S (p log(p/q) - p + q), divided by the mass
-    sum_S p (held constant), and it is not 0 at k = 1. With the support "difference" w stays p
-    itself, as in the authors' Non-Overlap arm, which makes its signal much smaller by scale
-    alone.
+    The value is sum_S w (log p - log q). The gradient is sum_S w (log p - log q) grad log p, with
+    w and the log-ratio held constant. Differs from the paper: w is p renormalised on S, but the
+    log-ratio is that of the whole vocabulary. So the gradient is that of
+    sum_S (p log(p/q) - p + q), divided by the mass sum_S p (held constant). It is not 0 at k = 1.
+    With the support "difference" w is p itself, as in the authors' Non-Overlap arm. That alone
+    makes its signal much smaller. ValueError for an unknown support, or a k outside 1..V.
     """
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_w = log_p.gather(-1, S) if support == "difference" else renormalised(log_p, S, counts)
@@ -108,7 +110,7 @@ def top_k_released(log_p, log_q, k=16, support="student"):
 
 
 def ratio(log_p):
-    """p / stopgrad(p): 1 in value, grad log p in gradient."""
+    """p / stopgrad(p): its value is 1, its gradient is grad log p. Any shape -> the same."""
     return (log_p - log_p.detach()).exp()
 
 
@@ -116,10 +118,10 @@ def ratio(log_p):
 
 
 def forward_kl(log_p, log_q):
-    """KL(q || p) over the whole vocabulary: (N, V), (N, V) -> (N,). Not the paper's.
+    """KL(q || p) over the whole vocabulary: (N, V), (N, V) -> (N,), nats. Not from the paper.
 
-    arXiv 2609.35259 asks what matters, the direction of the KL or who wrote the prefix. Forward
-    KL is here for experiments that ask so too. No --objective names it.
+    arXiv 2609.35259 asks which matters more: the direction of the KL, or who wrote the prefix.
+    experiments/own_loop.py asks the same. No --objective names this loss.
     """
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
@@ -130,10 +132,11 @@ def forward_kl(log_p, log_q):
 
 
 def support_of(log_p, log_q, k, support="student"):
-    """(N, V), (N, V) -> token ids (N, m), and which of them count, (N, m) bool.
+    """The tokens of a support (4.2): (N, V), (N, V) -> ids (N, m), and which count, (N, m) bool.
 
-    P = the student's k likeliest tokens, Q = the teacher's. "intersection" is the paper's Overlap
-    Top-k, "difference" its Non-Overlap Top-k. ValueError for another name, or a k outside 1..V.
+    P = the student's k likeliest tokens, Q = the teacher's. m is k, or 2k for "union" and
+    "difference". "intersection" is the paper's Overlap Top-k, "difference" its Non-Overlap Top-k.
+    ValueError for another name, or a k outside 1..V.
     """
     V = log_p.size(-1)
     if not 1 <= k <= V:
@@ -168,14 +171,14 @@ def among(ids, others, vocab_size):
 def renormalised(log_p, S, counts):
     """log p on the tokens of S that count, made to sum to 1: (N, V), (N, m), (N, m) -> (N, m)."""
     log_p_S = torch.where(counts, log_p.gather(-1, S), LOG_ZERO)
-    return log_p_S.clamp_min(LOG_ZERO).log_softmax(-1)  # a token that is ruled out has -inf
+    return log_p_S.clamp_min(LOG_ZERO).log_softmax(-1)  # the log p of a merged end is -inf
 
 
 # --- from hidden states, a chunk of logits at a time --------------------------------------------
 
 
 def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
-    """per_position at N positions, while the logits of only `chunk` of them are in memory.
+    """Evaluate per_position at N positions, with the logits of only `chunk` of them in memory.
 
         h = trunk(ids, attention_mask, position_ids)    # (B, L, H) of a rollout, padding included
         h_p = h[:, :-1][is_response[:, 1:]]             # (N, H): the state at t-1 predicts token t
@@ -184,13 +187,16 @@ def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
                            h_p, h_q, log_p_of, log_q_of, y)
         (values["loss"].sum() / response_tokens_of_the_step).backward()
 
-    h_p (N, H), h_q (N, H'): states of student and teacher before each drawn token; y (N,): these.
-    log_p_of, log_q_of: hidden states (c, H) -> log-probabilities (c, V), for example
-    lambda h: head(h).float().log_softmax(-1). Without a teacher h_q is None, and so is log_q.
-    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}.
-    -> {name: (N,)}, differentiable in h_p and in what log_p_of is made of. The backward pass
+    h_p (N, H), h_q (N, H'): states of student and teacher before each drawn token.
+    y (N,): the drawn tokens. log_p_of, log_q_of: hidden states (c, H) -> log-probabilities
+    (c, V), for example lambda h: head(h).float().log_softmax(-1).
+    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}. Without a teacher h_q is
+    None, and so is log_q.
+
+    -> {name: (N,)}, differentiable in h_p and in the parameters of log_p_of. The backward pass
     computes the logits of a chunk again, as far as the gradient needs them. What per_position
-    only measures should be computed under no_grad, after the loss.
+    only measures should be computed under no_grad, after the loss. ValueError if h_p or h_q has
+    not as many positions as y.
     """
     if len(h_p) != len(y):
         raise ValueError(f"h_p has {len(h_p)} positions, y has {len(y)}")

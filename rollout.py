@@ -1,14 +1,14 @@
 """rollout.py: the student writes (paper 2.2): y ~ p(.|x), from exactly the softmax that is scored.
 
 Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
-evaluate. The `generate` of transformers has such defaults, and the student would be trained on
-text that it did not write. Score a rollout with the same vocab_size, temperature and merged ends,
-in eval mode.
+evaluate. The `generate` of transformers has such defaults. With them the student would be trained
+on text that its softmax did not write. Score a rollout with the same vocab_size, temperature and
+merged ends, in eval mode.
 
-`rollout` is one plain loop. The commands of this project take plumbing/slots.py, which replaces the
+`rollout` is one plain loop. The commands of this project use plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
 
-To copy: this file alone. It needs transformers 5.24 or later. With a model and a tokenizer of it:
+To copy: this file alone. It needs transformers 5.24 or later. With a model and its tokenizer:
 
     prompts = [tokenizer(text).input_ids for text in ("add 3 7", "add the digits 3")]
     ends = [tokenizer.eos_token_id]
@@ -35,7 +35,7 @@ class Rollout:
     ids: torch.Tensor  # (B, P+T) prompts padded on the left, responses on the right
     attention_mask: torch.Tensor  # (B, P+T) bool, true at prompt and response tokens
     is_response: torch.Tensor  # (B, P+T) bool, true at response tokens, the first end included
-    log_p: torch.Tensor  # (B, T) log-probability of each response token when drawn, 0 elsewhere
+    log_p: torch.Tensor  # (B, T) log p of each response token when drawn, nats; 0 elsewhere
     truncated: torch.Tensor  # (B,) bool, no end within max_new_tokens
 
     @property
@@ -65,13 +65,15 @@ def rollout(
 ):
     """Sample n responses to each prompt from softmax(logits[:vocab_size] / temperature).
 
-    -> Rollout. prompts: lists of token ids. Temperature 0 takes the likeliest token. top_p < 1
-    draws from the smallest set of tokens with that mass; log_p is that of the whole softmax
-    nevertheless. Any of eos_ids ends a response and belongs to it; with merge they count as one
-    token, see merge_ends. pad_id fills the rectangle and may equal an end. seeds: one int per
-    prompt, random by default. Each token is drawn with a uniform number of its own, which follows
-    from the seed of its prompt. So a response is the same whatever is written beside it, but for
-    rounding. ValueError if nothing can be written.
+    -> Rollout. model: in eval mode. prompts: lists of token ids. max_new_tokens: the longest
+    response, its end included. Any of eos_ids ends a response and belongs to it; with merge they
+    count as one token, see merge_ends. Temperature 0 takes the likeliest token. top_p < 1 draws
+    from the smallest set of tokens with that mass; log_p stays that of the whole softmax. pad_id
+    fills the empty places and may be one of eos_ids.
+
+    seeds: one int per prompt, random by default. Each token is drawn with a uniform number of its
+    own, which follows from the seed of its prompt. So a response is the same whatever is written
+    beside it, but for rounding. ValueError if an argument cannot work, see check.
     """
     check(model, prompts, max_new_tokens, eos_ids)
     device = model.get_input_embeddings().weight.device
@@ -132,7 +134,11 @@ def rollout(
 
 
 def as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended):
-    """Prompts (B, P) and what was written after them, (B, T) of which `lengths` (B,) count."""
+    """Prompts (B, P) and the tokens written after them, (B, max_new_tokens) -> Rollout.
+
+    lengths (B,): how many of these tokens count. ended (B,) bool: whether the last of them is an
+    end. log_p as the tokens. The columns behind the longest response are cut off.
+    """
     T = int(lengths.max())
     written = torch.arange(T, device=tokens.device) < lengths.unsqueeze(1)  # (B, T)
     return Rollout(
@@ -145,7 +151,10 @@ def as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended):
 
 
 def from_texts(prompts, responses, pad_id=0, device=None):
-    """Given responses as if they had been written: two lists of token ids -> Rollout, log_p 0."""
+    """Given responses as if a model had written them, one to each prompt: -> Rollout.
+
+    prompts, responses: lists of token ids. log_p is 0, and no response is truncated.
+    """
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (B, P), (B, P)
     T = max(len(response) for response in responses)
     filled = [list(response) + [pad_id] * (T - len(response)) for response in responses]
@@ -157,7 +166,7 @@ def from_texts(prompts, responses, pad_id=0, device=None):
 
 
 def check(model, prompts, max_new_tokens, eos_ids):
-    """ValueError if nothing can be written, or not what the loss would score."""
+    """ValueError if `rollout` cannot write, or would write something else than the loss scores."""
     if model.training:
         raise ValueError(
             "call model.eval() before rollout: with dropout, what is drawn is not what is scored"
@@ -169,13 +178,14 @@ def check(model, prompts, max_new_tokens, eos_ids):
     if isinstance(eos_ids, int):
         raise ValueError(f"eos_ids must be a list of token ids: [{eos_ids}], not {eos_ids}")
     if len(set(eos_ids)) < len(eos_ids):
-        raise ValueError(f"eos_ids={eos_ids} names a token twice")  # merged, it would count double
+        # merged, it would count double
+        raise ValueError(f"eos_ids={eos_ids} names a token twice: name each once")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
 
 
 def has_keys(cache):
-    """Does a cache hold keys? Mamba keeps states alone: there is no earlier token to attend to."""
+    """Does a cache hold keys? Mamba's holds states alone, with no earlier token to attend to."""
     return any(hasattr(layer, "keys") for layer in cache.layers)
 
 
@@ -183,7 +193,10 @@ def has_keys(cache):
 
 
 def log_softmax(logits, temperature=1.0):
-    """log softmax(logits / temperature) in float32: (..., V) -> (..., V). Temperature 0 is as 1."""
+    """log softmax(logits / temperature) in float32: (..., V) -> (..., V), nats.
+
+    Temperature 0, which takes the likeliest token, is scored as 1.
+    """
     logits = logits.float()
     if temperature in (0, 1):
         return logits.log_softmax(-1)
@@ -191,17 +204,18 @@ def log_softmax(logits, temperature=1.0):
 
 
 def merge_ends(log_p, ends):
-    """All end tokens as one: the first of `ends` gets the probability of them all, the others none.
+    """All end tokens as one: the first of `ends` gets the probability of them all, the others 0.
 
-    log-probabilities (..., V), token ids (e,), each once -> (..., V), still a distribution.
+    log-probabilities (..., V), token ids (e,), each once -> (..., V), still a distribution. With
+    fewer than two ends nothing changes.
 
     Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base
     <|endoftext|>, Qwen3-4B <|im_end|>: a pair of the paper's 3.1 and 5.1). Compared token by
     token, each model rules out the other's end. On our toy the student then learns never to end.
-    Differs from the paper, which compares tokens; its runs with such a pair improve nevertheless.
-    arXiv 2609.20511 has the same idea, under the name of equivalent stopping actions. It reports
-    that responses stop growing if such ends are one action, and not if a response may merely end
-    with either. Our toy is independent support. With one end nothing changes.
+    Differs from the paper, which compares token by token; its runs with such a pair still improve.
+    arXiv 2609.20511 has the same idea and speaks of equivalent stopping actions. It reports that
+    responses stop growing if such ends are one action, but not if a response may merely end with
+    either.
     """
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     if len(ends) < 2:
@@ -212,10 +226,10 @@ def merge_ends(log_p, ends):
 
 
 def draw(log_p, u, top_p=1.0):
-    """The first token at which the cumulated probability exceeds the share u of the whole.
+    """Draw a token for each row: the first at which the cumulated probability exceeds u.
 
-    log-probabilities (b, V), uniform numbers (b,) in [0, 1) -> token ids (b,). top_p < 1: only the
-    smallest set of likeliest tokens that has that mass counts.
+    log-probabilities (b, V), uniform numbers u (b,) in [0, 1) -> token ids (b,). u is a share of
+    the whole mass. top_p < 1: only the smallest set of likeliest tokens with that mass counts.
     """
     p = log_p.exp()  # (b, V)
     if top_p < 1:
@@ -229,9 +243,9 @@ def draw(log_p, u, top_p=1.0):
 
 
 def likeliest(p, top_p):
-    """The smallest set of tokens with mass >= top_p: (b, V) -> (b, m), (b, m).
+    """The smallest set of tokens with mass >= top_p: p (b, V) -> (b, m), (b, m).
 
-    Their probabilities, 0 for what is not in the set, and their ids.
+    The first are their probabilities, 0 for a token outside the set; the second are their ids.
     """
     top, order = p.topk(min(1024, p.size(-1)))  # a few tokens hold that mass: no need to sort all V
     if (top.double().sum(-1) < top_p).any():
@@ -252,7 +266,10 @@ def left_pad(prompts, pad_id, device=None):
 
 
 def position_ids(attention_mask):
-    """0, 1, 2, ... from the first real token of each row, 0 in the padding: (B, L) -> (B, L)."""
+    """0, 1, 2, ... from the first real token of each row on: mask (B, L) -> (B, L).
+
+    Padding on the left gets 0, padding on the right repeats the last position.
+    """
     return (attention_mask.long().cumsum(-1) - 1).clamp_min(0)
 
 
@@ -260,13 +277,19 @@ def position_ids(attention_mask):
 
 
 def seed_of(*what):
-    """seed_of(0, "rollout", 7) -> the seed of step 7's rollout in the run with seed 0: int."""
+    """A seed for torch, from plain values alone: int below 2**56.
+
+    seed_of(0, "rollout", 7, 2): for prompt 2 of the rollout of step 7, in the run with seed 0.
+    """
     digest = hashlib.sha256(repr(what).encode()).digest()
     return int.from_bytes(digest[:7], "big")  # torch takes seeds of up to 63 bits
 
 
 def uniform(seeds, prompts, n, max_new_tokens):
-    """A uniform number in [0, 1) for each token, on the CPU: one int per prompt -> (B, T)."""
+    """A uniform number in [0, 1) for each token: one seed per prompt -> (B, max_new_tokens).
+
+    float64, on the CPU. seeds None: random ones. ValueError if there is not one per prompt.
+    """
     if seeds is None:
         seeds = torch.randint(2**62, (prompts,), device="cpu").tolist()
     if isinstance(seeds, int) or len(seeds) != prompts:
@@ -275,15 +298,15 @@ def uniform(seeds, prompts, n, max_new_tokens):
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
         u = torch.rand(max_new_tokens, n, dtype=torch.float64, generator=generator, device="cpu")
-        numbers.append(u.T)  # drawn token by token: a longer limit changes none of the earlier ones
+        numbers.append(u.T)  # token by token: a longer limit leaves the earlier numbers as they are
     return torch.cat(numbers)
 
 
 def batch(count, step, size, seed):
-    """Which of `count` examples a step takes: slice `step` of one endless list of shuffles.
+    """Which of `count` examples a step takes: slice `step`, from 0, of one endless shuffled list.
 
-    Every epoch is a new shuffle of all examples. -> list of int; it follows from (seed, step)
-    alone.
+    -> `size` ints in 0..count-1. Every epoch is a new shuffle of all examples. The result follows
+    from (seed, step) alone.
     """
     taken = []
     for place in range(step * size, (step + 1) * size):
