@@ -12,7 +12,7 @@ Q = TopK(q, k), I = P & Q:
                                         p(v) |log q(v) - log p(v)|
 
 The first half takes log-probabilities (N, V) at N states and returns one number a state, (N,). The
-paper's E_t is their mean over all response tokens. The second half measures a pair before training.
+paper's E_t is their mean over all response tokens. The last part measures a pair before training.
 
     python analysis.py --student S --teacher T --prompts F   before: will this pair work?
     python analysis.py ... --tokens out.html                 and every token tinted by its reward
@@ -40,7 +40,7 @@ LOG_ZERO = -1e4  # nats; stands for log 0, so that 0 log 0 is 0 and p log(p/0) i
 def shared_tokens(log_p, log_q, k):
     """P = TopK(p, k), and which of it is in TopK(q, k): (N, V), (N, V) -> ids (N, k), bool (N, k).
 
-    The second marks the set I within P. ValueError for a k outside 1..V.
+    The second marks the set I of Eq. 6 to 10 within P. ValueError for a k outside 1..V.
     """
     if not 1 <= k <= log_p.size(-1):
         raise ValueError(f"k={k} is outside 1..{log_p.size(-1)}, the size of the vocabulary")
@@ -53,17 +53,17 @@ def shared_tokens(log_p, log_q, k):
 def overlap_ratio(in_I):
     """Eq. 6, the share of the student's k likeliest tokens that are among the teacher's.
 
-    in_I (N, k) bool, of shared_tokens -> (N,) in 0..1.
+    in_I (N, k) bool, from shared_tokens -> (N,) in 0..1.
     """
     return in_I.float().mean(-1)
 
 
 def overlap_token_advantage(log_p, log_q, P, in_I):
-    """Eq. 7: (N, V), (N, V), and P, I of shared_tokens -> (N,), nats, NaN if I is empty.
+    """Eq. 7: (N, V), (N, V), and P, in_I (N, k) of shared_tokens -> (N,), nats, NaN if I is empty.
 
-    Never positive, since it is exactly -KL(p' || q') / |I|. Read it with the overlap mass: it says
-    nothing of what lies outside I. The paper does not discuss an empty I; we leave such a state out
-    of the mean (torch.nanmean) and count it.
+    It is exactly -KL(p' || q') / |I|, so never positive. Read it with the overlap mass: it says
+    nothing about what lies outside I. The paper does not discuss an empty I. We leave such a state
+    out of the mean (torch.nanmean) and count it.
     """
     log_p = renormalised(log_p, P, in_I)  # (N, k)
     log_q = renormalised(log_q, P, in_I)  # (N, k)
@@ -78,15 +78,15 @@ def renormalised(log_p, P, in_I):
 
 
 def overlap_mass(log_p, P, in_I):
-    """Eq. 9 (or, of log q, Eq. 10): the probability on the shared tokens: (N, V) -> (N,)."""
+    """Eq. 9 (Eq. 10 if given log q), the probability of I: (N, V), (N, k), (N, k) -> (N,), 0..1."""
     return (log_p.gather(-1, P).exp() * in_I).sum(-1)
 
 
 def largest_gap(log_p, log_q, P):
-    """4.1, |p - q| at the token of P that asks most of the student: (N, V), (N, V) -> (N,) in 0..1.
+    """Paper 4.1, |p - q| at one token of P (N, k): (N, V), (N, V) -> (N,) in 0..1.
 
-    That is the v with the largest p(v) |log q(v) - log p(v)|. The paper plots p - q; signs would
-    cancel in a mean.
+    It is the token v that asks most of the student: with the largest p(v) |log q(v) - log p(v)|.
+    Differs from the paper, which plots p - q: signs would cancel in a mean.
     """
     log_p = log_p.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
     log_q = log_q.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
@@ -109,7 +109,7 @@ def entropy_gap(H_p, H_q):
 def reverse_kl(log_p, log_q):
     """KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,), nats.
 
-    The value of loss.full_vocab in less memory.
+    The value of loss.full_vocab, in less memory.
     """
     log_ratio = log_p.clamp_min(LOG_ZERO).sub_(log_q.clamp_min(LOG_ZERO))
     return log_ratio.mul_(log_p.exp()).sum(-1)
@@ -117,12 +117,15 @@ def reverse_kl(log_p, log_q):
 
 @torch.no_grad()
 def diagnose(log_p, log_q, y, k, ends=()):
-    """All of the above at each state: (N, V), (N, V), drawn tokens (N,) -> {name: (N,)}.
+    """All of the above at each state: (N, V), (N, V), drawn tokens y (N,) -> {name: (N,)}.
 
-    reward: log q(y) - log p(y) at the drawn token (its mean over a response is the paper's sequence
-    mean reward); distance_left: its absolute value (arXiv 2609.04172); log_p: log p(y), to hold
-    against what the rollout recorded; end_mass_*: the probability that the response ends here,
-    of the tokens `ends`.
+        reward         log q(y) - log p(y), nats; its mean over a response is the paper's sequence
+                       mean reward (6.2)
+        distance_left  |log q(y) - log p(y)|, nats (arXiv 2609.04172)
+        log_p          log p(y), nats, to compare with what the rollout recorded
+        end_mass_*     the probability that the response ends here, with any token of `ends`
+
+    ValueError for a k outside 1..V.
     """
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     P, in_I = shared_tokens(log_p, log_q, k)
@@ -149,11 +152,10 @@ def diagnose(log_p, log_q, y, k, ends=()):
 
 
 def auroc(scores, labels):
-    """The chance that a true one scores above a false one, ties counting half: (B,), (B,) bool ->
-    float.
+    """The chance that a true one scores above a false one: (B,), (B,) bool -> float.
 
-    None if all labels are alike. Paper 6.2 scores responses by their mean reward and labels them by
-    their answers.
+    A tie counts half. None if all labels are alike. Paper 6.2 scores responses by their mean
+    reward, and labels them by whether their answer is right.
     """
     positive = scores[labels]
     negative = scores[~labels].sort().values
@@ -170,7 +172,7 @@ def auroc(scores, labels):
 SHARE = (0.0, 1.0)  # within which accuracies lie
 GAIN = (-1.0, 1.0)  # within which their differences lie
 BUCKETS = 16  # of output positions
-LEAST_TOKENS = 0.02  # of all tokens, if a bucket is to count as the worst
+LEAST_TOKENS = 0.02  # share of all tokens that a bucket must hold to count as the worst
 SHARED = ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher")
 BY_POSITION = ("entropy_student", "entropy_teacher", "reward", *SHARED)
 
@@ -178,9 +180,9 @@ BY_POSITION = ("entropy_student", "entropy_teacher", "reward", *SHARED)
 def estimate(x, extremes=()):
     """Mean over prompts, and its standard error: (prompts,) -> {"mean", "standard_error"}.
 
-    NaN is left out; None where there is nothing to say. extremes: SHARE or GAIN. A few prompts
-    that agree prove nothing, so the error is at least that as if one more prompt of each extreme
-    had been seen.
+    NaN is left out. The mean of no value is None, and so is the error of fewer than two.
+    extremes: SHARE or GAIN. A few prompts that agree prove nothing. So the error is at least what
+    it would be with one more prompt at each extreme.
     """
     x = x[~x.isnan()].double()
     mean = x.mean().item() if len(x) else None
@@ -193,12 +195,12 @@ def estimate(x, extremes=()):
 
 
 def standard_error(x):
-    """Of the mean of x (n,): float."""
+    """The standard error of the mean of x (n,): float."""
     return (x.std() / len(x) ** 0.5).item()
 
 
 def sure(x):
-    """Is an estimate further from 0 than two standard errors? 1 above, -1 below, else 0."""
+    """Is an estimate more than two standard errors away from 0? 1 if above, -1 if below, else 0."""
     error = x["standard_error"]
     if error is None or abs(x["mean"]) <= 2 * error:
         return 0
@@ -206,13 +208,16 @@ def sure(x):
 
 
 def surely_below(x, bound):
-    """Is an estimate below a bound by more than two standard errors? -> bool."""
+    """Is an estimate more than two standard errors below a bound? -> bool."""
     error = x["standard_error"]
     return error is not None and x["mean"] + 2 * error < bound
 
 
 def plus_minus(x, form=".3f"):
-    """An estimate to read: {"mean": .5, "standard_error": .0123} -> "0.500 +- 0.012"."""
+    """An estimate as text: {"mean": .5, "standard_error": .0123} -> "0.500 +- 0.012".
+
+    form: the format of the mean. A standard error that is None is shown as "?".
+    """
     error = "?"
     if x["standard_error"] is not None:
         digits = form.split(".")[1]  # without sign and width
@@ -221,9 +226,10 @@ def plus_minus(x, form=".3f"):
 
 
 def ahead(a, b):
-    """How far accuracy a is ahead of b, prompt by prompt: {"mean", "standard_error"}.
+    """How far accuracy a is ahead of b, compared prompt by prompt: -> an estimate.
 
-    Both are results of plumbing.measure.accuracy on the same prompts; of several files the mean.
+    Both are results of plumbing.measure.accuracy on the same prompts. With several files, the
+    result is the mean over the files.
     """
     if "files" in a:
         return mean_of([ahead(x, y) for x, y in zip(a["files"], b["files"], strict=True)])
@@ -233,7 +239,7 @@ def ahead(a, b):
 
 
 def mean_of(estimates):
-    """The mean of independent estimates, each as heavy: -> an estimate."""
+    """The mean of independent estimates, all with the same weight: -> an estimate."""
     means = [x["mean"] for x in estimates]
     errors = [x["standard_error"] for x in estimates]
     error = None if None in errors else math.hypot(*errors) / len(errors)
@@ -241,9 +247,10 @@ def mean_of(estimates):
 
 
 def gap_recovery(before, after, teacher):
-    """(after - before) / (teacher - before) of three accuracies: float.
+    """(after - before) / (teacher - before) of three accuracies, as in the paper: float.
 
-    None if teacher and student lie within two standard errors: the ratio then says nothing.
+    Each is a result of plumbing.measure.accuracy on the same prompts. None if teacher - before is
+    within two standard errors of 0: the ratio then says nothing.
     """
     gap = ahead(teacher, before)
     if not sure(gap):
@@ -254,7 +261,8 @@ def gap_recovery(before, after, teacher):
 def sums_by_position(values, place, width):
     """Sums over buckets of `width` output positions; the last bucket takes all that lies beyond.
 
-    {name: (N,)}, the place of each token in its response (N,) -> {name: (BUCKETS,)}, "tokens" too.
+    values {name: (N,)}, place (N,) of each token in its response, from 0 -> {name: (BUCKETS,)} for
+    the names in BY_POSITION and for "tokens", the count.
     """
     bucket = (place // width).clamp_max(BUCKETS - 1)  # (N,)
     empty = torch.zeros(BUCKETS, dtype=torch.float64, device=place.device)
@@ -265,7 +273,11 @@ def sums_by_position(values, place, width):
 
 
 def means_by_position(sums, width):
-    """Sums (see sums_by_position) -> {"width", "tokens": [...], name: [...]} (Fig. 13)."""
+    """Means over buckets of output positions (Fig. 13), from the sums of sums_by_position.
+
+    -> {"width", "tokens": [...], name: [...]}, a list item for each bucket that holds tokens. A
+    mean that is not finite is None.
+    """
     used = int((sums["tokens"] > 0).sum())
     tokens = sums["tokens"][:used]
     means = {"width": width, "tokens": tokens.int().tolist()}
@@ -276,10 +288,10 @@ def means_by_position(sums, width):
 
 
 def worst_bucket(by_position):
-    """The least mean of each of SHARED over the buckets of output positions: {name: float}.
+    """The least mean over the buckets of output positions, of each name in SHARED: {name: float}.
 
     by_position: from means_by_position. A bucket counts if it holds LEAST_TOKENS of all tokens: the
-    mean of a few tokens is low by chance.
+    mean of a few tokens may be low by chance.
     """
     tokens = by_position["tokens"]
     enough = [i for i, count in enumerate(tokens) if count >= LEAST_TOKENS * sum(tokens)]
@@ -305,8 +317,8 @@ def continuation(pair, rows, responses, depth, *, answered, n, **how):
 
     rows: prompts with "ids" and "answer"; responses: token ids, one list a row; depth: a share of
     each response if it is a float, a count of tokens if it is an int. 0.0 is plain accuracy.
-    answered: plumbing.answers.answered, or what does the same.
-    -> {"student", "teacher"}: shares of right answers (rows,), and "tokens": the mean cut.
+    answered: plumbing.answers.answered, or what does the same; how: its other arguments.
+    -> {"student", "teacher"}: shares of right answers (rows,), and "tokens": kept, on average.
     """
     cuts = []
     for response in responses:
@@ -338,15 +350,16 @@ def diagnose_pair(
     depths=DEPTHS,
     seed=0,
 ):
-    """Sample the student and measure what the paper says decides: -> the report, a plain dict.
+    """Sample the student and measure what decides, according to the paper: -> a report, plain dict.
 
     rows: {"prompt", "answer" or None, "ids"}; answered: see continuation; n: responses a prompt;
-    finishes: endings at each depth. Each metric is a mean over tokens within a prompt, then over
-    prompts, with the standard error of the latter. Without answers what needs them is left out.
+    max_new_tokens: of a response, at most; depths: see continuation; finishes: endings at each of
+    them. Each metric is a mean over the tokens of a prompt, then over prompts, with the standard
+    error of the latter. What needs answers is left out if there are none.
 
     "first_tokens" and "worst_bucket" have the overlap at the first tokens of the responses and at
     the worst output positions. "greedy" has both models' accuracy at temperature 0, one answer to
-    each prompt, and the teacher's lead.
+    each prompt, and the teacher's lead. plumbing/README.md explains all keys.
     """
     with pair.autocast():
         r = rollout(
@@ -425,8 +438,7 @@ def over_prompts(x, prompts):
 
 
 def grid_by_position(grid, mask, max_new_tokens):
-    """{name: (B, T)}, (B, T) bool -> means over buckets of output positions, see
-    means_by_position."""
+    """{name: (B, T)}, mask (B, T) bool -> what means_by_position returns."""
     width = math.ceil(max_new_tokens / BUCKETS)
     place = torch.arange(mask.size(1), device=mask.device).expand_as(mask)  # (B, T)
     values = {name: grid[name][mask] for name in BY_POSITION}
@@ -434,7 +446,7 @@ def grid_by_position(grid, mask, max_new_tokens):
 
 
 def judged(pair, rows, responses, answered):
-    """Are finished responses right? n lists of token ids a row -> (rows, n) bool."""
+    """Are finished responses right? n lists of token ids for each row -> (rows, n) bool."""
     columns = []
     for j in range(len(responses[0])):
         starts = [of_row[j] for of_row in responses]
@@ -444,7 +456,7 @@ def judged(pair, rows, responses, answered):
 
 
 def greedy(pair, rows, answered, max_new_tokens):
-    """Who is right if the likeliest token is taken each time: {"student", "teacher", "gain"}."""
+    """The accuracy of both with the likeliest token each time: {"student", "teacher", "gain"}."""
     nothing_written = [[] for _ in rows]
     found = continuation(
         pair,
@@ -460,7 +472,7 @@ def greedy(pair, rows, answered, max_new_tokens):
 
 
 def compared(found):
-    """What `continuation` found, as estimates: {"student", "teacher", "gain"}."""
+    """What `continuation` found, as estimates: {"student", "teacher", "gain": the difference}."""
     return {
         "student": estimate(found["student"], SHARE),
         "teacher": estimate(found["teacher"], SHARE),
@@ -469,11 +481,11 @@ def compared(found):
 
 
 def gains(pair, rows, responses, depths, **how):
-    """The teacher's gain at several depths: -> one dict a depth, and the mean gain over depths.
+    """The teacher's gain at several depths (6.1): -> one dict a depth, and the mean over depths.
 
-    If a depth is a count of tokens, only responses that go on after the deepest one are taken, as
-    in the paper; if there are none: [], None. If nobody has solved a prompt at the first depth,
-    deeper ones are not tried.
+    If a depth is a count of tokens, only responses that go on after the deepest one count, as in
+    the paper. If there are none, the result is [], None. If neither model solves a prompt at the
+    first depth, deeper ones are not tried.
     """
     deepest = max((depth for depth in depths if isinstance(depth, int)), default=-1)
     deep = [i for i, response in enumerate(responses) if len(response) > deepest]
@@ -496,15 +508,17 @@ def gains(pair, rows, responses, depths, **how):
 
 
 def verdict(report):
-    """One of VERDICTS, and why: a list of reasons in words.
+    """The verdict on a pair: the report of diagnose_pair -> one of VERDICTS, and a list of reasons.
 
-    Differs from the paper: it gives no rule. These rules are ours and provisional. Later ones will
-    be fixed on some seeds and judged on others. "Surely" means by more than two standard errors.
-    The first that holds:
+    Differs from the paper, which gives no rule. These rules are ours and provisional. "Surely"
+    means by more than two standard errors. The first that holds:
 
-        harmful       the teacher is surely behind, alone or greedily
+        nothing new   the two agree at every state: reverse KL below 1e-6 nats
+        harmful       the teacher is surely behind, greedily or sampled from the start
         incompatible  the shared tokens surely hold less than SHARED_MASS of the probability; or
-                      the teacher is surely ahead alone, and surely behind at the student's states
+                      the teacher is surely ahead from the start, and surely behind at the
+                      student's states
+        undecided     no answers, no response as long as --depths asks, or no prompt solved
         harmful       it is surely behind at the student's states
         nothing new   its greedy lead is surely below LEAD
         should work   it is surely ahead, greedily and at the student's states
@@ -515,7 +529,9 @@ def verdict(report):
     metrics = report["metrics"]
     masses = (metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
     unlike = surely_below(min(masses, key=lambda x: x["mean"]), SHARED_MASS)
-    part_ways = "the two part ways at the student's states (3.1); a cold start moves those (5.1)"
+    part_ways = (
+        "the two part ways at the student's states (3.1); a cold start moves the student (5.1)"
+    )
     becomes = "the student becomes what the teacher is, mistakes included (3.3)"
     reasons = []
     if metrics["reverse_kl"]["mean"] < 1e-6:
@@ -523,7 +539,9 @@ def verdict(report):
     if report["truncated_fraction"] > 0.5:
         reasons.append("most responses were cut off: take a higher --max-new-tokens")
     if unlike:
-        reasons.append(f"the tokens that both find likely hold less than {SHARED_MASS} in sum")
+        reasons.append(
+            f"the tokens that both find likely hold less than {SHARED_MASS} of the probability"
+        )
     if "greedy" not in report:
         reasons.append(part_ways if unlike else "without answers no lead can be measured")
         return INCOMPATIBLE if unlike else UNDECIDED, reasons
@@ -541,7 +559,7 @@ def verdict(report):
     gain = report["predicted_gain"]
     if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
         reasons.append(
-            'neither solved one of these prompts: an answer stands after "Answer:" or in \\boxed{} '
+            'neither solved one of these prompts; answers are read after "Answer:" or in \\boxed{} '
             "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"
         )
         return INCOMPATIBLE if unlike else UNDECIDED, reasons
@@ -575,6 +593,7 @@ def verdict(report):
 
 
 def main(argv=None):
+    """The command: diagnose a pair, or show runs."""
     from plumbing import answers, exits, figures, files, flags, models, page, prompts, show, slots
 
     with exits.one_line("analysis.py"):

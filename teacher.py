@@ -1,15 +1,17 @@
 """teacher.py: the teacher grades every token that the student wrote (paper 2.2).
 
     log_probs       log p(v | s_t) of a model at the states s_t before each response token, plainly
-    make_pair       do the two models speak of the same tokens at all? -> Pair
+    make_pair       two models with the same tokens -> Pair; others are refused
     read_by_teacher the same responses behind prompts of the teacher's own, if it has some
     micro_batches   a rollout in parts that fit into memory
     states          the hidden states before each response token, for one part
     values_of       a loss and diagnostics at every token of a part: differentiable
     grade           diagnostics at every token of a rollout: measured only
 
-The teacher reads the student's very token ids; nothing is decoded and encoded again. Its prompt
-alone may be another one: a copy of the student that may read a hint, a template of its own.
+The teacher reads exactly the token ids that the student wrote; nothing is decoded and encoded
+again. Only its prompt may be another one: it may have a hint in it (for a copy of the student), or
+a template of the teacher's own.
+
 To copy: with loss.py and rollout.py.
 """
 
@@ -38,8 +40,9 @@ def log_probs(
     """log softmax(logits / T) at the states that predict the response tokens, packed row by row.
 
     ids (B, L), attention_mask (B, L) bool, is_response (B, L) bool -> (N, V), nats, differentiable.
-    A model's opinion of a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response). If
-    several end tokens count as one, name them: ends=pair.eos_ids.
+    For a rollout r: log_probs(model, r.ids, r.attention_mask, r.is_response). vocab_size: the
+    logits are cut to so many tokens; None: to none. ends: end tokens that count as one, such as
+    pair.eos_ids.
     """
     logits = model(
         input_ids=ids,
@@ -57,10 +60,10 @@ def log_probs(
 
 @dataclass
 class Pair:
-    """Student and teacher over the tokens that they share; the teacher is frozen.
+    """Student and teacher over the tokens that they share.
 
-    make_pair checks that they fit. Models without tokenizers: Pair(student, teacher, None, V,
-    ends).
+    make_pair makes one, checks that the two fit, and freezes the teacher. Without tokenizers:
+    Pair(student, teacher, None, V, ends).
     """
 
     student: torch.nn.Module
@@ -77,16 +80,17 @@ class Pair:
 
     @property
     def device(self):
+        """The torch.device of the student."""
         return self.student.get_input_embeddings().weight.device
 
     @property
     def chunk(self):
-        """Positions whose logits exist at a time, see loss.in_chunks."""
+        """How many positions' logits exist at a time, see loss.in_chunks: int."""
         return max(128, LOGITS_OF_A_CHUNK.get(self.device.type, 2**28) // self.vocab_size)
 
     @property
     def sampling(self):
-        """What `rollout` has to know of the two models: dict of its arguments."""
+        """The arguments of `rollout` that follow from the two models: dict."""
         return {
             "eos_ids": self.eos_ids,
             "merge": self.merge_ends,
@@ -102,9 +106,10 @@ class Pair:
 
 
 def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings):
-    """Two models in eval mode and their tokenizers -> Pair; UserError if they do not fit.
+    """Two models in eval mode and their tokenizers -> Pair.
 
-    settings: fields of Pair. Freezes the teacher.
+    settings: fields of Pair. Freezes the teacher, and notes at each model whether its head is
+    linear (linear_head). UserError if the two do not fit, see check_pair.
     """
     vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
     for model in (student, teacher):
@@ -112,7 +117,7 @@ def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings
         if not model.linear_head:
             warnings.warn(
                 f"{type(model).__name__} does more than a linear output head: its own logits are "
-                "used, at more memory",
+                "used, which takes more memory",
                 stacklevel=2,
             )
     ends = eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer)
@@ -130,7 +135,7 @@ def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings
 
 
 def eos_ids(model, tokenizer):
-    """Every token that ends a response, by generation config, config and tokenizer: set of int."""
+    """The end tokens that generation config, config and tokenizer name: set of token ids."""
     config = model.config.get_text_config()  # of the text part, if a model has more
     found = set()
     for ids in (
@@ -146,13 +151,15 @@ def eos_ids(model, tokenizer):
 
 
 def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
-    """The number of token ids that both models share and may sample and score: int.
+    """How many token ids the two models share, and may sample and score: int.
 
     Models of one family pad their vocabularies to different sizes (Qwen2.5: 151,936 rows up to 3B,
-    152,064 from 7B on; real tokens stop near 151,665). Cut to the real tokens *before* the softmax,
-    the padding gets no probability. UserError if the two have other token ids, no output row for a
-    token that ends a response, or no such token. Warns of what may surprise: other tokens without
-    a row (Gemma 3's <image_soft_token>: cut), other end tokens.
+    152,064 from 7B on; real tokens stop near 151,665). Logits are cut to the real tokens *before*
+    the softmax, so the padding gets no probability.
+
+    UserError if the token ids of the two differ, if neither has an end token, if an end token has
+    no output row, or if more than 1 % of the tokens have none. Warns of other tokens without a row
+    (Gemma 3's <image_soft_token>), which are cut, and of end tokens that differ.
     """
     check_tokens(student_tokenizer, teacher_tokenizer)
     tokens = student_tokenizer.get_vocab()  # token -> id
@@ -166,13 +173,13 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
     ends = student_ends | teacher_ends
     if not ends:
         raise UserError(
-            "neither student nor teacher has a token that ends a response, so that none would "
+            "neither student nor teacher has a token that ends a response, so no response would "
             "end; set eos_token_id in the generation_config.json of one of them"
         )
     if max(ends) >= size:
         raise UserError(
-            f"token {max(ends)} ends a response, and student and teacher have output rows for "
-            f"{size} tokens; mend eos_token_id in generation_config.json or config.json"
+            f"token {max(ends)} ends a response, but student and teacher have output rows for "
+            f"{size} tokens; correct eos_token_id in generation_config.json or config.json"
         )
     cut = [token for token, i in tokens.items() if i >= size]
     if len(cut) > size // 100:
@@ -197,7 +204,7 @@ def check_pair(student, teacher, student_tokenizer, teacher_tokenizer):
 
 
 def check_tokens(student_tokenizer, teacher_tokenizer):
-    """UserError if the two map a token to different ids, with the first tokens that differ."""
+    """UserError if two tokenizers give a token different ids; it names the first such tokens."""
     mine = student_tokenizer.get_vocab()  # token -> id
     theirs = teacher_tokenizer.get_vocab()
     differ = [t for t in mine.keys() | theirs.keys() if mine.get(t) != theirs.get(t)]
@@ -217,16 +224,17 @@ def check_tokens(student_tokenizer, teacher_tokenizer):
 
 
 def teacher_ids(row):
-    """The prompt that the teacher reads, {"ids", and "teacher_ids" if it is another}: token ids."""
+    """The token ids of the prompt that the teacher reads: a row's "teacher_ids", or its "ids"."""
     return row.get("teacher_ids", row["ids"])
 
 
 def read_by_teacher(r, rows, pad_id=0):
     """The same responses behind the prompts that the teacher reads: -> Rollout.
 
-    rows: the prompts of r, see teacher_ids. It is r itself if the teacher has none of its own.
-    Differs from the paper, whose teacher reads what the student reads. Its outlook names such a
-    teacher: a copy of the student that knows more because of what it may read.
+    rows: the prompts of r, {"ids"} and, if the teacher reads another prompt, "teacher_ids". If no
+    row has these, the result is r itself. Differs from the paper, whose teacher reads what the
+    student reads. Its outlook names such a teacher: a copy of the student that knows more because
+    of what it may read.
     """
     if not any("teacher_ids" in row for row in rows):
         return r
@@ -262,16 +270,17 @@ class MicroBatch(Text):
     for_teacher: Text  # the same responses as the teacher reads them, (b, L')
     rows: list  # b ints: which rows of the rollout
     y: torch.Tensor  # (N,) the response tokens, row by row
-    log_p: torch.Tensor  # (N,) their log-probabilities when they were drawn
+    log_p: torch.Tensor  # (N,) their log-probabilities when they were drawn, nats
     place: torch.Tensor  # (N,) which token of its response each is: 0, 1, ...
 
 
 def micro_batches(r, budget, teacher_reads=None):
-    """A rollout cut into parts of at most `budget` padded tokens, or one row: list of MicroBatch.
+    """Cut a rollout into parts of at most `budget` padded tokens: -> list of MicroBatch.
 
-    Rows of like length are together, the longest first, so that memory peaks early. Columns that
-    are padding in every row of a part are left out. teacher_reads: from read_by_teacher; None: the
-    teacher reads what the student reads. Neither model reads more than the budget at a time.
+    The budget holds for what each of the two models reads. A row that exceeds it is a part of its
+    own. Rows of similar length are together, the longest first, so that memory peaks early.
+    Columns that are padding in every row of a part are left out. teacher_reads: the Rollout from
+    read_by_teacher; None: the teacher reads what the student reads.
     """
     columns = [used_columns(r)]
     if teacher_reads is not None and teacher_reads is not r:
@@ -294,7 +303,7 @@ def micro_batches(r, budget, teacher_reads=None):
 
 
 def used_columns(r):
-    """The column of the first token of each row, and the one behind its last: two lists of int."""
+    """The column of each row's first token, and the one behind its last: two lists of B ints."""
     mask = r.attention_mask.long()
     start = mask.argmax(1).tolist()
     end = (mask.cumsum(1).argmax(1) + 1).tolist()
@@ -302,7 +311,7 @@ def used_columns(r):
 
 
 def cut(r, rows, teacher_reads):
-    """Some rows of a rollout: -> MicroBatch."""
+    """Some rows of a rollout as a part: row numbers -> MicroBatch."""
     mine = rows_of(r, rows)
     written = r.response_mask[rows]  # (b, T)
     place = torch.arange(written.size(1), device=written.device).expand_as(written)
@@ -329,7 +338,8 @@ def rows_of(r, rows):
 def states(model, text):
     """The hidden states before each response token of a Text, packed row by row: (N, H).
 
-    If a model does more than a linear head, its own logits take their place, and H = V.
+    If a model's head is not linear, its own logits take the place of hidden states, and H is the
+    number of its output rows.
     """
     h = trunk_of(model)(
         input_ids=text.ids,
@@ -341,16 +351,17 @@ def states(model, text):
 
 
 def trunk_of(model):
-    """What makes a model's hidden states, or logits if its head is not linear."""
+    """The part of a model that makes its hidden states; all of it if its head is not linear."""
     if hasattr(model, "trunk"):
         return model.trunk  # of a sharded model, see plumbing/shard.py
     return model.base_model if getattr(model, "linear_head", True) else model
 
 
 def log_softmax_of(pair, model, temperature=1.0):
-    """The way from a model's states to log-probabilities: a function (c, H) -> (c, V).
+    """The way from `states` to log-probabilities: a function (c, H) -> (c, V), nats.
 
-    The temperature is in it, and so is the merging of ends.
+    It applies the head, cuts the logits to pair.vocab_size, divides them by the temperature, and
+    merges the ends if the pair wants it.
     """
     head = model.get_output_embeddings() if getattr(model, "linear_head", True) else None
     merged = pair.eos_ids if pair.merge_ends else []
@@ -366,9 +377,9 @@ def log_softmax_of(pair, model, temperature=1.0):
 
 @torch.no_grad()
 def has_linear_head(model):
-    """Are a model's logits a linear map of its last hidden state? Tried on eight tokens: bool.
+    """Are a model's logits its head's output for the last hidden states? Tried on 8 tokens: bool.
 
-    Not so with soft-capping (Gemma 2) or scaling (Cohere), and Llama 4 has no trunk of its own.
+    They are not with soft-capping (Gemma 2) or scaling (Cohere). Llama 4 has no trunk of its own.
     """
     if model.base_model is model:
         return False
@@ -387,7 +398,7 @@ def values_of(
 ):
     """per_position (see loss.in_chunks) at every response token of a MicroBatch: {name: (N, ...)}.
 
-    Differentiable in the student. Without the teacher log_q is None.
+    Differentiable in the student. with_teacher=False: the teacher does not read, log_q is None.
     """
     with pair.autocast():
         h_p = states(pair.student, part)  # (N, H)
@@ -404,8 +415,8 @@ def values_of(
 def grade(pair, r, per_position, *, teacher_reads=None, temperature=1.0, teacher_temperature=1.0):
     """per_position at every response token of a rollout, measured only: -> {name: (B, T)}.
 
-    NaN where there is no token (0 of integers). What is (N, ...) becomes (B, T, ...).
-    teacher_reads: see micro_batches.
+    A place without a token has NaN (0 if the values are integers). Values (N, ...) become
+    (B, T, ...). per_position: see loss.in_chunks. teacher_reads: see micro_batches.
     """
     grids = {}
     for part in micro_batches(r, pair.micro_batch_tokens, teacher_reads):
