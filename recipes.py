@@ -8,7 +8,7 @@
 `opd.py --cold-start`, `--template` and `--aligned-prompts` call these.
 
 To copy: with loss.py, rollout.py and teacher.py. Not here: a filter by correctness (the paper has
-none), and embeddings to find copies of a prompt (the paper compares texts, then embeddings; we
+none), and embeddings that find similar prompts (the paper compares texts, then embeddings; we
 compare texts alone).
 """
 
@@ -42,9 +42,10 @@ TEMPLATES = {
 
 
 def apply_template(question, template):
-    """A question in a template, by name or as a text with {question} in it: str -> str.
+    """Put a question into a template (5.2): str -> str.
 
-    A question that is in the template already stays as it is. UserError for another template.
+    template: a name of TEMPLATES, or a text with {question} in it; UserError for anything else. A
+    question that is in the template already stays as it is.
     """
     form = TEMPLATES.get(template, template)
     if "{question}" not in form:
@@ -57,8 +58,7 @@ def apply_template(question, template):
 
 
 def is_in_template(question, template):
-    """Does a text begin and end as the template does? False for "none", which adds nothing:
-    bool."""
+    """Does a text begin and end as the template does? Never for "none", which adds nothing: bool."""
     form = TEMPLATES.get(template, template)
     before, _, after = form.partition("{question}")
     adds = bool(before.strip() or after.strip())
@@ -67,12 +67,15 @@ def is_in_template(question, template):
 
 
 def in_template(rows, template):
-    """Every question, of a chat its last message, in a template: [{"prompt", ...}] -> new rows."""
+    """Put the question of every row into a template: [{"prompt", ...}] -> new rows.
+
+    UserError for an unknown template, see apply_template.
+    """
     return [{**row, "prompt": prompt_in_template(row["prompt"], template)} for row in rows]
 
 
 def prompt_in_template(prompt, template):
-    """A text, or the last message of a chat, in a template: -> text or chat."""
+    """Put a text, or the last message of a chat, into a template: -> text or chat."""
     if isinstance(prompt, str):
         return apply_template(prompt, template)
     content = apply_template(prompt[-1]["content"], template)
@@ -80,16 +83,16 @@ def prompt_in_template(prompt, template):
 
 
 def question_key(prompt):
-    """What makes two prompts the same question: their exact text, of a chat all of it: str.
+    """A key that two prompts share if they are the same question: text or chat -> str.
 
-    A text is a chat of one message of the user.
+    They are the same if all of their text is. A text counts as a chat of one message of the user.
     """
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return json.dumps(chat, sort_keys=True)
 
 
 def distinct(rows, known=()):
-    """Each question once, without those whose key is in `known`: list of rows -> list of rows."""
+    """Each question once, and none whose question_key is in `known`: list of rows -> list of rows."""
     seen = set(known)
     kept = []
     for row in rows:
@@ -101,11 +104,11 @@ def distinct(rows, known=()):
 
 
 def mix_prompts(aligned, others, fraction, generator):
-    """The largest mixture of which round(fraction * size) prompts are aligned, shuffled: -> list.
+    """The largest mixture in which round(fraction * size) prompts are aligned, shuffled: -> rows.
 
     aligned, others: lists of rows. A prompt of `others` that is also in `aligned` is left out, and
-    so are repeats. The paper advises a mixture, but runs none and gives no ratio. UserError if
-    fraction is outside 0..1, or if the mixture would lack one of the two.
+    so are repeats. The paper advises a mixture (5.2), but runs none and gives no ratio. UserError
+    if fraction is outside 0..1, or if the mixture would lack one of the two.
     """
     if not 0 <= fraction <= 1:
         raise UserError(f"the aligned fraction {fraction} is outside 0..1")
@@ -119,7 +122,7 @@ def mix_prompts(aligned, others, fraction, generator):
     if size == 0 or lacks_aligned or lacks_others:
         raise UserError(
             f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed at a fraction "
-            f"of {fraction}"
+            f"of {fraction}; give more of them, or another fraction"
         )
     count = round(fraction * size)
     mixed = drawn(aligned, count, generator) + drawn(others, size - count, generator)
@@ -127,7 +130,7 @@ def mix_prompts(aligned, others, fraction, generator):
 
 
 def drawn(rows, count, generator):
-    """`count` of the rows in random order."""
+    """`count` of the rows, drawn without replacement, in random order: -> list."""
     order = torch.randperm(len(rows), generator=generator)[:count]
     return [rows[i] for i in order.tolist()]
 
@@ -136,12 +139,13 @@ def drawn(rows, count, generator):
 
 
 def is_degenerate(ids, *, loops=4, shortest=16, longest_period=32, gram=8, repeated=0.5):
-    """Has a response fallen into repetition? Token ids, or any other items: list -> bool.
+    """Has a response fallen into repetition? A list of token ids, or of other items -> bool.
 
     True if it ends in a loop: a block of at most `longest_period` items that stands there `loops`
-    times or more, over `shortest` items at least. True as well if, of `gram` * 8 items or more,
-    over half of its runs of `gram` items have occurred in it before. The paper drops
-    "degenerately repetitive" responses without a rule; this one is ours.
+    times or more, and at least `shortest` items long in all. Also true if it has at least
+    `gram` * 8 items, and more than the share `repeated` of its runs of `gram` items have occurred
+    in it before. The paper drops "degenerately repetitive" responses (5.1) without a rule; this
+    one is ours.
     """
     for period in range(1, min(longest_period, len(ids) // loops) + 1):
         span = max(period * loops, shortest)
@@ -167,13 +171,16 @@ def teacher_rollouts(
     share=(0, 1),
     rollout=plain_rollout,
 ):
-    """One response of the teacher to each row from row `start` on: yields lists of answers.
+    """One response of the teacher to each row from row `start` on (5.1): yields lists of answers.
 
     rows: {"prompt", "ids"}, and "teacher_ids" if the teacher reads another prompt. An answer is
     {"messages": the chat with the response, "prompt_ids", "response_ids", "why"}; why is "kept",
-    "unfinished" or "degenerate" (also: empty). As in the paper there is no filter by correctness.
-    A list holds the answers to the next `at_once` rows, of which process `share` = (rank,
-    processes) takes every so many-th. What is drawn for a row follows from the seed and its place.
+    "unfinished" or "degenerate" (repetitive or empty). As in the paper there is no filter by
+    correctness.
+
+    A list holds the answers to the next `at_once` rows. share: (rank, processes); each of several
+    processes answers every so many-th of these rows. What is drawn for a row follows from the seed
+    and its place. The defaults of temperature and top_p are the paper's.
     """
     rank, world = share
     first_batch = start - start % at_once  # batches are the same whether or not a run was cut
@@ -205,7 +212,7 @@ def teacher_rollouts(
 
 def answer(pair, row, response, truncated):
     """A response of the teacher as a line of cold_start.jsonl: -> dict, see teacher_rollouts."""
-    body = response if truncated else response[:-1]  # without its end
+    body = response if truncated else response[:-1]  # without the end token
     text = pair.tokenizer.decode(body)
     why = "kept"
     if truncated:
@@ -223,7 +230,10 @@ def answer(pair, row, response, truncated):
 
 
 def descend(optimizer, student):
-    """Clip the gradient and take one step, if it is finite: -> its norm before."""
+    """Clip the gradient's norm to 1 and take a step: -> the norm before clipping.
+
+    If it is not finite, no step is taken.
+    """
     norm = clip_grad_norm_(student.parameters(), max_norm=1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -246,15 +256,17 @@ def cold_start(
     descend=descend,
     micro_batches=plain_micro_batches,
 ):
-    """Fine-tune the student on [(prompt ids, response ids)], response tokens only: yields metrics.
+    """Fine-tune the student on [(prompt ids, response ids)], response tokens only (5.1, C.1).
 
-    The loss is the mean negative log-likelihood over all response tokens of a step. lr rises over
-    the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. Batch and lr of a
-    step follow from (seed, step), so that `start` goes on with the optimizer of a run that was cut.
-    A step whose gradient is not finite is no update: its row has "skipped", the reason.
+    Yields a dict per step: {"step" from 1, "loss": (), nats per token, "grad_norm", "lr",
+    "tokens"}. The loss is the mean negative log-likelihood over all response tokens of the step.
+    lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. If
+    the gradient is not finite, there is no update, and the dict has the reason as "skipped".
 
-    Of several processes, share = (rank, processes), each takes every so many-th example; "loss" is
-    then its part of the mean, to be added up, and descend and micro_batches are those of opd.py.
+    Batch and lr of a step follow from (seed, step). So with the optimizer of a run that was cut,
+    `start` goes on from there. share: (rank, processes); each of several processes takes every so
+    many-th example. "loss" is then its part of the mean, to be added up, and descend and
+    micro_batches have to be those that opd.py passes.
     """
     rank, world = share
     for step in range(start, steps):
@@ -286,12 +298,15 @@ def cold_start(
 
 
 def negative_log_likelihood(log_p, _, y):
-    """(N, V), no teacher, (N,) -> {"loss": (N,)}, nats."""
+    """-log p(y): (N, V), no teacher, (N,) token ids -> {"loss": (N,)}, nats."""
     return {"loss": -log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1)}
 
 
 def cosine(step, steps, warmup):
-    """Warm-up over the share `warmup` of the steps, then a cosine to 0: the share of the top lr."""
+    """The share of the highest lr at a step, from 0: a linear warm-up, then a cosine to 0: float.
+
+    The warm-up takes the share `warmup` of the steps.
+    """
     warm = max(1, math.ceil(warmup * steps))
     rise = min(1, (step + 1) / warm)
     done = max(0, step - warm) / max(1, steps - warm)
@@ -299,5 +314,5 @@ def cosine(step, steps, warmup):
 
 
 def progress(steps, name):
-    """A bar; none if stderr is no terminal."""
+    """A progress bar over the steps, if stderr is a terminal."""
     return tqdm(steps, desc=name, mininterval=1, disable=None)
