@@ -58,7 +58,7 @@ def apply_template(question, template):
 
 
 def is_in_template(question, template):
-    """Does a text begin and end as the template does? Never for "none", which adds nothing: bool."""
+    """Does a text begin and end as the template does? Not with "none", which adds nothing: bool."""
     form = TEMPLATES.get(template, template)
     before, _, after = form.partition("{question}")
     adds = bool(before.strip() or after.strip())
@@ -92,7 +92,7 @@ def question_key(prompt):
 
 
 def distinct(rows, known=()):
-    """Each question once, and none whose question_key is in `known`: list of rows -> list of rows."""
+    """The rows with each question once, without those whose question_key is in `known`: -> rows."""
     seen = set(known)
     kept = []
     for row in rows:

@@ -1,8 +1,8 @@
 r"""plumbing/answers.py: is a response right? The answer is read from the text and compared.
 
 Numbers are compared exactly, everything else as text without what LaTeX puts around it. Not here:
-units, tuples that are written otherwise, algebra. x + 1 and 1 + x are two answers. The package
-math-verify knows that they are equal: --checker math-verify hands the answer to it.
+units, other ways to write a tuple, algebra. So x + 1 and 1 + x are two answers. The package
+math-verify knows that they are equal: --checker math-verify compares with it.
 """
 
 import re
@@ -18,7 +18,7 @@ from teacher import teacher_ids
 
 # --- reading -------------------------------------------------------------------------------------
 
-# braces that open a box, plain ones, and, to be passed over, \{ and \} and the \\ of a row
+# what opens a box, plain braces, and what is passed over: \{, \} and the \\ at the end of a row
 BRACE = re.compile(r"\\boxed\s*\{|\\\\(?!boxed)|\\[{}]|[{}]")
 # "Answer:", also bold or with a wide colon, and the start of a formula; "####" in the last line
 MARK = re.compile(r"answer[\s*]*[:\uff1a][\s*]*(?:\\\[|\$\$)?\s*|####(?=[^\n#]*\Z)", re.IGNORECASE)
@@ -28,8 +28,9 @@ LINE_END = re.compile(r"\n|\\\]|\$\$")  # of a line, or of a formula
 def read_answer(text):
     r"""The answer in a response: str, or None if there is none.
 
-    It is inside the last closed \boxed{...}, else behind the last "Answer:", else behind "####" in
-    the last line. A thought is no answer: only what follows the last </think> counts.
+    It is inside the last closed \boxed{...}. Without a box, it stands behind the last "Answer:" or
+    "####", which counts in the last line only. A thought is not an answer: only what follows the
+    last </think> counts.
 
     read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"
     read_answer("<think>Answer: 5?</think>**Answer**: 7") -> "7"
@@ -49,7 +50,7 @@ def read_answer(text):
 
 def last_box(text):
     r"""What stands in the last closed \boxed{...}: str or None."""
-    open_braces = []  # for each one: where the content of its box begins, None if it is no box
+    open_braces = []  # for each: where the content of its box begins, or None if it is not a box's
     start = -1
     content = None
     for brace in BRACE.finditer(text):
@@ -101,9 +102,9 @@ NUMBER = re.compile(
 
 
 def same_answer(said, want):
-    r"""Are two answers the same? None is never right. -> bool.
+    r"""Are two answers, str or None, the same? None never is. -> bool.
 
-    Either may be a whole solution, as some files have them: its answer is read first.
+    Either may be a whole solution, as in some files: its answer is then read first.
 
     The same: 5/4 and 1 1/4; 1,200 and 1200.0; \text{(B)} and B; Yes and yes; x = 7 and 7; 18 and
     "9 * 2 = 18 #### 18". Different: 3 4 and 34; n and N; 0.3333 and 1/3; 20 miles and 20.
@@ -114,7 +115,7 @@ def same_answer(said, want):
 
 
 def canonical(answer):
-    r"""The form in which equal answers are equal: a Fraction if it is a number, else a str.
+    r"""A form that is equal for equal answers: a Fraction if the answer is a number, else a str.
 
     canonical(r"$1\dfrac{1}{4}$") -> Fraction(5, 4)
     canonical(r"\left( 2, \text{even} \right)") -> "(2,even)"
@@ -130,7 +131,7 @@ def canonical(answer):
 
 
 def plain(text):
-    r"""A text without LaTeX's dress and the spaces that mean nothing: "$x = \frac12$." -> "1/2"."""
+    r"""A text without LaTeX markup and meaningless spaces: "$x = \frac12$." -> "1/2"."""
     text = WIDE_SPACE.sub(" ", INVISIBLE.sub("", text))
     text = SPACE.sub("", " ".join(text.split()))
     for spelling, ours in SPELLINGS:
@@ -148,7 +149,7 @@ def plain(text):
 
 
 def same_to_math_verify(said, want):
-    r"""What math-verify says of two answers: bool. None is never right.
+    r"""Does math-verify say that two answers are the same? None never is. -> bool.
 
     The same: x + 1 and 1 + x; \sqrt{8} and 2\sqrt{2}.
     """
@@ -160,7 +161,7 @@ def same_to_math_verify(said, want):
     return verify(parse(box(read_answer(want) or want)), parse(box(said)))
 
 
-CHECKERS = {"built-in": same_answer, "math-verify": same_to_math_verify}  # of --checker
+CHECKERS = {"built-in": same_answer, "math-verify": same_to_math_verify}  # choices of --checker
 
 
 # --- asking --------------------------------------------------------------------------------------
@@ -182,12 +183,12 @@ def answered(
 ):
     """Let a model of the pair, by default the student, answer each row n times.
 
-    The teacher reads its own prompt, if a row has one.
-    rows: from plumbing.prompts.encode_rows -> right (rows, n) bool, truncated (rows, n) bool.
-    starts: what is written already of each response, token ids. It counts towards max_new_tokens;
-    if it has ended, or used them up, it is judged as it stands. Responses of like length are
-    written together, at_once of them at a time. share: (rank, processes); the rows of the others
-    are False. checker: of CHECKERS. how: temperature, top_p.
+    -> right (rows, n) bool, truncated (rows, n) bool. rows: from plumbing.prompts.encode_rows. The
+    teacher reads the prompt of its own, if a row has one. starts: for each row the token ids that
+    are written already. They count towards max_new_tokens; a start that has ended, or has used
+    these up, is judged as it stands. Responses of similar length are written together, at_once at
+    a time. share: (rank, processes); the rows of other processes are False. checker: a name in
+    CHECKERS. how: temperature, top_p.
     """
     rank, processes = share
     is_same = CHECKERS[checker]
@@ -236,7 +237,7 @@ def answered(
 
 
 def judged(pair, row, prompt_ids, ids, is_same=same_answer):
-    """Is a response (ids) to a row right, as is_same has it, and is it cut off? -> (bool, bool)."""
+    """Is a response (ids) to a row right by is_same, and is it cut off? -> (bool, bool)."""
     text = pair.tokenizer.decode(ids, skip_special_tokens=True)
     if pair.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"):
         text = "<think>" + text  # the chat template has begun the thought

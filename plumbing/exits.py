@@ -19,7 +19,8 @@ import transformers
 
 from teacher import UserError
 
-# PyTorch has an exception for a GPU's memory. For a CPU's, and for CUDA's libraries, it has words.
+# PyTorch has an exception of its own for a GPU's memory. If a CPU's memory is full, or a library of
+# CUDA finds none, only the words of a RuntimeError tell.
 WORDS_FOR_OUT_OF_MEMORY = (
     "can't allocate memory",
     "CUDA error: out of memory",
@@ -28,7 +29,7 @@ WORDS_FOR_OUT_OF_MEMORY = (
 
 
 class RunEnded(UserError):
-    """A run that had begun cannot go on."""
+    """A run has begun and cannot go on."""
 
     code = 1
 
@@ -42,7 +43,7 @@ class Stopped(Exception):
 
 
 def is_out_of_memory(error):
-    """Did this exception come of a lack of memory, on a GPU or a CPU? -> bool."""
+    """Was this exception raised for lack of memory, on a GPU or a CPU? -> bool."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(words in str(error) for words in WORDS_FOR_OUT_OF_MEMORY)
@@ -50,10 +51,10 @@ def is_out_of_memory(error):
 
 @contextlib.contextmanager
 def one_line(program):
-    """Inside, what a user can mend ends the program with one line and an exit code.
+    """Inside, what a user can mend ends the program with one line on stderr and an exit code.
 
-    The notes of an exception (a run adds what is left to go on from) stand in the same line.
-    Warnings, also those of transformers while it loads a model, are shown.
+    The notes of an exception are added to the line: a run notes its checkpoint. Warnings are shown,
+    also those of transformers while it loads a model. program: the name that begins the line.
     """
     warnings.formatwarning = format_warning
     transformers.logging.disable_progress_bar()
@@ -79,11 +80,12 @@ OUT_OF_MEMORY = (
 
 
 def format_warning(message, *_):
+    """A warning as one line, without file and code."""
     return f"warning: {message}\n"
 
 
 def leave(program, code, message, error):
-    """Print one line and exit."""
+    """Print one line, the message and the notes of the error, and exit with the code."""
     parts = [message, *getattr(error, "__notes__", [])]
     line = " ".join("; ".join(parts).split())
     print(f"{program}: {line}", file=sys.stderr)

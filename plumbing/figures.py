@@ -1,7 +1,7 @@
 """plumbing/figures.py: runs looked at afterwards (python analysis.py --run DIR ...).
 
-A table for each run; the paper's Figure 6, every metric against the step; its Figures 13 and 23,
-heat maps over step and output position. Pictures need matplotlib, which is optional.
+A table for each run; the paper's Figure 6, with every metric against the step; its Figures 13 and
+23, heat maps over step and output position. Pictures need matplotlib, which is optional.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from plumbing import show
 from plumbing.files import read_json
 from teacher import UserError
 
-COLOURS = (  # a run each; Okabe and Ito: safe for the colour-blind
+COLOURS = (  # one for each run; by Okabe and Ito, who made them for the colour-blind as well
     "#009e73",
     "#d55e00",
     "#0072b2",
@@ -28,7 +28,7 @@ COLUMNS = (*show.COLUMNS, ("accuracy", "acc.", 5, ".3f"))  # of the table of a r
 
 
 class Panel(NamedTuple):
-    """A panel of Figure 6. low, high: limits of its axis, None where the data decide."""
+    """A panel of Figure 6. low, high: limits of its axis; None: the data decide."""
 
     title: str
     unit: str
@@ -65,8 +65,9 @@ MAPS = (  # of Figure 13: metric, title, unit, colours
 
 
 def runs(paths, plot=None, positions=None):
-    """Print a table for each run. plot, positions: files for Figure 6 and for Figure 13.
+    """Print a table for each run, and draw what is asked for.
 
+    paths: folders of runs; plot, positions: files for Figure 6 and for Figure 13, or None.
     UserError if a folder holds no run, or if there is nothing to draw.
     """
     loaded = load(paths)
@@ -89,7 +90,7 @@ def runs(paths, plot=None, positions=None):
 def load(paths):
     """Folders of runs -> [{"path", "name", "rows", "config", "result"}].
 
-    config and result are None where there is no such file; without a result a run is not finished.
+    config and result are None if there is no such file. Without a result a run is not finished.
     """
     names = [Path(path).resolve().name for path in paths]
     if len(set(names)) < len(names):
@@ -97,7 +98,7 @@ def load(paths):
     loaded = []
     for path, name in zip(paths, names):
         run = {"path": str(path), "rows": read_rows(path)}
-        run["name"] = name.replace("$", r"\$")  # no formula, in a picture
+        run["name"] = name.replace("$", r"\$")  # or matplotlib would read a formula
         for kind in ("config", "result"):
             file = Path(path) / f"{kind}.json"
             run[kind] = read_json(file) if file.is_file() else None
@@ -106,7 +107,7 @@ def load(paths):
 
 
 def read_rows(path):
-    """The rows of metrics.jsonl. A last line that a kill has torn is left out."""
+    """The rows of a run's metrics.jsonl. A last line that is cut off, by a kill, is left out."""
     file = Path(path) / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"--run {path}: no metrics.jsonl there; give the --out of a run")
@@ -122,7 +123,7 @@ def read_rows(path):
 
 
 def curve(rows, metric):
-    """Where a metric was measured, and what it was: -> steps, values."""
+    """The steps at which a metric was measured, and its values: -> two lists."""
     measured = [row for row in rows if row.get(metric) is not None]
     steps = [row["step"] for row in measured]
     values = [row[metric] for row in measured]
@@ -133,14 +134,14 @@ def curve(rows, metric):
 
 
 def spread(rows, most):
-    """At most so many rows, evenly spread, the first and the last among them."""
+    """At most `most` rows, evenly spread, with the first and the last among them."""
     stride = max(1, (len(rows) - 1) / (most - 1))
     places = [round(i * stride) for i in range(min(most, len(rows)))]
     return [rows[i] for i in places]
 
 
 def table(run):
-    """What a run logged, at some of its steps, and what came of it: str."""
+    """What a run logged at some of its steps, and its outcome: str."""
     rows = run["rows"]
     title = run["path"]
     if run["config"]:
@@ -155,7 +156,7 @@ def table(run):
 
 
 def outcome(run):
-    """What came of a run, or how far it has come: lines."""
+    """The outcome of a run, or how far it has come: list of lines."""
     if run["result"]:
         no_answers = ["accuracy not measured: the held-out prompts have no answers"]
         return show.outcome(run["result"]) or no_answers
@@ -167,7 +168,7 @@ def outcome(run):
 def position_table(run):
     """Figure 13 in numbers, at six steps: str.
 
-    A column is a bucket of output positions, titled by its first.
+    A column is a bucket of output positions, and its title is the first of them.
     """
     rows = run["rows"]
     width = rows[0]["by_position"]["width"]
@@ -191,7 +192,7 @@ def buckets(rows):
 
 
 def pyplot():
-    """matplotlib.pyplot, set up alike for every figure; the same data give the same bytes."""
+    """matplotlib.pyplot, with the same settings for every figure. Equal data give equal bytes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -206,19 +207,20 @@ def pyplot():
 
 
 def save(plt, figure, out):
-    """Write a figure, without the date."""
+    """Write a figure to the file `out`, without the date."""
     figure.savefig(out, metadata={"Date": None}, facecolor="white")
     plt.close(figure)
 
 
 def whole_steps(plt):
+    """A locator of a few ticks, at whole numbers, for an axis of steps."""
     return plt.MaxNLocator(5, steps=(1, 2, 5, 10), integer=True)
 
 
 def smooth(values, window):
-    """Running mean over `window` values around each, over fewer near an end.
+    """Running mean over `window` values around each; over fewer near the two ends.
 
-    [4, 1, 1, 7], 3 -> [4, 2, 3, 4]: where a loss starts is a finding (4.1), so that value stays.
+    [4, 1, 1, 7], 3 -> [4, 2, 3, 4]. The first value stays: where a loss starts is a finding (4.1).
     """
     means = []
     for i in range(len(values)):
@@ -229,7 +231,7 @@ def smooth(values, window):
 
 
 def draw_runs(loaded, out):
-    """The paper's Figure 6: every metric against the step, a colour for each run."""
+    """Draw the paper's Figure 6: every metric against the step, a colour for each run."""
     plt = pyplot()
     figure, grid = plt.subplots(3, 3, figsize=(9.5, 7), layout="constrained", sharex=True)
     longest = max(len(run["rows"]) for run in loaded)
@@ -255,14 +257,14 @@ def draw_runs(loaded, out):
 
 
 def draw_metric(axes, rows, metric, window, colour, style):
-    """A metric of one run: single steps thin, their running mean bold."""
+    """Draw a metric of one run: the single steps thin, their running mean bold."""
     steps, values = curve(rows, metric)
     axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.4)
     axes.plot(steps, smooth(values, window), style, color=colour, linewidth=1.7)
 
 
 def draw_accuracy(axes, run, colour):
-    """Before at step 0, where evaluated in between, after at the last step; the teacher dashed."""
+    """Draw the accuracy before a run, at each evaluation and after it, and the teacher's dashed."""
     steps, values = curve(run["rows"], "accuracy")
     result = run["result"]
     if result and result["accuracy_after"]:
@@ -274,7 +276,11 @@ def draw_accuracy(axes, run, colour):
 
 
 def limit(plt, axes, panel):
-    """The limits of a panel. A logarithmic one is so if its values span a decade, and none is 0."""
+    """Set the limits of a panel's axis.
+
+    If panel.log is set, the axis is logarithmic, provided that its values are positive and span
+    more than a decade.
+    """
     lowest, highest = axes.dataLim.intervaly
     if panel.log and highest > 10 * lowest > 0:
         axes.set_yscale("log")
@@ -288,9 +294,10 @@ def limit(plt, axes, panel):
 
 
 def draw_positions(loaded, out):
-    """The paper's Figures 13 and 23: a row for each run, a map for each metric.
+    """Draw the paper's Figures 13 and 23: a row for each run, a map for each metric.
 
-    Left to right the position in the response, upwards the step; colour is the mean of its tokens.
+    The position in the response goes to the right, the step upwards. The colour is the mean over
+    the tokens there.
     """
     plt = pyplot()
     height = 1.6 + 1.8 * len(loaded)
@@ -331,9 +338,9 @@ def draw_positions(loaded, out):
 
 
 def limits(loaded, metric):
-    """Where the colours of a map begin and end, alike in all runs: -> low, high.
+    """Where the colours of a map begin and end, the same for all runs: -> low, high.
 
-    99 % of the values lie within, since one token at a rare position may be far out.
+    99 % of the values lie within, since a single token at a rare position may be far out.
     """
     if metric == "overlap_ratio":
         return 0, 1
@@ -360,7 +367,7 @@ def heat(rows, metric):
 
 
 def extent(rows):
-    """The edges of a map: -> first and last position, first and last step."""
+    """The edges of a map: -> left and right position, lower and upper step."""
     tokens = rows[0]["by_position"]["width"] * buckets(rows)
     first = rows[0]["step"]
     last = rows[-1]["step"]

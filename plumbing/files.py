@@ -22,7 +22,7 @@ from teacher import UserError
 
 
 def check_file(path, flag=""):
-    """UserError if a file of JSON lines cannot be read, before anything expensive starts."""
+    """UserError if a file of JSON lines cannot be opened; flag: the one that named it."""
     try:
         open(path, "rb").close()
     except OSError as error:
@@ -31,9 +31,9 @@ def check_file(path, flag=""):
 
 
 def json_lines(path):
-    """The JSON values of a file, one a line; blank lines are left out: yields (line number, value).
+    """The JSON values of a file, one a line: yields (line number from 1, value).
 
-    UserError, with file and line, for everything else that may stand in a file.
+    Blank lines are left out. UserError, with file and line, for a line that is anything else.
     """
     check_file(path)
     with open(path, "rb") as lines:  # bytes: \n alone ends a line, not U+2028
@@ -48,7 +48,10 @@ def json_lines(path):
 
 
 def json_value(text, what, remedy):
-    """The value of a JSON text; UserError for none, also for 5,000 digits or 100,000 brackets."""
+    """The value of a JSON text. UserError, from `what` and `remedy`, if Python cannot read it.
+
+    That includes a number of 5,000 digits, and 100,000 brackets.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -56,7 +59,7 @@ def json_value(text, what, remedy):
 
 
 def read_json(path):
-    """What write_json wrote, a dict; UserError with the path for anything else."""
+    """A dict that write_json wrote; UserError with the path if the file holds anything else."""
     remedy = "restore or remove it"
     value = json_value(Path(path).read_bytes(), path, remedy)
     if not isinstance(value, dict):
@@ -68,21 +71,22 @@ def read_json(path):
 
 
 def write_json(path, value):
-    """One JSON value, whole or not at all."""
+    """Write one JSON value, whole or not at all; NaN becomes null. RunEnded, see can_write."""
     text = json.dumps(finite_or_null(value), indent=1) + "\n"
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def write_lines(path, rows):
-    """JSON lines, whole or not at all."""
+    """Write a list of values as JSON lines, whole or not at all. RunEnded, see can_write."""
     lines = [json.dumps(row) + "\n" for row in rows]
     write_whole(path, lambda file: file.write("".join(lines).encode()))
 
 
 def write_whole(path, write):
-    """Call write with a binary file that then stands at path: written aside, to the disk, renamed.
+    """Write a file whole or not at all; write(file) fills it, a binary file.
 
-    A kill, a full disk or a loss of permission at any moment leaves what was there before.
+    It is written beside `path`, flushed to the disk and renamed. So a kill, a full disk or a loss
+    of permission at any moment leaves what was there before. RunEnded, see can_write.
     """
     aside = Path(f"{path}.tmp")
     with can_write(path):
@@ -113,7 +117,7 @@ def can_write(path):
 
 
 def finite_or_null(x):
-    """JSON has no NaN, and 0 would be a lie.
+    """A value with None in place of each number that is not finite: JSON has none of these.
 
     {"loss": nan, "tokens": [3]} -> {"loss": None, "tokens": [3]}
     """
@@ -133,8 +137,9 @@ def append_answers(path, batches):
     """Write what recipes.teacher_rollouts yields to a file of JSON lines: -> {why: how many}.
 
     batches(start) yields lists of this process's answers, {"why": ..., ...}, to the questions from
-    number `start` on. A file that is there is continued: nothing is asked twice. The first process
-    writes the answers of all.
+    number `start` on. A file that is there is continued, so nothing is asked twice. The first
+    process writes the answers of all. UserError if a line of the file is something else, RunEnded
+    if it cannot be written.
     """
     counts = {"kept": 0, "unfinished": 0, "degenerate": 0}
     is_first = processes()[0] == 0
@@ -142,7 +147,7 @@ def append_answers(path, batches):
         cut_torn_line(path)
         for number, answer in json_lines(path):
             if not isinstance(answer, dict) or answer.get("why") not in counts:
-                raise UserError(f"{path}:{number} is no line of a cold start; restore the file")
+                raise UserError(f"{path}:{number} is not a line of a cold start; restore the file")
             counts[answer["why"]] += 1
     counts = gathered([counts])[0]  # what the first process has found
     for mine in batches(sum(counts.values())):
@@ -151,12 +156,12 @@ def append_answers(path, batches):
             counts[answer["why"]] += 1
         if is_first:
             append_lines(path, answers)
-    gathered([None])  # all of it is written
+    gathered([None])  # the others wait until all of it is written
     return counts
 
 
 def append_lines(path, rows):
-    """Add JSON lines to a file."""
+    """Add values to a file of JSON lines. RunEnded, see can_write."""
     lines = [json.dumps(row) + "\n" for row in rows]
     with can_write(path), open(path, "a") as file:
         file.write("".join(lines))
@@ -170,18 +175,19 @@ def cut_torn_line(path):
         file.truncate(text.rfind(b"\n") + 1)
 
 
-# --- what made a run, and who is at it -----------------------------------------------------------
+# --- what made a run, and who is using it --------------------------------------------------------
 
 
 def digest(x):
-    """A name for plain values: 64 hexadecimal digits."""
+    """A name for plain values, the same for equal ones: 64 hexadecimal digits."""
     return hashlib.sha256(repr(x).encode()).hexdigest()
 
 
 def provenance():
-    """What made the numbers: command line, commit, whether the code was changed (dirty), versions.
+    """What made the numbers: command line, commit, versions, threads, processes: dict.
 
-    commit and dirty are null if the code is not in a git repository.
+    dirty: was the code changed since the commit? commit and dirty are None if the code is not in a
+    git repository.
     """
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {
@@ -197,7 +203,7 @@ def provenance():
 
 
 def git(*arguments):
-    """What git says of the folder of this code; None without git or a repository."""
+    """What git prints about the folder of this code; None without git or a repository."""
     if not shutil.which("git"):
         return None
     folder = str(Path(__file__).resolve().parent)
@@ -207,7 +213,7 @@ def git(*arguments):
 
 
 def same(a, b):
-    """Are two values of a flag the same? A path may be put another way."""
+    """Are two values of a flag the same? Two ways to write one existing path are: bool."""
     if a == b:
         return True
     both_are_paths = isinstance(a, str) and isinstance(b, str) and os.path.exists(a)
@@ -215,12 +221,15 @@ def same(a, b):
 
 
 def alone(handle, path):
-    """Hold an open file or folder until it is closed; UserError if another process holds it."""
+    """Lock an open file or folder until it is closed; UserError if another process has locked it.
+
+    On a file system without locks nothing is locked.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"--out {path}: another process is at it; wait for it, or take another --out"
+            f"--out {path}: another process is using it; wait for it, or take another --out"
         ) from None
     except OSError:
         pass  # a file system without locks

@@ -1,7 +1,8 @@
 """plumbing/flags.py: the flags of opd.py and analysis.py, their ranges, the reasons for defaults.
 
 The flags of a command are the fields of a dataclass: Config (opd.py) and Diagnosis (analysis.py).
-What cannot work is a UserError that names the flag and the remedy, before any model is loaded.
+A flag that cannot work raises a UserError, which names the flag and the remedy, before any model is
+loaded.
 """
 
 import argparse
@@ -28,12 +29,13 @@ TEACHER_TEMPLATE = (
     "teacher_prompt as it is, or what the student reads"
 )
 IN_FLIGHT = (
-    "responses that are written at a time while the others wait; bounds the memory of the cache. "
-    "0: all"
+    "how many responses are written at a time, while the others wait; bounds the memory of the "
+    "cache. 0: all"
 )
 CHECKER = (
-    "who says if an answer is right: built-in compares numbers, and all else as text; math-verify "
-    "is the package of that name, which knows that x + 1 is 1 + x (pip install math-verify)"
+    "what decides if an answer is right: built-in compares numbers, and all else as text; "
+    "math-verify is the package of that name, which knows that x + 1 is 1 + x (pip install "
+    "math-verify)"
 )
 
 
@@ -50,9 +52,9 @@ def flag(
 ):
     """A field of a dataclass of flags.
 
-    why: what the flag is, and the reason for its default. choices, at_least, above, at_most: what
-    it may be. is_file: its value names a file of JSON lines that is read. group: the title of the
-    group of --help that begins with it.
+    why: what the flag is, and the reason for its default. choices, at_least, above, at_most: the
+    values it may have. is_file: its value names a file of JSON lines that is read. group: the title
+    of a group in --help, of which this flag is the first.
     """
     about = dict(
         why=why,
@@ -83,15 +85,15 @@ class Config:
     )
     eval: tuple = flag(
         (),
-        "JSON lines to measure on; may be given several times, for several files and their mean. "
-        "Without it, a fifth of the prompts (64 at most), which are then not trained on",
+        "JSON lines to measure on; may be given several times: each file is measured, and their "
+        "mean. Without it, a fifth of the prompts (64 at most) is held out for this",
         is_file=True,
     )
     out: str = flag("runs/opd", "directory of the run")
     preset: str = flag(
         "",
-        "settings for the toy world, or those of the paper's appendix A.2 and C.1; a flag that is "
-        "given wins over them",
+        "settings for the toy world, or those of the paper's appendices A.2 and C.1; a flag that "
+        "is given wins over the preset",
         choices=("", "toy", "paper"),
     )
     steps: int = flag(
@@ -99,31 +101,32 @@ class Config:
     )
     batch_size: int = flag(
         8,
-        "prompts a step, and responses in an update of the cold start; the paper's 64 needs a GPU",
+        "prompts a step, and responses in an update of the cold start; the paper's 64 need a GPU",
         at_least=1,
     )
     max_new_tokens: int = flag(
         128,
-        "tokens of a response, at most; what a CPU can do. The paper finds 3K to 7K best (6.1)",
+        "tokens of a response, at most; the default suits a CPU. The paper finds 3K to 7K best "
+        "(6.1)",
         at_least=1,
     )
     lr: float = flag(
         3e-5,
-        "learning rate, constant; it worked here for 0.1 B parameters and 8 rollouts a step. The "
-        "paper takes 1e-6 for 256",
+        "learning rate, constant; the default worked here for 0.1 B parameters and 8 rollouts a "
+        "step. The paper takes 1e-6 for 256 rollouts",
         above=0,
     )
 
     objective: str = flag(
         "top-k",
-        "Eq. 5, Eq. 4, Eq. 3, or what the authors' code minimises",
+        "the loss: Eq. 5, Eq. 4, Eq. 3, or what the authors' code minimises",
         choices=OBJECTIVES,
         group="what is learned (2.2)",
     )
     k: int = flag(
         16,
         "how many of the likeliest tokens the top-k loss and the overlap metrics look at; the "
-        "paper's. More gained nothing, 1 was worse (6.3)",
+        "paper's. There more gained nothing, and 1 was worse (6.3)",
         at_least=1,
     )
     support: str = flag(
@@ -132,19 +135,20 @@ class Config:
     ends: str = flag(
         "merged",
         "if merged, all tokens that end a response count as one, whichever model uses them; if "
-        "own, each counts alone, as in the authors' code: where the ends of the models differ, our "
-        "toy's student then learns never to end",
+        "own, each counts alone, as in the authors' code. With own, if the ends of the models "
+        "differ, our toy's student learns never to end",
         choices=("merged", "own"),
     )
     n: int = flag(
         1,
-        "rollouts a prompt; the paper takes 4, its authors report no clear gain over 1 "
+        "rollouts a prompt; the paper takes 4, but its authors report no clear gain over 1 "
         "(issue 22 of their code)",
         at_least=1,
     )
     max_prompt_tokens: int = flag(
         1024,
-        "longer prompts of the student are dropped and counted, never cut; the paper's",
+        "tokens of a prompt, at most: longer prompts of the student are dropped and counted, never "
+        "cut; the paper's",
         at_least=1,
     )
     temperature: float = flag(
@@ -169,8 +173,8 @@ class Config:
     )
     cold_start: int = flag(
         0,
-        "how many prompts the teacher answers for a fine-tuning before OPD, which then sees the "
-        "other prompts (5.1)",
+        "how many prompts the teacher answers. The student is fine-tuned on the answers, and OPD "
+        "goes on with the other prompts (5.1)",
         at_least=0,
     )
     cold_start_file: str = flag(
@@ -188,7 +192,7 @@ class Config:
     )
     cold_start_max_new_tokens: int = flag(
         0,
-        "tokens of the teacher's answers, at most; 0 is max_new_tokens. The paper takes 12,288",
+        "tokens of a teacher's answer, at most; 0 is --max-new-tokens. The paper takes 12,288",
         at_least=0,
     )
     cold_start_temperature: float = flag(
@@ -221,20 +225,23 @@ class Config:
     )
     eval_temperature: float = flag(
         0.7,
-        "of these responses; the paper's. Greedy accuracy is measured beside it, with one response "
-        "a prompt",
+        "of these responses; the paper's. Greedy accuracy is measured as well, with one response a "
+        "prompt",
         at_least=0,
     )
     eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
     eval_template: str = flag(
         "",
         "the template of the held-out prompts when accuracy is measured, if it is another than "
-        "--template. The paper trains under answer and measures under boxed. Their distance (KL, "
-        "overlap) is measured under --template, because it is about the states that training "
-        "visits. A teacher with a prompt of its own is asked behind that",
+        "--template. The paper trains under answer and measures under boxed. KL and overlap are "
+        "measured under --template, because they are about the states that training visits. A "
+        "teacher with a prompt of its own is asked with that one",
     )
     eval_max_new_tokens: int = flag(
-        0, "their tokens, at most; 0 is max_new_tokens. The paper takes 31,744", at_least=0
+        0,
+        "tokens of a response when accuracy is measured, at most; 0 is --max-new-tokens. The paper "
+        "takes 31,744",
+        at_least=0,
     )
     checker: str = flag("built-in", CHECKER, choices=tuple(CHECKERS))
     resume: bool = flag(False, "go on from the checkpoint in --out")
@@ -242,25 +249,25 @@ class Config:
 
     device: str = flag(
         "auto",
-        "cuda if there is one, else cpu; or the name of a device",
+        "auto is cuda if there is one, else cpu; or the name of a device",
         group="machine and memory",
     )
     dtype: str = flag(
         "float32",
-        "of the computation and of the teacher's weights. The student's weights are float32: "
-        "bfloat16 loses small updates. On a CPU that multiplies bfloat16 it is faster and less "
-        "exact: plumbing/README.md",
+        "of the computation and of the teacher's weights. The student's weights are always "
+        "float32, because bfloat16 loses small updates. On a CPU that multiplies bfloat16 it is "
+        "faster and less exact: plumbing/README.md",
         choices=("float32", "bfloat16"),
     )
     gradient_checkpointing: bool = flag(
         False,
-        "compute the student's layers again in the backward pass: less memory for one more "
+        "compute the student's layers again in the backward pass: takes less memory, and one more "
         "forward pass",
     )
     shard: bool = flag(
         False,
-        "cut both models over the processes of torchrun, weights, gradients and AdamW: a student "
-        "of more than about 3e9 parameters does not fit one GPU",
+        "cut both models over the processes of torchrun, with gradients and the state of AdamW: a "
+        "student of more than about 3e9 parameters does not fit on one GPU of 80 GB",
     )
     in_flight: int = flag(0, IN_FLIGHT, at_least=0)
     micro_batch_tokens: int = flag(
@@ -290,8 +297,8 @@ class Diagnosis:
     )
     count: int = flag(
         64,
-        "how many prompts to ask, the first ones after shuffling by --seed. With 64 a lead of .2 "
-        "is seen 9 times in 10, with 24 5 times in 10",
+        "how many prompts to ask, the first ones after shuffling by --seed. With 64 prompts a lead "
+        "of .2 is seen 9 times in 10, with 24 prompts 5 times in 10",
         at_least=1,
     )
     n: int = flag(2, "responses a prompt", at_least=1)
@@ -300,7 +307,9 @@ class Diagnosis:
     )
     max_new_tokens: int = flag(128, "tokens of a response, at most; opd.py's", at_least=1)
     max_prompt_tokens: int = flag(
-        1024, "longer prompts are dropped and counted, never cut; opd.py's", at_least=1
+        1024,
+        "tokens of a prompt, at most: longer ones are dropped and counted, never cut; opd.py's",
+        at_least=1,
     )
     template: str = flag(
         "none",
@@ -326,15 +335,16 @@ class Diagnosis:
     eval_top_p: float = flag(0.95, "of these responses; the paper's", above=0, at_most=1)
     depths: str = flag(
         "0,0.25,0.5,0.75",
-        "where teacher and student take over from the student's response: with a point, a share of "
-        "it; without, a number of tokens. The paper takes 1024,4096,8192,16384, of responses that "
-        "are longer than that (6.1). The start, 0, is always measured",
+        "the depths at which teacher and student take over from the student's response. With a "
+        "decimal point: a share of it. Without: a number of tokens. The paper takes "
+        "1024,4096,8192,16384, of responses that are longer than that (6.1). The start, 0, is "
+        "always measured",
     )
     checker: str = flag("built-in", CHECKER, choices=tuple(CHECKERS))
     seed: int = flag(
         0, "of the choice of prompts and of all sampling", at_least=0, at_most=LARGEST_SEED
     )
-    device: str = flag("auto", "cuda if there is one, else cpu; or the name of a device")
+    device: str = flag("auto", "auto is cuda if there is one, else cpu; or the name of a device")
     dtype: str = flag(
         "float32",
         "of the computation and of the teacher's weights",
@@ -392,13 +402,14 @@ PRESETS = {"toy": TOY, "paper": PAPER}
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose refusals are UserErrors."""
+    """An argument parser that raises UserError."""
 
     def error(self, message):
         raise UserError(message)
 
 
 def layout(prog):
+    """The layout of --help."""
     return argparse.HelpFormatter(prog, max_help_position=27)
 
 
@@ -446,7 +457,7 @@ def parser_of(kind, program):
 def parse(kind, words, program):
     """The words of a command line -> an instance of a dataclass of flags, checked.
 
-    A preset sets what is not given. Raises UserError.
+    A preset sets the flags that are not given. UserError for an unknown flag, and see check.
     """
     given, unknown = parser_of(kind, program).parse_known_args(words)
     if unknown:
@@ -482,7 +493,7 @@ def check_range(name, value, at_least, above, at_most):
 
 
 def check_files(paths, name):
-    """UserError if one of a flag's files cannot be read, or stands there twice."""
+    """UserError if one of a flag's files cannot be read, or is given twice."""
     seen = set()
     for path in filter(None, paths):
         check_file(path, name)
@@ -492,7 +503,7 @@ def check_files(paths, name):
 
 
 def check_writable(name, path):
-    """UserError if a folder cannot be written to, or cannot be made. Nothing is made here."""
+    """UserError if the folder `path` could not be made, or not be written to. Makes nothing."""
     folder = Path(path).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -505,7 +516,11 @@ def check_writable(name, path):
 
 
 def check(flags):
-    """The flags themselves. UserError if one is out of range, or no file, device or template."""
+    """Check each flag by itself: -> the flags.
+
+    UserError if a value is out of range or is none of the choices, or if it names a file, device,
+    template or package that is not there.
+    """
     for field in dataclasses.fields(flags):
         value = getattr(flags, field.name)
         about = field.metadata
@@ -536,7 +551,7 @@ def need(flags, *names):
 
 
 def check_run(cfg):
-    """A Config itself. UserError if a flag cannot work, or two of them not together."""
+    """Check a Config: -> the Config. UserError if a flag, or two of them together, cannot work."""
     check(cfg)
     if cfg.eval_template:
         apply_template("", cfg.eval_template)
@@ -550,7 +565,8 @@ def check_run(cfg):
         )
     if cfg.cold_start_steps and not has_cold_start:
         raise UserError(
-            "--cold-start-steps needs --cold-start N, how many prompts the teacher answers"
+            "--cold-start-steps needs --cold-start N (how many prompts the teacher answers), or "
+            "--cold-start-file"
         )
     if cfg.aligned_prompts and not cfg.prompts:
         raise UserError("--aligned-prompts needs --prompts, the others to mix them with")
@@ -559,12 +575,12 @@ def check_run(cfg):
 
 
 def parse_opd(words):
-    """The words of opd.py's command line -> Config. Raises UserError."""
+    """The words of opd.py's command line -> Config. UserError if they cannot work."""
     return check_run(parse(Config, words, "opd.py"))
 
 
 def parse_analysis(words):
-    """The words of analysis.py's command line -> Diagnosis. Raises UserError."""
+    """The words of analysis.py's command line -> Diagnosis. UserError if they cannot work."""
     flags = parse(Diagnosis, words, "analysis.py")
     has_pair = bool(flags.student or flags.teacher)
     if bool(flags.run) == has_pair:
@@ -598,7 +614,7 @@ def parse_analysis(words):
 def depths_of(flags):
     """--depths as analysis.continuation takes it, the start first: "0.5,64" -> (0.0, 0.5, 64).
 
-    UserError for what is neither a share below 1 nor a number of tokens below --max-new-tokens.
+    UserError for anything but a share below 1 or a number of tokens below --max-new-tokens.
     """
     depths = [0.0]
     for word in flags.depths.split(","):
@@ -618,7 +634,7 @@ def depths_of(flags):
 
 
 def of_pair(flags):
-    """The flags that models.load_pair takes: {name: value}."""
+    """Those of the flags that models.load_pair takes: {name: value}."""
     names = (
         "device",
         "dtype",

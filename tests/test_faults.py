@@ -387,7 +387,7 @@ def test_two_processes_do_not_write_one_run(world, out, monkeypatch):
     told = []
 
     def meanwhile(*_):
-        with pytest.raises(UserError, match="another process is at it"):
+        with pytest.raises(UserError, match="another process is using it"):
             opd.distil(config(world, out, resume=True))
         told.append(True)
 
