@@ -21,7 +21,10 @@ MAY_BE_EMPTY = "overlap_token_advantage"  # NaN where the two models share no li
 
 
 class Means:
-    """The mean of each metric over all response tokens of a step, added up part by part."""
+    """The mean of each metric over all response tokens of a step, added up part by part.
+
+    max_new_tokens: of a response, at most; it decides the buckets of output positions.
+    """
 
     def __init__(self, max_new_tokens, device):
         self.width = math.ceil(max_new_tokens / BUCKETS)  # output positions in a bucket
@@ -32,7 +35,7 @@ class Means:
         self.positions = {}  # {metric: (BUCKETS,) sums}
 
     def add(self, values, part):
-        """values: {metric: (N,)} of loss and analysis.diagnose; part: their MicroBatch."""
+        """Add a MicroBatch. values: {metric: (N,)}, "loss" and those of analysis.diagnose."""
         values = {name: x.detach() for name, x in values.items()}
         log_p = values.pop("log_p")  # (N,) as scored
         if len(log_p):
@@ -47,9 +50,10 @@ class Means:
             self.positions[name] = self.positions.get(name, 0) + x
 
     def means(self, r):
-        """{metric: mean over all response tokens of all processes}, and what else of a step.
+        """{metric: mean over the response tokens of all processes}, and what else a step logs.
 
-        r: this process's Rollout, for lengths and ends. A mean over no token is NaN.
+        r: this process's Rollout, for lengths and ends. A mean over no token is NaN. Each metric
+        is defined in plumbing/README.md.
         """
         tokens = over_processes(self.tokens)
         empty = over_processes(self.empty)
@@ -96,7 +100,7 @@ def accuracies(cfg, pair, rows, model, when):
 
 
 def accuracy(cfg, pair, rows, model):
-    """How often a model is right if it samples eval_n answers to each row, see share_right."""
+    """How often a model is right if it samples --eval-n answers to each row: see share_right."""
     return share_right(
         cfg,
         pair,
@@ -109,17 +113,16 @@ def accuracy(cfg, pair, rows, model):
 
 
 def greedy_accuracy(cfg, pair, rows, model):
-    """How often a model is right if it takes the likeliest token each time, see share_right."""
+    """How often a model is right if it takes the likeliest token each time: see share_right."""
     return share_right(cfg, pair, rows, model, n=1, temperature=0.0)
 
 
 def share_right(cfg, pair, rows, model, *, n, **how):
-    """How often a model of the pair is right on the rows that have answers, n times each.
+    """How often a model of the pair is right on the rows that have answers, asked n times each.
 
-    how: temperature, top_p.
-    -> see `counted`, or None if no row has an answer. If the rows are of several files, "files"
-    has the same for each of them, in order, and mean and standard error are those of the mean of
-    the files. Every model gets the same random numbers.
+    -> what `counted` returns, or None if no row has an answer. If the rows come from several
+    files, "files" has the same for each of them, in order, and mean and standard error are those
+    of the mean of the files. Every model gets the same random numbers. how: temperature, top_p.
     """
     rows = [row for row in rows if row["answer"] is not None]
     if not rows:
@@ -150,10 +153,11 @@ def share_right(cfg, pair, rows, model, *, n, **how):
 
 
 def counted(right, truncated):
-    """(rows, n) bool -> {"mean", "standard_error", "samples", "truncated", "each": right answers}.
+    """An accuracy: which answers are right, and which truncated, (rows, n) bool each -> dict.
 
-    The standard error is that of the mean over prompts: the answers to one prompt are not
-    independent.
+    "mean" is the share of right answers. "standard_error" is that of a mean over prompts, since
+    the answers to one prompt are not independent. "samples" is the number of answers, "truncated"
+    the share that was cut off, "each" the number of right answers to each row.
     """
     return {
         **estimate(right.double().mean(1), SHARE),
@@ -165,9 +169,9 @@ def counted(right, truncated):
 
 @torch.no_grad()
 def distance(cfg, pair, rows, per_position):
-    """The metrics of a step on held-out rows, at states that the student visits now: {name: float}.
+    """The metrics of a step, on the first 256 held-out rows: {name: value}, see Means.means.
 
-    RunEnded if the loss is not finite.
+    The student writes one response to each, at --temperature. RunEnded if the loss is not finite.
     """
     rows = rows[:256]
     seeds = [seed_of(cfg.seed, "distance", i) for i in range(len(rows))]
@@ -206,14 +210,14 @@ def distance(cfg, pair, rows, per_position):
 
 
 def check_on_policy(metrics, dtype):
-    """UserError if what was sampled is not what is scored, beyond rounding."""
+    """UserError if log-probabilities as sampled and as scored differ by more than rounding does."""
     mismatch = show.mismatch(metrics, dtype)
     if mismatch:
         raise UserError(mismatch)
 
 
 def peak_memory(device):
-    """Bytes at the peak so far: of the allocator on a GPU, of the whole process on a CPU."""
+    """The peak of memory so far, bytes: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

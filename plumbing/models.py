@@ -1,8 +1,8 @@
-"""plumbing/models.py: checkpoints from a directory or the hub, and whether they keep what is asked.
+"""plumbing/models.py: checkpoints from a directory or the hub, and whether they can be trained on.
 
 load_pair reads two checkpoints and makes a teacher.Pair of them. Weights are read from safetensors
-alone, since a pickle may run code, and code that comes with a checkpoint is never run. `probe`
-tries each model on a few tokens: a model that would be trained on something else than it wrote is
+alone, since a pickle may run code. Code that comes with a checkpoint is never run. `probe` tries
+each model on a few tokens. A model that would be trained on something else than it wrote is
 refused here, before the first step.
 """
 
@@ -40,10 +40,10 @@ def load_pair(
     """Two directories or hub names -> teacher.Pair.
 
     dtype: of the computation and of the teacher's weights; the student's weights are float32.
-    micro_batch_tokens 0: as many as `activations` says. in_flight 0: all. shard: cut both models
-    over all processes; each process reads all of them into the memory of its CPU first.
-    Raises UserError if a checkpoint cannot be read or breaks a promise (load), or if the two do not
-    fit (teacher.check_pair). What costs least is looked at first.
+    micro_batch_tokens 0: as many as `activations` says. in_flight 0: all. ends: "merged", or "own".
+    shard: cut both models over all processes; each process reads all of them into the memory of
+    its CPU first. UserError if a checkpoint cannot be read or fails the probe (load), or if the two
+    do not fit (teacher.check_pair). What costs least is checked first.
     """
     device = pick_device(device)
     dtype = getattr(torch, dtype)
@@ -77,8 +77,8 @@ def load_pair(
 def pick_device(name):
     """The name of a device -> torch.device; "auto" is cuda if there is one, else cpu.
 
-    Under torchrun each process takes a GPU of its own. UserError if the device is not there, has no
-    float64, with which tokens are drawn (mps), or holds no numbers (meta).
+    Under torchrun each process takes a GPU of its own. UserError if the device is not there, if it
+    has no float64, which drawing tokens needs (mps), or if it holds no numbers (meta).
     """
     asked = name
     if name == "auto":
@@ -100,10 +100,10 @@ def pick_device(name):
 def load(path, *, device="cpu", dtype=torch.float32, trainable=False):
     """A causal language model from a directory or the hub, probed, in eval mode.
 
-    dtype: of the computation. Weights have it, too; those of a trainable model are float32.
-    Raises UserError with the path if this is no whole checkpoint of a causal language model, and
-    nothing else: a weight that is missing, or of another shape than config.json says, would be
-    random, and a weight that config.json does not provide for would be left out.
+    dtype: of the computation and of the weights; a trainable model has weights in float32.
+    UserError, with the path, if this is not exactly a checkpoint of a causal language model. A
+    weight that is missing, or has another shape than config.json says, would be random. A weight
+    that config.json does not provide for would be left out.
     """
     device = torch.device(device)
     with refused(f"{path} cannot be read"):
@@ -145,9 +145,9 @@ def check_weights(path, info):
 
 
 def is_no_report(record):
-    """False for transformers' table of missing and unexpected weights: check_weights refuses them.
+    """A filter for the log of transformers: False for its table of missing and unexpected weights.
 
-    All else that transformers says while it loads is shown.
+    check_weights refuses these. All else that transformers logs while it loads is shown.
     """
     text = record.getMessage()
     return "LOAD REPORT" not in text or "CONVERSION" in text
@@ -164,7 +164,7 @@ def load_tokenizer(path):
 
 
 def check_directory(path):
-    """UserError if a path is no directory with safetensors and cannot be a name on the hub.
+    """UserError if a path is neither a directory with safetensors nor a possible name on the hub.
 
     Only OWNER/NAME is looked for on the hub. If OWNER is a folder here, a folder is meant.
     """
@@ -189,7 +189,10 @@ def check_directory(path):
 
 @contextlib.contextmanager
 def refused(what):
-    """Whatever a checkpoint makes transformers raise is a UserError, in one line."""
+    """Inside, whatever transformers raises over a checkpoint is a UserError, in one line.
+
+    what: the start of the line. A lack of memory is raised as it is.
+    """
     try:
         yield
     except Exception as error:
@@ -205,7 +208,7 @@ def refused(what):
 
 
 def surprises(student_tokenizer, teacher_tokenizer):
-    """What two tokenizers with the same tokens do differently: a list of sentences."""
+    """What two tokenizers with the same tokens do differently: list of warnings."""
     found = []
     student_special = set(student_tokenizer.all_special_tokens)
     teacher_special = set(teacher_tokenizer.all_special_tokens)
@@ -238,21 +241,21 @@ WINDOWS = (  # what configurations call the length of a sliding or local window
 )
 LONGEST_WINDOW = 4096  # tokens; the text of the probe is not made longer than that
 WRITTEN = 20  # tokens of a response of the probe; on a GPU rows leave at every 16th
-# what rounding may do, as a share of the range of log p: to a text that goes on, and to a text that
-# is written in a cache, or read beside others
+# The largest difference that rounding may make, as a share of the range of log p. ROUNDING_ALONE:
+# to a text that goes on. ROUNDING: to a text that is written with a cache, or read beside others.
 ROUNDING_ALONE = {torch.float32: 3.5e-4, torch.bfloat16: 0.09}
 ROUNDING = {torch.float32: 1.5e-3, torch.bfloat16: 0.09}
-TEMPERATURE = 2.0  # of the probe: rows end early and late, whatever the model prefers
+TEMPERATURE = 2.0  # of the probe: so some rows end early and others late, with any model
 
 
 @torch.no_grad()
 def probe(model, path, dtype=torch.float32):
     """Try a model on a few tokens, in the dtype of the run. UserError with the path if
 
-    it cannot be run or cannot write in that dtype,
-    a later token changes what it says of an earlier one (BERT loads as a causal model, too),
-    it reads a text differently beside longer ones, with padding on the left, than alone, or
-    `rollout` records other log-probabilities than a reading of the whole text gives.
+    - it cannot be run or cannot write in that dtype, or its logits are not finite,
+    - a later token changes what it says of an earlier one (BERT loads as a causal model, too),
+    - it reads a text beside longer ones, with padding on the left, differently than alone, or
+    - `rollout` records other log-probabilities than a reading of the whole text gives.
     """
     name = f"{path}: {type(model).__name__}"
     device = model.get_input_embeddings().weight.device
@@ -321,8 +324,8 @@ def read(model, ids, last, mask=None):
 def written(model):
     """Six responses of the probe, three at a time: -> Rollout.
 
-    Two prompts are longer than the model's window. Every twelfth token of the vocabulary is an end,
-    so rows leave early and others join those that are on their way.
+    Two prompts are longer than the model's window, if that can be tried. Every twelfth token of
+    the vocabulary is an end, so some rows leave early, and others join while the rest go on.
     """
     config = model.config.get_text_config()
     longest = max(8, min(window(config) + 4, positions(config) - WRITTEN))
@@ -340,16 +343,17 @@ def written(model):
 
 
 def probe_prompt(model, length):
-    """Token ids from the middle of the vocabulary, whose beginning is full of special tokens.
+    """`length` token ids from the middle of the vocabulary: list of int.
 
-    Some models have never seen those, and amplify rounding in bfloat16 when they read them.
+    Its beginning is full of special tokens. Some models have never seen them, and amplify rounding
+    in bfloat16 when they read them.
     """
     vocab_size = len(model.get_input_embeddings().weight)
     return [(vocab_size // 2 + 37 * i) % vocab_size for i in range(length)]
 
 
 def window(config):
-    """The longest sliding or local window of a configuration that can be tried: int, 0 for none."""
+    """The longest sliding or local window of a configuration, tokens; 0 if none can be tried."""
     lengths = [0]
     for name in WINDOWS:
         length = getattr(config, name, None)
@@ -362,13 +366,15 @@ def window(config):
 
 
 def activations(model, device, width):
-    """How many tokens' activations, of `width` bytes a value, fit into 512 MiB on a CPU, or into an
-    eighth of a GPU's memory: int.
+    """How many tokens may be in a micro-batch, so that its activations fit into memory: int.
 
-    17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16 bits,
-    without attention scores, which are no longer kept). With checkpointed layers 1, and 17 in the
-    layer at hand. Rough: norms and residuals stay float32 under autocast. With one
-    thread, parts of one response of SmolLM2 took 1.1 times the time of parts of two or more.
+    They may take 512 MiB on a CPU, and an eighth of a GPU's memory. width: bytes a value. There
+    are 17 values a token, layer and hidden unit (arXiv 2205.05198, section 4.1: 34 bytes in 16
+    bits, without attention scores, which are not kept). With checkpointed layers it is 1, and 17
+    in the layer at hand. This is rough: norms and residuals stay float32 under autocast.
+
+    On one thread, SmolLM2 in parts of one response took 1.1 times as long as in parts of two or
+    more.
     """
     config = model.config.get_text_config()
     layers = config.num_hidden_layers
@@ -384,9 +390,9 @@ def activations(model, device, width):
 def checkpoint_layers(model):
     """Keep only the inputs of the layers for the backward pass, and compute the rest again there.
 
-    transformers does so in layers that are in training mode. So the layers alone are put in
-    training mode, not what is inside them, and a layer that drops out by itself no longer does.
-    UserError for an architecture without such layers.
+    transformers does so in layers that are in training mode. So the layers are put in training
+    mode, but not what is inside them, and a dropout of the layer's own is set to 0. UserError for
+    an architecture without such layers.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:

@@ -1,7 +1,7 @@
 """plumbing/page.py: a few responses to read, every token tinted by its reward (paper 2.2, 6.2).
 
     reward        log q(y) - log p(y) of a token y, nats; p the student that wrote it, q the teacher
-    mean reward   over a response; the paper's Figure 14. It says little about a single token
+    mean reward   its mean over a response; the paper's Figure 14. It says little about one token
 
 One HTML file without a script, which fetches nothing. The paper has no such page.
 """
@@ -18,8 +18,8 @@ from plumbing.slots import rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
 
-SHOWN = 5  # of the tokens that both models find likely, in the note of a token
-FULL_TINT = 2.0  # nats
+SHOWN = 5  # how many of the tokens that both models find likely stand in the note of a token
+FULL_TINT = 2.0  # nats: a reward this far from 0, or further, has the full colour
 SHAPES = {" ": "·", "\n": "↵", "\t": "⇥"}
 STYLE = """
 body { max-width: 50rem; margin: 1.5rem auto; padding: 0 1rem; color: #1c1c1e; background: #fff;
@@ -48,7 +48,8 @@ def write_page(
 ):
     """Let the student answer each of the rows once, grade it, and write the page to the file `out`.
 
-    rows: of plumbing.prompts.encode_rows, {"ids", "answer" or None}. checker: of answers.CHECKERS.
+    rows: from plumbing.prompts.encode_rows, {"ids", "answer" or None}. k: of the overlap (Eq. 6).
+    max_new_tokens: of a response, at most. checker: a name in answers.CHECKERS.
     """
     with pair.autocast():
         r = rollout(
@@ -78,7 +79,7 @@ def write_page(
 
 
 def head(pair, count, k, temperature):
-    """The page before its responses: what it shows, and what its colours and signs mean."""
+    """The page above its responses: what it shows, and what its colours and signs mean: str."""
     scale = [tinted(reward, float(reward)) for reward in ("-2", "-1", "0", "+1", "+2")]
     return HEAD.format(
         style=STYLE,
@@ -106,7 +107,7 @@ def seen(log_p, log_q, y, k):
 
 
 def section(tokenizer, row, ids, truncated, values, checker="built-in"):
-    """One response as HTML: what is known of it, its prompt as each model reads it, its tokens."""
+    """One response as HTML: facts about it, its prompt as each model reads it, its tokens."""
     said = read_answer(tokenizer.decode(ids, skip_special_tokens=True))
     mean = sum(values["reward"]) / len(ids)
     facts = [f"mean reward {mean:+.3f} nats", f"{len(ids)} tokens"]
@@ -132,7 +133,7 @@ def section(tokenizer, row, ids, truncated, values, checker="built-in"):
 
 
 def verdict(said, wanted, checker="built-in"):
-    """The answer of a response beside the one that was asked for."""
+    """The answer in a response, and whether it is the one that was asked for: str."""
     if said is None:
         return f"no answer, {wanted} was asked for"
     if CHECKERS[checker](said, wanted):
@@ -159,9 +160,9 @@ def note(tokenizer, text, values):
 
 
 def visible(tokenizer, i):
-    """One token as text, everything in it to be seen: "·the", "↵↵", "⟨U+200B⟩".
+    """One token as text in which everything can be seen: "·the", "↵↵", "⟨U+200B⟩".
 
-    A token that is only some bytes of a character is named as the tokenizer names it: "⟨ðŁ⟩".
+    A token that is only a part of a character has the tokenizer's name for it: "⟨ðŁ⟩".
     """
     text = tokenizer.decode([i], clean_up_tokenization_spaces=False)
     piece = str(tokenizer.convert_ids_to_tokens(i))
@@ -174,7 +175,7 @@ def visible(tokenizer, i):
 
 
 def spelt_out(text):
-    """Characters that are not seen, or turn a line around, by their number: "⟨U+202E⟩"."""
+    """A text with the numbers of characters that cannot be seen, or turn a line: "⟨U+202E⟩"."""
     shapes = []
     for c in text:
         is_seen = c.isprintable() or c == "\n"

@@ -1,7 +1,7 @@
 """plumbing/processes.py: one run on several processes (torchrun).
 
-Each process writes and grades its share of a step's prompts. Of a step only sums and gradients
-travel. On one process all of this does nothing.
+Each process writes and grades its share of a step's prompts. In a step only sums and gradients go
+from one process to another. With one process, all of this does nothing.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ def processes():
 
 
 def share(items):
-    """The part of a list that is this process's: every so many-th item."""
+    """This process's part of a list: every so many-th item, from the rank on."""
     rank, world = processes()
     return items[rank::world]
 
 
 def gathered(mine):
-    """The inverse of share: what each process made of its share -> one list, on all of them."""
+    """The inverse of share: what each process made of its share -> one list, on every process."""
     if not dist.is_initialized():
         return mine
     parts = [None] * dist.get_world_size()
@@ -47,7 +47,10 @@ def gathered(mine):
 
 
 def over_processes(x, op=dist.ReduceOp.SUM):
-    """A tensor added up over all processes (or by another dist.ReduceOp), on all of them."""
+    """The sum of a tensor over all processes (or another dist.ReduceOp), on each of them.
+
+    With several processes the sum is written into x, of any shape.
+    """
     if dist.is_initialized():
         dist.all_reduce(x, op)
     return x
@@ -56,8 +59,8 @@ def over_processes(x, op=dist.ReduceOp.SUM):
 def sum_gradients(model):
     """Replace each gradient by its sum over all processes.
 
-    A parameter that no process has used keeps no gradient, so that the optimizer leaves it alone
-    as it does on a single process. FSDP has added the gradients of a sharded model up already.
+    A parameter that no process has used keeps no gradient, so the optimizer leaves it alone, as
+    with a single process. FSDP has added up the gradients of sharded parameters already.
     """
     if not dist.is_initialized():
         return
@@ -77,10 +80,10 @@ def is_sharded(parameter):
 
 
 def equal_micro_batches(r, budget, teacher_reads=None):
-    """teacher.micro_batches, as many on every process: -> list of MicroBatch.
+    """teacher.micro_batches, as many of them on every process: -> list of MicroBatch.
 
     A sharded model gathers its weights in every forward and backward, so all processes must call
-    it equally often. What a process lacks are idle parts: no response token, no gradient.
+    it equally often. A process that has fewer parts gets idle ones, without a response token.
     """
     parts = micro_batches(r, budget, teacher_reads)
     count = over_processes(torch.tensor(len(parts), device=r.ids.device), dist.ReduceOp.MAX)
@@ -100,10 +103,10 @@ def equal_micro_batches(r, budget, teacher_reads=None):
 
 @contextlib.contextmanager
 def whole(*models):
-    """Inside, every process holds all weights of those of these models that are sharded.
+    """Inside, every process holds all weights of these models, also of those that are sharded.
 
-    Then the processes may call a model as often as each of them needs to. Layers are in the dtype
-    of the computation, the rest is float32.
+    So each process may call a model as often as it needs to. Of a sharded model the layers are in
+    the dtype of the computation, and the rest is in float32.
     """
     parts = []
     for model in models:
@@ -124,20 +127,22 @@ def whole(*models):
 def one_of_several(device):
     """Inside, this is one of the processes that torchrun started, if it started any.
 
-    nccl joins GPUs, one for each process, and gloo CPUs. The first process prints. If another
-    process dies, this one ends at once with a line, as it would wait for ever.
+    nccl connects GPUs, one for each process, and gloo connects CPUs. Only the first process
+    prints. If another process dies, this one prints a line and ends at once; it would wait for
+    ever. device: the value of --device.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     if device in ("auto", "cuda") and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(timeout=datetime.timedelta(hours=1))  # one may write much longer
+    # a process may write for much longer than the others
+    dist.init_process_group(timeout=datetime.timedelta(hours=1))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
         warnings.simplefilter("ignore")
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not come before our line
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's must not end this before it prints
     try:
         yield
     except RuntimeError as error:
@@ -145,8 +150,8 @@ def one_of_several(device):
             raise
         reason = str(error).splitlines()[0]
         print(
-            "opd.py: stopped, as another process has ended; if there is a checkpoint, it is whole: "
-            f"--resume ({reason})",
+            "opd.py: stopped, since another process has ended; if there is a checkpoint, it is "
+            f"whole: go on with --resume ({reason})",
             file=sys.stderr,
             flush=True,
         )
@@ -154,4 +159,4 @@ def one_of_several(device):
     is_first = dist.get_rank() == 0
     dist.destroy_process_group()
     if not is_first:
-        os._exit(0)  # once, in a test, a process aborted as it ended, after its work
+        os._exit(0)  # the work is done; in its destructors a process may still abort

@@ -3,7 +3,7 @@
 A prompt is text or a list of chat messages. It is read from a file, put into a template, encoded
 to token ids by the student's tokenizer, and checked against what the two models can hold. The
 teacher reads the same ids, unless the line has a "teacher_prompt", or --teacher-template makes
-one. That is encoded by the teacher's tokenizer, in its own chat template.
+one. A teacher_prompt is encoded by the teacher's tokenizer, in its own chat template.
 """
 
 import itertools
@@ -31,7 +31,7 @@ from teacher import UserError
 
 
 def is_chat(x):
-    """Is this a list of {"role": text, "content": text}, and not an empty one?"""
+    """Is this a list of {"role": text, "content": text}, and not an empty one? -> bool."""
     if not isinstance(x, list) or not x:
         return False
     for message in x:
@@ -43,7 +43,7 @@ def is_chat(x):
 
 
 def is_conversation(x):
-    """Is this a chat of two messages or more in which the assistant says something last?"""
+    """Is this a chat of at least two messages, the last of which is text of the assistant?"""
     if not is_chat(x) or len(x) < 2:
         return False
     return x[-1]["role"] == "assistant" and x[-1]["content"] != ""
@@ -52,9 +52,9 @@ def is_conversation(x):
 def load_prompts(path):
     """Read JSON lines {"prompt", "answer", "teacher_prompt"}, of which the last two are optional.
 
-    An answer is text, a prompt is text or chat messages. -> list of {"prompt", "answer": text or
-    None, "id": "name of the file:line"}, and "teacher_prompt" where the line has one. Raises
-    UserError with file and line for anything else.
+    An answer is text; a prompt is text or chat messages. -> list of {"prompt", "answer": text or
+    None, "id": "name of the file:line"}, with "teacher_prompt" if the line has one. UserError,
+    with file and line, for anything else.
     """
     rows = []
     for number, row in json_lines(path):
@@ -80,7 +80,10 @@ def load_prompts(path):
 
 
 def check_prompt(prompt, name, where):
-    """UserError if what a line has as its prompt, or teacher_prompt, is none."""
+    """UserError unless a line's prompt is text, or a chat that ends with the user or a tool.
+
+    name: "prompt" or "teacher_prompt"; where: "path:line".
+    """
     is_text = isinstance(prompt, str) and prompt.strip() != ""
     if not is_text and not is_chat(prompt):
         raise UserError(
@@ -88,13 +91,13 @@ def check_prompt(prompt, name, where):
         )
     if not is_text and prompt[-1]["role"] not in ("user", "tool"):
         raise UserError(
-            f"{where} ends with what the {prompt[-1]['role']} says; a {name} ends with the user, "
-            "or with a tool"
+            f"{where} ends with what the {prompt[-1]['role']} says; end the {name} with a message "
+            "of the user, or of a tool"
         )
 
 
 def additions(count, seed=0):
-    """Questions with known answers, for a run without --prompts: {"prompt", "answer", "id"}."""
+    """Sums of two numbers, for a run without --prompts: list of {"prompt", "answer", "id"}."""
     pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
     random.Random(seed_of(seed, "additions")).shuffle(pairs)
     rows = []
@@ -105,7 +108,7 @@ def additions(count, seed=0):
 
 
 def given_or_additions(path, seed):
-    """The rows of a file; without one, additions, and a warning that says so."""
+    """The prompts of a file: rows; without a file, additions, with a warning that says so."""
     if path:
         return load_prompts(path)
     rows = additions(512, seed)
@@ -116,9 +119,9 @@ def given_or_additions(path, seed):
 def read_conversations(path):
     """Read JSON lines {"messages": [...]} that end with what the assistant says.
 
-    -> list of {"messages", "prompt_ids", "response_ids", "where": "path:line"}. The ids are None,
-    unless a cold start of ours has written them; what it has not kept is left out. Raises UserError
-    with file and line.
+    -> list of {"messages", "prompt_ids", "response_ids", "where": "path:line"}. The ids are those
+    that a cold start of ours has written, else None. Answers that it did not keep are left out.
+    UserError, with file and line, for anything else.
     """
     rows = []
     for number, row in json_lines(path):
@@ -146,12 +149,15 @@ def read_conversations(path):
             }
         )
     if not rows:
-        raise UserError(f"{path} holds no conversations")
+        raise UserError(
+            f'{path} holds no conversations; write one {{"messages": [...]}} a line, which ends '
+            "with what the assistant says"
+        )
     return rows
 
 
 def are_tokens(x):
-    """Is this a list of token ids, and not an empty one?"""
+    """Is this a list of token ids, and not an empty one? -> bool."""
     if not isinstance(x, list) or not x:
         return False
     return all(type(i) is int and i >= 0 for i in x)
@@ -164,7 +170,8 @@ def questions(cfg):
     """The prompts of a run, each question once: -> (training, cold start, held out) lists of rows.
 
     Rows are {"prompt", "answer", "id"}, put into the template. Two prompts are the same question if
-    all of their text is the same; what is left out for that is counted in a warning.
+    all of their text is the same. A warning counts those that are left out for that. UserError if a
+    file cannot be used, or if there are too few prompts.
     """
     given = given_or_additions(cfg.prompts, cfg.seed)
     train = once(put_in_template(cfg, given, "--prompts"), "--prompts")
@@ -188,7 +195,7 @@ def questions(cfg):
     if cfg.cold_start and needed > len(train):
         raise UserError(
             f"--cold-start {cfg.cold_start}: only {len(train)} prompts to train on, and OPD needs "
-            "others than these"
+            "others than the cold start; take a smaller --cold-start, or more --prompts"
         )
     cold = random.Random(seed_of(cfg.seed, "cold start")).sample(train, cfg.cold_start)
     train = distinct(train, keys_of(cold))
@@ -198,7 +205,8 @@ def questions(cfg):
         train = mixed(cfg, train, seen)
     if not train and cfg.steps:
         raise UserError(
-            f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones"
+            f"--prompts {cfg.prompts}: no prompt is left for training beside the held-out ones; "
+            "give more prompts"
         )
     check_teacher_prompts(train + cold + held_out)
     return train, cold, held_out
@@ -217,7 +225,7 @@ def of_eval_file(cfg, path):
 
 
 def in_turn(lists):
-    """The first of each list, the second of each, ...: a list. So a part of it is of all lists."""
+    """The first item of each list, then the second of each, ...: a list that begins with all."""
     items = []
     for of_each in itertools.zip_longest(*lists):
         items += [item for item in of_each if item is not None]
@@ -225,7 +233,7 @@ def in_turn(lists):
 
 
 def check_teacher_prompts(rows):
-    """A warning that counts the rows without a teacher_prompt, if others have one."""
+    """Warn how many rows have no teacher_prompt, if others have one."""
     lacking = sum("teacher_prompt" not in row for row in rows)
     if 0 < lacking < len(rows):
         warnings.warn(
@@ -236,7 +244,10 @@ def check_teacher_prompts(rows):
 
 
 def mixed(cfg, train, seen):
-    """The training prompts with their share of aligned ones (5.2), none of a question seen."""
+    """The training prompts mixed with aligned ones (5.2), without the questions in `seen`: -> rows.
+
+    seen: a set of question_key.
+    """
     aligned = load_prompts(cfg.aligned_prompts)
     aligned = put_in_template(cfg, aligned, "--aligned-prompts")
     aligned = once(aligned, "--aligned-prompts")
@@ -255,9 +266,9 @@ def mixed(cfg, train, seen):
 
 
 def put_in_template(cfg, rows, flag):
-    """The rows in --template, and what the teacher reads of them in --teacher-template: -> rows.
+    """The rows in --template, with a teacher_prompt in --teacher-template if there is one: -> rows.
 
-    A warning counts those that were in --template before.
+    A warning counts the rows of `flag` that were in --template before.
     """
     already = 0
     for row in rows:
@@ -269,7 +280,7 @@ def put_in_template(cfg, rows, flag):
 
 
 def in_teacher_template(rows, template, teacher_template):
-    """The rows, each with a teacher_prompt in a template: its own, or the question alone."""
+    """The rows, each with a teacher_prompt in teacher_template: its own, or the bare question."""
     done = []
     for row, alone in zip(rows, out_of_template(rows, template)):
         prompt = row.get("teacher_prompt", alone["prompt"])
@@ -288,7 +299,7 @@ def for_accuracy(cfg, held_out):
 
 
 def out_of_template(rows, template):
-    """The questions alone, of the rows that are in a template; the others as they are: -> rows."""
+    """Take the questions out of a template; rows that are not in it stay as they are: -> rows."""
     before, _, after = TEMPLATES.get(template, template).partition("{question}")
     done = []
     for row in rows:
@@ -301,7 +312,7 @@ def out_of_template(rows, template):
 
 
 def question_text(prompt):
-    """What a template stands around: a text, or the last message of a chat."""
+    """The text that a template goes around: a prompt, or the last message of a chat."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
@@ -321,31 +332,35 @@ def conversation_keys(cfg):
 
 
 def keys_of(rows):
+    """The question_key of every row: set of str."""
     return {question_key(row["prompt"]) for row in rows}
 
 
 def once(rows, flag):
-    """Each question once; a warning counts the other rows."""
+    """The rows with each question once; a warning counts the others."""
     first = distinct(rows)
     tell(flag, len(rows) - len(first), rows, "repeat another one and are left out")
     return first
 
 
 def without(rows, known, flag, why):
-    """The rows with questions that are not known; a warning counts the others."""
+    """The rows whose question_key is not in `known`; a warning counts the others, and says why."""
     rest = distinct(rows, known)
     tell(flag, len(rows) - len(rest), rows, f"are {why} and left out")
     return rest
 
 
 def tell(flag, count, rows, what):
-    """A warning that counts some of the prompts of a flag, unless there are none."""
+    """Warn that `count` of the prompts of a flag are `what`, unless count is 0."""
     if count:
         warnings.warn(f"{flag}: {count} of {len(rows)} prompts {what}", stacklevel=3)
 
 
 def some_questions(cfg):
-    """--count rows of --prompts, or of additions without it, drawn by the seed, in the template."""
+    """--count prompts for a diagnosis, drawn by the seed, in the template: list of rows.
+
+    They are drawn from --prompts, or without it from additions.
+    """
     rows = given_or_additions(cfg.prompts, cfg.seed)
     rows = put_in_template(cfg, rows, "--prompts")
     random.Random(seed_of(cfg.seed, "some questions")).shuffle(rows)
@@ -357,10 +372,10 @@ def some_questions(cfg):
 
 
 def encode(tokenizer, prompt, thinking="default", where="a prompt"):
-    """A prompt as a model reads it, by the chat template if there is one: -> token ids.
+    """A prompt as a model reads it, in the chat template if there is one: -> token ids.
 
-    They do not end with an end of text, which some tokenizers append: nothing would follow. Raises
-    UserError, see text_of.
+    An end of text, which some tokenizers append, is cut off: nothing would follow it. UserError,
+    see text_of.
     """
     return tokens_of(tokenizer, text_of(tokenizer, prompt, thinking, where))
 
@@ -368,8 +383,8 @@ def encode(tokenizer, prompt, thinking="default", where="a prompt"):
 def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
     """The text of a prompt, chat template included: str.
 
-    thinking: "on" or "off" for templates that have the switch, or "default". Raises UserError if
-    the template does not have it, or refuses the prompt.
+    thinking: "on" or "off" for templates that have the switch, or "default". where: the prompt's
+    name in an error. UserError if the template has no such switch, or refuses the prompt.
     """
     if thinking != "default" and "enable_thinking" not in str(tokenizer.chat_template):
         raise UserError(
@@ -386,13 +401,16 @@ def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
         return tokenizer.apply_chat_template(
             chat, add_generation_prompt=True, tokenize=False, **options
         )
-    except Exception as error:  # a template is a program of the checkpoint's: it may raise anything
+    except Exception as error:  # a template is a program in the checkpoint: it may raise anything
         whose = f"the chat template of {tokenizer.name_or_path}"
         raise UserError(f"{where}: {whose} refuses it: {error}") from error
 
 
 def tokens_of(tokenizer, text):
-    """Token ids without an end of text; a chat template has written its special tokens itself."""
+    """The token ids of a text, without an end of text at its end.
+
+    Special tokens are added only if there is no chat template: it writes its own.
+    """
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
@@ -402,10 +420,10 @@ def tokens_of(tokenizer, text):
 def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
     """Rows {"prompt", ...} -> those that fit, each with its token ids "ids".
 
-    A row with a "teacher_prompt" has "teacher_ids", too. Longer prompts are dropped and counted,
-    never cut. Raises UserError if none is left, if a prompt and new_tokens outgrow a model, if a
-    token has no output row, or if most tokens are unknown; and for a teacher_prompt without a
-    token.
+    A row with a "teacher_prompt" gets "teacher_ids", too. Prompts of more than max_prompt_tokens
+    are dropped and counted in a warning, never cut. UserError if no prompt is left, if a prompt and
+    new_tokens outgrow a model, if a token has no output row, if most tokens are unknown, or if a
+    teacher_prompt has no token.
     """
     fit = []
     for row in rows:
@@ -437,7 +455,7 @@ def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"
 def encode_for_teacher(pair, row, new_tokens, thinking, where):
     """The teacher_prompt of a row in the teacher's own chat template: -> token ids.
 
-    UserError if it has none, or if it and new_tokens outgrow the teacher.
+    UserError if it has no token, or if it and new_tokens outgrow the teacher.
     """
     what = f"the teacher_prompt of {where}"
     tokenizer = pair.teacher_tokenizer or pair.tokenizer
@@ -450,19 +468,22 @@ def encode_for_teacher(pair, row, new_tokens, thinking, where):
 
 
 def check_known(tokenizer, prompts, what="prompts"):
-    """UserError if most tokens of these prompts, lists of ids, stand for text without a token."""
+    """UserError if most tokens of these prompts, lists of ids, are the unknown token.
+
+    what: the name of the prompts in the error.
+    """
     ids = [i for prompt in prompts for i in prompt]
     unknown = ids.count(tokenizer.unk_token_id)
     if unknown > len(ids) / 2:
         raise UserError(
             f"{unknown} of {len(ids)} tokens of the {what} are {tokenizer.unk_token}: the "
-            "tokenizer does not know their words; give --prompts that it knows, without a template "
-            "of other words"
+            "tokenizer does not know their words; give --prompts in words that it knows, and no "
+            "template in others"
         )
 
 
 def encode_for(cfg, pair, rows):
-    """encode_rows with the settings of a command; none for none."""
+    """encode_rows with the flags of a command: rows -> rows, [] -> []."""
     if not rows:
         return []
     new_tokens = cfg.max_new_tokens
@@ -478,13 +499,17 @@ def encode_for(cfg, pair, rows):
 
 
 def check_fits(pair, models, ids, new_tokens, what):
-    """UserError if ids and what is to be written outgrow a model, or have no output row."""
+    """UserError if ids and new_tokens outgrow one of the models, or if an id has no output row.
+
+    what: the name of the text in the error.
+    """
     for model in models:
         room = positions(model.config.get_text_config())
         if len(ids) + new_tokens > room:
             raise UserError(
                 f"{what} and its response need {len(ids) + new_tokens} tokens, "
-                f"{model.name_or_path} holds {room}; lower --max-new-tokens"
+                f"{model.name_or_path} holds {room}; lower --max-new-tokens (and, if given, "
+                "--eval-max-new-tokens, --cold-start-max-new-tokens), or shorten the text"
             )
     if max(ids) >= pair.vocab_size:
         raise UserError(f"a token of {what} has no output row; leave it out")
@@ -493,8 +518,9 @@ def check_fits(pair, models, ids, new_tokens, what):
 def positions(config):
     """The longest text whose positions the model knows: int, or inf.
 
-    A LongRoPE model (Phi-3) turns all positions otherwise from its original length on, so the start
-    of a longer text is not what was sampled: that length is a bound, too.
+    A LongRoPE model (Phi-3) encodes all positions of a text in another way if the text is longer
+    than its original length. Then the start of the text is not scored as it was sampled, so that
+    length is a bound, too.
     """
     bounds = [math.inf]
     if getattr(config, "max_position_embeddings", None):
@@ -506,10 +532,10 @@ def positions(config):
 
 
 def load_conversations(path, pair, thinking="default"):
-    """A file of conversations -> list of (prompt ids, response ids), each with its end.
+    """A file of conversations -> list of (prompt ids, response ids), each response with its end.
 
-    Ids that our own cold start has written are used as they are. Raises UserError with file and
-    line.
+    Ids that our own cold start has written are used as they are. UserError, with file and line, if
+    a line cannot be used or outgrows a model.
     """
     examples = []
     for row in read_conversations(path):
@@ -530,11 +556,11 @@ def load_conversations(path, pair, thinking="default"):
 
 
 def continuation(tokenizer, text, prompt_ids, answer):
-    """The token ids of an answer as it stands behind its prompt.
+    """The token ids of an answer as it stands behind its prompt, `text` with prompt_ids.
 
-    A tokenizer may begin a text otherwise than it goes on: SentencePiece puts a space before the
-    first word. So prompt and answer are encoded together, and the prompt's ids cut off. If they are
-    no prefix, because a token spans the border, the answer is encoded alone.
+    Some tokenizers encode the start of a text differently: SentencePiece puts a space before the
+    first word. So prompt and answer are encoded together, and the prompt's ids are cut off. If the
+    prompt's ids are not a prefix, because a token spans the border, the answer is encoded alone.
     """
     alone = tokenizer(answer, add_special_tokens=False).input_ids
     together = tokens_of(tokenizer, text + answer)
@@ -546,11 +572,12 @@ def continuation(tokenizer, text, prompt_ids, answer):
 
 
 def same_words(a, b):
+    """Are two texts the same but for their spaces? -> bool."""
     return "".join(a.split()) == "".join(b.split())
 
 
 def check_same_tokens(tokenizer, row):
-    """UserError if the ids of a line say something else than its messages."""
+    """UserError if the response ids of a line do not decode to its last message."""
     said = tokenizer.decode(row["response_ids"][:-1])
     if said != row["messages"][-1]["content"]:
         raise UserError(

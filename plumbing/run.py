@@ -1,9 +1,9 @@
 """plumbing/run.py: the folder of a run: its lock, its checkpoint, its logs, and Ctrl-C.
 
-The checkpoint holds all that a run has logged. --resume writes the logs anew from it and goes on.
-On a CPU what happened after the checkpoint comes again bit for bit. On a GPU, whose kernels add in
-no fixed order, it comes again with other numbers: lines that were logged between the checkpoint
-and a kill are replaced by others. A stopped run (Ctrl-C, SIGTERM) saves first and loses nothing.
+The checkpoint holds all that a run has logged. --resume writes the logs again from it and goes on.
+The steps between the checkpoint and a kill are done again. On a CPU they come out the same bit for
+bit. On a GPU, whose kernels add in no fixed order, their numbers differ, and the lines that were
+logged are replaced. A stopped run (Ctrl-C, SIGTERM) saves first and loses nothing.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ TEXTS = "rollouts.jsonl"
 COLD_METRICS = "cold_start_metrics.jsonl"
 LOGS = (METRICS, TEXTS, COLD_METRICS)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MAY_DIFFER = {  # on --resume; every other flag decides a result
+MAY_DIFFER = {  # flags that --resume may change; every other one decides a result
     "resume",
     "steps",
     "out",
@@ -65,7 +65,7 @@ MAY_DIFFER = {  # on --resume; every other flag decides a result
 
 @dataclass
 class State:
-    """How far a run has come. A checkpoint holds all of it, weights and moments beside it."""
+    """How far a run has come. A checkpoint holds this, the weights and the optimizer's moments."""
 
     config: dict  # the flags
     step: int = 0
@@ -79,7 +79,11 @@ class State:
 
 
 class Run:
-    """with Run(cfg) as run: ... `step`, `cold_step` and `before` tell how far it has come."""
+    """The folder of a run, to be used as `with Run(cfg) as run:`, which takes the lock.
+
+    `step`, `cold_step` and `before` tell how far the run has come. On entry: UserError if the
+    folder and the flags do not agree (look), RunEnded if it cannot be written.
+    """
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -90,19 +94,22 @@ class Run:
         self.started = time.time()
         self.checkpoint = None  # what was read from the disk, until `restore`
         self.saved = ""  # the checkpoint that is there, in words
-        self.signal = 0  # the last one that came
-        self.has_titles = False  # over the readable lines
+        self.signal = 0  # the number of the last signal that came
+        self.has_titles = False  # were the titles of the readable lines printed?
 
     @property
     def step(self):
+        """How many steps are done: int."""
         return self.state.step
 
     @property
     def cold_step(self):
+        """How many updates of the cold start are done: int."""
         return self.state.cold_step
 
     @property
     def before(self):
+        """What was measured before the first step: dict, to be filled."""
         return self.state.before
 
     def __enter__(self):
@@ -114,7 +121,7 @@ class Run:
                 folder = os.open(self.out, os.O_RDONLY)  # the lock ends with its holder
                 stack.callback(os.close, folder)
                 alone(folder, self.out)
-            gathered([None])  # the others look when the first process has the lock
+            gathered([None])  # the others wait until the first process has the lock
             self.look()
             for signum in SIGNALS:
                 handler = signal.getsignal(signum)
@@ -132,13 +139,14 @@ class Run:
             error.add_note(f"{self.saved}, --resume goes on")
 
     def remove_if_empty(self):
+        """Remove the folder if nothing is in it."""
         with contextlib.suppress(OSError):
             self.out.rmdir()
 
     # --- what is in --out ------------------------------------------------------------------------
 
     def look(self):
-        """Read the checkpoint, if there is one; UserError if --out and the flags do not agree."""
+        """Read the checkpoint, if there is one. UserError if --out and the flags do not agree."""
         cfg = self.cfg
         config = self.out / "config.json"
         result = self.out / "result.json"
@@ -146,7 +154,7 @@ class Run:
         if cfg.batch_size < processes()[1]:
             raise UserError(
                 f"--batch-size {cfg.batch_size}: each of the {processes()[1]} processes needs a "
-                "prompt"
+                "prompt; take a larger --batch-size"
             )
         if cfg.shard and processes()[1] == 1:
             raise UserError(
@@ -181,7 +189,11 @@ class Run:
             self.read_checkpoint()
 
     def read_checkpoint(self):
-        """UserError if it is broken, or if other flags than now decided its results."""
+        """Read the checkpoint.
+
+        UserError if it is broken, was made with other flags that decide a result, or has done more
+        than --steps.
+        """
         try:
             found = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
             state = State(**found["run"])
@@ -199,8 +211,8 @@ class Run:
                 )
         if state.step > self.cfg.steps:
             raise UserError(
-                f"--steps {self.cfg.steps}: the run in {self.out} has come to step {state.step}; "
-                "ask for more, or take another --out"
+                f"--steps {self.cfg.steps}: the run in {self.out} has already done {state.step} "
+                "steps; ask for more, or take another --out"
             )
         state.config = self.state.config
         self.state = state
@@ -209,7 +221,10 @@ class Run:
     # --- the beginning ---------------------------------------------------------------------------
 
     def load_pair(self):
-        """The two models as the flags say: -> teacher.Pair."""
+        """Load the two models with the flags of the run: -> teacher.Pair.
+
+        UserError, see models.load_pair, or if --k is larger than their vocabulary.
+        """
         pair = load_pair(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
         if self.cfg.k > pair.vocab_size:
             raise UserError(
@@ -218,10 +233,11 @@ class Run:
         return pair
 
     def restore(self, pair, optimizer, train, cold, held_out):
-        """Go on from the checkpoint, or begin; write the logs and config.json anew.
+        """Go on from the checkpoint, or begin; write the logs and config.json again.
 
         train, cold, held_out: the questions, {"prompt", "answer", ...}. They are compared with
         those of the checkpoint as text, since some chat templates write the date into a prompt.
+        UserError if the checkpoint belongs to other questions or another model.
         """
         self.pair = pair
         self.optimizer = optimizer
@@ -241,21 +257,23 @@ class Run:
             write_json(self.out / "config.json", {**self.state.config, **provenance()})
 
     def check_questions(self, digests):
+        """UserError if held-out or cold-start questions have changed; a warning if others have."""
         had = self.state.digests
         if had["others"] != digests["others"]:
             raise UserError(
                 "--resume: the held-out prompts, or those of the cold start, are not those of the "
-                "steps before; give the files as they were (with an --eval, and no cold start, "
-                "some can be left out)"
+                "steps before; give the files as they were (only with --eval and without a cold "
+                "start may --prompts change)"
             )
         if had["train"] != digests["train"]:
             warnings.warn(
-                "--resume: the prompts are not those of the steps before; the rest of the run "
-                "takes them as they are now",
+                "--resume: the prompts are not those of the steps before; the rest of the run uses "
+                "those given now",
                 stacklevel=2,
             )
 
     def load_checkpoint(self):
+        """Put weights and moments of the checkpoint in place; UserError if they do not fit."""
         student = self.pair.student
         weights = self.checkpoint["student"]
         moments = self.checkpoint["optimizer"]
@@ -270,20 +288,20 @@ class Run:
         except (RuntimeError, ValueError, KeyError):
             raise UserError(
                 f"--resume: {self.path} does not fit the model in --student {self.cfg.student}; "
-                "give the one that it was begun with"
+                "give the model that the run began with"
             ) from None
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr
-        self.checkpoint = None  # and its memory
+        self.checkpoint = None  # frees its memory
         self.saved = self.in_words()
 
     # --- the checkpoint --------------------------------------------------------------------------
 
     def save(self):
-        """Write the checkpoint aside and rename it: whatever happens meanwhile leaves the last one.
+        """Write the checkpoint aside and rename it, so that a failure leaves the last one whole.
 
-        None is made of weights that are not finite, nor between skipped steps, which a run that
-        goes on counts anew.
+        After a skipped step nothing is saved: a run that goes on would count them from 0 again.
+        RunEnded if the weights are not finite, or if the file cannot be written.
         """
         if self.state.in_a_row or not self.before:
             return
@@ -295,10 +313,11 @@ class Run:
             with can_write(self.path):
                 self.path.parent.mkdir(exist_ok=True)
             write_whole(self.path, lambda file: torch.save(whole, file))
-            (self.out / METRICS).touch()  # of a run without a step, too
+            (self.out / METRICS).touch()  # so that a run without a step has one, too
         self.saved = self.in_words()
 
     def check_weights(self):
+        """RunEnded if a weight of the student, in any process, is not finite."""
         finite = torch.tensor(1, device=self.pair.device)
         for p in self.pair.student.parameters():
             mine = p.to_local() if is_sharded(p) else p
@@ -310,7 +329,10 @@ class Run:
             )
 
     def full_state(self):
-        """Weights and moments, whole; of a sharded student in the first process alone."""
+        """The whole weights and moments: two state_dicts.
+
+        With --shard only the first process gets them; the dicts of the others are empty.
+        """
         if self.cfg.shard:
             from plumbing.shard import full_state  # a second, only for those who shard
 
@@ -318,19 +340,22 @@ class Run:
         return self.pair.student.state_dict(), self.optimizer.state_dict()
 
     def in_words(self):
+        """The checkpoint, which has just been written or read, in words."""
         if self.cold_step and not self.step:
             return f"the checkpoint of step {self.cold_step} of the cold start is whole"
         return f"the checkpoint of step {self.step} is whole"
 
     def clock(self):
+        """Seconds that the run has taken so far, without the time between its parts."""
         return self.state.seconds + time.time() - self.started
 
     # --- Ctrl-C ----------------------------------------------------------------------------------
 
     def catch(self, signum, _):
-        """Note a signal; `save_when_due` heeds it. A second one is not caught and ends at once.
+        """Note a signal; `stop_if_asked` obeys it. A second one is not caught and ends at once.
 
-        Of several processes torchrun passes every signal on, so that a second one is no wish.
+        With several processes it is caught, too: torchrun passes signals on, so the second may be
+        the first one again.
         """
         self.signal = signum
         is_alone = processes()[1] == 1
@@ -343,10 +368,10 @@ class Run:
             if self.saved:
                 said += f" ({self.saved})"
             with contextlib.suppress(OSError):  # the terminal may be gone
-                os.write(2, f"{said}\n".encode())  # sys.stderr may be in the midst of writing
+                os.write(2, f"{said}\n".encode())  # sys.stderr may be writing at this moment
 
     def stop_if_asked(self):
-        """Between two steps: save and leave if a signal has come, to any of the processes."""
+        """Between two steps: save, and raise Stopped, if a signal has come to any process."""
         signum = torch.tensor(self.signal, device=self.pair.device)
         signum = int(over_processes(signum, dist.ReduceOp.MAX))
         if signum:
@@ -354,7 +379,7 @@ class Run:
             raise Stopped(f"stopped after step {self.step} of {self.cfg.steps}", signum)
 
     def save_when_due(self, step, steps):
-        """The checkpoint every so many steps, and the place where a signal is heeded."""
+        """Save every --save-every steps, and after the last of `steps`; then stop_if_asked."""
         if step % self.cfg.save_every == 0 or step == steps:
             self.save()
         self.stop_if_asked()
@@ -362,10 +387,11 @@ class Run:
     # --- the logs --------------------------------------------------------------------------------
 
     def log(self, row, r):
-        """After a step: its line of metrics, now and then two texts and a readable line.
+        """Log a step: a line of metrics; about 20 times a run two texts and a readable line, too.
 
-        row: {"step": from 1, metric: of the step}, with "skipped", a reason, if it was no update.
-        r: the Rollout of this process.
+        row: {"step": from 1, metric: value}, and "skipped": a reason, if there was no update.
+        r: the Rollout of this process. Saves and stops, see save_when_due; RunEnded, see
+        count_skipped.
         """
         self.state.step = row["step"]
         self.count_skipped(row)
@@ -386,14 +412,14 @@ class Run:
         self.save_when_due(self.step, self.cfg.steps)
 
     def log_cold_start(self, row, steps):
-        """After an update of the cold start."""
+        """Log an update of the cold start: a line of metrics. steps: how many there are in all."""
         self.state.cold_step = row["step"]
         self.count_skipped(row)
         self.append(COLD_METRICS, finite_or_null(row))
         self.save_when_due(self.cold_step, steps)
 
     def count_skipped(self, row):
-        """Tell of a step without an update; the third in a row ends the run."""
+        """Warn of a step without an update; at the third in a row: RunEnded."""
         if "skipped" not in row:
             self.state.in_a_row = 0
             return
@@ -405,6 +431,7 @@ class Run:
         tqdm.write(f"warning: {said}")
 
     def append(self, name, row):
+        """Add a row to a log, and to its file."""
         self.state.logs[name].append(row)
         if self.is_first:
             append_lines(self.out / name, [row])
@@ -412,7 +439,7 @@ class Run:
     # --- the end ---------------------------------------------------------------------------------
 
     def finish(self, result):
-        """Save the student, then result.json, which stands for a complete run: -> its content."""
+        """Write the student, then result.json, the mark of a complete run: -> its content."""
         result = {
             **self.before,
             **result,
@@ -428,6 +455,7 @@ class Run:
         return result
 
     def save_student(self, weights):
+        """Write student/, for from_pretrained. RunEnded if it cannot be written."""
         tokenizer = self.pair.tokenizer
         student = self.pair.student
         student.generation_config = GenerationConfig(  # an inherited one may be unsavable
@@ -445,5 +473,5 @@ class Run:
 
 
 def digest_of(rows):
-    """A name for questions, what the teacher reads of them, and their answers, as texts."""
+    """A digest of the texts of questions: prompts, teacher_prompts and answers."""
     return digest([(row["prompt"], row.get("teacher_prompt"), row["answer"]) for row in rows])

@@ -1,10 +1,10 @@
 """plumbing/shard.py: models too large for one GPU, cut over the processes (--shard).
 
 With torch's fully_shard a layer's weights are gathered when it computes. Its gradient is added up
-over the processes and cut, so that AdamW sees a part of each weight: 16 bytes a parameter of the
-student become 16 over the number of processes. The teacher is cut as well; it is frozen and has no
-gradient. Embeddings, last norm and head are gathered once for a micro-batch, since the head is
-called a chunk at a time.
+over the processes and cut, so that AdamW sees a part of each weight: the 16 bytes a parameter of
+the student are divided by the number of processes. The teacher is cut as well; it is frozen and
+has no gradient. Embeddings, last norm and head are gathered once for a micro-batch, since the head
+is called a chunk at a time.
 """
 
 import torch
@@ -39,7 +39,7 @@ def shard_pair(pair, device):
 
 
 def shard(model, mesh, dtype):
-    """Cut a model; dtype: of the computation in its layers, as autocast would have it."""
+    """Cut a model over a DeviceMesh; dtype: of the computation in its layers, as with autocast."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no layers to shard; leave --shard out")
@@ -54,7 +54,7 @@ def shard(model, mesh, dtype):
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)  # the sum, not the mean
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
 
     def trunk(**inputs):
         return model.base_model(**inputs)
@@ -71,7 +71,7 @@ def full_state(student, optimizer):
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
-    if not optimizer.state:  # asked now, torch would make an update of nothing and count it
+    if not optimizer.state:  # torch would fill it by an update of nothing, and count that
         return weights, optimizer.state_dict()
     moments = get_optimizer_state_dict(student, optimizer, options=options)
     if not moments:
@@ -81,7 +81,7 @@ def full_state(student, optimizer):
 
 
 def load_full_state(student, optimizer, weights, moments):
-    """The inverse of full_state: every process has all of it and takes its parts."""
+    """The inverse of full_state: every process is given all of it, and takes its parts."""
     options = StateDictOptions(full_state_dict=True)
     set_model_state_dict(student, weights, options=options)
     if moments["state"]:
@@ -91,7 +91,7 @@ def load_full_state(student, optimizer, weights, moments):
 
 
 def parameter_names(student):
-    """Names in the order in which an optimizer numbers the parameters."""
+    """The names of the parameters, in the order in which an optimizer numbers them: list."""
     return [name for name, _ in student.named_parameters()]
 
 

@@ -40,7 +40,7 @@ METRICS = {  # of a diagnosis, in words
 
 
 def cell(value, width, form):
-    """A number of a table, or "-" if it was not measured: str, `width` wide."""
+    """A number in a table, or "-" if it was not measured: str, `width` wide."""
     text = "-" if value is None else format(value, form)
     return text.rjust(width)
 
@@ -51,13 +51,13 @@ def titles(columns=COLUMNS):
 
 
 def columns():
-    """What stands above the lines of a run: what a line is, and the titles."""
+    """What stands above the lines of a run: what a line is, and the titles: str."""
     what = "each line is one step, a mean over its response tokens; columns: plumbing/README.md"
     return f"{what}\n{titles()}"
 
 
 def line(row, columns=COLUMNS):
-    """A row of metrics.jsonl as one readable line."""
+    """A row of metrics.jsonl as one readable line: str."""
     return " ".join(cell(row.get(name), width, form) for name, _, width, form in columns)
 
 
@@ -70,8 +70,8 @@ def mismatch(row, dtype):
     if off is None or off <= MISMATCH[dtype]:
         return None
     return (
-        f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats: "
-        "this is not on-policy"
+        f"log-probabilities as sampled and as scored differ by up to {off:.2g} nats, so this is "
+        "not on-policy; take --dtype float32, or another architecture"
     )
 
 
@@ -101,13 +101,14 @@ def summary(result):
 
 
 def change(before, after, metric, form):
+    """A metric before -> after: str."""
     return f"{before[metric]:{form}} -> {after[metric]:{form}}"
 
 
 def outcome(result):
-    """The accuracies of a finished run, of each file if it has several, and its gap recovery.
+    """The accuracies of a finished run, also of each file if it has several, and its gap recovery.
 
-    Lines to read, none without answers.
+    -> list of lines, none if the prompts have no answers.
     """
     if result["accuracy_after"] is None:
         return []
@@ -128,7 +129,7 @@ def outcome(result):
 def course(result, kind, place=None):
     """The student before -> (after a cold start) -> after, and the teacher: str.
 
-    kind: "accuracy" or "greedy"; place: of one of several held-out files; None: their mean.
+    kind: "accuracy" or "greedy"; place: which of several held-out files; None: their mean.
     """
     found = {}
     for when in ("before", "cold_start", "after", "teacher"):
@@ -143,18 +144,19 @@ def course(result, kind, place=None):
 
 
 def how_many(accuracy):
-    """Of what an accuracy is the mean: "64 prompts, 4 answers to each"."""
+    """How many answers an accuracy is the mean of: "64 prompts, 4 answers to each"."""
     prompts = len(accuracy["each"])
     answers = accuracy["samples"] // prompts
     return f"{counted(prompts, 'prompt')}, {counted(answers, 'answer')} to each"
 
 
 def counted(number, noun):
+    """A number with its noun: "1 prompt", "2 prompts"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def recovery(result):
-    """What became of the gap between student and teacher, in words."""
+    """What became of the gap between student and teacher, in words: str."""
     before = result["accuracy_before"]["mean"]
     after = result["accuracy_after"]["mean"]
     teacher = result["accuracy_teacher"]["mean"]
@@ -191,7 +193,7 @@ def diagnosis(report):
 
 
 def metric_lines(report):
-    """A line for each metric of the diagnosis; of the overlap, also where it is least."""
+    """A line for each metric of the diagnosis; overlap also at the start, and where it is worst."""
     names = {**METRICS, "overlap_ratio": f"overlap ratio, k = {report['k']}, Eq. 6"}
     title = f"first {FIRST_TOKENS}"
     lines = [
@@ -212,7 +214,7 @@ def metric_lines(report):
 
 
 def accuracy_lines(report):
-    """How often each model is right, on its own and finishing what the student began (6.1)."""
+    """How often each model is right: on its own, and finishing what the student began (6.1)."""
     title = f"right answers at T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
     rows = [("greedy, from the start", report["greedy"])]
     for cut in report["continuation"]:
@@ -236,7 +238,7 @@ def accuracy_lines(report):
 
 
 def from_depth(cut):
-    """Where both take over from the student, in words: str."""
+    """The depth at which both models take over from the student, in words: str."""
     depth = cut["depth"]
     if depth == 0:
         return "from the start"
@@ -244,7 +246,7 @@ def from_depth(cut):
 
 
 def sign_lines(report):
-    """Which way each measurement points, beside the paper's runs: a table."""
+    """Which way each measurement points, beside the paper's runs: a table, list of lines."""
     title = "in the paper (4.1: a success, a failure)"
     lines = ["", f"{'which way it points':28} {'here':16} {'for OPD?':13} {title}"]
     for name, measured, points, why in signs(report):
@@ -257,7 +259,7 @@ def sign_lines(report):
 def signs(report):
     """What points for OPD, or against it: rows of name, what was measured, which way, and why.
 
-    The paper's figures are of the section named before them. Which way a number points is our
+    The section before a figure of the paper is its source. Which way a number points is our
     reading.
     """
     ratio = report["metrics"]["overlap_ratio"]

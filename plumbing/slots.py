@@ -1,7 +1,7 @@
 """plumbing/slots.py: rollout.rollout, faster, with the same result.
 
 `rollout` replaces the whole function of rollout.py. It writes all responses in one cache that is
-allocated once. A row is a place for one response; nothing in it ever moves to another column.
+allocated once. A row is a place for one response, and nothing ever moves to another column.
 
     P = 4 columns of the prompt, padded on the left    then token t of the response in column P + t
 
@@ -15,9 +15,9 @@ the cache is never wider than the longest prompt and one response.
 
 On a GPU, a step of eager transformers is dozens of small launches a layer, which take longer than
 what they compute. `Captured` records a step in a CUDA graph and replays all of them in one launch.
-It looks which rows have ended only at every 16th token, and reads nothing from the GPU in between.
+It looks only at every 16th token which rows have ended, and reads nothing from the GPU in between.
 
-Models whose cache is more than keys and values are written by rollout.rollout.
+For models whose cache is more than keys and values, rollout.rollout writes.
 
 To copy: with rollout.py.
 """
@@ -61,8 +61,8 @@ def rollout(
     """Sample n responses to each prompt, see rollout.rollout: same arguments, same Rollout.
 
     in_flight: at most so many responses are written at a time, which bounds the memory of the
-    cache; all by default. If it is less than n, a prompt is read anew for each of its responses
-    (not so by rollout.rollout, which then writes n).
+    cache; all by default. If it is less than n, a prompt is read again for each of its responses.
+    If rollout.rollout writes for the model, n are then written at a time.
     """
     check(model, prompts, max_new_tokens, eos_ids)
     prompts_at_once = len(prompts)
@@ -132,14 +132,13 @@ def kind_of(model):
     if not all(type(layer) in known for layer in DynamicCache(config=config).layers):
         return None  # recurrent states
     if "local" in getattr(config, "attention_layers", []):
-        return (
-            None  # GPT-Neo: all windows end at the cache's last column, and the cache is not told
-        )
+        # GPT-Neo: all windows end at the cache's last column, and the cache is not told of them
+        return None
     return Captured if model.device.type == "cuda" else Slots
 
 
 def in_pieces(model, prompts, prompts_at_once, *, n, seeds, pad_id, **how):
-    """rollout.rollout of some prompts after the other, joined: -> Rollout."""
+    """rollout.rollout for prompts_at_once prompts at a time, joined: -> Rollout."""
     if seeds is None:
         seeds = torch.randint(2**62, (len(prompts),), device="cpu").tolist()
     pieces = []
@@ -170,10 +169,11 @@ class Slots(DynamicCache):
     """The responses that are being written: B rows and C columns, of which `rows` rows are in use.
 
     It is the cache that transformers gets. Layers with a sliding window (Gemma 3) end the windows
-    of all rows at the same column, so with these no prompt joins before all rows have left.
+    of all rows at the same column. So in a model with such layers, no prompt joins before all rows
+    have left.
     """
 
-    look_every = 1  # tokens from one look at who has ended to the next
+    look_every = 1  # tokens between two looks at which rows have ended
 
     def __init__(self, model, prompt_ids, prompt_mask, n, prompts_at_once, max_new_tokens):
         super().__init__()
@@ -198,7 +198,7 @@ class Slots(DynamicCache):
         self.width = self.P  # columns in use
         self.prompts_read = 0  # prompts that have been read
         self.steps = 0  # tokens
-        self.in_waves = False  # are there windows?
+        self.in_waves = False  # are there sliding windows?
         self.join()
 
     def feed(self, y, going):
@@ -214,11 +214,11 @@ class Slots(DynamicCache):
         if self.rows > 0:
             self.width += 1
             self.logits = self.step()
-            self.t.add_(1).clamp_(max=self.columns - self.P - 1)  # of free rows, too, in vain
+            self.t.add_(1).clamp_(max=self.columns - self.P - 1)  # of free rows, too: unused
         self.join()
 
     def leave(self, going):
-        """Free the rows that are not going, (b,) bool: the last rows that are take their places."""
+        """Free the rows that are not going, (b,) bool: the last ones that are take their places."""
         staying = int(going.sum())
         if staying < self.rows:
             free = (~going[:staying]).nonzero().squeeze(-1)
@@ -275,12 +275,12 @@ class Slots(DynamicCache):
                     self.in_waves = True
                 _, heads, _, d = layer.keys.shape
                 _, _, _, d_of_values = layer.values.shape
-                # zeros, because columns that are masked are read, too; the dtype is that of the
-                # values, because autocast leaves keys in float32
+                # zeros, because masked columns are read, too; the dtype is that of the values,
+                # because autocast leaves keys in float32
                 self.keys.append(layer.values.new_zeros(B, heads, self.columns, d))
                 self.values.append(layer.values.new_zeros(B, heads, self.columns, d_of_values))
         for i, layer in enumerate(cache.layers):
-            # of a sliding window only the last columns are kept
+            # a layer with a sliding window has kept only the last columns
             start = self.P - layer.keys.size(2)
             self.keys[i][new, :, start : self.P] = layer.keys[copies].to(self.keys[i].dtype)
             self.values[i][new, :, start : self.P] = layer.values[copies]
@@ -292,7 +292,7 @@ class Slots(DynamicCache):
     def forward(self, rows, columns):
         """The first rows read their tokens, within the first columns: -> logits (rows, V).
 
-        Nothing is read by the host, and all tensors stay where they are.
+        The host reads nothing, and all tensors stay where they are: a graph can be captured.
         """
         t = self.t[:rows]
         self.cell = (torch.arange(rows, device=t.device), self.P + t)  # where each row writes
@@ -310,7 +310,7 @@ class Slots(DynamicCache):
         return out.logits[:, -1]
 
     def update(self, keys, values, layer_idx, *args, **kwargs):
-        """Called by a layer: takes new keys and values (b, h, 1, d), gives all, (b, h, L, d)."""
+        """Called by a layer: takes new keys and values (b, h, 1, d), returns all, (b, h, L, d)."""
         rows, columns = self.cell  # (b,), (b,)
         all_keys = self.keys[layer_idx]
         all_values = self.values[layer_idx]
@@ -320,12 +320,16 @@ class Slots(DynamicCache):
         return all_keys[:b, :, : self.columns_read], all_values[:b, :, : self.columns_read]
 
     def get_seq_length(self, layer_idx=0):
-        """The column at which windows end; without windows any that is not before a new token."""
+        """The column at which windows end.
+
+        Without windows, any column that is not before a new token will do.
+        """
         if self.in_waves:
             return self.P + self.t[0]
         return self.columns_read - 1
 
     def get_mask_sizes(self, query_length, layer_idx):
+        """The columns of the attention mask, and the first of them."""
         return self.columns_read, 0
 
 
@@ -333,9 +337,9 @@ class Captured(Slots):
     """Slots whose step is the replay of a CUDA graph.
 
     A graph is captured when it is first needed: for 1, 2, 4, 8, ... rows and 1,024, 2,048, ...
-    columns. Free rows and columns are computed, too, and nothing of them is read. Graphs live as
-    long as the rollout. Under autocast the weights are cast when the prompts are read; autocast
-    keeps these casts, so a replay casts none.
+    columns. Free rows and columns are computed, too, but not read. Graphs live as long as the
+    rollout. Under autocast the weights are cast when the prompts are read. Autocast keeps these
+    casts, so a replay casts none.
     """
 
     look_every = 16
@@ -347,6 +351,7 @@ class Captured(Slots):
         super().__init__(*args)
 
     def step(self):
+        """As Slots.step, by a graph that is large enough; without a graph if capturing fails."""
         B = len(self.t)
         rows = min(1 << (self.rows - 1).bit_length(), B)
         columns = min(math.ceil(self.width / 1024) * 1024, self.columns)

@@ -129,7 +129,7 @@ opd --prompts {w}/chat-empty.jsonl | chat-empty.jsonl:1 needs "prompt": text, or
 opd --prompts {w}/chat-no-role.jsonl | chat-no-role.jsonl:1 needs "prompt": text, or a list of
 opd --prompts {w}/chat-strings.jsonl | chat-strings.jsonl:1 needs "prompt": text, or a list of
 opd --prompts {w}/chat-parts.jsonl | chat-parts.jsonl:1 needs "prompt": text, or a list of
-opd --prompts {w}/chat-answered.jsonl | jsonl:1 ends with what the assistant says; a prompt
+opd --prompts {w}/chat-answered.jsonl | jsonl:1 ends with what the assistant says; end the prompt
 opd --prompts {w}/answer-number.jsonl | answer-number.jsonl:1 has an answer that is no text (int)
 opd --prompts {w}/answer-list.jsonl | answer-list.jsonl:1 has an answer that is no text (list)
 opd --eval {w}/answer-empty.jsonl  | answer-empty.jsonl:1 has an answer ... leave it out

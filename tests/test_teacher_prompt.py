@@ -336,7 +336,7 @@ def test_the_teacher_template_stands_around_the_question_or_its_own_prompt(tmp_p
         ([], 'p.jsonl:2 needs "teacher_prompt"'),
         (
             [{"role": "assistant", "content": "so"}],
-            "p.jsonl:2 ends with what the assistant says; a teacher_prompt",
+            "p.jsonl:2 ends with what the assistant says; end the teacher_prompt",
         ),
     ],
 )
