@@ -106,7 +106,7 @@ def whole(*models):
     """Inside, every process holds all weights of these models, also of those that are sharded.
 
     So each process may call a model as often as it needs to. Of a sharded model the layers are in
-    the dtype of the computation, and the rest is in float32.
+    the dtype of the computation, and the rest is in the dtype of its weights.
     """
     parts = []
     for model in models:
