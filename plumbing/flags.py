@@ -126,7 +126,7 @@ class Config:
     k: int = flag(
         16,
         "how many of the likeliest tokens the top-k loss and the overlap metrics look at; the "
-        "paper's. There more gained nothing, and 1 was worse (6.3)",
+        "paper's. In the paper more gained nothing, and 1 was worse (6.3)",
         at_least=1,
     )
     support: str = flag(

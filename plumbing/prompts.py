@@ -420,10 +420,10 @@ def tokens_of(tokenizer, text):
 def encode_rows(pair, rows, *, max_prompt_tokens, new_tokens, thinking="default"):
     """Rows {"prompt", ...} -> those that fit, each with its token ids "ids".
 
-    A row with a "teacher_prompt" gets "teacher_ids", too. Prompts of more than max_prompt_tokens
-    are dropped and counted in a warning, never cut. UserError if no prompt is left, if a prompt and
-    new_tokens outgrow a model, if a token has no output row, if most tokens are unknown, or if a
-    teacher_prompt has no token.
+    A row with a "teacher_prompt" gets "teacher_ids", too. Prompts without a token, or with more
+    than max_prompt_tokens, are dropped and counted in a warning, never cut. UserError if no prompt
+    is left, if a prompt and new_tokens outgrow a model, if a token has no output row, if most
+    tokens are unknown, or if a teacher_prompt has no token.
     """
     fit = []
     for row in rows:
