@@ -119,7 +119,7 @@ class Config:
 
     objective: str = flag(
         "top-k",
-        "the loss: Eq. 5, Eq. 4, Eq. 3, or what the authors' code minimises",
+        "in this order Eq. 5, Eq. 4, Eq. 3, and what the authors' code minimises",
         choices=OBJECTIVES,
         group="what is learned (2.2)",
     )

@@ -3,7 +3,8 @@
 The checkpoint holds all that a run has logged. --resume writes the logs again from it and goes on.
 The steps between the checkpoint and a kill are done again. On a CPU they come out the same bit for
 bit. On a GPU, whose kernels add in no fixed order, their numbers differ, and the lines that were
-logged are replaced. A stopped run (Ctrl-C, SIGTERM) saves first and loses nothing.
+logged are replaced. A stopped run (Ctrl-C, SIGTERM) saves first and loses nothing, unless its last
+step was skipped (see Run.save).
 """
 
 import contextlib
