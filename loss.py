@@ -14,9 +14,9 @@ pi_teacher(.|s_t):
     code   top-k, released   sum over S_t of w(v) (log p(v) - log q(v)); w is p renormalised on S_t
                              and held constant. The authors' code descends this in place of Eq. 5
 
-Each loss takes log-probabilities (N, V) at N states and returns one number per state, (N,), in
-nats. The gradient flows into log_p alone. At k = V all four have the same expected gradient, that
-of Eq. 4. The support "difference" is the exception: it is then empty.
+The last four are here. Each takes log-probabilities (N, V) at N states and returns one number per
+state, (N,), in nats. The gradient flows into log_p alone. At k = V all four have the same expected
+gradient, that of Eq. 4. The support "difference" is the exception: it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
 score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
@@ -29,7 +29,8 @@ paper does not use either, and the plain sum of p log(p/q) over a top-k set, wit
 renormalisation. Its gradient pays the student for moving its mass out of the set
 (tests/test_loss.py shows it).
 
-To copy: this file alone. Tensors only: no models, no files. With two models of transformers:
+To copy: this file alone. Its functions take tensors. With two models of transformers, both in eval
+mode, that share a vocabulary:
 
     # ids, attention_mask, is_response: (B, L), prompt and response; is_response is bool
     positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # counted behind the padding
@@ -37,12 +38,12 @@ To copy: this file alone. Tensors only: no models, no files. With two models of 
     def at_response_tokens(model):
         out = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
         logits = out.logits[:, :-1][is_response[:, 1:]]  # (N, V): token t-1 predicts token t
-        return logits.float().log_softmax(-1)
+        return logits.float().log_softmax(-1)  # of logits / T, if T is the rollout's temperature
 
     log_p = at_response_tokens(student)
     with torch.no_grad():
         log_q = at_response_tokens(teacher)
-    loss = top_k(log_p, log_q).sum() / is_response.sum()
+    loss = top_k(log_p, log_q).sum() / is_response.sum()  # all tokens of the step: see opd.py
     loss.backward()
 """
 

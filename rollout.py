@@ -2,8 +2,8 @@
 
 Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
 evaluate. The `generate` of transformers has such defaults. With them the student would be trained
-on text that its softmax did not write. Score a rollout with the same vocab_size, temperature and
-merged ends, in eval mode.
+on text that its softmax did not write. Score a rollout as it was drawn: with the same temperature,
+vocab_size and merged ends, and never call model.train().
 
 `rollout` is one plain loop. The commands of this project use plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
@@ -12,11 +12,17 @@ To copy: this file alone. It needs transformers 5.24 or later. With a model and 
 
     prompts = [tokenizer(text).input_ids for text in ("add 3 7", "add the digits 3")]
     ends = [tokenizer.eos_token_id]
-    r = rollout(model.eval(), prompts, n=4, max_new_tokens=64, eos_ids=ends, seeds=[0, 1])
+    seeds = [seed_of(0, step, i) for i in range(len(prompts))]  # others in each step
+    r = rollout(model.eval(), prompts, n=4, max_new_tokens=64, eos_ids=ends, seeds=seeds)
     texts = [tokenizer.decode(r.response_ids(row)) for row in range(len(r.ids))]
+
     positions = position_ids(r.attention_mask)
     out = model(input_ids=r.ids, attention_mask=r.attention_mask, position_ids=positions)
     logits = out.logits[:, :-1][r.is_response[:, 1:]]  # (N, V): token t-1 predicts token t
+    log_p = log_softmax(logits, temperature=1.0)  # then merge_ends(log_p, ends) if rollout merges
+
+    y = r.ids[r.is_response].unsqueeze(1)  # (N, 1): the tokens as drawn and as scored must agree
+    assert (log_p.gather(1, y).squeeze(1) - r.log_p[r.response_mask]).abs().max() < 0.01
 """
 
 import hashlib
@@ -195,7 +201,7 @@ def has_keys(cache):
 def log_softmax(logits, temperature=1.0):
     """log softmax(logits / temperature) in float32: (..., V) -> (..., V), nats.
 
-    Temperature 0, which takes the likeliest token, is scored as 1.
+    At temperature 0, when the likeliest token is taken, these are those of temperature 1.
     """
     logits = logits.float()
     if temperature in (0, 1):

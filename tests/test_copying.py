@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,19 +180,30 @@ def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
     mine = {}
     exec(MODELS + TOKENIZER, mine)
     mine["model"] = mine["student"]
-    exec("from rollout import rollout, position_ids\n" + example(rollout), mine)
+    mine["step"] = 0
+    names = "log_softmax, position_ids, rollout, seed_of"
+    exec(f"from rollout import {names}\n" + example(rollout), mine)
     r = mine["r"]
     assert len(mine["texts"]) == 8
     whole = (r.ids, r.attention_mask, r.is_response)
     log_p = teacher.log_probs(mine["student"], *whole)
     log_q = teacher.log_probs(mine["teacher"], *whole)
-    torch.testing.assert_close(mine["logits"].log_softmax(-1), log_p, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mine["log_p"], log_p, rtol=0, atol=1e-5)
 
     mine.update(ids=r.ids, attention_mask=r.attention_mask, is_response=r.is_response)
     exec("from loss import top_k\n" + example(loss), mine)
     torch.testing.assert_close(mine["loss"], loss.top_k(log_p, log_q).mean())
     weight = mine["student"].get_input_embeddings().weight
     assert weight.grad.abs().sum() > 0
+
+
+def test_the_loop_of_the_readme_runs(world, capsys):
+    """On models of the same vocabulary; the loss of three steps is printed."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (loop,) = re.findall(r"```python\n(import json\n.*?)```", readme, flags=re.DOTALL)
+    loop = loop.replace("runs/toy/teacher", str(world / "gemma3"))
+    exec(loop.replace("runs/toy", str(world)), {})
+    assert re.fullmatch(r"(\d\.\d{4} nats a token\n){3}", capsys.readouterr().out)
 
 
 @contextlib.contextmanager
