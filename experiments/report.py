@@ -202,8 +202,9 @@ def scripts(toy, of_real, folder):
         of_smollm2 += seconds
         rows.append(script_row(script, runs, seconds, {lab.commit_of(run) for run in runs}))
     return table(titles, rows) + (
-        "\nA script's seconds count the arms that it shares with others. Each arm once, the toy "
-        f"takes {of_toy / 3600:.1f} hours of one thread, SmolLM2 {of_smollm2 / 3600:.1f}.\n"
+        "\nA script's seconds count the arms that it shares with others. If each arm is counted "
+        f"once,\nthe toy takes {of_toy / 3600:.1f} hours of one thread, SmolLM2 "
+        f"{of_smollm2 / 3600:.1f}.\n"
     )
 
 
