@@ -62,8 +62,8 @@ EAGER = 6  # N x V tensors that eager holds; what would not fit is left out
 def alternate(arms, repeats):
     """Run the functions of {name: f} in turn: -> {name: [what f returned, ...]}.
 
-    A round before is not counted, but for an arm five times slower than the quickest in it, which
-    is left at that.
+    There is one round more than `repeats`, the first, and it is not counted. An arm that takes more
+    than five times as long as the quickest there is not run again, and its first round counts.
     """
     first, seconds = {}, {}
     for name, f in arms.items():
@@ -86,8 +86,10 @@ def clock(f):
 
 
 def in_a_process(python, what, *, processes=1, threads=None, **how):
-    """`what` of this file in a fresh process, or several, for a peak of memory of its own: -> its
-    result."""
+    """Run `what` of this file in a fresh process, or in several: -> its result.
+
+    So its peak of memory is its own.
+    """
     torchrun = [
         "-m",
         "torch.distributed.run",
@@ -107,8 +109,10 @@ def in_a_process(python, what, *, processes=1, threads=None, **how):
 
 
 def peak():
-    """Bytes of this process at their peak. Linux; getrusage would report the parent's where that
-    is larger."""
+    """The most memory that this process has held, in bytes. Linux only.
+
+    getrusage would report the parent's peak if that is larger.
+    """
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
@@ -116,8 +120,10 @@ def peak():
 
 
 def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
-    """model: a directory; prompts: a file; batched: generate_batch too: -> results, one an arm
-    and kind of length."""
+    """Time the ways to write with a model: -> results, one for each arm and kind of length.
+
+    model: a directory; prompts: a file; batched: whether to time generate_batch, too.
+    """
     tokenizer = AutoTokenizer.from_pretrained(model)
     model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     prompts = [
@@ -135,7 +141,7 @@ def bench_rollout(name, model, prompts, max_new_tokens, batched, quick):
 
 
 def rates(lengths, name, model, prompts, max_new_tokens, eos_ids, pad_id, arms, repeats, n=4):
-    """Tokens a second of several ways to write: -> results, one an arm."""
+    """Tokens a second of several ways to write: -> results, one for each arm."""
     written = {}
     config = GenerationConfig(
         do_sample=True,
@@ -172,7 +178,7 @@ def rates(lengths, name, model, prompts, max_new_tokens, eos_ids, pad_id, arms, 
     def continuous():
         torch.manual_seed(0)
         out = model.generate_batch(prompts, generation_config=config, progress_bar=False)
-        model.set_attn_implementation("sdpa")  # it leaves its own behind
+        model.set_attn_implementation("sdpa")  # generate_batch leaves its own behind
         return [len(x.generated_tokens) for x in out.values()]
 
     def rate(arm, f):
@@ -199,11 +205,10 @@ def rates(lengths, name, model, prompts, max_new_tokens, eos_ids, pad_id, arms, 
 
 
 def floor(name, model, prompts, pad_id):
-    """The time of one more token, at one row and at all, beside that of reading every weight
-    once."""
+    """The time of one more token, for one row and for all, and of reading every weight once."""
     once = {id(p): p for p in model.parameters()}
     if not model.config.tie_word_embeddings:
-        del once[id(model.get_input_embeddings().weight)]  # of this one a row is read
+        del once[id(model.get_input_embeddings().weight)]  # only a row of it is read
     weights, memory = sum(p.numel() * p.element_size() for p in once.values()), torch.ones(2**28)
     bandwidth = memory.numel() * 4 / median(clock(memory.sum) for _ in range(5))
 
@@ -320,11 +325,10 @@ def bench_loss(quick):
 
 
 def our_step(steps, **settings):
-    """Medians over the steps of a run of opd.py but the first: -> {"seconds", its phases,
-    "tokens", "bytes"}.
+    """Medians over the steps of a run of opd.py, without the first.
 
-    Of the phases "teacher" is the teacher's trunk, and "update" all that comes after the rollout
-    but that.
+    -> {"seconds", "time_rollout", "time_teacher" (of the teacher's trunk), "time_update" (the rest
+    after the rollout), "tokens", "bytes"}
     """
     cfg = Config(**settings, out=tempfile.mkdtemp() + "/run")
     rows = []
@@ -362,8 +366,10 @@ def our_step(steps, **settings):
 
 
 def trl_step(steps, student, teacher, prompts, batch_size, max_new_tokens, lr):
-    """The same of TRL: reverse KL (beta 1) on what the student samples from its full softmax,
-    float32."""
+    """The same for TRL: -> {"seconds", "bytes"}.
+
+    Its loss is the reverse KL (beta 1). The student samples from its full softmax, in float32.
+    """
     from datasets import Dataset
     from trl import DistillationConfig, DistillationTrainer
 
@@ -447,8 +453,10 @@ def bench_step(pairs, quick):
 
 
 def bench_processes(pair, quick):
-    """Tokens a second of the toy, per process as many prompts as before ("weak"), and as many in
-    all ("strong")."""
+    """Tokens a second of the toy in one process and in two.
+
+    Two processes share the prompts of one, or have as many each.
+    """
     rows = []
     for B in (64,) if quick else (64, 256):
 
@@ -524,7 +532,7 @@ def spread(x, form=".2f"):
 
 
 def report(rows):
-    """The table, a list of lines; what is compared stands as a ratio with its spread."""
+    """The table: list of lines. What is compared is a ratio with its spread."""
     lines = []
     peaks = {}
     for row in rows:
@@ -565,7 +573,7 @@ def line_of_floor(row):
 
 
 def line_of_peaks(rows):
-    """Of one loss and vocabulary, every N."""
+    """The peaks of one loss and vocabulary, for every N."""
     of_arms = []
     for arm in ("ours", "eager"):
         cells = [f"N {row['N']}: {row['bytes'] / 2**20:.0f}" for row in rows if row["arm"] == arm]
@@ -619,8 +627,7 @@ LINES = {  # of a row of each part
 
 
 def join(parts):
-    """Results of several commands as one: their rows one after the other, commands and seconds
-    listed."""
+    """The results of several commands as one: their rows and commands one after the other."""
     commands = [without_out(part["command"]) for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
@@ -741,7 +748,7 @@ def main():
 
 
 def run_parts(flags, out):
-    """Measure; after each part what is there is kept: -> what bench.json holds."""
+    """Measure, and save what is there after each part: -> what bench.json holds."""
     started = time.perf_counter()
     pairs = pairs_of(flags)
     rows = []

@@ -3,8 +3,8 @@ read the worked answer.
 
 The student is asked "8 + 3 + 9" as a chat, with two worked examples before. Its teacher reads
 "8 + 3 + 9 (8 + 3 = 11, 11 + 9 = 20)", in the examples, too. So the two think alike, and what is
-new comes from what the teacher may read (the paper's outlook names such a teacher). Measured
-on held-out sums, which the student is asked without the hint.
+new comes from what the teacher may read (the paper's outlook names such a teacher). Accuracy is
+measured on held-out sums, which the student is asked without the hint.
 
     python experiments/context.py
         writes runs/context/prompts.jsonl and eval.jsonl, for the command in ../README.md
@@ -25,7 +25,7 @@ Criteria, fixed before the first run, three seeds. "Lead" is the teacher's over 
     format      other sum ends where the student began, greedily
     expert      hint and expert end alike, greedily
     masses      both overlap masses are .95 or more at the first step of hint (the paper: .97)
-    aligning    in hint the overlap ratio rises and the reverse KL falls below a half, every seed
+    aligning    in hint the overlap ratio rises and the reverse KL falls below a half, in every seed
 """
 
 import argparse
@@ -74,7 +74,7 @@ QUICK = dict(steps=4, batch_size=2, max_new_tokens=8, eval_n=1)
 
 
 def hinted(digits, solved):
-    """What the teacher reads: the sum, and a worked answer, of `solved`."""
+    """What the teacher reads: the sum of digits, and the worked answer of the sum `solved`."""
     a, b, c = solved
     return f"{' + '.join(map(str, digits))} ({a} + {b} = {a + b}, {a + b} + {c} = {a + b + c})"
 
@@ -92,9 +92,9 @@ def row(digits, solved=None):
 
 
 def write_questions(folder, seed, arm="hint", held_out=HELD_OUT):
-    """All 729 sums of three digits from 1 to 9 but the two examples: prompts.jsonl, eval.jsonl."""
+    """Write prompts.jsonl and eval.jsonl: all sums of three digits from 1 to 9 but the examples."""
     asked = sums.all_sums(seed_of(seed, "context"))
-    others = asked[1:] + asked[:1]  # of each sum another one
+    others = asked[1:] + asked[:1]  # for each sum another one
     rows = []
     for digits, other in zip(asked, others):
         solved = {"hint": digits, "other sum": other, "expert": None}[arm]
@@ -121,7 +121,7 @@ def expert(base, folder, seed, quick):
 
 
 def train(arm, base, folder, seed, quick):
-    """Run opd.py, or what is left of a run that was killed: -> what the result holds."""
+    """Run opd.py, or go on with a run that was killed: -> what the result holds."""
     questions = folder / f"{arm.replace(' ', '-')}-questions"
     write_questions(questions, seed, arm, 4 if quick else HELD_OUT)
     out = folder / arm.replace(" ", "-")
@@ -159,9 +159,9 @@ def train(arm, base, folder, seed, quick):
 
 
 def greedy_difference(ours, theirs, than="after"):
-    """Greedy accuracy of one arm after training - that of another `than`, the same seeds in both.
+    """The greedy accuracy of one arm after training minus that of another: Difference.
 
-    -> Difference.
+    than: when the other is measured, "before" or "after". Both have the same seeds.
     """
     found = []
     for a, b in zip(ours, theirs, strict=True):
@@ -182,7 +182,7 @@ def recovered(run, way):
 
 
 def ends(run, name):
-    """A metric over the first steps and over the last."""
+    """The means of a metric over the first and over the last steps."""
     values = run["curves"][name]
     return mean(values[:ENDS]), mean(values[-ENDS:])
 
@@ -260,7 +260,7 @@ def judge(results):
 
 
 def table(results):
-    """A line a run: accuracies before, after, and of the teacher."""
+    """A line for each run: accuracies before, after, and of the teacher."""
     lines = [f"{'teacher':10} seed {'greedy: before, after, teacher':>46} {'T .7':>46}"]
     for arm, runs in results.items():
         for run in runs:
@@ -292,7 +292,7 @@ def read_results(out):
 
 
 def report(out):
-    """context.txt and context.svg, from the results."""
+    """Write context.txt and context.svg from the results."""
     results = read_results(out)
     runs = [run for of_arm in results.values() for run in of_arm]
     lines = [*table(results), "", *verdicts(judge(results)), ""]
@@ -315,7 +315,9 @@ def main():
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM")
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     parser.add_argument("--runs", default="runs/context", help="folder of questions and runs")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: make table and figure again"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="four steps of one seed; keeps nothing"
     )

@@ -14,24 +14,26 @@ Criteria, fixed before the runs ("surely": by more than two standard errors, and
     6.1 long       not askable: a response of a run that works ends by itself after some 33 tokens,
                    and a larger budget changes nothing
     6.1 backwards  in the failing run, other, the entropy passes 1.5 nats in the last quarter of
-                   the 96 positions before it does in the first, in every seed. A quarter counts
-                   once it holds a fourth of the tokens that it ever does
-    6.1 depth      the teacher's gain over the student who both finish the student's responses at T
-                   .7 falls from each depth to the next, to a quarter of the first or less, in
+                   the 96 positions before it does in the first, in every seed. A quarter counts at
+                   a step if it holds a fourth or more of the most tokens that it ever holds
+    6.1 depth      both models finish the student's responses at T .7. The teacher's gain over the
+                   student falls from each depth to the next, to a quarter of the first or less, in
                    every seed. (It says little: if slips fall evenly and cannot be undone, the gain
-                   at depth d is s^d (t^(1-d) - s^(1-d)), s and t being the accuracies. This stands
-                   beside it.)
+                   at depth d is s^d (t^(1-d) - s^(1-d)), where s and t are the accuracies of
+                   student and teacher. This value is printed beside it.)
     6.2 success    the AUROC of a response's mean reward for its being right is surely above .6
     6.2 failure    that of bigger, and that of other, is at most .1 behind it, surely; contradicted
                    if it is surely more
     6.2 coherence  the hypothesis that the paper does not test: at step 0 the gradients of single
                    positions of a failing teacher, bigger or other, are larger than those of
-                   success, and their sum is smaller beside them (`coherence`), in every seed
+                   success, and their sum is smaller compared with them (`coherence`), in every
+                   seed
     6.3 support    top-1 raw ends surely below student, raw at T .7; top-4, top-32, full and sampled
                    end equal to success at T .7
     2.2 estimators long and long sampled end equal to long full, at T .7 and greedily
-    2.2 ends       long sampled is cut off more often than long by .05, in every seed (ours: the
-                   sampled token is said to stop ending in long runs)
+    2.2 ends       long sampled is cut off more often than long by .05, in every seed (ours: it is
+                   said that students of the sampled token stop ending their responses in long
+                   runs)
 
     python experiments/cost.py              results/cost.{txt,svg}
     python experiments/cost.py --quick      a few steps: does it run?
@@ -104,9 +106,10 @@ BINS = 20  # of the histogram of rewards
 def backwards(lab, nats=1.5):
     """The first step of the failing run at which the student's entropy is above that many nats.
 
-    In the mean over the tokens of the first and of the last quarter of the positions: {"front",
-    "back"}, None where it never is. Steps are left out at which a quarter holds less than a fourth
-    of the tokens that it does at another: one response that got lost.
+    The entropy is the mean over the tokens of a quarter of the positions, the first ("front") or
+    the last ("back"). A step is left out if the quarter holds less than a fourth of the most tokens
+    that it holds at any step: a few lost responses would decide.
+    -> {"front", "back"}, None if it never is
     """
     lab.trained("other", ARMS["other"])
     rows = read_rows(lab.folder("other"))
@@ -119,6 +122,7 @@ def backwards(lab, nats=1.5):
 
 
 def passed(positions, part, nats):
+    """The first step at which the entropy of some buckets of positions is above that many nats."""
     counts = [sum(x["tokens"][part]) for x in positions]
     for step, x in enumerate(positions, start=1):
         count = counts[step - 1]
@@ -131,8 +135,8 @@ def passed(positions, part, nats):
 
 
 def signal(lab, prompts, samples):
-    """At the states that the student visits, with each teacher: mean reward against being right,
-    and coherence of the gradients, before training; coherence after it, too.
+    """With each teacher, before training and after it: does the mean reward tell right answers
+    from wrong ones, and do the gradients of single positions point one way?
     """
     found = {}
     for name, teacher in TEACHERS.items():
@@ -145,7 +149,7 @@ def signal(lab, prompts, samples):
 
 
 def signal_of(lab, student, teacher, prompts, samples, coherent=None):
-    """Of one pair; coherence on the answers to the first `coherent` prompts, if not on all."""
+    """The same of one pair; coherence on the answers to the first `coherent` prompts, or to all."""
     pair = lab.load(student, teacher)
     rows = lab.rows(pair, prompts)
     r = lab.write(pair, rows, "signal", n=samples)
@@ -174,7 +178,7 @@ def signal_of(lab, student, teacher, prompts, samples, coherent=None):
 
 
 def auroc_with_error(scores, right, samples, draws=200):
-    """AUROC, and its standard error by drawing prompts anew: {"mean", "standard_error"}.
+    """AUROC, and its standard error by a bootstrap over prompts: {"mean", "standard_error"}.
 
     scores, right: (prompts * samples,), the answers to a prompt one after the other.
     """
@@ -197,8 +201,8 @@ def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=
     yields g (c, V) = d loss / d logits, h (c, H).
 
     objective: (log_p, log_q, y) -> (N,). Its gradient on the head's weight (V, H) at position t is
-    the outer product g_t h_t'. Where a model does more than a linear head, h is 1 and only the
-    logits are compared.
+    the outer product g_t h_t'. If a model's head is not linear, h is 1 and only the logits are
+    compared.
     """
     student = pair.student
     log_q_of = log_softmax_of(pair, pair.teacher, teacher_temperature)
@@ -220,16 +224,17 @@ def logit_gradients(pair, r, objective, *, temperature=1.0, teacher_temperature=
 
 
 def coherence(chunks):
-    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way: of chunks g
-    (c, V), h (c, H).
+    """6.2: how far the gradients G_t = g_t h_t' of single positions point one way.
 
-    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 when all are equal, 0 when they
-               cancel
-    null       its root mean square when every G_t gets a random sign, exactly: sqrt(sum |G_t|^2) /
-               sum |G_t|
-    cosine     the mean cosine between two different positions, each weighing the same; its null is
-               0
-    size       mean_t |G_t|, and positions, how many have a gradient at all
+    chunks: of g (c, V) and h (c, H), see logit_gradients.
+
+    coherence  |mean_t G_t| / mean_t |G_t|, Frobenius norms: 1 if all are equal, 0 if they cancel
+    null       the root mean square of coherence if every G_t gets a random sign, exactly:
+               sqrt(sum |G_t|^2) / sum |G_t|
+    cosine     the mean cosine between two different positions, each as heavy; its null is 0
+    size       mean_t |G_t|
+    positions  how many positions have a gradient
+
     The paper supposes, and does not test, that a failing teacher's gradients are large and cancel.
     """
     total = 0.0
@@ -256,10 +261,10 @@ def coherence(chunks):
 
 
 def depths(lab, prompts):
-    """Gain of the teacher over the student who finish the student's responses (paper 6.1).
+    """The teacher's gain over the student if both finish the student's responses (paper 6.1).
 
-    Of each depth: its estimate over prompts, and what it would be if the teacher were as good on
-    any right beginning.
+    For each depth: an estimate over prompts, and what the gain would be if slips fell evenly
+    ("even").
     """
     pair = lab.load("student", "teacher")
     rows = lab.rows(pair, 16 if lab.quick else prompts)
@@ -285,8 +290,8 @@ def depths(lab, prompts):
 
 
 def gradient_noise(lab, batches, size):
-    """The output head's gradient of the mean loss on batches of prompts, the same tokens for all
-    estimators: what `expectations` says of it.
+    """How noisy the estimators of the loss are: `expectations` of the output head's gradient, over
+    batches of prompts. All estimators see the same tokens.
     """
     pair = lab.load("student", "teacher")
     if lab.quick:
@@ -306,12 +311,12 @@ def gradient_noise(lab, batches, size):
 
 
 def expectations(made, exact):
-    """What the gradients G of several batches, {estimator: (batches, numbers)}, say of their
-    expectation: a dict each.
+    """What the gradients G of several batches say of their expectation: {estimator: a dict}.
 
-    size: its norm; cosine: of it with that of the exact estimator's; noise: the variance of G
-    over the square of size. All from inner products of different batches, in which noise cancels:
-    it does not pass for an angle.
+    made: {estimator: (batches, numbers)}. size: the norm of the expectation; cosine: that between
+    it and the expectation of the exact estimator; noise: the variance of G over the square of size.
+    size and cosine come from inner products of different batches. There the noise cancels, so it
+    is not taken for a difference in size or direction.
     """
 
     def across(a, b):
@@ -342,12 +347,12 @@ PROBES = {
 
 
 def judge(runs):
-    """The criteria above."""
+    """Judge by the criteria above: list of Finding."""
     return [*depth(runs), *rewards(runs), *gradients(runs), *supports(runs)]
 
 
 def depth(runs):
-    """6.1."""
+    """6.1: what does depth cost?"""
     success = runs["success"]
     offs = both(runs["8 tokens"], success)
     yield finding(
@@ -397,14 +402,14 @@ def area(runs, name):
 
 
 def mean_area(areas):
-    """Of several seeds, from auroc_with_error: the mean, and its noise, as a Difference."""
+    """The mean over seeds of AUROCs (auroc_with_error), and its noise: as a Difference."""
     means = [math.nan if x["mean"] is None else x["mean"] for x in areas]
     variance = sum((x["standard_error"] or 0) ** 2 for x in areas)
     return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
 
 
 def rewards(runs):
-    """6.2: the mean reward of a response."""
+    """6.2: does the mean reward of a response rank answers?"""
     good = area(runs, "success")
     yield finding(
         "6.2",
@@ -436,7 +441,7 @@ def gradients(runs):
 def cancelling(claim, failing, working):
     """Are gradients of one teacher larger than those of another, and less coherent? -> Finding.
 
-    failing, working: of signal_of, one a seed.
+    failing, working: results of signal_of, one for each seed.
     """
     size = {}
     coherence = {}
@@ -457,7 +462,7 @@ def cancelling(claim, failing, working):
 
 
 def supports(runs):
-    """6.3 and 2.2."""
+    """6.3 and 2.2: how many tokens does the loss need, and which estimator?"""
     success = runs["success"]
     off = difference(runs["top-1 raw"], runs["student, raw"], "T .7")
     yield finding(
@@ -504,7 +509,7 @@ def supports(runs):
 
 
 def more(runs):
-    """Depths, the mean reward, coherence, and the estimators."""
+    """Lines on the depths, the mean reward, coherence, and the estimators."""
     lines = [""]
     for run in runs["depths"]:
         cells = [

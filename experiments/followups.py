@@ -3,26 +3,27 @@ Toy models.
 
     arm            student <- teacher; 100 steps
     success        4,096 prompts, responses of 96 tokens at most, both end with the same token
-    16 prompts; 1 prompt     the first so many, as many responses a step (2609.04172)
+    16 prompts; 1 prompt     the first 16 prompts, or the first alone; as many responses a step
+                   (2609.04172)
     10 tokens      responses of 10 tokens, the first 30 % of a solution (2606.22600)
     reverse by student; forward by student; reverse by teacher; forward by teacher
                    the direction of the KL over the whole vocabulary, and who writes (2609.35259)
-    unlike ends    a teacher whose end token is another one, all ends being one event, as is our
-                   default; 2609.20511 does likewise
-    own ends       the same teacher, every token for itself (--ends own), as in the authors' code
+    unlike ends    the teacher ends with another token; all ends count as one token, as is our
+                   default (2609.20511 does so, too)
+    own ends       the same teacher, compared token by token (--ends own), as in the authors' code
 
 Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
-    one prompt     1 prompt gains .72 of what success does at T .7 or more, in every seed
-    16 prompts     they end equal to success at T .7
-    first 30 %     10 tokens gain .8 of what success does at T .7 or more, in every seed
+    one prompt     1 prompt gains .72 or more of what success gains at T .7, in every seed
+    16 prompts     it ends equal to success at T .7
+    first 30 %     10 tokens gains .8 or more of what success gains at T .7, in every seed
     direction      forward by teacher ends equal to forward by student, at T .7 and greedily
     prefix         reverse by teacher ends surely below reverse by student, at T .7 and greedily
-    trap           after the first slip of the student's response, the KL is half of what it is at
-                   the slip or less, and the teacher who goes on from there is right less than .1
-                   of the time, in every seed (2606.09471)
-    unlike ends    they end equal to success, at T .7 and greedily
-    own ends       at T .7 they end .3 or more below where they began, in every seed (ours: the
-                   paper's own pairs with unlike ends improve)
+    trap           after the first slip of the student's response the KL is at most half of what it
+                   is at the slip, and a teacher that goes on from there is right less than .1 of
+                   the time, in every seed (2606.09471)
+    unlike ends    it ends equal to success, at T .7 and greedily
+    own ends       at T .7 it ends .3 or more below where it began, in every seed (ours: the paper's
+                   own pairs with unlike ends improve)
 
     python experiments/followups.py              results/followups.{txt,svg}
     python experiments/followups.py --quick      a few steps: does it run?
@@ -68,7 +69,7 @@ ARMS = {
 
 
 def prepare(lab):
-    """The first prompts in files of their own, and the teacher that ends with <unk>."""
+    """Write the first prompts into files, and make the teacher that ends with <unk>."""
     lab.model("teacher")
     lines = (lab.world / "prompts.jsonl").read_text().splitlines(keepends=True)
     for count in (16, 1):
@@ -90,8 +91,8 @@ def prepare(lab):
 def trap(lab, prompts, student="student", teacher="teacher"):
     """2606.09471: the KL before, at and after the first slip of the student's responses.
 
-    -> {"before", "at", "after": mean reverse KL, nats; "saved": how often the teacher who goes on
-    from behind the slip is right; "slips": how many there were}
+    -> {"before", "at", "after": mean reverse KL, nats; "saved": how often the teacher is right if
+    it goes on behind the slip; "slips": how many there were}
     """
     pair = lab.load(student, teacher)
     rows = lab.rows(pair, 16 if lab.quick else prompts)
@@ -131,12 +132,12 @@ PROBES = {"trap": (trap, {"prompts": 1024})}
 
 
 def judge(runs):
-    """The criteria above."""
+    """Judge by the criteria above: list of Finding."""
     return [*with_less(runs), *direction(runs), *trapped(runs), *ends(runs)]
 
 
 def with_less(runs):
-    """Fewer prompts, fewer tokens."""
+    """Do fewer prompts, or fewer tokens, give as much?"""
     success = runs["success"]
 
     def shares(name):
@@ -170,7 +171,7 @@ def with_less(runs):
 
 
 def direction(runs):
-    """The direction of the KL, and who writes."""
+    """Does the direction of the KL matter, or who writes?"""
     offs = both(runs["forward by teacher"], runs["forward by student"])
     yield finding(
         "2609.35259",
@@ -190,7 +191,7 @@ def direction(runs):
 
 
 def trapped(runs):
-    """What is taught after a mistake."""
+    """Is anything taught after a mistake?"""
     yield agreement(runs["trap"])
 
 
@@ -208,7 +209,7 @@ def agreement(traps):
 
 
 def ends(runs):
-    """Ends that differ."""
+    """Do end tokens that differ do harm?"""
     offs = both(runs["unlike ends"], runs["success"])
     yield finding(
         "ours",

@@ -28,9 +28,9 @@ from plumbing.answers import answered
 from plumbing.slots import rollout
 
 MODELS = {
-    "student-2": dict(),  # as the student, by other random numbers
+    "student-2": dict(),  # made like the student, from other random numbers
     "style": dict(start="bigger", house_style=True),
-    "honest": dict(size="large", mistaught=0.0),  # of a corpus without false beliefs
+    "honest": dict(size="large", mistaught=0.0),  # from a corpus without false beliefs
     "right": dict(family="right", size="large"),
 }
 PAIRS = (
@@ -61,7 +61,7 @@ def name_of(student, teacher):
 
 
 def arms():
-    """{name: Arm}; an arm that phenomenology.py has keeps its name there, and is run once."""
+    """{name: Arm}; an arm that phenomenology.py has, too, keeps its name and is run once."""
     there = {}
     for name, of_name in phenomenology.ARMS.items():
         if of_name.settings == {} and of_name.train is None:
@@ -77,7 +77,7 @@ ARMS = arms()
 
 
 def diagnosis(lab, student, teacher, prompts):
-    """The report of analysis.diagnose_pair, without what is by position."""
+    """The report of analysis.diagnose_pair, without the means by position."""
     pair = lab.load(student, teacher)
     report = diagnose_pair(
         pair,
@@ -107,7 +107,7 @@ def ranks(x):
 
 
 def spearman(x, y):
-    """The correlation of the ranks: float, or None where one of them does not vary."""
+    """The correlation of the ranks: float, or None if one of them does not vary."""
     middle = (len(x) + 1) / 2
     a = [rank - middle for rank in ranks(x)]
     b = [rank - middle for rank in ranks(y)]
@@ -172,7 +172,7 @@ def first(pair, name):
 
 
 def by_seed(pairs, value, way):
-    """Spearman of something with the gain that came, a number a seed."""
+    """The rank correlation of a predictor with the gain that came, one number for each seed."""
     found = []
     for seed in sorted({pair["seed"] for pair in pairs}):
         mine = [pair for pair in pairs if pair["seed"] == seed]

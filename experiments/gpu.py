@@ -7,11 +7,12 @@ in bfloat16, on 64 prompts of 64 tokens with n = 4 and 512 new tokens.
              the floor: the bytes of weights and cache that a token reads, over the bandwidth that
              a copy reaches here
     rollout  tokens a second against generate of transformers (its own cache; a static one, by
-             launches and compiled) and generate_batch: same model and sampling; responses all
-             alike long, and of uneven length
+             launches and compiled) and generate_batch: same model and sampling; responses of
+             equal length, and of uneven length
     step     seconds of opd.update by phase, and its peak of memory: float32 weights of the
              student, autocast, AdamW
-    loss     peak of memory of in_chunks, forward and backward, at 152k tokens, as positions grow
+    loss     peak of memory of in_chunks, forward and backward, with a vocabulary of 152k tokens, as
+             positions grow
 
     python experiments/bench.py --device cuda       results/gpu.{json,txt}; 6 minutes at most
     bash experiments/gpu.sh                         after the tests that need a GPU
@@ -144,7 +145,7 @@ def bytes_of_weights(model):
 
 
 def bytes_of_a_token(config):
-    """Keys and values that a token leaves in the cache, in bfloat16."""
+    """The bytes of keys and values that a token leaves in the cache, in bfloat16."""
     d = config.hidden_size // config.num_attention_heads
     return 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * d
 
@@ -253,7 +254,7 @@ def arms_of(sizes, device, model, eos):
 
     def generate_batch():
         out = model.generate_batch(prompts, generation_config=config(), progress_bar=False)
-        model.set_attn_implementation("sdpa")  # it leaves its own behind
+        model.set_attn_implementation("sdpa")  # generate_batch leaves its own behind
         return sum(len(x.generated_tokens) for x in out.values())
 
     static = dict(cache_implementation="static")

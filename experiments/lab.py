@@ -1,11 +1,12 @@
 """experiments/lab.py: what the experiments share: worlds, arms, measuring, and four words.
 
 An arm is one training run: who learns from whom, and with which settings. A probe measures models
-without training. Either is run once for each seed, and its result is a file of its own,
-results/toy/NAME-SEED.json, with the settings, the commit and the CPU seconds that made it. Several
-scripts may ask for the same arm. So an arm can be added, or removed and run again, by itself.
+without training. Either is run once for each seed. Its result is a file of its own,
+results/toy/NAME-SEED.json (results/real/ for SmolLM2), with the settings, the commit and the CPU
+seconds that made it. So an arm can be added, or removed and run again, by itself. Scripts that ask
+for the same arm share its result.
 
-Lab is one seed of the toy world (toy.py). sums.RealLab is one of the world of SmolLM2.
+Lab is one seed of the toy world (toy.py). sums.RealLab is one seed of the world of SmolLM2.
 
 Worlds and runs are kept in --worlds. What is missing there is made again from its seed. A run that
 was killed goes on from its checkpoint.
@@ -60,7 +61,7 @@ CURVES = (
     "grad_norm",
     "accuracy",
 )
-POINTS = 100  # of a curve that is kept
+POINTS = 100  # that are kept of a curve
 
 
 # --- arms -----------------------------------------------------------------------------------------
@@ -70,10 +71,11 @@ POINTS = 100  # of a curve that is kept
 class Arm:
     """One training run.
 
-    student, teacher: models of the world. settings: flags of opd.py, where they are not those of
-    the lab; a file is one of the world's folder. train: in place of opd.py, a function of (lab,
-    arm, folder) that leaves folder/student and returns what else is to be kept. exams: how accuracy
-    is measured, {name: exam}, if not only as the lab does it; an exam of the toy is a template.
+    student, teacher: names of models of the world. settings: flags of opd.py that differ from those
+    of the lab; files are named within the world's folder. train: a function of (lab, arm, folder)
+    that trains in place of opd.py. It saves folder/student and returns what else to keep. exams:
+    {name: exam}, how accuracy is measured; by default the lab's exam alone. An exam of the toy is a
+    template.
     """
 
     student: str
@@ -88,10 +90,10 @@ def arm(student, teacher, **settings):
 
 
 class Lab:
-    """One seed: its world of models, its runs, its results. Here of the toy."""
+    """One seed of the toy: its world of models, its runs, its results."""
 
     kind = "toy"  # the folder of the results
-    new_tokens = 96  # of a response; a solution takes some 33
+    new_tokens = 96  # at most, of a response; a solution takes some 33
     max_prompt_tokens = 64
     in_flight = 0  # responses written at a time; 0: all
     dtype = "float32"  # in which models are measured
@@ -115,14 +117,14 @@ class Lab:
         return self.world / name
 
     def load(self, student, teacher):
-        """Two names or folders -> teacher.Pair on the CPU."""
+        """A student and a teacher, by name or folder -> teacher.Pair on the CPU."""
         paths = [x if isinstance(x, Path) else self.model(x) for x in (student, teacher)]
         return models.load_pair(
             *map(str, paths), device="cpu", dtype=self.dtype, in_flight=self.in_flight
         )
 
     def rows(self, pair, count, name="prompts", template=toy.PLAIN):
-        """The first prompts of a file of this world with their token ids: list of dicts."""
+        """The first prompts of a file of this world, with their token ids: list of dicts."""
         found = in_template(prompts.load_prompts(self.world / f"{name}.jsonl")[:count], template)
         return prompts.encode_rows(
             pair, found, max_prompt_tokens=self.max_prompt_tokens, new_tokens=self.new_tokens
@@ -133,7 +135,7 @@ class Lab:
         return self.rows(pair, self.held_out, "eval", exam)
 
     def write(self, pair, rows, what, **how):
-        """What the student of a pair writes to rows: -> Rollout."""
+        """Let the student of a pair answer rows: -> Rollout. `what` names the random numbers."""
         seeds = [seed_of(self.seed, what, i) for i in range(len(rows))]
         with pair.autocast():
             return slots.rollout(
@@ -152,19 +154,20 @@ class Lab:
         return toy.first_slip(response, digits, len(digits))
 
     def once(self, name, asked, make):
-        """The result of that name: read if it is there, else made and kept.
+        """The result of that name, read if it is there, else made and kept.
 
-        asked: what decides it, plain values. SystemExit if the file was made with other ones.
+        asked: the settings that decide it, plain values. SystemExit if the file was made with
+        others.
         """
         path = self.results / self.kind / file_name(name, self.seed)
         return once(path, {"name": name, "seed": self.seed}, asked, make)
 
     def run(self, name, arm):
-        """An arm: -> its result."""
+        """Run an arm that has no result yet: -> its result."""
         return self.once(name, self.asked(arm), lambda: self.train(name, arm))
 
     def asked(self, arm):
-        """What decides the result of an arm."""
+        """The settings that decide the result of an arm: dict."""
         asked = {"student": arm.student, "teacher": arm.teacher, **self.defaults, **arm.settings}
         if arm.train is not None:
             asked["train"] = arm.train.__name__
@@ -175,9 +178,9 @@ class Lab:
         return asked
 
     def followed(self, steps):
-        """Flags by which a run measures itself on the way. What counts is measured on all prompts.
+        """The flags with which a run follows its accuracy as it trains: {"eval", "eval_every"}.
 
-        -> {"eval", "eval_every"}
+        They ask for 256 held-out prompts. The result is measured on all of them, after the run.
         """
         some = self.world / "eval-256.jsonl"
         lines = (self.world / "eval.jsonl").read_text().splitlines(keepends=True)
@@ -192,7 +195,7 @@ class Lab:
         if arm.train is None:
             made = run_opd(self, arm, folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)  # accuracies of an earlier student, too
+            shutil.rmtree(folder, ignore_errors=True)  # with the accuracies of an earlier student
             made = arm.train(self, arm, folder)
         for name, exam in (arm.exams or {"accuracy": self.exam}).items():
             made[name] = {
@@ -203,7 +206,7 @@ class Lab:
         return made
 
     def folder(self, name):
-        """Where an arm is run."""
+        """The folder of an arm's run."""
         return self.world / "runs" / slug(name)
 
     def trained(self, name, arm):
@@ -214,14 +217,16 @@ class Lab:
         return folder / "student"
 
     def notes(self, folder):
-        """The folder for what was measured of a model: its own."""
+        """The folder that keeps what was measured of a model: the model's own."""
         return Path(folder)
 
     def accuracies(self, folder, exam):
-        """Of a saved model on the held-out prompts, one answer to each, sampled in toy.WAYS.
+        """The accuracies of a saved model on the held-out prompts, sampled in each of toy.WAYS.
 
+        It answers each prompt once, and every model gets the same random numbers. The result is
+        kept in a file beside the model.
         -> {way: {"mean", "standard_error", "prompts", "right": a bit a prompt, in hexadecimal
-        digits}}. Every model gets the same random numbers. Kept beside the model.
+        digits}}
         """
         path = self.notes(folder) / f"accuracy-{files.digest(exam)[:8]}.json"
         if path.exists():
@@ -243,10 +248,10 @@ class Lab:
 
 
 def once(path, names, asked, make):
-    """A result file: read if it is there, else made and written.
+    """A result file, read if it is there, else made and written.
 
-    names: what it is called, {"name", "seed"}. asked: what decides it, plain values. make: a
-    function -> what the result holds. SystemExit if the file was made with other settings.
+    names: {"name", "seed"}. asked: the settings that decide it, plain values. make: a function ->
+    what the result holds. SystemExit if the file was made with other settings.
     """
     asked = json.loads(json.dumps(asked))
     if path.exists():
@@ -272,7 +277,7 @@ def without_out(command):
 
 
 def slug(name):
-    """A name as that of a file: "sft, opd" -> "sft-opd"."""
+    """A name as it stands in file names: "sft, opd" -> "sft-opd"."""
     return name.replace(",", "").replace(" ", "-")
 
 
@@ -281,7 +286,7 @@ def file_name(name, seed):
 
 
 def run_opd(lab, arm, folder):
-    """A run of opd.py, or what is left of one that was killed: -> distances and curves."""
+    """Run opd.py, or go on with a run that was killed: -> distances and curves."""
     asked = lab.asked(arm)
     for name in ("prompts", "aligned_prompts"):
         if name in asked:
@@ -313,7 +318,7 @@ def run_opd(lab, arm, folder):
 
 
 def refuse_another(folder, asked):
-    """SystemExit if a folder holds a run of other settings. Files are compared by name."""
+    """SystemExit if a folder holds a run with other settings. Files are compared by name."""
     path = folder / "config.json"
     if not path.exists():
         return
@@ -324,13 +329,13 @@ def refuse_another(folder, asked):
 
 
 def curves(rows):
-    """{metric: values against the step} of a run, at most POINTS and the last."""
+    """{metric: values against the step} of a run, at most POINTS of them and the last."""
     every = math.ceil(len(rows) / POINTS) or 1
     kept = rows[::every]
     if rows and kept[-1] is not rows[-1]:
         kept.append(rows[-1])
     found = {name: [short(row.get(name)) for row in kept] for name in CURVES}
-    # accuracy is known at a few steps only, so that no point may be left out
+    # accuracy is known at a few steps only, so no point is left out
     known = [row for row in rows if row.get("accuracy") is not None]
     found["evaluated"] = [row["step"] for row in known]
     found["accuracy"] = [short(row["accuracy"]) for row in known]
@@ -338,19 +343,19 @@ def curves(rows):
 
 
 def short(x):
-    """Five digits are enough for a curve."""
+    """A number with five digits, which are enough for a curve."""
     return float(f"{x:.5g}") if isinstance(x, float) else x
 
 
 def hexadecimal(right):
-    """Right or wrong, (prompts, 1) bool -> hexadecimal digits, four prompts in each."""
+    """Right or wrong, (prompts, 1) bool -> hexadecimal digits, one for four prompts."""
     bits = "".join(str(int(x)) for x in right.flatten().tolist())
     digits = math.ceil(len(bits) / 4)
     return f"{int(bits.ljust(4 * digits, '0'), 2):0{digits}x}"
 
 
 def bits(digits):
-    """The inverse of hexadecimal: -> (4 * digits,) of 0. and 1."""
+    """The inverse of hexadecimal: n digits -> (4 n,) of 0. and 1."""
     text = f"{int(digits, 16):0{4 * len(digits)}b}"
     return torch.tensor([float(x) for x in text], dtype=torch.float64)
 
@@ -377,14 +382,14 @@ def write_text(text, made, out):
 
 HOLDS = "holds"
 CONTRADICTED = "contradicted"  # the opposite, or shown equal where the paper finds a difference
-UNDECIDED = "undecided"  # within noise, or otherwise from seed to seed
+UNDECIDED = "undecided"  # within noise, or not alike on all seeds
 NOT_ASKABLE = "not askable here"
 MARGIN = 0.05  # of accuracy: two arms that differ by less are equal
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the findings: what is asked, what the paper has, what was found, and a word."""
+    """One line of the findings: the claim, what the paper has, what was found, and a word."""
 
     section: str
     claim: str
@@ -400,9 +405,9 @@ def finding(section, claim, paper, found, *words):
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two accuracies, mean over seeds, and its noise: two standard errors.
+    """The difference of two accuracies: its mean over seeds, and its noise, two standard errors.
 
-    The standard error is that over prompts, in pairs, pooled over the seeds.
+    The standard error is that of differences paired by prompt, pooled over the seeds.
     """
 
     mean: float
@@ -421,9 +426,10 @@ class Difference:
 
 
 def difference(ours, theirs, way, when="after", than=None, exam="accuracy"):
-    """Accuracy of one arm `when` - that of another `than`, the same seeds in both: Difference.
+    """The accuracy of one arm minus that of another, on the same seeds: Difference.
 
-    when, than: "before", "after" or "teacher"; way: one of toy.WAYS.
+    when: "before", "after" or "teacher", of the first arm; than: the same of the second, `when` if
+    it is not given; way: one of toy.WAYS.
     """
     means = []
     variances = []
@@ -436,7 +442,7 @@ def difference(ours, theirs, way, when="after", than=None, exam="accuracy"):
 
 
 def answers(accuracy):
-    """A bit a prompt, (prompts,), of one of Lab.accuracies."""
+    """One of Lab.accuracies -> 1. for each prompt with a right answer, else 0., (prompts,)."""
     return bits(accuracy["right"])[: accuracy["prompts"]]
 
 
@@ -446,7 +452,7 @@ def gain(runs, way, when="after", than="before", exam="accuracy"):
 
 
 def both(ours, theirs, when="after", than=None):
-    """Their differences at T .7 and greedily: [Difference, Difference]."""
+    """The differences of two arms at T .7 and greedily: [Difference, Difference]."""
     return [difference(ours, theirs, way, when, than) for way in ("T .7", "greedy")]
 
 
@@ -460,8 +466,8 @@ def more_than(x, bound):
 def above(x):
     """Is a Difference positive, by more than noise and by MARGIN or more? -> a word.
 
-    Equal ones are not above each other, however sure their small difference is. (MARGIN was not
-    asked for at first. Then one claim held at .002 ± .001, which is equal as well.)
+    Of two that are equal neither is above, however sure their small difference is. (MARGIN was
+    added after the first runs: without it a claim held at .002 ± .001.)
     """
     if x.is_equal or x.mean < -x.noise:
         return CONTRADICTED
@@ -475,7 +481,7 @@ def below(x):
 
 
 def equal(x):
-    """Is a Difference none? -> a word. Contradicted: it is surely more than MARGIN."""
+    """Is a Difference surely less than MARGIN? -> a word. Contradicted if it is surely more."""
     if x.is_equal:
         return HOLDS
     if abs(x.mean) - x.noise > MARGIN:
@@ -484,7 +490,7 @@ def equal(x):
 
 
 def every_seed(facts):
-    """Of something that is or is not in each seed: -> a word."""
+    """Is a fact true on every seed? -> a word. Contradicted if it is true on none."""
     facts = list(facts)
     if all(facts):
         return HOLDS
@@ -492,7 +498,7 @@ def every_seed(facts):
 
 
 def reaches(values, bound):
-    """Is a number a seed at least that? -> a word. NaN, which recovery gives, cannot be asked."""
+    """Is a number at least a bound on every seed? -> a word. NaN (see recovery) is not askable."""
     values = list(values)
     if any(math.isnan(value) for value in values):
         return NOT_ASKABLE
@@ -521,7 +527,7 @@ def share(a, b):
 
 
 def each(values, form=".2f"):
-    """A number a seed, to read: "0.98, 1.00, 0.97"."""
+    """One number for each seed, as text: "0.98, 1.00, 0.97"."""
     return ", ".join("-" if value is None else format(value, form) for value in values)
 
 
@@ -555,7 +561,9 @@ def parse(about, names, own):
         "--worlds", default="runs/worlds", help="folder of models and runs (runs/worlds)"
     )
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
-    parser.add_argument("--report", action="store_true", help="run nothing: table and figure anew")
+    parser.add_argument(
+        "--report", action="store_true", help="run nothing: make table and figure again"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="one seed, a few steps: does it run? Keeps nothing"
     )
@@ -588,8 +596,8 @@ def main(
     {name: [result, one a seed]} -> [Finding]. models: of the world, beside toy.MODELS. prepare: a
     function of a Lab, called before its first run. more: a function of the results -> further
     lines of the table. draw: a function of the results and a path without suffix, for the figure.
-    world: Lab, or a class like it, whose results are reported as far as they are there. own: {flag:
-    help} of what that class cannot be made without.
+    world: Lab, or a class like it; claims of such a class are reported as far as their results are
+    there. own: {flag: help}, flags that such a class needs.
     """
     name = Path(sys.argv[0]).stem
     probes = probes or {}
@@ -626,7 +634,7 @@ def main(
 
 
 def run_all(lab, arms, probes, only):
-    """Run what is asked for and not there, one after the other."""
+    """Run what is asked for and has no result yet, one after the other."""
     wanted = only or [*arms, *probes]
     for name in wanted:
         if name in arms:
@@ -638,7 +646,7 @@ def run_all(lab, arms, probes, only):
 
 
 def read_all(out, names, kind="toy"):
-    """What is there: {name: [result, one a seed]}."""
+    """The results that are there: {name: [result, one a seed]}."""
     found = {}
     for name in names:
         found[name] = []
@@ -650,13 +658,13 @@ def read_all(out, names, kind="toy"):
 
 
 def of_shared_seeds(results, names):
-    """{name: [result, one a seed]} of these names, of the seeds that have all of them."""
+    """The results of these names, of the seeds that have all of them: {name: [one a seed]}."""
     seeds = set.intersection(*({run["seed"] for run in results[name]} for name in names))
     return {name: [run for run in results[name] if run["seed"] in seeds] for name in names}
 
 
 def read_results(out, names):
-    """Of the toy, of the seeds that have all of these names. SystemExit if none has."""
+    """The toy's results, of the seeds that have all of these names. SystemExit if none has."""
     found = read_all(out, names)
     whole = of_shared_seeds(found, names)
     if not whole[names[0]]:
@@ -666,7 +674,7 @@ def read_results(out, names):
 
 
 def table(results, arms):
-    """A line a run: accuracies before, after, and of the teacher; a list of lines."""
+    """A line for each run: accuracies before, after, and of the teacher; list of lines."""
     width = max(map(len, arms))
     titles = " ".join(f"{f'{way}: before, after, teacher':>28}" for way in toy.WAYS)
     lines = [f"{'arm':{width}} seed {titles} {'overlap':>14} {'reverse KL':>16}"]
@@ -697,7 +705,7 @@ def verdicts(findings):
 
 
 def commit_of(run):
-    """The commit that made a result, and whether the code was changed; "none" outside of git."""
+    """The commit that made a result, and whether the code was changed; "none" without git."""
     if run["commit"] is None:
         return "none"
     return run["commit"] + (" and changes" if run["dirty"] else "")

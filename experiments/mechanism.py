@@ -4,7 +4,8 @@
     success            the student's 16 likeliest tokens
     bigger             the same, from a teacher that knows no more: the failing run of 4.1
     intersection       those of them that are among the teacher's 16 likeliest (Overlap Top-k)
-    difference         those that are among the likeliest of one of the two (Non-Overlap Top-k)
+    difference         those that are among the 16 likeliest of only one of the two (Non-Overlap
+                       Top-k)
     student, raw; intersection, raw; difference, raw
                        the same with what the authors' code descends (top-k-released)
 
@@ -20,8 +21,9 @@ Criteria, fixed before the runs. "Start" and "end" are means over the first and 
     4.2 others       difference ends surely below success at T .7 and greedily; the same, raw
     4.2 self-reinforcing
                      the overlap ratio of intersection rises by .8 of what it does in success or
-                     more, in every seed; that of difference first falls: in the first half some
-                     five steps lie .01 or more below the start, in every seed
+                     more, in every seed; that of difference first falls: in the first half, the
+                     mean of some five steps in a row lies .01 or more below the start, in every
+                     seed
 
 The probe `slips` tells how the student's responses first go wrong: on a token that is among the 16
 likeliest of both models, which the intersection can correct, or on another one.
@@ -58,7 +60,7 @@ ENDS = 5  # steps that are averaged
 
 @torch.no_grad()
 def slips(lab, arms, problems, k=16):
-    """How responses of the student go wrong first (toy.first_slip), before and after each arm.
+    """How the student's responses first go wrong (toy.first_slip), before and after each arm.
 
     -> {"before" or the arm: {"shared", "another": share of the responses}}
     """
@@ -88,7 +90,7 @@ def slips_of(lab, student, n, k):
         at = toy.first_slip(response, *problem)
         if at is None or at == len(response):  # right, or just cut off
             continue
-        before = -r.response_mask.size(1) + at - 1  # what predicts it
+        before = -r.response_mask.size(1) + at - 1  # the position that predicts it
         S, counts = support_of(log_p[i, [before]], log_q[i, [before]], k, "intersection")  # (1, k)
         shares["shared" if response[at] in S[counts] else "another"] += 1 / n
     return shares
@@ -100,7 +102,7 @@ PROBES = {
 
 
 def start_and_end(run, name, steps=ENDS):
-    """A metric in the first and in the last steps: their means."""
+    """The means of a metric over the first and over the last steps."""
     known = [x for x in run["curves"][name] if x is not None]
     return mean(known[:steps]), mean(known[-steps:])
 
@@ -126,19 +128,19 @@ def shrinks(run, name, steps=ENDS):
 
 
 def beginnings(ours, theirs, name):
-    """A metric in the first steps of some runs, as a share of that of others, a number a seed."""
+    """A metric at the start of some runs, as a share of that of others, one for each seed."""
     return [
         share(start_and_end(a, name)[0], start_and_end(b, name)[0]) for a, b in zip(ours, theirs)
     ]
 
 
 def judge(runs):
-    """The criteria above."""
+    """Judge by the criteria above: list of Finding."""
     return [*in_success(runs), *in_failure(runs), *supports(runs), *reinforcing(runs)]
 
 
 def in_success(runs):
-    """4.1."""
+    """4.1: what aligns in success?"""
     success = runs["success"]
     bigger = runs["bigger"]
     rises = [rise(run) for run in success]
@@ -181,7 +183,7 @@ def in_success(runs):
 
 
 def in_failure(runs):
-    """4.1."""
+    """4.1: do the gaps persist in failure, and is the loss small from the start?"""
     success = runs["success"]
     bigger = runs["bigger"]
     shares = {
@@ -233,7 +235,7 @@ def supports(runs):
 
 
 def reinforcing(runs):
-    """4.2: what the overlap ratio does then."""
+    """4.2: what the overlap ratio does if the loss looks at part of the tokens."""
     success = runs["success"]
     shares = [share(rise(a), rise(b)) for a, b in zip(runs["intersection"], success)]
     falls = [fall(run) for run in runs["difference"]]
@@ -254,7 +256,7 @@ def reinforcing(runs):
 
 
 def more(runs):
-    """How responses first go wrong."""
+    """Lines that say how responses first go wrong."""
     lines = ["", "share of responses that first go wrong on a shared token, on another (slips)"]
     for run in runs["slips"]:
         cells = [f"{name} {x['shared']:.3f} {x['another']:.3f}" for name, x in run["found"].items()]

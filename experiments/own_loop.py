@@ -1,8 +1,8 @@
 """experiments/own_loop.py: training that opd.py does not do: the teacher writes, the KL turned
 around, no teacher at all. Controls for claims of later papers.
 
-One loop, opd.update with the loss and the writer changed. The learning rate, batch and steps are
-those of the lab.
+There is one loop, which is opd.update with another loss or another writer. The learning rate, the
+batch and the steps are those of the lab.
 """
 
 import torch
@@ -23,7 +23,7 @@ UNLIKELY = 0.2  # the fifth of the drawn tokens that the student found least lik
 
 
 def train(lab, arm, folder, loss_of, writer="student"):
-    """Descend a loss on what the student (or the teacher) writes: leaves folder/student.
+    """Descend a loss on what the student, or the teacher, writes, and save folder/student.
 
     loss_of: Rollout -> a function of log_p (N, V), log_q (N, V), y (N,) -> (N,).
     """

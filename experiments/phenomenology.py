@@ -4,20 +4,20 @@
     success         student <- teacher: bigger, and knows more                     100
     bigger          student <- bigger: the same beliefs                            100
     sharp           student <- sharp: the same beliefs, sampled more sharply       100
-    early           student <- early: knows more, and scores at T 1 what sharp does  100
+    early           student <- early: knows more, and scores as sharp does at T 1  100
     other           student <- other: knows more, works from the other end         100
-    self            student <- itself at teacher temperature .5: no news           100
+    self            student <- itself at teacher temperature .5: nothing new       100
     no-teacher      no teacher: a fixed negative advantage, -.5, on the fifth of the
                     drawn tokens that the student found least likely (2608.31046)  100
-    no-teacher, lr by 10   the same at a tenth of the learning rate. Added after no-teacher had
-                    ruined the student on two seeds                                100
+    no-teacher, lr by 10   the same at a tenth of the learning rate. It was added after
+                    no-teacher had ruined the student on two seeds                 100
     reverse         student-rl <- student, its earlier self                        400
     reverse-bigger  student-rl <- bigger                                           400
     reverse-sharp   student-rl <- sharp                                            400
 
 Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
-    3.1 thinking     early scores surely less than other (T .7), its student surely more, at T .7
-                     and greedily, and overlaps more at the start in every seed
+    3.1 thinking     early scores surely less than other (T .7). Its student scores surely more, at
+                     T .7 and greedily, and overlaps more at the start, in every seed
     3.2 knowledge    success makes up .8 of its teacher's greedy lead, in every seed
     3.2 size         bigger: greedy accuracy and that at T .7 end equal to where they began
     3.2 sharpness    sharp: greedy accuracy ends equal to where it began
@@ -29,9 +29,9 @@ Criteria, fixed before the runs ("surely": by more than two standard errors, and
     3.3 bigger       reverse-bigger ends equal to reverse, at T .7 and greedily
     3.3 sharp        reverse-sharp ends equal to reverse, greedily
     3.3 same target  at the states of student-rl, KL(student || bigger) is less than a quarter of
-                     its own KL to either, in every seed
+                     the KL of student-rl to either of them, in every seed
     no teacher       no-teacher ends equal to success or above: at T 1, at T .7 and greedily. Of its
-                     two learning rates the one that scores higher at T 1 is asked
+                     two learning rates the one that scores higher at T 1 counts
 
     python experiments/phenomenology.py              results/phenomenology.{txt,svg}
     python experiments/phenomenology.py --quick      a few steps: does it run?
@@ -109,7 +109,7 @@ PROBES = {"between-teachers": (between_teachers, {"prompts": 512})}
 
 
 def judge(runs):
-    """The criteria above."""
+    """Judge by the criteria above: list of Finding."""
     return [
         *thinking(runs),
         *knowledge(runs),
@@ -120,12 +120,12 @@ def judge(runs):
 
 
 def overlap(runs):
-    """The held-out overlap ratio at the start, a number a seed."""
+    """The held-out overlap ratio at the start, one number for each seed."""
     return [held_out(run, "before", "overlap_ratio") for run in runs]
 
 
 def thinking(runs):
-    """3.1."""
+    """3.1: does a weaker teacher that thinks alike make the better student?"""
     early = runs["early"]
     other = runs["other"]
     teachers = difference(early, other, "T .7", "teacher")
@@ -144,7 +144,7 @@ def thinking(runs):
 
 
 def knowledge(runs):
-    """3.2."""
+    """3.2: does only new knowledge teach?"""
     success = runs["success"]
     bigger = runs["bigger"]
     sharp = runs["sharp"]
@@ -192,7 +192,7 @@ def knowledge(runs):
 
 
 def reversal(runs):
-    """3.3: a score does not predict, and a worse teacher takes back."""
+    """3.3: a score does not predict success, and a worse teacher takes back what RL gave."""
     early = runs["early"]
     sharp = runs["sharp"]
     reverse = runs["reverse"]
@@ -233,7 +233,7 @@ def reversal(runs):
 
 
 def same_target(runs):
-    """3.3: a small and a bigger teacher of one pipeline."""
+    """3.3: are a small and a bigger teacher of one pipeline one target to the student?"""
     between = [run["found"] for run in runs["between-teachers"]]
 
     def kl(name):
@@ -257,7 +257,7 @@ def same_target(runs):
 
 
 def without_teacher(runs):
-    """2608.31046."""
+    """2608.31046: does training without a teacher do as well?"""
     success = runs["success"]
     controls = [runs["no-teacher"], runs["no-teacher, lr by 10"]]
     control = max(controls, key=lambda of_rate: gain(of_rate, "T 1").mean)

@@ -2,7 +2,7 @@
 
 The toy. Each is a function of (results, path): results is {arm or probe: [result, one a seed]}, and
 path.svg is written.
-    phenomenology  before, after and teacher of every pair; what sharpness and what knowledge gained
+    phenomenology  before, after and teacher of every pair; whether it is sharper or knows more
     mechanism      Figure 6 for success and failure; accuracy by support
     recipe         the cold start and its controls; template and share of aligned content
     cost           budgets, depth, supports, rewards of right and wrong answers, gradients
@@ -12,7 +12,7 @@ path.svg is written.
 
 SmolLM2.
     context        a model that learns from itself, reading the worked answer
-    real           a model that learns to add from copies of itself; fails or slow
+    real           a model that learns to add from copies of itself; a pair that fails, or is slow
 
 A colour means the same pair in every figure. A solid line is T .7, a dashed one greedy.
 Pictures need matplotlib, which is optional: without it a line says what to install.
@@ -154,7 +154,7 @@ def levels(runs, when, way, exam="accuracy"):
 
 
 def gains(runs, way):
-    """How far each seed came."""
+    """The gain of each seed."""
     return [level(run, "after", way) - level(run, "before", way) for run in runs]
 
 
@@ -177,7 +177,7 @@ def band(axes, x, curves, colour, style="-", label=None):
 
 
 def rows(axes, results, arms, way, without_teacher=()):
-    """A row an arm: a ring before, a line to the mean after, a dot a seed, a bar for the teacher.
+    """A row for each arm: a ring before, a line to the mean after, a dot a seed, the teacher's bar.
 
     arms: {name: (colour, label)}, from top to bottom.
     """
@@ -258,7 +258,7 @@ def aligning(plt, grid, groups, window=7):
 
 
 def phenomenology(results, path):
-    """Paper 3: how far every pair came, at T .7 and greedily; sharper or knows more; overlap."""
+    """Paper 3: how far every pair came; whether it is sharper or knows more; overlap."""
     plt = pyplot(anew("phenomenology"))
     if plt is None:
         return
@@ -395,7 +395,7 @@ PROMPTS = (*SHARES, "other template")
 
 
 def by_share(axes, values, style, marker="o"):
-    """Something against the share of aligned content, a mark a seed; grey for the other template.
+    """Values against the share of aligned content, a mark a seed; grey for the other template.
 
     values: {arm of PROMPTS: one a seed}.
     """
@@ -466,7 +466,7 @@ def budgets(axes, results):
 
 
 def depths(axes, runs):
-    """The teacher's gain over the student who finish its responses, and what even slips give."""
+    """The teacher's gain over the student if both finish its responses; the same for even slips."""
     by_depth = list(zip(*(run["found"] for run in runs)))
     at = [mean(x["tokens"] for x in of_depth) for of_depth in by_depth]
     found = [[x["mean"] for x in run["found"]] for run in runs]
@@ -711,7 +711,7 @@ def context(results, path):
 
 
 def real(results, path):
-    """Every arm before and after; Figure 6 of three; words with patience and after a cold start."""
+    """Every arm before and after; Figure 6 of three arms; the long runs with words."""
     plt = pyplot("python experiments/report.py")
     if plt is None:
         return

@@ -1,8 +1,8 @@
 """experiments/real.py: a real language model learns to add from copies of itself that were trained
 further (paper 3, 4, 5, 6).
 
-    arm            student <- teacher (sums.py); 12 steps of 16 responses at 1e-5, in bfloat16, if
-                   not said
+    arm            student <- teacher (sums.py); if nothing else is said, 12 steps of 16 responses
+                   at a learning rate of 1e-5, in bfloat16
     success        base <- expert: after three rounds of expert iteration, it knows more
     round 1; round 2   base <- expert-1; <- expert-2: after one round, and after two
     copy           base <- copy: after three rounds on its own answers, right or wrong
@@ -13,22 +13,23 @@ further (paper 3, 4, 5, 6).
     words, sft     no OPD: 72 updates of fine-tuning at 1e-4 on 480 answers of words, T 1
     words, cold    60 such updates on 400 answers, then 12 steps of OPD at 1e-5
     reverse        expert <- base, its earlier self; 100 steps
-    sharper        base <- base at teacher temperature .4: a sharper score, no news
-    no teacher     unlikely tokens are pushed down, no teacher (2608.31046)
+    sharper        base <- base at teacher temperature .4: a sharper score, nothing new
+    no teacher     without a teacher unlikely tokens are pushed down (2608.31046)
 
     float32        success, computed in float32
-    intersection; difference    base <- expert on the tokens that both find likely, on the others
+    intersection; difference    base <- expert on the tokens that both find likely; on those that
+                   only one of the two does
     sampled; full  base <- expert by Eq. 3, by Eq. 4
     wordy          base <- expert on the same questions in other words, under another system prompt
     8 tokens       base <- expert, responses of 8 tokens, the first 30 % of a solution (2606.22600)
     one prompt     base <- expert, one question 16 times a step (2609.04172)
 
 Criteria, fixed before the runs ("surely": by more than two standard errors; above and below by .05,
-too: lab.py). They are asked greedily and at T .7 of seeds 0, 1, 2, if not said.
-    3.1 equal way    of two teachers, expert after the last round that scores surely less than words
-                     at T .7 (weaker, alike), and words (stronger, other), the first has the surely
-                     better student, at T .7 and greedily. Asked on seeds 3, 4, 5; not askable if no
-                     round scores less
+too: lab.py). If nothing else is said, they are asked greedily and at T .7, of seeds 0, 1, 2.
+    3.1 equal way    there are two teachers: the expert after the last round at which it scores
+                     surely less than words at T .7 (weaker, alike), and words (stronger, other).
+                     The first has the surely better student, at T .7 and greedily. Asked on seeds
+                     3, 4, 5; not askable if no round scores less
     3.2 skill        success makes up .8 of its teacher's lead, in every seed
     3.2 first round  round 1 ends surely above its start, greedily
     3.2 nothing new  copy gains surely less than .05, greedily
@@ -49,8 +50,8 @@ too: lab.py). They are asked greedily and at T .7 of seeds 0, 1, 2, if not said.
     3.1 from right   backwards gains surely less than half of what success does, at T .7
     5.2 template     success ends surely above wordy
     2.2 estimators   sampled and success end equal to full
-    one prompt       it gains .72 of what success does at T .7 or more, in every seed
-    first 30 %       8 tokens gain .8 of what success does at T .7 or more, in every seed
+    one prompt       it gains .72 or more of what success gains at T .7, in every seed
+    first 30 %       8 tokens gains .8 or more of what success gains at T .7, in every seed
     6.2 success      the AUROC of a response's mean reward, by expert, is surely above .6
     6.2 failure      that by words, and by copy, is at most .1 behind it, surely
     6.2 coherence    the gradients of words and copy at single positions are larger than expert's,
@@ -143,7 +144,7 @@ ENDS = 3  # steps at either end that are averaged
 
 
 def diagnosis(lab, teacher, prompts):
-    """The report of `analysis.py --student base --teacher ...`, without what is by position."""
+    """The report of `analysis.py --student base --teacher ...`, without the means by position."""
     pair = lab.load("base", teacher)
     report = diagnose_pair(
         pair,
@@ -159,7 +160,7 @@ def diagnosis(lab, teacher, prompts):
 
 
 def signal(lab, teachers, prompts, samples, coherent):
-    """6.2 without training: what each teacher's rewards and gradients say of the base's answers."""
+    """6.2, before training: each teacher's rewards and gradients on the base's answers."""
     found = {}
     for name in teachers:
         count = 4 if lab.quick else prompts
@@ -191,14 +192,14 @@ PROBES["trap"] = (trap, {"prompts": 256})
 
 
 def less_than_share(ours, theirs, part):
-    """Do some arms gain surely less than a part of what others do, at T .7? -> a word."""
+    """Does an arm gain surely less than a part of what another gains, at T .7? -> a word."""
     a = gain(ours, "T .7")
     b = gain(theirs, "T .7")
     return more_than(Difference(part * b.mean - a.mean, part * b.noise + a.noise), 0)
 
 
 def two(offs):
-    """Differences at T .7 and greedily, to read."""
+    """Differences at T .7 and greedily, as text."""
     return f"{offs[0]} at T .7, {offs[1]} greedily"
 
 
@@ -271,7 +272,7 @@ def no_teacher(runs):
 
 
 def ends(run, name):
-    """A metric in the first and in the last steps: their means."""
+    """The means of a metric over the first and over the last steps."""
     return mechanism.start_and_end(run, name, ENDS)
 
 
@@ -433,7 +434,7 @@ def estimators(runs):
 
 
 def of_the_gain(runs, name):
-    """The share of what success gains at T .7, a number a seed."""
+    """The share of success's gain at T .7 that an arm gains, one number for each seed."""
     pairs = zip(runs[name], runs["success"], strict=True)
     return [share(gain([a], "T .7").mean, gain([b], "T .7").mean) for a, b in pairs]
 
@@ -534,7 +535,7 @@ def trapped(runs):
     yield followups.agreement(runs["trap"])
 
 
-CLAIMS = (  # what is asked of seeds 0 to 2, and the arms and probes that it is asked of
+CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it needs
     (skill, ("success",)),
     (first_round, ("round 1",)),
     (nothing_new, ("copy",)),

@@ -1,7 +1,7 @@
 """experiments/recipe.py: how to recover a run that fails (paper 5). Toy models.
 
-5.1, off-policy cold start. Student and other: the pair that fails. The teacher answers 4,095
-prompts at most, one answer each; as in the paper at T .7 with top-p .95, or at T 1.
+5.1, off-policy cold start. Student and other are the pair that fails. The teacher answers up to
+4,095 prompts once each, at T .7 with top-p .95 as in the paper, or at T 1.
     opd              300 steps of OPD
     sft              100 updates of fine-tuning on answers of T .7
     sft, opd         the same, then 200 steps of OPD on other prompts
@@ -18,10 +18,10 @@ Criteria, fixed before the runs ("surely": by more than two standard errors, and
 5.2, teacher-aligned prompts. Student and bigger were pre-trained on two templates. The teacher,
 bigger after RL, was post-trained under one of them and on lists of low digits only (0 to 4). The
 student is distilled on low ("aligned") or high digits (5 to 9) or a mixture, under the teacher's
-template or the other. Accuracy is measured on digits 0 to 9: all arms under the teacher's
-template, and all under the other. (The world was changed once. In a first run bigger was not
-trained until it was as good as the student. On seeds 1 and 2 it had not learnt to add, nor had the
-teacher, which was right .11 of the time: commit b390abd.)
+template or the other. Accuracy is measured on digits 0 to 9, for all arms under the teacher's
+template and under the other. (The world was changed once. In a first run bigger was not trained
+until it was as good as the student. On seeds 1 and 2 neither it nor the teacher had learnt to add;
+the teacher was right .11 of the time: commit b390abd.)
     aligned          teacher's template, aligned content
     other template   the other template, aligned content
     share 0 to .75   teacher's template, that share of aligned content
@@ -90,7 +90,7 @@ MODELS = {
 
 
 def aligned(share, template=toy.POLITE):
-    """Student and teacher of two templates on that share of the teacher's own prompts."""
+    """An arm of 5.2: that share of its prompts is like the teacher's own."""
     return Arm(
         "student-b",
         "teacher-b",
@@ -117,12 +117,12 @@ ARMS = {**COLD, **PROMPTS}
 
 
 def judge(runs):
-    """The criteria above."""
+    """Judge by the criteria above: list of Finding."""
     return [*cold_starts(runs), *prompts(runs)]
 
 
 def cold_starts(runs):
-    """5.1."""
+    """5.1: does a cold start rescue the pair, and beat fine-tuning alone?"""
     made_up = [recovery(run, "T .7") for run in runs["opd"]]
     yield finding(
         "5.1",
@@ -176,7 +176,7 @@ def cold_starts(runs):
 
 
 def prompts(runs):
-    """5.2."""
+    """5.2: do the teacher's template, its prompts, and a mixture help?"""
     aligned = runs["aligned"]
     other = "accuracy, other template"
     offs = [
@@ -230,7 +230,7 @@ def arrows(pairs):
 
 
 def more(runs):
-    """5.2 under the other template, and the entropies."""
+    """Lines on 5.2: accuracy under both templates, and the entropies."""
     lines = ["", "5.2, T .7 after: under the teacher's template, under the other; entropy, nats"]
     for name in PROMPTS:
         for run in runs[name]:
@@ -244,7 +244,7 @@ def more(runs):
 
 
 def prepare(lab):
-    """The questions of 5.2: low and high digits."""
+    """Write the questions of 5.2, on low and on high digits."""
     for name, digits in (("low", LOW), ("high", HIGH)):
         path = lab.world / f"{name}-prompts.jsonl"
         if not path.exists():

@@ -22,7 +22,7 @@ import real
 
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
-IN_SHORT = (  # how the lines of bench.txt begin that users ask for; the rest stays there
+IN_SHORT = (  # the README has the lines of bench.txt that begin so
     "rollout toy   uneven",
     "rollout real  uneven",
     "step toy   as it is",
@@ -50,7 +50,7 @@ NOT_YET = "Not measured yet.\n"
 
 
 def toy_results(folder):
-    """{script: {arm or probe: [result, one a seed]}} of the scripts of the toy that have some."""
+    """{script: {arm or probe: [result, one a seed]}} of the toy's scripts that have results."""
     found = {}
     for script in TOY:
         module = importlib.import_module(script)
@@ -63,7 +63,7 @@ def toy_results(folder):
 
 
 def real_results(folder):
-    """{arm or probe: [result, one a seed]} of real.py, as far as they are there."""
+    """{arm or probe: [result, one a seed]} of real.py: the results that are there."""
     return lab.read_all(folder, [*real.ARMS, *real.PROBES], "real")
 
 
@@ -92,7 +92,7 @@ def table(titles, rows):
 
 
 def emphasised(word):
-    """Bold, if it is not "holds"."""
+    """A word in bold, if it is not "holds"."""
     return word if word == lab.HOLDS else f"**{word}**"
 
 
@@ -127,7 +127,7 @@ def real_in_short(results):
 
 
 def findings_in_full(findings):
-    """The same with what the paper has."""
+    """Findings as a table, with what the paper has."""
     titles = ("section", "claim", "the paper", "found here (mean over seeds)", "word")
     rows = []
     for x in findings:
@@ -145,13 +145,13 @@ def context_results(folder):
 
 
 def findings_of_context(folder):
-    """Of context.py, from its results in a folder."""
+    """The findings of context.py, from its results in a folder."""
     results = context_results(folder)
     return findings_in_full(context.judge(results)) if results else NOT_YET
 
 
 def findings_of_real(results):
-    """Of real.py; a claim whose arms are not there on any seed is left out."""
+    """The findings of real.py. A claim is left out if no seed has its arms."""
     findings = list(real.judge(results))
     return findings_in_full(findings) if findings else NOT_YET
 
@@ -181,7 +181,7 @@ What was measured before this toy world stands in [before.md](before.md).
 
 
 def scripts(toy, of_real, folder):
-    """A row a script: what it asks, by its first sentence, and what it took."""
+    """A table with a row for each script: what it asks, by its first sentence, and what it took."""
     titles = ("script", "what it asks", "seeds", "CPU seconds", "commits")
     rows = []
     shared = {}
@@ -224,7 +224,7 @@ def script_row(script, runs, seconds, commits):
 def printed(path, start="", only=""):
     """The lines that a script wrote, as a block of Markdown.
 
-    start: how the first of them begins. only: how those begin that are taken, a tuple.
+    start: how the first line begins. only: a tuple; a line is taken if it begins with one of them.
     """
     if not path.exists():
         return NOT_YET
@@ -273,7 +273,7 @@ def with_update(text):
 
 
 def draw(toy, of_real, folder):
-    """All figures."""
+    """Draw all figures."""
     for script, results in toy.items():
         getattr(plot, script)(results, folder / script)
     if all(of_real.values()):

@@ -6,7 +6,7 @@ The base (SmolLM2-135M-Instruct; any chat model will do) reads two worked exampl
 time. Its copies:
 
     expert-1, expert-2, expert
-                after one, two and three rounds of expert iteration. In each it answers 160 new
+                after one, two and three rounds of expert iteration. In each round it answers 160
                 questions at T 1, and is fine-tuned on its right answers
     copy        after three rounds on its own answers, right or wrong
     backwards   fine-tuned on 160 sums that are worked out from the right, "9 + 6 = 15, ...", then
@@ -15,7 +15,7 @@ time. Its copies:
                 is right .8 of the time
 
 A copy is made from its seed, in float32, and kept in the world's folder. Runs and measurements are
-in bfloat16 (real.py has an arm that tells what it changes).
+in bfloat16; the arm float32 of real.py tells what that changes.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ EXPERTS = ("expert-1", "expert-2", "expert")  # after one round of expert iterat
 ROUNDS = len(EXPERTS)
 SAMPLES = 160  # questions a round
 MOST_ROUNDS = 12  # for the copy in words
-ENOUGH = 0.8  # how often it is right then
+ENOUGH = 0.8  # the share of right answers at which its training ends
 
 # --- the questions --------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ def question(digits, template=PLAIN):
 
 
 def digits_of(row):
-    """The digits of a question, in whichever words."""
+    """The digits of a question, however it is worded."""
     return tuple(int(x) for x in re.findall(r"\d", row["prompt"][-1]["content"]))
 
 
@@ -107,8 +107,8 @@ def all_sums(seed):
 
 
 def write_questions(world, seed):
-    """world/eval.jsonl, world/prompts.jsonl; the latter in other words (wordy.jsonl), and its first
-    question alone (one.jsonl)."""
+    """Write eval.jsonl and prompts.jsonl into the world's folder; with them the prompts in other
+    words (wordy.jsonl), and the first prompt alone (one.jsonl)."""
     sums = all_sums(seed)
     held_out = sums[:HELD_OUT]
     rest = sums[HELD_OUT:]
@@ -122,7 +122,7 @@ def write_questions(world, seed):
 
 
 def write_lines(path, rows):
-    """A file of JSON lines. One that is there may be in use, and stays."""
+    """Write a file of JSON lines, unless it is there: another process may be reading it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         files.write_lines(path, rows)
@@ -154,7 +154,7 @@ def encoded(pair, path):
 
 
 def fine_tune(pair, examples, seed, lr=3e-5):
-    """The student of a pair, one epoch over [(prompt ids, response ids)] in batches of 16."""
+    """Fine-tune the student for one epoch on [(prompt ids, response ids)], in batches of 16."""
     optimizer = torch.optim.AdamW(pair.student.parameters(), lr=lr)
     steps = math.ceil(len(examples) / 16)
     updates = cold_start(pair, optimizer, examples, steps=steps, lr=lr, batch_size=16, seed=seed)
@@ -174,8 +174,8 @@ def on_solutions(pair, rows, solution, seed, lr=3e-5):
 
 
 def expert_iteration(pair, rows, rounds, seed, samples=SAMPLES, keep=same_answer):
-    """Each round the student answers new rows, and is fine-tuned on its finished answers for which
-    keep(what it says, what is right) holds. Yields after each round.
+    """In each round the student answers rows drawn by chance, and is fine-tuned on those finished
+    answers for which keep(what it says, what is right) holds. Yields after each round.
     """
     draw = random.Random(seed)
     for number in range(rounds):
@@ -210,7 +210,7 @@ def anything(said, right):
 
 
 def write_in_words(pair, rows, seed, rounds, samples):
-    """Fine-tune the student on sums in words until it is right ENOUGH."""
+    """Fine-tune the student on sums in words until it is right ENOUGH, for `rounds` at most."""
     draw = random.Random(seed)
     for number in range(rounds):
         chosen = draw.sample(rows, min(samples, len(rows)))
@@ -228,7 +228,7 @@ def write_in_words(pair, rows, seed, rounds, samples):
 
 @contextlib.contextmanager
 def alone(folder):
-    """Other processes wait here until this one has left. The lock goes with its holder."""
+    """A lock on a folder: other processes wait until this one has left the block, or has died."""
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -281,7 +281,7 @@ class RealLab(lab.Lab):
         return (self.world / name).exists()
 
     def make(self, name):
-        """Train a copy of the base, and what is made on the way."""
+        """Train a copy of the base and save it, an expert after each of its rounds."""
         told(f"seed {self.seed}: {name}")
         pair = models.load_pair(str(self.base), str(self.base), device="cpu")
         rows = encoded(pair, self.world / "prompts.jsonl")
@@ -307,13 +307,13 @@ class RealLab(lab.Lab):
         self.save(pair, name)
 
     def train(self, name, arm):
-        """What the result of an arm holds, and digests of its models: made again on another
-        machine, one may come out otherwise."""
+        """Train and measure an arm. Its result also has digests of its models: if one is made again
+        on another machine, it may come out differently."""
         made = super().train(name, arm)
         return {**made, "models": {who: self.digest(who) for who in {arm.student, arm.teacher}}}
 
     def digest(self, name):
-        """Of the weights of a model in a folder."""
+        """The digest of a model's weights."""
         found = hashlib.sha256()
         for path in sorted(self.model(name).glob("*.safetensors")):
             with open(path, "rb") as file:
@@ -321,7 +321,7 @@ class RealLab(lab.Lab):
         return found.hexdigest()[:12]
 
     def save(self, pair, name):
-        """Whole, or not at all."""
+        """Save the student of a pair, completely or not at all."""
         folder = self.world / f"{name}.part"
         shutil.rmtree(folder, ignore_errors=True)
         pair.student.save_pretrained(folder)
@@ -332,7 +332,7 @@ class RealLab(lab.Lab):
         return self.rows(pair, self.held_out, exam)
 
     def notes(self, folder):
-        """Of the base, which is not of this world, in a folder beside the copies."""
+        """The folder that keeps what was measured of a model. The base's is one of this world."""
         if Path(folder) != self.base:
             return Path(folder)
         (self.world / "base").mkdir(exist_ok=True)
@@ -351,7 +351,7 @@ class RealLab(lab.Lab):
     def first_slip(self, pair, row, response):
         """Where a response first goes wrong: the index of that token, None if it never does.
 
-        A response that was cut off slips past its end.
+        A response without a wrong number, but cut off, slips just behind its last token.
         """
         text = pair.tokenizer.decode(response, skip_special_tokens=True)
         if same_answer(read_answer(text), row["answer"]):

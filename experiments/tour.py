@@ -7,8 +7,8 @@ the paper claims, the command that asks, the numbers that come back, and the lin
 Models that are missing in runs/toy are made first. A command is printed as it is run. What it
 leaves is kept in runs/tour, and a stop whose result is there is not run again.
 
-One seed and short runs: it shows, and proves nothing. What was measured with care is in
-experiments/README.md.
+The tour shows the claims on one seed and in short runs, and proves none of them. What was measured
+with care is in experiments/README.md.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TEACHERS = {
 
 
 class Tour:
-    """The toy's models, and the commands that were run. steps: of a run; count: prompts."""
+    """The toy's models, and the commands of a stop. steps: of a run; count: prompts."""
 
     def __init__(self, folder, out, steps, count):
         self.folder = folder
@@ -88,7 +88,7 @@ class Tour:
         )
 
     def graded(self, per_position):
-        """What the student wrote, each position of it graded: -> pair, Rollout, {name: (B, T)}."""
+        """Let the student write, and grade each position: -> pair, Rollout, {name: (B, T)}."""
         student, teacher = f"{self.folder}/student", f"{self.folder}/teacher"
         pair = models.load_pair(student, teacher, device="cpu")
         rows = prompts.load_prompts(f"{self.folder}/eval.jsonl")[: self.count]
@@ -176,13 +176,13 @@ STOPS = (
     ),
     (
         "2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); "
-        "16 tokens do (Eq. 5).",
+        "16 tokens are enough (Eq. 5).",
         (loss.sampled_token, loss.full_vocab, loss.top_k),
         estimators,
     ),
     (
-        "3    A teacher helps if it thinks alike and knows what is new. Its size and score do "
-        "not tell.",
+        "3    A teacher helps if it thinks alike and knows something new. Its size and its score "
+        "do not tell.",
         (analysis.overlap_ratio, analysis.overlap_mass, analysis.verdict),
         verdicts,
     ),
@@ -226,9 +226,7 @@ def where(function):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The paper in eight stops.")
-    parser.add_argument(
-        "stops", nargs="*", type=int, default=[], help="which ones; all where none is named"
-    )
+    parser.add_argument("stops", nargs="*", type=int, default=[], help="which stops (default: all)")
     parser.add_argument("--models", default="runs/toy", help="folder of the toy models (runs/toy)")
     parser.add_argument("--out", default="runs/tour", help="folder of the results (runs/tour)")
     parser.add_argument("--steps", type=int, default=60, help="of each of the four runs")

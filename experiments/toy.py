@@ -1,24 +1,25 @@
 """experiments/toy.py: the smallest world in which the paper can be watched, on a CPU, in minutes,
 as ordinary checkpoint directories.
 
-The task is to add digits modulo 10. Thinking is written down, and there are two ways of it, the
-two families:
+The task is to add digits modulo 10. A solution writes its thinking down. There are two ways to do
+so, the two families of models:
 
     "left" folds from the left, "right" from the right:
     Add a3 b7 c5 :   so a 0+3= 3 , then um b 3+7= 0 , thus c 0+5= 5 . Answer: 5
     Add a3 b7 c5 :   next c 0+5= 5 , well b 5+7= 2 , let's hmm a 2+3= 5 . Answer: 5
 
-    style      Each step opens with a connector, and hesitations fall anywhere. A family has 15
-               favourites of 32 hesitations. With the word of substance, 16 tokens are plausible at
-               a position, as many as k = 16 looks at.
-    beliefs    Ten of the 100 additions are written wrong in the pre-training corpus, always in the
-               same way, two times in three (MISTAUGHT). Whoever is trained on it believes them,
-               small or large. No way of sampling mends that: greedy accuracy is about two thirds.
-    slips      Any other step is wrong with probability NOISE, by one. Sampling below temperature 1
+    style      Each step opens with a connector, and hesitations stand anywhere. Of 32 hesitations
+               a family has 15 favourites. With the word that the step needs, 16 tokens are
+               plausible at a position, as many as k = 16 looks at.
+    beliefs    Ten of the 100 additions are written wrong in the pre-training corpus, two times in
+               three and always with the same wrong digit (MISTAUGHT). Every model that is trained
+               on it believes them, small or large. No way of sampling mends that: greedy accuracy
+               is about two thirds.
+    slips      Any other step is off by one with probability NOISE. Sampling below temperature 1
                mends these.
-    RL         Expert iteration: sample, keep what is correct, fine-tune on it, again. It finds the
-               truth. Before it comes, as in real post-training, a short fine-tuning on a house
-               style: same beliefs, but 5 of the 15 favourites are replaced.
+    RL         Expert iteration: sample, keep what is correct, fine-tune on it, and again. It finds
+               the right sums. As in real post-training, a short fine-tuning on a house style comes
+               before it: the beliefs are the same, but 5 of the 15 favourites are replaced.
 
     student     small, trained on the corpus
     bigger      large, trained on the same corpus until it is as good as the student
@@ -80,8 +81,9 @@ HESITATION = 0.15  # the chance of one before each word
 FAVOURITES = 15  # of the 32 hesitations
 RUNNERS_UP = 5  # a house style swaps them for as many favourites
 NOISE = 0.06  # the chance of a slip in a step
-# what the corpus says of these sums, two times in three. Drawn once by chance, among the 90 sums
-# that do not begin at 0, as many as leave a believer right two times in three
+# what the corpus says of these sums, two times in three. They were drawn by chance from the 90 sums
+# that do not begin at 0. There are ten, so that a model that believes them is right two times in
+# three
 MISTAUGHT = {
     "1+3=": 5,
     "1+6=": 6,
@@ -97,8 +99,8 @@ MISTAUGHT = {
 MISTAUGHT_SHARE = 2 / 3
 SIZES = {"small": (64, 2), "large": (96, 3)}  # hidden size, layers
 PLAIN = "{question}"  # two ways to put a question (paper 5.2)
-POLITE = "listen , {question}"  # only worlds that are pre-trained on both know it
-WAYS = {  # to sample when accuracy is measured
+POLITE = "listen , {question}"  # known to models that were pre-trained on both
+WAYS = {  # of sampling when accuracy is measured
     "T 1": dict(temperature=1.0, top_p=1.0),
     "T .7": dict(temperature=0.7, top_p=0.95),
     "greedy": dict(temperature=0.0),
@@ -117,7 +119,7 @@ FIRST = ("student", "bigger", "teacher")  # what the main command needs
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """How much of everything goes into a world."""
 
     small: int = 450  # updates of pre-training, 64 solutions each, never seen twice
     large: int = 400
@@ -145,8 +147,10 @@ def wrong_by():
 
 
 def problems(n, generator, digits=(0, 9)):
-    """n random lists of digits, lowest to highest: -> digits (n, MOST), how many of them count
-    (n,)."""
+    """n random problems: -> digits (n, MOST), and how many of each row count (n,).
+
+    digits: the lowest and the highest that may occur.
+    """
     lowest, highest = digits
     return (
         torch.randint(lowest, highest + 1, (n, MOST), generator=generator),
@@ -160,7 +164,7 @@ def prefix(template):
 
 
 def question(digits, count, template=PLAIN):
-    """-> the prompts as token ids, and the answers (n,): sums modulo 10."""
+    """Problems -> prompts as token ids, and answers (n,), the sums modulo 10."""
     prompts = []
     for row, length in zip(digits.tolist(), count.tolist()):
         labelled = [ID["a0"] + 10 * place + x for place, x in enumerate(row[:length])]
@@ -191,7 +195,7 @@ def law(kind, family, house_style=False):
 
 
 def say(kind, family, house_style, shape, generator):
-    """Words of a kind by the family's law: token ids of that shape."""
+    """Draw words of a kind by the family's law: token ids of the given shape."""
     first = ID[CONNECTORS[0] if kind == "connector" else HESITATIONS[0]]
     p = law(kind, family, house_style)
     words = torch.multinomial(p, math.prod(shape), replacement=True, generator=generator)
@@ -199,7 +203,7 @@ def say(kind, family, house_style, shape, generator):
 
 
 def totals(x, noise, mistaught, generator):
-    """What the corpus says step by step of digits x (n, S): -> totals before and after, (n, S)."""
+    """The totals that the corpus writes for digits x (n, S): before and after each step, (n, S)."""
     believed = torch.rand(x.shape, generator=generator) < mistaught  # (n, S)
     slipped = torch.rand(x.shape, generator=generator) < noise
     near_miss = torch.randint(2, x.shape, generator=generator) * 2 - 1  # one too few or too many
@@ -233,7 +237,7 @@ def corpus(
     """
     n = len(count)
     step = torch.arange(MOST).expand(n, -1)  # (n, S), S = MOST
-    on = step < count.unsqueeze(1)  # (n, S) steps that there are
+    on = step < count.unsqueeze(1)  # (n, S) steps that the problem has
     place = step  # (n, S) the digit that a step adds
     if family == "right":
         place = (count.unsqueeze(1) - 1 - step).clamp_min(0)
@@ -265,12 +269,11 @@ def corpus(
 
 
 def first_slip(response, digits, count, family="left"):
-    """Where a response first leaves the right path: the index of that token, or None of a right
-    one that ended.
+    """Where a response first leaves the right path: the index of that token.
 
-    response: token ids, eos included; digits, count: its problem, as lists and ints (see
-    `problems`). Hesitations are free, and so is the choice of connector. A response that was cut
-    off slips past its end.
+    None if the response is right and has ended. If it was cut off, it slips just behind its last
+    token. Hesitations are free, and so is the choice of connector. response: token ids, eos
+    included; digits, count: its problem, a list and an int (see `problems`).
     """
     places = list(range(count))
     if family == "right":
@@ -294,8 +297,10 @@ def first_slip(response, digits, count, family="left"):
 
 
 def pack(ids, keep, is_response):
-    """Move the tokens to keep to the left and cut what is left of the width: (n, L) each -> (n,
-    L') each."""
+    """Move the tokens to keep to the left, and cut the columns that no row needs.
+
+    (n, L) each -> (n, L') each.
+    """
     order = keep.logical_not().long().argsort(dim=1, stable=True)[:, : keep.sum(1).max()]
     return (
         torch.where(keep, ids, ID["<pad>"]).gather(1, order),
@@ -308,10 +313,10 @@ def pack(ids, keep, is_response):
 
 
 def fit(model, batches, steps, lr, what, stop=None):
-    """Maximum likelihood of the response tokens; AdamW, 20 steps of warm-up, cosine to a
-    twentieth.
+    """Train by maximum likelihood of the response tokens: -> was it stopped?
 
-    stop: asked after every second update whether to stop here. -> whether it did.
+    AdamW; lr rises over 20 steps, and falls as a cosine to a twentieth. stop: a function, asked
+    after every second update whether to stop there.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -336,8 +341,7 @@ def fit(model, batches, steps, lr, what, stop=None):
 
 
 def attempt(model, n, generator, samples=1, template=PLAIN, digits=(0, 9), **way):
-    """Let a model solve n new problems, `samples` times each: -> Rollout, correct (n *
-    samples,)."""
+    """Let a model solve n new problems: -> Rollout, correct (n * samples,) bool."""
     prompts, answers = question(*problems(n, generator, digits), template)
     seeds = torch.randint(2**62, (n,), generator=generator).tolist()
     r = rollout(
@@ -378,10 +382,10 @@ def expert_iteration(
     digits=(0, 9),
     **way,
 ):
-    """RL by keeping what is correct, and fine-tuning on it for two epochs, in rounds.
+    """RL in rounds: sample, keep what is correct, fine-tune on it for two epochs.
 
-    checked: False keeps the wrong answers, too, which is no RL but sharpening. rehearsal: an
-    iterator of other batches, of which one follows each of these. way: how to sample.
+    checked: False keeps the wrong answers, too; that is no RL, but sharpening. rehearsal: other
+    batches, of which one follows each batch of answers. way: how to sample.
     """
     rehearsal = iter(rehearsal)
     for k in range(rounds):
@@ -418,7 +422,7 @@ def new_model(size, seed):
         num_key_value_heads=4,
         max_position_embeddings=256,
         tie_word_embeddings=False,
-        # the default .02 leaves so narrow a model asleep for hundreds of steps
+        # with the default .02 so narrow a model learns nothing for hundreds of steps
         initializer_range=0.6 / width**0.5,
         pad_token_id=ID["<pad>"],
         eos_token_id=ID["<eos>"],
@@ -451,18 +455,18 @@ def make(
     rehearse=False,
     scale=FULL,
 ):
-    """One model of this world, saved to the directory `out` with its tokenizer: -> the model, in
-    eval mode.
+    """Make one model of this world and save it to the directory `out` with its tokenizer.
 
     family "left" | "right"; size "small" | "large"; noise, mistaught: of its pre-training corpus.
     as_good_as: a directory; pre-training goes on until the model is as good as that one, greedily
     and at T .7, within .02. start: a directory to begin from in place of pre-training.
     house_style: fine-tune on it afterwards; then rounds of RL, or, to sharpen, one round on
-    unchecked answers of T .7. until: a directory; RL stops where the model's score at T 1 is
-    within .03 of that one's. templates: of the pre-training corpus, in turn; post_template,
-    post_digits: of all that comes after it. rehearse: while that goes on, every other batch is of
-    the pre-training corpus, all templates and digits: what the post-training is not about is kept,
-    as by the pre-training mix of InstructGPT (arXiv 2203.02155).
+    unchecked answers of T .7. until: a directory; RL stops when the model's score at T 1 is within
+    .03 of that one's. templates: of the pre-training corpus, in turn; post_template, post_digits:
+    of all that comes after it. rehearse: after pre-training, every other batch is still from its
+    corpus, with all templates and digits. So the model keeps what post-training is not about, as
+    with the pre-training mix of InstructGPT (arXiv 2203.02155).
+    -> the model, in eval mode.
     """
     what = Path(out).name
     generator = torch.Generator().manual_seed(seed)
@@ -500,14 +504,14 @@ def make(
 
 
 def pretrain(model, size, solutions, templates, what, scale):
-    """Pre-training on solutions, the templates in turn."""
+    """Pre-train on solutions, the templates in turn."""
     steps = scale.small if size == "small" else scale.large
     batches = (solutions(template=templates[i % len(templates)]) for i in range(steps))
     fit(model, batches, steps, 1e-2, f"{what}, pre-training")
 
 
 def catch_up(model, wanted, solutions, templates, what, scale):
-    """More pre-training, until the model is as good as another, greedily and at T .7."""
+    """Pre-train on, until the model is as good as another, greedily and at T .7."""
     for _ in range(10):
         off = [
             abs(score(model, way, scale.trials) - score(wanted, way, scale.trials))
@@ -529,10 +533,10 @@ def tokenizer():
 
 
 def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9)):
-    """folder/prompts.jsonl and folder/eval.jsonl, {"prompt", "answer"} a line, all different."""
+    """Write folder/prompts.jsonl and eval.jsonl: lines of {"prompt", "answer"}, all different."""
     generator = torch.Generator().manual_seed(seed)
     prompts, answers = question(*problems(2 * (train + held_out), generator, digits))
-    lines = {}  # as a set that keeps its order
+    lines = {}  # a set that keeps its order
     for prompt, answer in zip(prompts, answers.tolist()):
         text = " ".join(WORDS[i] for i in prompt)
         lines[json.dumps({"prompt": text, "answer": str(answer)})] = None
@@ -543,15 +547,15 @@ def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9)):
 
 
 def is_made(folder):
-    """Whether a model is there whole: its tokenizer is saved last."""
+    """Is a model completely saved? Its tokenizer is saved last."""
     return (Path(folder) / "tokenizer_config.json").exists()
 
 
 def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
-    """Questions and models of a world, as far as they are not there.
+    """Make the questions and models of a world that are not there.
 
-    known: {name: how it is made}. Each model follows from the seed of the world and its name,
-    whichever others are there.
+    known: {name: how it is made}. A model depends on its name and on the seed of the world, and not
+    on which others are there.
     """
     out = Path(out)
     if not (out / "eval.jsonl").exists():
@@ -564,12 +568,12 @@ def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
             if other in how:
                 make_missing(out, seed, (how[other],), scale, known)
                 how[other] = out / how[other]
-        like = "teacher" if name == "early" else name  # early stands on the teacher's way
+        like = "teacher" if name == "early" else name  # early is a stage of the teacher's RL
         make(out / name, seed=seed_of("model", seed, like), scale=scale, **how)
 
 
 def say_and_make(out, seed, names):
-    """make_missing, and a line that says what is made."""
+    """Call make_missing, and print a line that says what is made."""
     missing = [name for name in names if not is_made(Path(out) / name)]
     if missing:
         print(f"making {', '.join(missing)} in {out}, under a minute each", flush=True)
