@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def verbosity():
-    """What one test lets transformers say decides nothing of the next."""
+    """The verbosity of transformers that a test sets ends with the test."""
     before = logging.get_verbosity()
     yield
     logging.set_verbosity(before)
@@ -69,8 +69,10 @@ ARCHITECTURES = (
 
 
 def tiny(architecture, *, seed=0, vocab_size=VOCAB, hidden=32, layers=2, spread=0.3):
-    """A causal model in eval mode, float32; spread is wide enough for softmaxes far from
-    uniform."""
+    """A causal model in eval mode, in float32.
+
+    spread: of the weights; .3 is wide enough for softmaxes far from uniform.
+    """
     shared = {
         "vocab_size": vocab_size,
         "initializer_range": spread,
@@ -131,7 +133,7 @@ TEMPLATE = (
 
 
 def word_tokenizer(words=WORDS, *, chat_template=None, eos="[EOS]"):
-    """One id a word, in the order given; a BOS is written before every text, as Llama's does."""
+    """One id a word, in the order given. Like Llama's it writes a BOS before every text."""
     vocabulary = {word: i for i, word in enumerate(words)}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -239,7 +241,7 @@ def weights(out):
 
 
 def ready(cfg):
-    """What a run has when its loop begins: -> Pair, prompts to learn from, held-out prompts."""
+    """What a run has when its loop begins: Pair, prompts to learn from, held-out prompts."""
     from plumbing import flags, prompts
     from plumbing.models import load_pair
 

@@ -118,7 +118,7 @@ def gap_of(p, q, P):
 
 
 def by_loops(p, q, P, I):
-    """All but Eq. 6 and 7, of one state; p, q: lists of probabilities; P, I: lists of tokens."""
+    """All metrics of one state but Eq. 6 and 7. p, q: lists of probabilities; P, I: of tokens."""
     return {
         "reverse_kl": sum(x * (log(x) - log(y)) for x, y in zip(p, q)),
         "overlap_mass_student": math.fsum(p[v] for v in I),
@@ -144,7 +144,7 @@ def likeliest(p, k):
 
 @given(pairs(), ks)
 def test_the_shared_tokens_are_those_of_the_students_set_in_the_teachers(pair, k):
-    """P by falling probability; I in the order of P."""
+    """P stands in the order of falling probability, and I in the order of P."""
     found = sets(*pair, k)
     for i, (p, q) in enumerate(zip(pair[0].tolist(), pair[1].tolist())):
         P = likeliest(p, k)
@@ -153,8 +153,8 @@ def test_the_shared_tokens_are_those_of_the_students_set_in_the_teachers(pair, k
 
 @given(st.one_of(pairs(), pairs_with_holes()), ks)
 def test_every_metric_is_its_formula(pair, k):
-    """Over the whole vocabulary and, for masses, not renormalised; 0 log 0 = 0, and a token that
-    the teacher alone rules out costs 1e4 nats. No number is infinite."""
+    """Each is taken over the whole vocabulary, and masses are not renormalised. 0 log 0 is 0, and a
+    token that only the teacher rules out costs 1e4 nats, so no number is infinite."""
     ours = metrics(*pair, k)
     assert analysis.LOG_ZERO == -1e4
     for i, (P, I) in enumerate(sets(*pair, k)):
@@ -226,7 +226,7 @@ def test_an_empty_intersection_is_left_out_of_the_mean_and_counted():
 
 @given(pairs())
 def test_entropy_and_reverse_kl_are_those_of_torch_distributions(pair):
-    """nano-opd took the entropy gap over a renormalised top-k; it is over the whole vocabulary."""
+    """The entropy gap is over the whole vocabulary; nano-opd took that of a renormalised top-k."""
     student = Categorical(logits=pair[0])
     teacher = Categorical(logits=pair[1])
     ours = metrics(*pair, 3)
@@ -247,7 +247,7 @@ def test_the_entropy_gap_is_absolute_at_each_state():
 
 @given(pairs(), ks)
 def test_ranges(pair, k):
-    """Ratio in multiples of 1/k, masses in 0..1, entropies in 0..log V, reverse KL above 0."""
+    """The ratio is a multiple of 1/k; masses are in 0..1, entropies in 0..log V; the KL is >= 0."""
     ours = metrics(*pair, k)
     tops = {
         "overlap_ratio": 1,
@@ -302,8 +302,8 @@ def test_the_mean_reward_over_samples_is_minus_the_reverse_kl(pair):
 
 @given(st.one_of(pairs(), pairs_with_holes()), ks)
 def test_diagnose_is_the_single_functions(pair, k):
-    """The very numbers of the functions above, the reward and its size, log p(y), and the
-    probability of an end."""
+    """It returns the very numbers of the functions above, the reward and its size, log p(y), and
+    the probability of an end."""
     y = torch.arange(len(pair[0]))
     ours = diagnose(*pair, y, k, ends=[0, 2])
     expected = metrics(*pair, k)
@@ -317,7 +317,7 @@ def test_diagnose_is_the_single_functions(pair, k):
 
 @pytest.mark.parametrize("k", [0, 6])
 def test_a_k_outside_of_the_vocabulary_is_refused(k):
-    """The message repeats it; 1 and V themselves are in order."""
+    """The message names it; 1 and V themselves are allowed."""
     with pytest.raises(ValueError, match=f"k={k} "):
         diagnose(p.log(), q.log(), torch.tensor([0]), k)
     diagnose(p.log(), q.log(), torch.tensor([0]), 1)
@@ -370,7 +370,7 @@ def columns(rows):
 
 @given(scored)
 def test_auroc_counts_the_pairs_in_the_right_order_and_ties_half(rows):
-    """6.2: over all pairs of a true and a false one; None if there is no such pair."""
+    """6.2: the share is over all pairs of a true and a false one; None if there is no such pair."""
     wins = []
     for true in [score for score, label in rows if label]:
         for false in [score for score, label in rows if not label]:
@@ -381,7 +381,7 @@ def test_auroc_counts_the_pairs_in_the_right_order_and_ties_half(rows):
 
 @given(scored, st.sampled_from([lambda x: x**3, lambda x: 2 * x - 7, torch.exp]))
 def test_auroc_knows_the_order_of_the_scores_alone(rows, rising):
-    """No monotone map of the scores changes it; negated, they give one minus it."""
+    """No rising map of the scores changes it; negated scores give one minus it."""
     scores, labels = columns(rows)
     found = auroc(scores, labels)
     assert auroc(rising(scores), labels) == found
@@ -396,7 +396,7 @@ number_or_nan = st.one_of(st.just(math.nan), st.floats(-5, 5))
 
 @given(st.lists(number_or_nan, max_size=8))
 def test_an_estimate_is_the_mean_and_its_standard_error_without_nan(x):
-    """sqrt(sum (x - mean)^2 / (n - 1) / n), NaN left out; None if n is too small for it."""
+    """The error is sqrt(sum (x - mean)^2 / (n - 1) / n). NaN is left out; None if n < 2."""
     found = estimate(float64(*x))
     kept = [y for y in x if not math.isnan(y)]
     n = len(kept)
@@ -419,7 +419,7 @@ def test_the_error_of_shares_is_at_least_that_with_one_more_prompt_of_each_kind(
 
 
 def test_two_prompts_that_agree_prove_nothing():
-    """Two that both gain .5 had a standard error of 0, and were "should work"."""
+    """Two prompts that both gain .5 have a standard error above 0, and the gain is not sure."""
     both = estimate(float64(0.5, 0.5), GAIN)
     assert both["mean"] == 0.5 and both["standard_error"] > 0.25
     assert not sure(both)
@@ -430,8 +430,8 @@ def test_two_prompts_that_agree_prove_nothing():
 @pytest.mark.parametrize("prompts", [2, 8, 24, 64])
 @pytest.mark.parametrize("chance", [0.02, 0.1, 0.5, 0.9])
 def test_two_errors_cover_an_accuracy(chance, prompts):
-    """19 times in 20, even with two prompts (8 coins allow .93), by simulation: two answers to
-    each."""
+    """By simulation, with two answers to each prompt: two errors on either side hold the true
+    accuracy 92 times in 100 or more, even with two prompts."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         right = torch.distributions.Binomial(2, chance).sample((400, prompts)) / 2
@@ -452,7 +452,7 @@ def test_sure_is_beyond_two_standard_errors(mean, error, expected):
 
 
 def test_an_estimate_to_read():
-    """Sign and width are those of the mean; an error that there is not is not made up."""
+    """Sign and width are for the mean alone; an error that is not known is a question mark."""
     assert plus_minus({"mean": 0.5, "standard_error": 0.0123}, "9.4f") == "   0.5000 +- 0.0123"
     assert plus_minus({"mean": 0.5, "standard_error": 0.0123}) == "0.500 +- 0.012"
     assert plus_minus({"mean": 0.5, "standard_error": 0.0123}, "+.2f") == "+0.50 +- 0.01"
@@ -473,7 +473,7 @@ counts = st.lists(st.integers(0, 4), min_size=3, max_size=3)
 
 @given(counts, counts)
 def test_an_accuracy_is_ahead_prompt_by_prompt(a, b):
-    """The estimate of the differences, also if one of the two had twice as many answers."""
+    """It is the estimate of the differences, also if one of the two has twice as many answers."""
     difference = float64(*a) / 4 - float64(*b) / 4
     assert ahead(accuracy(a), accuracy(b)) == estimate(difference, GAIN)
     twice = accuracy([2 * x for x in a], n=8)
@@ -482,7 +482,7 @@ def test_an_accuracy_is_ahead_prompt_by_prompt(a, b):
 
 @given(counts, counts, counts)
 def test_the_gap_recovery_is_the_share_of_the_gap_if_there_surely_is_one(before, after, teacher):
-    """None within two standard errors of the paired difference, whatever the two errors are."""
+    """None if the paired difference is within two standard errors of 0."""
     found = gap_recovery(accuracy(before), accuracy(after), accuracy(teacher))
     if not sure(ahead(accuracy(teacher), accuracy(before))):
         assert found is None
@@ -492,8 +492,8 @@ def test_the_gap_recovery_is_the_share_of_the_gap_if_there_surely_is_one(before,
 
 
 def test_a_gap_is_seen_prompt_by_prompt():
-    """Prompts of two kinds, each .25 better with the teacher: sure, though within the noise of the
-    two means. The same numbers in another order are noise."""
+    """On two kinds of prompts the teacher is better by .25 each: the gap is sure, though it is
+    within the noise of the two means. The same numbers in another order are noise."""
     before = [0, 3] * 6
     half = [0, 3, 1, 4] * 3
     teacher = [1, 4] * 6
@@ -509,7 +509,7 @@ def test_a_gap_is_seen_prompt_by_prompt():
 
 
 def in_buckets(responses, width):
-    """The means of responses, a list of numbers each: every metric has these numbers."""
+    """The means by position of responses, in which every metric has the same numbers."""
     numbers = []
     places = []
     for response in responses:
@@ -531,8 +531,8 @@ def responses(draw):
 
 @given(st.lists(responses(), min_size=1, max_size=6), st.integers(1, 12))
 def test_buckets_share_out_every_token(responses, width):
-    """Fig. 13: bucket i holds the positions from i * width on, the last all beyond. Lists end with
-    the last bucket that holds a token."""
+    """Fig. 13: bucket i holds the positions from i * width on, and the last bucket all that follow.
+    Lists end with the last bucket that holds a token."""
     inside = [[] for _ in range(BUCKETS)]
     for response in responses:
         for position, x in enumerate(response):
@@ -561,7 +561,7 @@ def test_sums_over_parts_are_the_sums_over_the_whole():
 
 
 def test_no_token_fills_no_bucket_and_json_has_no_nan():
-    """Lists are empty then. A mean that is not finite is None; the others have five decimals."""
+    """Without a token the lists are empty. A mean that is not finite is None."""
     empty = dict.fromkeys(BY_POSITION, [])
     assert in_buckets([[], []], 4) == {"width": 4, "tokens": [], **empty}
     thirds = dict.fromkeys(BY_POSITION, [0.33333, None, 0])

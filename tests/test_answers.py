@@ -43,7 +43,7 @@ from teacher import UserError, make_pair
     ],
 )
 def test_the_answer_is_in_the_last_closed_box_or_behind_the_last_answer(text, answer):
-    """A box comes first; a text without either has no answer."""
+    """A box comes before "Answer:"; a text without either has no answer."""
     assert read_answer(text) == answer
 
 
@@ -64,7 +64,7 @@ def test_the_answer_is_in_the_last_closed_box_or_behind_the_last_answer(text, an
     ],
 )
 def test_the_word_answer_may_be_bold_spaced_or_before_a_formula(text):
-    """As chat models write it: Markdown, French spacing, a Chinese colon, a formula of its own."""
+    """So chat models write it: in Markdown, with French spacing, a Chinese colon, or a formula."""
     assert read_answer(text) == "12"
 
 
@@ -99,7 +99,7 @@ def test_a_thought_is_not_an_answer(text, answer):
     ],
 )
 def test_what_is_no_mark_is_part_of_the_text(text, answer):
-    r"""An escaped brace opens nothing, a power keeps its stars, "####" may begin a heading."""
+    r"""An escaped brace opens nothing, a power keeps its stars, and "####" may begin a heading."""
     assert read_answer(text) == answer
 
 
@@ -127,7 +127,7 @@ def test_what_is_no_mark_is_part_of_the_text(text, answer):
     ],
 )
 def test_equal_answers_are_equal_however_they_are_written(want, spellings):
-    """Numbers by their value; text without its fonts, sizes and spaces."""
+    """Numbers are compared by value, text without its fonts, sizes and spaces."""
     for said in spellings.split("|"):
         assert same_answer(said, want), said
         assert same_answer(want, said), said
@@ -167,7 +167,7 @@ abc | ABC
 
 @pytest.mark.parametrize("line", DIFFERENT.strip().split("\n"))
 def test_other_answers_are_not_equal(line):
-    """No rounding, no guessing, no case that is lost, no exception."""
+    """Nothing is rounded or guessed, upper case is not lower case, and nothing raises."""
     said, want = line.split(" | ")
     assert not same_answer(said, want)
     assert not same_answer(want, said)
@@ -190,7 +190,7 @@ def test_no_answer_is_never_right_and_long_numbers_differ():
     ],
 )
 def test_a_gold_answer_may_be_a_whole_solution(gold):
-    """GSM8K's answers end in "#### 18", MATH's solutions in a box: the answer is read first."""
+    """The answer is read from it: GSM8K's end in "#### 18", MATH's have a box."""
     assert same_answer("18", gold)
     assert same_answer(gold, gold)
     assert not same_answer("9", gold)
@@ -227,7 +227,7 @@ REWRITINGS = {
 
 @pytest.mark.parametrize("rewrite", REWRITINGS.values(), ids=REWRITINGS)
 def test_a_gold_answer_equals_itself_rewritten(rewrite):
-    """Signs, boxes, sizes, wrappers and spaces that mean nothing make no other answer of it."""
+    """Signs, boxes, sizes, wrappers and spaces that mean nothing make no other answer."""
     assert [form for form in FORMS if not same_answer(rewrite(form), form)] == []
 
 
@@ -238,7 +238,7 @@ def test_no_two_forms_are_one_answer():
 
 @given(st.fractions(max_denominator=999))
 def test_a_number_has_its_value_in_every_spelling(x):
-    """Plain, as \\frac, and beyond 1 as a mixed number."""
+    """It may be plain, a \\frac, or, beyond 1, a mixed number."""
     sign = "-" if x < 0 else ""
     whole, rest = divmod(abs(x), 1)
     spellings = [f"{x}", rf"\frac{{{x.numerator}}}{{{x.denominator}}}"]
@@ -307,7 +307,7 @@ def test_what_is_written_to_its_end_is_judged_as_it_stands(pair, calls):
 
 
 def test_another_checker_says_what_is_right(pair, monkeypatch):
-    """--checker: what was read and what is wanted go to the function of that name."""
+    """--checker names the function that compares what was read with what is wanted."""
     asked = []
 
     def generous(said, want):
@@ -324,7 +324,7 @@ def test_another_checker_says_what_is_right(pair, monkeypatch):
     not importlib.util.find_spec("math_verify"), reason="math-verify is not installed"
 )
 def test_math_verify_knows_algebra():
-    """Case 28. None is no answer; a gold answer may be a whole solution."""
+    """x + 1 is 1 + x. None is no answer; a gold answer may be a whole solution."""
     same = answers.same_to_math_verify
     assert same("x + 1", "1 + x") and same(r"\sqrt{8}", r"2\sqrt{2}") and same("0.5", r"\frac12")
     assert same("18", "9 * 2 = 18 #### 18") and not same("17", "18") and not same(None, "18")
@@ -338,7 +338,7 @@ def test_math_verify_that_is_missing_is_said_before_anything_is_loaded(monkeypat
 
 
 def test_the_budget_counts_the_start(pair, monkeypatch):
-    """A response has max_new_tokens in all, the start among them, whatever else is in its batch."""
+    """A start and what is written behind it have max_new_tokens together, whatever the batch."""
     starts = [[4] * 5, [], [5] * 3, [6], [7] * 2, [10] * 4, [8] * 6]
     judged = []
     plainly = answers.judged
@@ -358,7 +358,7 @@ def test_the_budget_counts_the_start(pair, monkeypatch):
 
 @pytest.mark.parametrize("at_once, n", [(1, 1), (6, 2), (7, 3), (2, 5), (256, 4)])
 def test_at_once_bounds_the_responses_that_are_written_at_a_time(pair, calls, at_once, n):
-    """At most that many, or the n of one prompt, and every prompt once, from the shortest on."""
+    """They are at most that many, or the n of one prompt. The shortest prompts come first."""
     answered(pair, rows(), n=n, max_new_tokens=LENGTH, at_once=at_once)
     assert max(len(call["prompts"]) * n for call in calls) <= max(at_once, n)
     written = [prompt for call in calls for prompt in call["prompts"]]
@@ -368,7 +368,7 @@ def test_at_once_bounds_the_responses_that_are_written_at_a_time(pair, calls, at
 
 @pytest.mark.parametrize("at_once", [1, 4, 256])
 def test_results_stand_in_the_order_of_the_prompts(pair, calls, at_once):
-    """They are written in the order of their lengths and held against their own answers."""
+    """Responses are written in the order of their lengths, and held against their own answers."""
     starts = [[BOX[answer]] for answer in ANSWERS]
     wrong = {1, 4, 6}
     wanted = ["8" if i in wrong else answer for i, answer in enumerate(ANSWERS)]
@@ -380,7 +380,7 @@ def test_results_stand_in_the_order_of_the_prompts(pair, calls, at_once):
 
 
 def test_what_is_asked_of_a_model_reaches_the_rollout(pair, calls):
-    """Sampling options, ends and in_flight, in each part, with the room of its longest row."""
+    """Each part gets the sampling options, the ends, in_flight, and the room of its longest row."""
     pair = replace(pair, in_flight=3, pad_id=5)
     starts = [[6] * (i % 3) for i in range(len(PROMPTS))]
     answered(
@@ -410,7 +410,7 @@ def test_what_is_asked_of_a_model_reaches_the_rollout(pair, calls):
 
 
 def test_the_draws_of_a_row_follow_from_the_seed_and_its_place_alone(pair, calls):
-    """Not from the size of the groups, the other rows or the processes."""
+    """The size of the groups, the other rows and the processes change nothing."""
 
     def seeds(**how):
         calls.clear()
@@ -427,7 +427,7 @@ def test_the_draws_of_a_row_follow_from_the_seed_and_its_place_alone(pair, calls
 
 @pytest.mark.parametrize("world", [2, 3, 9])
 def test_the_shares_of_the_processes_are_the_whole(pair, world):
-    """Each answers what it would have answered alone; what others do is False there."""
+    """Each process has the results of its own rows, and False for those of others."""
     starts = [[], [6], [BOX["0"], EOS], [], [6] * LENGTH, [], [6, BOX["3"]]]
 
     def by(share):
@@ -451,7 +451,7 @@ def test_the_end_of_a_response_is_no_part_of_its_answer(pair):
 
 
 def test_a_thought_that_the_template_has_begun_is_a_thought(pair):
-    """Such a response has no <think> of its own; cut off within the thought it has no answer."""
+    """If the template writes <think>, the response has none of its own, and is still a thought."""
     starts = [[BOX["7"], EOS]] * 2
     asked = [{"ids": [1, 4], "answer": "7"}, {"ids": [1, 4, THINK], "answer": "7"}]
     right, _ = answered(pair, asked, starts=starts, max_new_tokens=LENGTH)
@@ -462,7 +462,7 @@ def test_a_thought_that_the_template_has_begun_is_a_thought(pair):
 
 
 def test_accuracy_is_the_mean_over_prompts_with_the_error_of_that_mean(pair, calls):
-    """Two answers to one prompt are no two independent ones: the error is that over prompts."""
+    """Two answers to one prompt are not independent, so the error is that over prompts."""
     asked = [
         {"ids": [1, BOX["3"]], "answer": "3"},
         {"ids": [1, BOX["3"]], "answer": "7"},
@@ -490,7 +490,7 @@ def likeliest(model, ids, end):
 
 @torch.no_grad()
 def test_greedy_accuracy_takes_the_likeliest_token_each_time(pair):
-    """One answer to each prompt, whatever the settings of the sampled ones."""
+    """Each prompt is answered once, whatever the settings of sampling."""
     asked = rows()
     expected = []
     for row in asked:
@@ -511,7 +511,7 @@ def of(each):
 
 
 def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
-    """(after - before) / (teacher - before); None where chance explains the gap."""
+    """It is (after - before) / (teacher - before), and None if chance may explain the gap."""
     low = of([0, 1] * 50)
     middle = of([1, 1] * 50)
     high = of([2, 1] * 50)
@@ -522,7 +522,7 @@ def test_gap_recovery_is_a_share_of_a_gap_that_is_there():
 
 
 def test_accuracies_of_the_same_prompts_are_compared_in_pairs():
-    """A teacher who solves what the student does, and a tenth more, is ahead beyond doubt."""
+    """A teacher that solves what the student does, and a tenth more, is surely ahead."""
     before = of([2, 0] * 50)
     teacher = of([2, 0] * 40 + [2, 2] * 10)
     lead = ahead(teacher, before)
@@ -552,6 +552,6 @@ NO_LOOPS = [
 
 
 def test_a_loop_is_a_block_over_and_over():
-    """ms-swift#9644: at the end or nearly throughout; lists and a sentence said twice are none."""
+    """ms-swift#9644: it stands at the end or nearly throughout; a list is none."""
     assert all(is_degenerate(text.split()) for text in LOOPS)
     assert not any(is_degenerate(text.split()) for text in NO_LOOPS)

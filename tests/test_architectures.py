@@ -105,7 +105,7 @@ def outcome(name):
 
 
 def graded(model):
-    """Write with a model and learn from it as its own teacher: what there is to say of it."""
+    """Let a model write, and grade itself as its own teacher: -> remarks for the table."""
     model.linear_head = has_linear_head(model)
     pair = Pair(model, model, None, vocab_size=VOCAB, eos_ids=[2])
     r = slots.rollout(
@@ -132,7 +132,7 @@ def graded(model):
 
 
 def tried(name):
-    """`outcome` in a process of its own: some take forever, or end the interpreter."""
+    """`outcome` in a process of its own: some architectures never return, or crash."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -150,7 +150,7 @@ def tried(name):
 
 
 def table():
-    """The outcome of each, as Markdown, a row for an outcome."""
+    """The outcomes as Markdown, a row for each."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def table():
 
 
 def working(text):
-    """The architectures that work by a table: set of str."""
+    """The architectures that work according to a table: set of str."""
     names = set()
     for line in text.splitlines():
         if line.startswith("| works"):
@@ -181,7 +181,7 @@ def working(text):
 
 @pytest.mark.slow
 def test_every_architecture_works_or_is_refused_in_one_line():
-    """None ends in a traceback, none is graded by other numbers than it was sampled with."""
+    """None ends in a traceback, and none is scored from another softmax than it sampled from."""
     text = table()
     assert "TRACEBACK" not in text, text
     assert "mamba" in working(text)

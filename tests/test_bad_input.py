@@ -1,7 +1,7 @@
 """What a user can get wrong: refused in one line that says what and what to do, with exit code 2.
 
-Each line of a table is a command that works with some flags changed, and the words of its refusal.
-Nothing is left behind. No refusal of flags and files loads a model.
+Each line of a table is a command that would work, with some flags changed, and the words of its
+refusal. Nothing is left behind. If flags or files are refused, no model is loaded.
 """
 
 import ast
@@ -228,7 +228,7 @@ def change(folder, **values):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """A folder of a good pair, of checkpoints, files and runs that are broken, each in one way."""
+    """A folder with a good pair, and with checkpoints, files and runs, each broken in one way."""
     folder = tmp_path_factory.mktemp("bad")
     write_files(folder)
     write_checkpoints(folder)
@@ -349,7 +349,7 @@ def check_refused(line, says, bad, tmp_path, capfd, monkeypatch):
 def test_what_cannot_work_is_one_line_before_a_model_is_loaded(
     line, says, bad, tmp_path, capfd, monkeypatch
 ):
-    """prime-rl#1458, and every mistake that we could think of."""
+    """prime-rl#1458: no mistake of a user is accepted in silence."""
     monkeypatch.setattr(models, "load", lambda *_, **__: pytest.fail("a model was loaded"))
     check_refused(line, says, bad, tmp_path, capfd, monkeypatch)
 
@@ -369,7 +369,7 @@ def test_a_gpu_that_is_not_there_is_one_line(bad, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("name", ["plot", "positions"])
 def test_a_picture_without_matplotlib_is_refused(name, bad, tmp_path, capfd, monkeypatch):
-    """Case 22: exit code 0, and no file."""
+    """It would end with exit code 0, and without a file."""
     plain = importlib.util.find_spec
 
     def without_matplotlib(module, *package):
@@ -397,7 +397,7 @@ def test_the_command_itself_says_it_in_one_line(bad, tmp_path):
 
 
 def test_a_report_goes_into_runs_and_its_folder_is_made(bad, tmp_path, monkeypatch):
-    """Case 27: it was left in the checkout, where git saw it."""
+    """So git does not see it."""
     monkeypatch.chdir(tmp_path)
     main, words = command("analysis", bad, tmp_path / "run")
     where = words.index("--out")
@@ -408,7 +408,7 @@ def test_a_report_goes_into_runs_and_its_folder_is_made(bad, tmp_path, monkeypat
 
 
 def test_every_flag_has_a_reason_and_a_default_that_works():
-    """`check` takes the defaults, and each preset beside them."""
+    """`check` accepts the defaults, alone and with each preset."""
     for kind in (flags.Config, flags.Diagnosis):
         flags.check(kind())
         assert "--student" in flags.parser_of(kind, "x.py").format_help()
@@ -435,7 +435,7 @@ def test_every_flag_is_read():
 
 
 def test_nothing_that_is_read_is_evaluated():
-    """Text of models and files stays text: no eval, exec or pickle, torch.load of weights alone."""
+    """Text of models and files is never run: no eval, exec or pickle; torch.load for weights."""
     forbidden = ("eval", "exec", "compile", "__import__", "pickle.load", "os.system")
     for part in (".", "plumbing", "experiments"):
         for path in (ROOT / part).glob("*.py"):
@@ -461,7 +461,7 @@ class Program:
 
 
 def test_a_checkpoint_that_is_a_program_is_not_run(bad, tmp_path, capfd):
-    """state.pt is read as tensors alone."""
+    """state.pt is read as tensors, and nothing else in it is run."""
     out = tmp_path / "run"
     shutil.copytree(bad / "cut", out)
     torch.save(Program(str(tmp_path / "was-run")), out / "checkpoint" / "state.pt")

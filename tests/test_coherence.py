@@ -22,8 +22,8 @@ def in_chunks(g, h, size):
 
 
 def test_coherence_is_its_definition_on_the_whole_matrices():
-    """|mean G| / mean |G|, the mean cosine of all pairs, the mean size; a position that asks for
-    nothing has no direction."""
+    """So are the null, the mean cosine of all pairs and the mean size. A position without a
+    gradient has no direction."""
     g, h = directions(7)
     g[3] = 0
     G = torch.einsum("nv,nh->nvh", g, h).flatten(1)  # (7, V H)
@@ -43,7 +43,7 @@ def test_coherence_is_its_definition_on_the_whole_matrices():
 
 @pytest.mark.parametrize("size", [1, 3, 10])
 def test_gradients_that_are_all_one_cohere_fully(size):
-    """Coherence and cosine 1, whatever the chunks."""
+    """Coherence and cosine are 1, whatever the chunks."""
     g, h = directions(1)
     found = in_chunks(g.expand(10, -1), h.expand(10, -1), size)
     assert found["coherence"] == pytest.approx(1) and found["cosine"] == pytest.approx(1)
@@ -51,7 +51,7 @@ def test_gradients_that_are_all_one_cohere_fully(size):
 
 
 def test_the_null_is_the_root_mean_square_over_all_signs():
-    """Over all 64 sign patterns of six gradients, exactly: the cross terms cancel."""
+    """It is exact over all 64 sign patterns of six gradients, because the cross terms cancel."""
     g, h = directions(6)
     squares = []
     for signs in itertools.product((-1.0, 1.0), repeat=6):
@@ -62,7 +62,7 @@ def test_the_null_is_the_root_mean_square_over_all_signs():
 
 @pytest.mark.parametrize("scale", [1e-4, -3.0, 1e4])
 def test_coherence_knows_neither_chunks_nor_axes_nor_scale(scale):
-    """Unchanged by the cut and by a rotation of logits and states; a scale goes into the size."""
+    """The cut and a rotation of logits and states change nothing. A scale changes only the size."""
     g, h = directions(9)
     rotation, _ = torch.linalg.qr(directions(5)[0])
     whole = in_chunks(g, h, 9)
@@ -75,7 +75,7 @@ def test_coherence_knows_neither_chunks_nor_axes_nor_scale(scale):
 
 
 def test_opposite_gradients_cancel():
-    """6.2: large single gradients, no step."""
+    """6.2: single gradients may be large, and their mean 0."""
     g, h = directions(5)
     found = in_chunks(torch.cat([g, -2 * g]), torch.cat([h, h / 2]), 4)
     assert found["coherence"] == pytest.approx(0, abs=1e-9)
@@ -84,7 +84,7 @@ def test_opposite_gradients_cancel():
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_one_gradient_has_nothing_to_agree_with(count):
-    """Fewer than two positions with a gradient are refused, rather than a coherence of 1."""
+    """Fewer than two positions with a gradient are refused: their coherence would be 1."""
     g, h = directions(4)
     g[count:] = 0
     with pytest.raises(ValueError, match="two positions"):

@@ -1,4 +1,4 @@
-"""experiments/context.py: what the two read, and what follows from the results."""
+"""experiments/context.py: what student and teacher read, and what follows from the results."""
 
 import json
 
@@ -11,7 +11,7 @@ from plumbing.prompts import load_prompts
 
 
 def asked(folder, arm, seed=0):
-    """The rows of an arm: held out, training."""
+    """The rows of an arm: [held out, for training]."""
     context.write_questions(folder, seed, arm)
     return [load_prompts(folder / f"{name}.jsonl") for name in ("eval", "prompts")]
 
@@ -34,7 +34,7 @@ def test_the_student_is_asked_the_same_and_only_the_teacher_reads_a_hint(tmp_pat
 
 
 def test_the_hint_is_the_worked_answer_and_the_control_has_that_of_another_sum(tmp_path):
-    """Both are written alike; in the examples each hint is right, as format is what they show."""
+    """Both are written alike. In the examples the hint is always right: they show the format."""
     hint = asked(tmp_path, "hint")[1]
     other = asked(tmp_path, "other sum")[1]
     for right, wrong in zip(hint, other):
@@ -51,13 +51,13 @@ def test_the_hint_is_the_worked_answer_and_the_control_has_that_of_another_sum(t
 
 
 def accuracy(right):
-    """An accuracy of 64 prompts, of which some are right: as measure.share_right gives it."""
+    """An accuracy of 64 prompts, of which so many are right, as measure.share_right gives it."""
     each = [1] * right + [0] * (64 - right)
     return {"mean": right / 64, "standard_error": 0.05, "samples": 64, "each": each}
 
 
 def run_of(arm, seed, before, after, teacher, kl=(0.1, 0.02), mass=0.97):
-    """A result of three steps at either end."""
+    """A result whose curves have three steps at either end."""
     made = {"name": arm, "seed": seed, "seconds": 1.0, "commit": "c", "dirty": False}
     made["accuracy"] = {}
     for when, right in (("before", before), ("after", after), ("teacher", teacher)):

@@ -1,4 +1,4 @@
-"""A file is copied with what its header names: alone in an empty folder, it works."""
+"""A file works in an empty folder, together with the files that its header names."""
 
 import contextlib
 import os
@@ -176,7 +176,7 @@ def example(module):
 
 
 def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
-    """Shift, mask and positions are where everyone errs: against teacher.log_probs."""
+    """Their shift, mask and positions, where everyone errs, are those of teacher.log_probs."""
     mine = {}
     exec(MODELS + TOKENIZER, mine)
     mine["model"] = mine["student"]
@@ -208,8 +208,7 @@ def test_the_loop_of_the_readme_runs(world, capsys):
 
 @contextlib.contextmanager
 def started(tmp_path_factory):
-    """Each file in a folder of its own, and a script that runs there: {name: process}, all at
-    once."""
+    """Copy each file into a folder of its own, and start a script there: {name: process}."""
     plain = {**os.environ, "OMP_NUM_THREADS": "1"}
     plain.pop("PYTHONPATH", None)
     running = {}

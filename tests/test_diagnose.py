@@ -103,7 +103,7 @@ def responses(r):
 
 
 def is_right(ids, answer):
-    """By the words themselves."""
+    """Is a response right, judged by its words?"""
     text = " ".join(WORDS[i] for i in ids if i > 3)
     return same_answer(read_answer(text), answer)
 
@@ -118,8 +118,8 @@ def measured(pair, r, k=3, **temperatures):
 
 @pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 2.0)])
 def test_the_metrics_are_those_of_the_plain_logits(temperature, teacher_temperature):
-    """Eq. 6 to 10 at each response token as from whole logits without padding; NaN elsewhere
-    (nano-opd averaged over padding)."""
+    """Eq. 6 to 10 at each response token are those of all logits without padding. Elsewhere stands
+    NaN (nano-opd averaged over padding)."""
     pair = different()
     r = written(pair)
     assert not r.response_mask.all()
@@ -141,7 +141,7 @@ def test_the_metrics_are_those_of_the_plain_logits(temperature, teacher_temperat
 
 
 def test_the_metrics_see_neither_micro_batches_nor_padding():
-    """trl#6006, nano-opd: memory changes, the numbers do not, whatever stands in the padding."""
+    """trl#6006, nano-opd: the numbers are the same for any budget and any padding."""
     pair = different()
     r = written(pair)
     found = measured(pair, r)
@@ -154,8 +154,8 @@ def test_the_metrics_see_neither_micro_batches_nor_padding():
 
 
 def test_the_buckets_of_a_training_step_add_up_to_its_means():
-    """Fig. 13 and Fig. 6 are one measurement: the buckets, weighed by their tokens, are the logged
-    metrics."""
+    """Fig. 13 and Fig. 6 are one measurement: the buckets, weighted by their tokens, give the
+    metrics that are logged."""
     import opd
 
     pair = different()
@@ -183,8 +183,8 @@ def continued(pair, depth, n=8, **how):
 
 
 def test_continuation_at_depth_0_is_plain_accuracy():
-    """6.1: with nothing written each model answers alone, with the draws of an evaluation of that
-    seed."""
+    """6.1: with nothing written each model answers alone, with the random numbers of an evaluation
+    of that seed."""
     pair = different()
     found = continued(pair, 0.0)
     cfg = Config(seed=3, eval_n=8, max_new_tokens=LENGTH, eval_temperature=1.0, eval_top_p=1.0)
@@ -216,8 +216,8 @@ def test_continuation_at_depth_1_leaves_nothing_to_gain():
     ],
 )
 def test_a_depth_is_a_share_or_a_count_of_tokens(depth, cuts):
-    """6.1 cuts at 1K, 4K, ... tokens: an int. A float is a share of each response. Both models
-    begin from the same starts and are asked the same way."""
+    """An int is a count of tokens, as 6.1 cuts at 1K, 4K, ...; a float is a share of each response.
+    Both models begin from the same starts and are asked the same way."""
     pair = different()
     given = [list(range(length)) for length in (1, 2, 3, 4, 5, 6, 2, 1)]
     calls = []
@@ -234,7 +234,7 @@ def test_a_depth_is_a_share_or_a_count_of_tokens(depth, cuts):
 
 
 def test_the_depths_share_a_response_out_evenly():
-    """6.1: from plain accuracy on, in equal steps, and short of the end."""
+    """6.1: they begin with plain accuracy and go in equal steps, short of the end."""
     assert DEPTHS == tuple(i / len(DEPTHS) for i in range(len(DEPTHS)))
     assert inspect.signature(diagnose_pair).parameters["depths"].default is DEPTHS
 
@@ -247,8 +247,8 @@ def test_a_teacher_that_is_the_student_gains_nothing_anywhere(depth):
 
 
 def test_both_models_finish_a_response_in_the_dtype_of_the_computation():
-    """The student once finished in float32 what the run computes in bfloat16: not the student that
-    is trained."""
+    """If a run computes in bfloat16, a student that finishes in float32 is not the one that is
+    trained."""
     pair = different(dtype=torch.bfloat16)
     seen = {"student": set(), "teacher": set()}
     for name, dtypes in seen.items():
@@ -261,7 +261,7 @@ def test_both_models_finish_a_response_in_the_dtype_of_the_computation():
 
 
 def test_finished_responses_are_judged_as_they_stand():
-    """n lists of token ids a row -> (rows, n), by row and number; nothing is written."""
+    """Each row has n finished responses; each is judged, and nothing is written."""
     pair = different()
     r = written(pair, n=3)
     each = [[r.response_ids(3 * i + j) for j in range(3)] for i in range(8)]
@@ -288,8 +288,10 @@ def report(
     answers=True,
     cut=0.0,
 ):
-    """What verdict reads, made by hand: alone, greedy and gain are (mean, standard error) of
-    teacher - student."""
+    """What `verdict` reads, made by hand.
+
+    alone, greedy and gain: (mean, standard error) of teacher - student.
+    """
 
     def of(mean, error=0.01):
         return {"mean": mean, "standard_error": error}
@@ -353,8 +355,8 @@ BORDERS = [
 
 @pytest.mark.parametrize("change, expected", BORDERS, ids=str)
 def test_a_verdict_at_each_border(change, expected):
-    """3.1 to 3.3: the mass against SHARED_MASS, gains against two standard errors, the greedy lead
-    against LEAD, harm first."""
+    """3.1 to 3.3: harm comes first. The mass is held against SHARED_MASS, gains against two
+    standard errors, the greedy lead against LEAD."""
     found, reasons = verdict(report(**change))
     assert found == expected and reasons
 
@@ -382,7 +384,7 @@ def test_every_verdict_is_one_of_the_five_and_has_reasons():
 
 @pytest.mark.parametrize("x", [(0.2, 0.09), (0.2, 0.11), (0.05, 0.01), (0.2, None)])
 def test_what_is_promised_or_denied_is_outside_two_standard_errors(x):
-    """ "Should work" and "nothing new" exclude each other: the same interval cannot say both."""
+    """A lead surely below LEAD is "nothing new"; else one surely above 0 is "should work"."""
     found, _ = verdict(report(greedy=x, gain=x))
     mean, error = x
     sure_lead = error is not None and mean - 2 * error > 0
@@ -408,14 +410,14 @@ def test_what_is_promised_or_denied_is_outside_two_standard_errors(x):
     ids=str,
 )
 def test_the_reasons_say_what_decided_and_what_would_mend_a_diagnosis(change, said, words):
-    """Responses that were cut off, prompts beyond both, too few prompts, a sharper teacher."""
+    """They name responses cut off, prompts beyond both, too few prompts, a sharper teacher."""
     assert any(words in reason for reason in verdict(report(**change))[1]) == said
 
 
 def test_the_default_number_of_prompts_tells_a_lead_of_a_fifth():
-    """By simulation: prompts as unlike as Beta(.8, 1.2) makes them, the teacher's chances .2 higher
-    on average, two endings of each model. Of the leads 9 in 10 are told, half of them with 24
-    prompts; without a lead, 1 in 20."""
+    """By simulation: the student's chances are drawn from Beta(.8, 1.2), the teacher's are .2
+    higher on average, and each model writes two endings. Such a lead is seen 9 times in 10, with
+    24 prompts half of the time. Without a lead one is seen 1 time in 20."""
     count = parse_analysis(["--student", "s", "--teacher", "t"]).count
 
     def told(prompts, lead):
@@ -473,7 +475,7 @@ def test_a_diagnosis_is_means_over_tokens_then_over_prompts():
 
 
 def test_a_diagnosis_with_answers_says_who_is_right_and_who_gains():
-    """6.1, 6.2: auroc of each response's mean reward, and the gain at each depth."""
+    """6.1, 6.2: it has the AUROC of the responses' mean rewards, and the gain at each depth."""
     pair = different()
     found = diagnosed(pair)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -489,7 +491,7 @@ def test_a_diagnosis_with_answers_says_who_is_right_and_who_gains():
 
 
 def test_what_was_sampled_is_held_against_what_is_scored():
-    """sampling_mismatch is the largest difference of the log-probabilities of response tokens."""
+    """sampling_mismatch is the largest difference of the two log-probabilities of a token."""
     pair = different()
 
     def off(*args, **how):
@@ -503,7 +505,7 @@ def test_what_was_sampled_is_held_against_what_is_scored():
 
 
 def test_a_diagnosis_has_its_means_bucket_by_bucket():
-    """31 tokens in 16 buckets of two."""
+    """With 31 tokens at most there are 16 buckets of two positions."""
     pair = different()
     found = diagnosed(pair, rows(NO_ANSWERS), n=6, max_new_tokens=31)["by_position"]
     reward = measured(pair, written(pair, n=6, max_new_tokens=31))["reward"]
@@ -514,7 +516,7 @@ def test_a_diagnosis_has_its_means_bucket_by_bucket():
 
 
 def test_the_overlap_of_the_first_tokens_is_told_apart():
-    """Later rules may want it: over the first eight tokens of each response, then over prompts."""
+    """It is the mean over the first eight tokens of each response, and then over prompts."""
     pair = different()
     found = diagnosed(pair, rows(NO_ANSWERS), max_new_tokens=20)["first_tokens"]
     r = written(pair, max_new_tokens=20)
@@ -578,8 +580,8 @@ def test_some_answers_are_enough(kept):
 
 
 def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
-    """temperature is that of the student's own responses and of the measurement, the eval_ pair
-    that of the endings; greedy answers have none."""
+    """`temperature` is for the student's own responses and for measuring them; eval_temperature and
+    eval_top_p are for the endings. Greedy answers have temperature 0."""
     pair = different()
     asked = {}
     made = []
@@ -636,8 +638,8 @@ def test_each_argument_of_a_diagnosis_goes_where_it_belongs(monkeypatch):
 
 
 def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
-    """6.1 cuts responses after 1K to 16K tokens: at each depth the same responses count, those that
-    go on after the deepest. A share asks nothing of the length."""
+    """6.1 cuts responses after 1K to 16K tokens. At each depth the same responses count: those that
+    go on after the deepest cut. If depths are shares, all count."""
     pair = different()
     given = [list(range(length)) for length in (1, 2, 3, 4, 5, 6, 2, 1)]
 
@@ -654,7 +656,7 @@ def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
 
 
 def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
-    """What was measured is shown; the verdict says what to lower."""
+    """What was measured is shown, and the verdict says which flag to lower."""
     monkeypatch.setattr(analysis, "gains", lambda *args, **how: ([], None))
     report = diagnosed(different())
     said = show.diagnosis(report)
@@ -678,7 +680,7 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     ],
 )
 def test_a_depth_with_a_point_is_a_share_and_the_start_is_always_there(depths, found):
-    """6.1 counts tokens; our own depths are shares."""
+    """Whole numbers count tokens, as in 6.1; our own depths are shares."""
     taken = depths_of(Diagnosis(depths=depths))
     assert taken == found
     assert list(map(type, taken)) == list(map(type, found))
@@ -686,13 +688,13 @@ def test_a_depth_with_a_point_is_a_share_and_the_start_is_always_there(depths, f
 
 @pytest.mark.parametrize("depths", ["", "a", "1.0", "-1", "128", "0.5,,", "nan", "0.5;3", "1e3."])
 def test_other_depths_are_refused(depths):
-    """128 tokens are --max-new-tokens: nothing would be left to finish."""
+    """At 128 tokens, which is --max-new-tokens, nothing would be left to finish."""
     with pytest.raises(UserError, match="--depths"):
         depths_of(Diagnosis(depths=depths))
 
 
 def test_a_teacher_that_is_the_student_has_nothing_new():
-    """Every distance exactly 0, overlap 1 (trl#6480), and the verdict says so."""
+    """Every distance is exactly 0 and the overlap is 1 (trl#6480), and the verdict says so."""
     found = diagnosed(equal())
     metrics = found["metrics"]
     for name in ("reverse_kl", "entropy_gap", "reward", "overlap_token_advantage", "largest_gap"):
@@ -704,7 +706,7 @@ def test_a_teacher_that_is_the_student_has_nothing_new():
 
 
 class Judge:
-    """Stands for `answered`: whose endings are right is said by model; notes the endings asked."""
+    """Stands for `answered`: each model is right with a chance of its own. It notes the endings."""
 
     def __init__(self, pair, student=0.0, teacher=0.0, own=0.0):
         self.generator = torch.Generator().manual_seed(0)
@@ -720,7 +722,7 @@ class Judge:
 
 
 def test_deeper_cuts_are_not_tried_if_nobody_solves_anything():
-    """6.1 on problems beyond both says nothing, and costs most of the time."""
+    """6.1: on problems that neither model solves they say nothing, and cost most of the time."""
     pair = different()
     judge = Judge(pair)
     found = diagnosed(pair, answered=judge, depths=(0.0, 0.25, 0.5))
@@ -730,8 +732,8 @@ def test_deeper_cuts_are_not_tried_if_nobody_solves_anything():
 
 @pytest.mark.parametrize("student, teacher", [(0.5, 0.0), (0.0, 0.5)])
 def test_the_report_tells_student_from_teacher_and_errors_are_over_prompts(student, teacher):
-    """What one of the two solves is worth deeper cuts. The predicted gain is each prompt's mean
-    over the depths, its error that of the mean over prompts."""
+    """Deeper cuts are tried if one of the two solves something. The predicted gain is the mean over
+    depths and prompts, and its error is that over prompts."""
     pair = different()
     judge = Judge(pair, student=student, teacher=teacher)
     found = diagnosed(pair, answered=judge, depths=(0.0, 0.25, 0.5))
@@ -765,8 +767,8 @@ def test_the_same_seed_gives_the_same_report():
 
 
 def test_the_table_holds_every_number_and_says_what_there_is_not():
-    """What is in the report can be read off the screen, also without tokens shared, an error, or an
-    AUROC."""
+    """All of the report can be read off the screen, also if no token is shared, or if there is no
+    error or no AUROC."""
     made = diagnosed(different())
     nothing = {"mean": None, "standard_error": None}
     for change in ({}, {"auroc": None, "predicted_gain": {"mean": 0.5, "standard_error": None}}):
@@ -811,8 +813,8 @@ SIGNS = [  # what is changed, the row, which way it points
 
 @pytest.mark.parametrize("change, name, points", SIGNS, ids=str)
 def test_each_measurement_points_one_way(change, name, points):
-    """What told the paper's success from its failure is for or against; the overlap ratio, the
-    lead in score and the AUROC did not."""
+    """A measurement is for or against if it told the paper's success from its failure. The overlap
+    ratio, the lead in score and the AUROC did not."""
     made = {"eval_temperature": 0.7, "auroc": 0.7, "right": 5, "wrong": 3, **report(**change)}
     made["metrics"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
     found = {row[0].strip(): row[2] for row in show.signs(made)}
@@ -894,8 +896,8 @@ def test_the_command_is_the_function_on_some_prompts_of_the_file(command, files)
 
 
 def test_prompts_of_unknown_words_are_refused(command, capsys):
-    """Case 20: without --prompts additions are asked, which the toy's tokenizer has no words for;
-    its noise was called incompatible thinking."""
+    """Without --prompts additions are asked, for which the toy's tokenizer has no words. What it
+    writes then is noise, and not incompatible thinking."""
     with pytest.warns(UserWarning, match="no --prompts: asks built-in additions"):
         with pytest.raises(SystemExit) as stopped:
             command(prompts="")
@@ -905,7 +907,7 @@ def test_prompts_of_unknown_words_are_refused(command, capsys):
 
 
 def test_a_few_unknown_words_are_no_reason_to_refuse():
-    """Half of the tokens of all prompts may be unknown, and one prompt wholly."""
+    """Up to half of the tokens of all prompts may be unknown, and all of one prompt."""
     tokenizer = word_tokenizer(WORDS)
     unknown = tokenizer.unk_token_id
     prompts.check_known(tokenizer, [[4, 5, 6], [unknown, unknown, unknown]])
@@ -917,7 +919,7 @@ def test_a_few_unknown_words_are_no_reason_to_refuse():
 
 @pytest.mark.parametrize("function", [diagnose_pair, prompts.encode_rows])
 def test_the_flags_have_the_defaults_of_the_functions(function):
-    """What the command does if nothing is said is what the function does."""
+    """Without flags the command does what the function does without arguments."""
     parsed = parse_analysis(["--student", "s", "--teacher", "t"])
     flags = {**vars(parsed), "depths": depths_of(parsed)}
     defaults = {}
@@ -928,7 +930,7 @@ def test_the_flags_have_the_defaults_of_the_functions(function):
 
 
 def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(command, tmp_path, monkeypatch):
-    """Some of the prompts to the page of tokens, the dtype to the pair."""
+    """Some prompts go to the page of tokens, and the dtype goes to the pair."""
     asked = {}
 
     def note_page(pair, rows, path, **how):
@@ -954,7 +956,7 @@ def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(command, tmp_
 
 
 def test_runs_go_to_the_pictures_and_no_model_is_loaded(tmp_path, monkeypatch):
-    """analysis.py --run."""
+    """analysis.py --run reads the folder of a run, and nothing else."""
     asked = []
     (tmp_path / "metrics.jsonl").touch()
     monkeypatch.setattr(figures, "runs", lambda *how: asked.append(how))
@@ -964,7 +966,7 @@ def test_runs_go_to_the_pictures_and_no_model_is_loaded(tmp_path, monkeypatch):
 
 
 def test_a_mismatch_is_told_by_the_command_too(command, monkeypatch, capsys):
-    """What was sampled is not what is scored: said beside the verdict, and in the file."""
+    """If what was sampled is not what is scored, it says so, and the file has the number."""
     plainly = diagnose_pair
 
     def off(*args, **how):
@@ -977,6 +979,6 @@ def test_a_mismatch_is_told_by_the_command_too(command, monkeypatch, capsys):
 
 
 def test_no_mismatch_is_no_warning(command, capsys):
-    """Rounding is told from another softmax."""
+    """A difference by rounding alone is not warned of."""
     assert math.isfinite(command(count=2)["sampling_mismatch"])
     assert "warning" not in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""The experiments: what was run is kept, four words mean what they say, and loops and probes
-measure what they are said to measure."""
+"""The experiments: what was run is kept, the four words mean what lab.py says, and loops and probes
+measure what they claim to measure."""
 
 import collections
 import copy
@@ -53,7 +53,7 @@ def a_lab(tmp_path):
 
 
 def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
-    """A file for each name and seed; JSON has no NaN."""
+    """There is a file for each name and seed, and NaN is null in it."""
     origin = {"commit": "abc", "dirty": False, "command": "x.py --out /here --seeds 3"}
     monkeypatch.setattr(files, "provenance", lambda: dict(origin))
     asked = {"steps": 3, "part": (1, 2)}
@@ -79,7 +79,7 @@ def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
 
 
 def test_a_result_of_other_settings_is_refused(a_lab):
-    """By the file to remove."""
+    """The message names the file to remove."""
     a_lab.once("opd", {"steps": 3}, dict)
     with pytest.raises(SystemExit, match="opd-3.json was made with other settings; remove it"):
         a_lab.once("opd", {"steps": 4}, dict)
@@ -87,7 +87,7 @@ def test_a_result_of_other_settings_is_refused(a_lab):
 
 @pytest.mark.parametrize("when", ["made", "written"])
 def test_a_result_that_was_killed_is_made_again_and_none_is_half_there(a_lab, monkeypatch, when):
-    """Before the last byte is on the disk there is no file."""
+    """There is no file before its last byte is on the disk."""
 
     def dies(*_):
         raise Killed
@@ -102,7 +102,7 @@ def test_a_result_that_was_killed_is_made_again_and_none_is_half_there(a_lab, mo
 
 
 def test_what_decides_an_arm_is_the_preset_and_what_the_arm_says(a_lab):
-    """Each setting of the toy preset; its own ones win. A loop of its own is named."""
+    """An arm's own settings win over the preset of the toy. A loop of its own is named."""
     asked = a_lab.asked(lab.arm("student", "teacher", lr=0.5, support="intersection"))
     expected = {**PRESETS["toy"], "student": "student", "teacher": "teacher", "steps": 100}
     assert asked == {**expected, "lr": 0.5, "support": "intersection"}
@@ -111,7 +111,7 @@ def test_what_decides_an_arm_is_the_preset_and_what_the_arm_says(a_lab):
 
 
 def test_quick_takes_a_few_steps_of_everything(a_lab):
-    """Never more than were asked for."""
+    """It never takes more steps than were asked for."""
     a_lab.quick = True
     for steps, taken in ((400, 4), (100, 4), (0, 0)):
         asked = a_lab.asked(lab.arm("student", "other", **recipe.FEW, steps=steps))
@@ -121,8 +121,8 @@ def test_quick_takes_a_few_steps_of_everything(a_lab):
 
 
 def test_one_name_stands_for_one_run_in_every_script(a_lab):
-    """Scripts that share an arm ask for the same; nothing is run twice under two names, and no
-    two names share a file."""
+    """Scripts that share an arm ask for the same settings. Nothing is run twice under two names,
+    and no two names share a file."""
     settings = {}
     for script in OF_THE_TOY:
         for name, arm in script.ARMS.items():
@@ -139,7 +139,7 @@ def test_one_name_stands_for_one_run_in_every_script(a_lab):
 
 
 def test_every_model_of_an_arm_is_one_of_a_world():
-    """By a name that stands for one way to make it."""
+    """The name of a model stands for one way to make it."""
     known = dict(toy.MODELS)
     for script in (recipe, forecast):
         for name, how in script.MODELS.items():
@@ -173,20 +173,20 @@ ONE_STEP = {**SHORT, "steps": 1}
 
 @pytest.fixture
 def short(monkeypatch):
-    """Responses of eight tokens."""
+    """Responses have eight tokens at most."""
     monkeypatch.setattr(lab.Lab, "new_tokens", 8)
 
 
 @pytest.fixture
 def unmeasured(monkeypatch):
-    """No accuracies."""
+    """Accuracies are not measured."""
     monkeypatch.setattr(lab.Lab, "accuracies", lambda *_: None)
 
 
 def test_a_killed_arm_goes_on_and_ends_as_one_that_nothing_stopped(
     tmp_path, monkeypatch, short, unmeasured
 ):
-    """From its checkpoint; a finished one is not run again."""
+    """It goes on from its checkpoint. A finished run is not run again."""
     update = opd.update
     done = []
 
@@ -215,7 +215,7 @@ def test_a_killed_arm_goes_on_and_ends_as_one_that_nothing_stopped(
 
 
 def test_a_run_of_other_settings_is_not_taken_for_an_arm(tmp_path, short, unmeasured):
-    """If only the result's file was removed. Files are compared by name: a world may be moved."""
+    """A run is refused if its settings differ. Files are compared by name: a world may be moved."""
     here = world_of(tmp_path / "here", "student", "teacher")
     here.run("arm", lab.arm("student", "teacher", **ONE_STEP))
     result = tmp_path / "here" / "results" / "toy" / "arm-3.json"
@@ -228,7 +228,7 @@ def test_a_run_of_other_settings_is_not_taken_for_an_arm(tmp_path, short, unmeas
 
 
 def test_a_student_that_is_trained_again_is_measured_again(tmp_path, short):
-    """By a loop of its own, which has no checkpoint: what a killed one left counts for nothing."""
+    """A loop of its own has no checkpoint: what a killed one left counts for nothing."""
     here = world_of(tmp_path, "student", "teacher")
     folder = here.folder("arm") / "student"
     folder.mkdir(parents=True)
@@ -239,7 +239,7 @@ def test_a_student_that_is_trained_again_is_measured_again(tmp_path, short):
 
 
 def test_a_student_is_trained_again_if_it_is_not_there(a_lab, monkeypatch):
-    """The result may be kept and the run be lost."""
+    """The result may be there although the run was removed."""
 
     def train(name, arm):
         folder = a_lab.folder(name) / "student"
@@ -252,7 +252,7 @@ def test_a_student_is_trained_again_if_it_is_not_there(a_lab, monkeypatch):
 
 
 def test_every_model_is_measured_once_with_the_same_random_numbers(tmp_path, short, monkeypatch):
-    """One answer to each held-out prompt; a bit a prompt."""
+    """Each held-out prompt is answered once, and a bit is kept for it."""
     here = world_of(tmp_path, "student", "twin", "teacher")
     for file in (here.world / "student").glob("model*"):
         (here.world / "twin" / file.name).write_bytes(file.read_bytes())
@@ -279,7 +279,7 @@ def test_every_model_is_measured_once_with_the_same_random_numbers(tmp_path, sho
 
 
 def test_an_arm_is_measured_under_the_templates_of_its_exams(tmp_path, monkeypatch):
-    """5.2 asks for two. The student before and after, and the teacher."""
+    """Under each, the student is measured before and after, and the teacher; 5.2 asks for two."""
     here = world_of(tmp_path, "student", "teacher")
     monkeypatch.setattr(lab, "run_opd", lambda lab, arm, folder: {"curves": {}})
     monkeypatch.setattr(here, "accuracies", lambda folder, template: (folder.name, template))
@@ -313,7 +313,7 @@ def steps_of(count, every=10):
 
 @pytest.mark.parametrize("count", [0, 1, 100, 101, 400, 499])
 def test_a_curve_keeps_a_hundred_points_and_the_last(count):
-    """Five digits of each; accuracy has steps of its own and loses no point."""
+    """Numbers have five digits. Accuracy has steps of its own and loses no point."""
     found = lab.curves(steps_of(count))
     every = max(1, math.ceil(count / 100))
     kept = list(range(1, count + 1, every))
@@ -384,7 +384,7 @@ def script(tmp_path, monkeypatch):
 
 
 def test_a_script_runs_what_is_missing_and_reports(script, tmp_path, capsys):
-    """Of the seeds that have all; --only runs and says nothing, --report runs nothing."""
+    """It reports seeds that have all results. --only reports nothing, --report runs nothing."""
     assert script("--only", "one", "--seeds", "0", "1", "2") == [(0, "one"), (1, "one"), (2, "one")]
     assert not (tmp_path / "out" / "some.txt").exists()
     with pytest.raises(SystemExit, match="no seed has all results yet; two is missing"):
@@ -403,7 +403,7 @@ def test_a_script_runs_what_is_missing_and_reports(script, tmp_path, capsys):
 
 
 def test_quick_keeps_nothing_and_changes_nothing(script, tmp_path, capsys):
-    """Neither results nor worlds nor any global."""
+    """It keeps neither results nor worlds, and changes no global."""
     before = copy.deepcopy((PRESETS, toy.FULL, toy.MODELS, toy.WAYS, toy.SIZES, lab.CURVES))
     assert script("--quick") == [(0, "one"), (0, "two"), (0, "probe")]
     assert "a claim: in seeds [0]" in capsys.readouterr().out
@@ -427,8 +427,8 @@ def test_the_bench_makes_its_toy_by_a_scale(monkeypatch, tmp_path):
 
 
 def test_the_table_has_a_line_for_each_run(capsys):
-    """Accuracies before, after, of the teacher, in each of three ways; then words and what made
-    them."""
+    """The line has accuracies before, after, and of the teacher, in each of three ways. Below
+    stands what made the results."""
     made = run_of(7, before=[0, 0, 0, 0], after=[1, 1, 0, 0], teacher=[1, 1, 1, 0])
     made.update(commit="abc", dirty=True, seconds=3.4)
     held_out = {"overlap_ratio": 0.5, "reverse_kl": 0.25}
@@ -453,7 +453,7 @@ def test_the_table_has_a_line_for_each_run(capsys):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=70))
 def test_bits_and_hexadecimal_digits_are_inverse(answers):
-    """Of any length; the last digit is filled up with zeros."""
+    """They are so for any length. The last digit is filled up with zeros."""
     digits = lab.hexadecimal(torch.tensor(answers).unsqueeze(1))
     found = lab.bits(digits).tolist()
     assert len(digits) == math.ceil(len(answers) / 4)
@@ -462,8 +462,8 @@ def test_bits_and_hexadecimal_digits_are_inverse(answers):
 
 
 def test_a_difference_and_its_noise_by_hand_pooled_over_seeds():
-    """Off by 1 0 1 0 in one seed, by 0 0 0 -1 in the other: means 1/2 and -1/4, variances of
-    the means 1/12 and 1/16. So 1/8, and two standard errors are sqrt(1/12 + 1/16)."""
+    """On one seed the differences are 1 0 1 0, on the other 0 0 0 -1. Their means are 1/2 and -1/4,
+    with variances 1/12 and 1/16. So the mean is 1/8, and the noise sqrt(1/12 + 1/16)."""
     ours = [run_of(0, after=[1, 1, 1, 0]), run_of(1, after=[1, 0, 0, 0])]
     theirs = [run_of(0, after=[0, 1, 0, 0]), run_of(1, after=[1, 0, 0, 1])]
     found = lab.difference(ours, theirs, "T .7")
@@ -477,7 +477,7 @@ def test_a_difference_and_its_noise_by_hand_pooled_over_seeds():
 
 
 def test_a_difference_of_one_arm_with_itself_and_a_gain():
-    """The student against its teacher; after against before; of another exam, of two prompts."""
+    """An arm is compared with its teacher and its own start, also in another exam."""
     made = [run_of(0, before=[0, 0, 1, 1], after=[1, 1, 1, 0], teacher=[1, 1, 1, 1])]
     assert lab.difference(made, made, "greedy", than="teacher").mean == -0.25
     assert lab.gain(made, "greedy").mean == 0.25
@@ -501,7 +501,7 @@ WORDS_OF = (  # mean, noise; is it above 0? below? none?
 
 @pytest.mark.parametrize("mean, noise, above, below, equal", WORDS_OF)
 def test_the_word_for_a_difference(mean, noise, above, below, equal):
-    """Contradicted is the opposite, or what is shown equal where a difference is claimed."""
+    """Contradicted: the opposite is shown, or equality where a difference is claimed."""
     x = lab.Difference(mean, noise)
     assert lab.above(x) == above
     assert lab.below(x) == below
@@ -531,7 +531,7 @@ def test_more_data_never_takes_a_finding_back():
 
 
 def test_the_word_for_seeds_and_for_several_words():
-    """All, none, some; the worst of several."""
+    """Seeds hold all, none or some of the time. Of several words the worst counts."""
     assert lab.every_seed([True, True]) == "holds"
     assert lab.every_seed(x > 1 for x in (0, 1)) == "contradicted"
     assert lab.every_seed([True, False]) == "undecided"
@@ -545,7 +545,7 @@ def test_the_word_for_seeds_and_for_several_words():
 
 
 def test_recovery_is_a_share_of_a_sure_lead():
-    """Of a lead within noise there is none."""
+    """If the lead is within noise there is no recovery."""
     made = run_of(0, before=32 * [0, 0], after=24 * [1, 0] + 8 * [0, 0], teacher=HALF)
     assert lab.recovery(made, "greedy") == pytest.approx(0.75)
     made = run_of(0, before=63 * [0] + [1], after=64 * [1], teacher=62 * [0] + [1, 1])
@@ -553,7 +553,7 @@ def test_recovery_is_a_share_of_a_sure_lead():
 
 
 def test_results_are_read_of_the_seeds_that_have_all(tmp_path):
-    """In the order of the seeds; a name that begins like another one is another."""
+    """They stand in the order of the seeds. A name that begins like another one is another name."""
     folder = tmp_path / "toy"
     folder.mkdir()
 
@@ -571,14 +571,14 @@ def test_results_are_read_of_the_seeds_that_have_all(tmp_path):
 
 
 def test_the_commit_of_a_result_is_told_without_a_repository_too():
-    """As .ci/run copies the files: git knows nothing of them."""
+    """So .ci/run runs them: on copies of the files, of which git knows nothing."""
     assert lab.commit_of({"commit": "abc", "dirty": False}) == "abc"
     assert lab.commit_of({"commit": "abc", "dirty": True}) == "abc and changes"
     assert lab.commit_of({"commit": None, "dirty": None}) == "none"
 
 
 def test_the_file_of_a_name():
-    """Without commas and spaces."""
+    """It has no commas and no spaces."""
     assert lab.file_name("sft T 1, opd", 3) == "sft-T-1-opd-3.json"
 
 
@@ -586,7 +586,7 @@ def test_the_file_of_a_name():
 
 
 def nothing(seed):
-    """A result in which student, teacher and what was learnt are one, and no curve moves."""
+    """A result in which the student is always as good as its teacher, and no curve moves."""
     found = run_of(seed, before=HALF, after=HALF, teacher=HALF)
     found["accuracy, other template"] = found["accuracy"]
     measured = collections.defaultdict(lambda: 0.5)
@@ -613,8 +613,8 @@ def nothing(seed):
 def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(
     script, holds, unasked
 ):
-    """How many claims of each section hold. A share of nothing cannot be asked; none is left
-    undecided but the AUROC at its bound."""
+    """So many claims of each section hold. A share of nothing is not askable, and only the AUROC,
+    which lies at its bound, is undecided."""
     results = collections.defaultdict(lambda: [nothing(seed) for seed in (0, 1)])
     even = [{"mean": 0.5, "even": 0.5} for _ in range(4)]
     results["depths"] = [{"seed": seed, "found": even} for seed in (0, 1)]
@@ -648,7 +648,7 @@ def test_results_of_several_commands_are_joined_once():
 
 
 def test_the_results_of_bench_say_where_they_come_from():
-    """A command that another machine can run, the commit, the seconds."""
+    """They hold a command that another machine can run, the commit and the seconds."""
     made = json.loads((RESULTS / "bench.json").read_text())
     assert "bench" in made["command"]
     assert not any(word.startswith("/") for word in made["command"].split())
@@ -666,7 +666,7 @@ def curve(name, values):
 
 
 def test_a_rise_and_what_is_left_of_a_gap_by_hand():
-    """Means over the first and the last five steps."""
+    """Both compare the means over the first and the last five steps."""
     made = curve("overlap_ratio", [0.1, 0.2, 0.3, 0.4, 0.5, 9.0, 0.5, 0.6, 0.7, 0.8, 0.9])
     assert mechanism.rise(made) == pytest.approx(0.4)
     made = curve("advantage", [None, -4, -4, -4, -4, -4, 9, -1, -1, -1, -1, -1])
@@ -675,7 +675,7 @@ def test_a_rise_and_what_is_left_of_a_gap_by_hand():
 
 
 def test_a_fall_is_the_lowest_five_steps_of_the_first_half():
-    """One low step is noise; what comes later is no first fall."""
+    """One low step counts for a fifth of it. What comes in the second half is no first fall."""
     start = 5 * [0.6]
     assert mechanism.fall(curve("overlap_ratio", start + 5 * [0.5] + 10 * [0.1])) == pytest.approx(
         0.1
@@ -687,7 +687,7 @@ def test_a_fall_is_the_lowest_five_steps_of_the_first_half():
 
 
 def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
-    """Against a loop over responses, each by itself and unpadded."""
+    """The shares are those of a loop over single, unpadded responses."""
     here = world_of(tmp_path, "student", "teacher")
     pair = here.load("student", "teacher")
     digits, count = toy.problems(48, torch.Generator().manual_seed(3))
@@ -711,7 +711,7 @@ def test_slips_are_told_apart_by_what_both_find_likely(tmp_path):
 
 
 def test_a_right_response_and_one_that_is_cut_off_have_no_slip(tmp_path, monkeypatch):
-    """The shares are of all responses."""
+    """The shares are of all responses, with those that have no slip."""
     here = world_of(tmp_path, "student", "teacher")
 
     def write(pair, rows, what):
@@ -735,7 +735,7 @@ def test_a_right_response_and_one_that_is_cut_off_have_no_slip(tmp_path, monkeyp
 
 
 def test_two_teachers_that_are_one_are_no_distance_apart(tmp_path, monkeypatch, short):
-    """At the states of student-rl; the student is as far from either."""
+    """At the states of student-rl their KL is 0, and the student is as far from either."""
     here = world_of(tmp_path, "student-rl", "student", "sharp")
     monkeypatch.setattr(here, "model", lambda name: here.world / name.replace("bigger", "student"))
     found = phenomenology.between_teachers(here, 8)["found"]
@@ -750,7 +750,7 @@ def test_two_teachers_that_are_one_are_no_distance_apart(tmp_path, monkeypatch, 
 
 
 def test_low_and_high_digits_are_asked_apart(tmp_path):
-    """4,096 prompts each, once."""
+    """There are 4,096 prompts of each, and they are written once."""
     here = lab.Lab(0, tmp_path, tmp_path)
     recipe.prepare(here)
     for name, digits in (("low", "01234"), ("high", "56789")):
@@ -766,7 +766,7 @@ def test_low_and_high_digits_are_asked_apart(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:special tokens of only one")
 def test_the_teacher_with_another_end_is_the_teacher_with_two_words_swapped(tmp_path):
-    """It says <unk> where the teacher ends, and its files say that this is an end."""
+    """It writes <unk> where the teacher ends, and its files say that this is its end."""
     here = world_of(tmp_path, "teacher")
     followups.prepare(here)
     lines = (here.world / "prompts.jsonl").read_text().splitlines()
@@ -791,7 +791,7 @@ def test_the_teacher_with_another_end_is_the_teacher_with_two_words_swapped(tmp_
 
 
 def test_reverse_kl_by_the_student_is_the_update_of_opd(tmp_path, short, monkeypatch):
-    """--objective full: two steps, in micro-batches of one response; the same weights."""
+    """After two steps, in micro-batches of one response, the weights agree."""
     here = world_of(tmp_path, "student", "teacher")
     load = here.load
 
@@ -826,8 +826,8 @@ def test_reverse_kl_by_the_student_is_the_update_of_opd(tmp_path, short, monkeyp
 def test_the_one_who_is_asked_writes_and_the_kl_has_the_direction_asked_for(
     tmp_path, short, monkeypatch, writer, direction
 ):
-    """The writer's log-probabilities are those of the rollout; the loss is KL(p || q) or
-    KL(q || p) at these states."""
+    """The rollout has the log-probabilities of its writer. The loss is KL(p || q) or KL(q || p) at
+    its states."""
     here = world_of(tmp_path, "student", "teacher")
     kept = []
     train = own_loop.train
@@ -860,8 +860,8 @@ def test_the_one_who_is_asked_writes_and_the_kl_has_the_direction_asked_for(
 def test_without_a_teacher_the_fifth_of_the_drawn_tokens_that_was_least_likely_is_pushed_down(
     monkeypatch,
 ):
-    """By the gradient of .5 log p(y) and by nothing else. Padding is no drawn token. The teacher
-    is not asked."""
+    """The gradient is that of .5 log p(y), and nothing else. Padding is no drawn token, and the
+    teacher is not asked."""
     monkeypatch.setattr(own_loop, "train", lambda lab, arm, folder, loss_of: loss_of)
     loss_of = own_loop.train_without_teacher(None, None, None)
     z = torch.randn(10, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -902,8 +902,8 @@ def solution(digits, slips_at=None):
 
 
 def test_the_trap_is_measured_before_at_and_after_the_first_slip(monkeypatch):
-    """A response that is right, two that slip at their eighth and third token, one that is cut
-    off. The teacher goes on from behind the slip."""
+    """One response is right, two slip at their ninth and their fourth token, one is cut off. The
+    teacher goes on behind the slip."""
     digits = [3, 7, 5, 1]
     written = [
         solution(digits),
@@ -948,8 +948,7 @@ def test_the_trap_is_measured_before_at_and_after_the_first_slip(monkeypatch):
 
 
 def test_entropy_passes_where_enough_tokens_say_so():
-    """6.1: one response that got lost is not the end of all; a part that nobody reaches says
-    nothing."""
+    """6.1: a few lost responses do not decide, and a part that no response reaches says nothing."""
     rows = [
         {"tokens": [64, 64, 0], "entropy_student": [1.0, 1.0, None]},
         {"tokens": [64, 64, 64, 6], "entropy_student": [1.0, 1.0, 1.0, 2.0]},
@@ -965,7 +964,7 @@ def test_entropy_passes_where_enough_tokens_say_so():
 
 
 def test_the_quarters_are_those_of_the_longest_responses(monkeypatch):
-    """Of eight buckets the first two and the last two."""
+    """Of eight buckets, they are the first two and the last two."""
     flat = {"tokens": 8 * [64], "entropy_student": 8 * [1.0]}
     bent = {"tokens": 8 * [64], "entropy_student": [*7 * [1.0], 2.5]}
     lost = {"tokens": 8 * [64], "entropy_student": [1.0, 2.5, *6 * [9.0]]}
@@ -976,8 +975,8 @@ def test_the_quarters_are_those_of_the_longest_responses(monkeypatch):
 
 
 def test_the_error_of_an_auroc_is_that_over_prompts():
-    """The area is analysis.auroc's; with four times the prompts the error halves. Answers to one
-    prompt that are all alike tell no more than one."""
+    """With four times the prompts the error halves. Four equal answers to a prompt tell no more
+    than one."""
     generator = torch.Generator().manual_seed(0)
 
     def measured(prompts, copies=1):
@@ -998,8 +997,8 @@ def test_the_error_of_an_auroc_is_that_over_prompts():
 
 
 def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
-    """2.2: four batches, noise 5 times the signal: the norm of their mean would be off by a
-    factor, an angle too."""
+    """2.2: with four batches, and noise of 5 times the signal, the norm of their mean would be off,
+    and so would the angle."""
     generator = torch.Generator().manual_seed(0)
     exact = torch.zeros(50, dtype=torch.float64)
     other = torch.zeros(50, dtype=torch.float64)
@@ -1021,8 +1020,8 @@ def test_the_size_and_angle_of_a_gradient_do_not_mistake_noise_for_signal():
 
 
 def test_what_the_gain_by_depth_would_be_by_even_slips(monkeypatch):
-    """6.1: right .64 and .81 of the time from the start: half-way .64^.5 (.81^.5 - .64^.5) = .8
-    (.9 - .8)."""
+    """6.1: if the two are right .64 and .81 of the time from the start, the gain half-way is
+    .64^.5 (.81^.5 - .64^.5) = .8 (.9 - .8)."""
     asked = []
 
     def finished(pair, rows, responses, depth, **how):
@@ -1068,8 +1067,8 @@ def top_4(log_p, log_q, y):
 @pytest.mark.parametrize("objective", [full, top_4])
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.5, "teacher_temperature": 2.0}])
 def test_the_gradients_of_positions_sum_to_that_of_the_output_head(objective, how):
-    """sum_t g_t h_t' = the gradient of the summed loss on the head's weight, by autograd on plain
-    logits. Where nothing is said, temperatures are 1."""
+    """sum_t g_t h_t' is the gradient of the summed loss on the head's weight, by autograd on plain
+    logits. By default both temperatures are 1."""
     pair, r = written()
     chunks = list(cost.logit_gradients(pair, r, objective, chunk=3, **how))
     assert sum(len(g) for g, _ in chunks) == r.response_mask.sum()
@@ -1092,8 +1091,8 @@ def test_the_gradients_of_positions_sum_to_that_of_the_output_head(objective, ho
 
 @pytest.mark.filterwarnings("ignore:Gemma2ForCausalLM does more")
 def test_where_the_head_is_not_linear_only_logits_are_compared():
-    """Gemma 2 caps its logits: h is 1 and g the gradient on the logits themselves, which sums to
-    0 over a softmax."""
+    """Gemma 2 caps its logits. Then h is 1, and g is the gradient on the logits themselves, which
+    sums to 0 over a softmax."""
     pair, r = written("gemma2")
     pair.micro_batch_tokens = 1000
     ((g, h),) = cost.logit_gradients(pair, r, full)
@@ -1109,7 +1108,7 @@ def test_where_the_head_is_not_linear_only_logits_are_compared():
 
 
 def test_a_rank_correlation_by_hand():
-    """Ranks 1 2.5 2.5 4 against 1 2 3 4: 4.5 / sqrt(4.5 * 5). None where nothing varies."""
+    """Ranks 1 2.5 2.5 4 against 1 2 3 4 give 4.5 / sqrt(4.5 * 5). None if nothing varies."""
     assert forecast.ranks([3, 5, 5, 9]) == [1, 2.5, 2.5, 4]
     assert forecast.spearman([3, 5, 5, 9], [0, 1, 2, 3]) == pytest.approx(0.9**0.5)
     assert forecast.spearman([1, 2, 3], [10, 100, 1000]) == pytest.approx(1)
@@ -1118,7 +1117,7 @@ def test_a_rank_correlation_by_hand():
 
 
 def test_pairs_that_another_script_has_run_keep_their_names():
-    """And their 100 steps; every pair is diagnosed and distilled."""
+    """They keep their 100 steps, too. Every pair is diagnosed and distilled."""
     pairs = {(arm.student, arm.teacher): name for name, arm in forecast.ARMS.items()}
     assert set(pairs) == set(forecast.PAIRS)
     assert pairs["student", "teacher"] == "success"
@@ -1194,7 +1193,7 @@ def test_a_candidate_is_judged_by_how_it_tells_who_gained():
 
 
 def test_the_tour_names_lines_that_are_there():
-    """A decorated function is found where it is written."""
+    """A decorated function is found at the line where it is written."""
     for _, read, _ in tour.STOPS:
         for function in read:
             file, line, name = re.match(r"(\w+\.py):(\d+) (\S+)", tour.where(function)).groups()
@@ -1203,7 +1202,7 @@ def test_the_tour_names_lines_that_are_there():
 
 
 def test_the_tour_refuses_a_stop_that_it_does_not_have(capsys):
-    """One line, exit code 2."""
+    """It says so in one line, with exit code 2."""
     with pytest.raises(SystemExit, match="2"):
         tour.main(["9"])
     assert "stop 9: there are 8" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """What can happen to a run: it is killed, stopped, out of disk or memory, or not finite.
 
-What is on the disk stays whole, and --resume ends as the run that nothing disturbed, bit for bit.
+What is on the disk stays intact, and --resume ends as the run that nothing disturbed, bit for bit.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ def a_terminal():
 
 @pytest.fixture(autouse=True, scope="module")
 def models_are_read_once():
-    """These runs take copies of pairs that were read once: reading is tested elsewhere."""
+    """These runs take copies of a pair that is read once. Reading is tested elsewhere."""
     read = functools.lru_cache(load_pair)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_pair", lambda *paths, **how: copy.deepcopy(read(*paths, **how)))
@@ -80,7 +80,7 @@ def checkpoint(out):
 
 
 def outcome(out):
-    """All that a run leaves, to compare: each step and text in order, weights, moments, result."""
+    """All that a run leaves behind, to compare: steps, texts, weights, moments, result."""
     left = {}
     for name in (*LOGS, "cold_start.jsonl"):
         if (out / name).exists():
@@ -118,7 +118,7 @@ def whole_cold(world, tmp_path_factory):
 
 
 def at_call(patch, owners, name, number, act, after=False):
-    """The number-th call of a function, whichever owner it is called through, does `act`, too."""
+    """Let the number-th call of a function do `act`, too, whichever owner it is called through."""
     calls = []
 
     def wrapped(plain):
@@ -153,7 +153,7 @@ def out(tmp_path):
 
 @pytest.fixture
 def ended(world, out, capfd):
-    """A function that runs, with something at a call: -> exit code, the one line on stderr."""
+    """A function that runs with something happening at a call: -> exit code, the line on stderr."""
 
     def run_to_its_end(*call, **change):
         with pytest.MonkeyPatch.context() as patch:
@@ -217,8 +217,8 @@ def a_half_line(path, lines):
 def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
     world, whole_cold, tmp_path_factory, kills
 ):
-    """After k lines of the teacher's answers, the cold start, the metrics or the texts, in the
-    midst of a line, before or after a file is renamed, the student is updated, or evaluated.
+    """It may be killed after any line of the answers, the cold start, the metrics or the texts,
+    within a line, and before or after a rename, an update or an evaluation.
     """
     out = tmp_path_factory.mktemp("killed") / "run"
     for place, number, when in kills:
@@ -235,7 +235,7 @@ def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
 
 @pytest.mark.slow
 def test_killed_twenty_times_by_the_clock_a_run_ends_the_same(world, tmp_path):
-    """kill -9 of a process at random moments."""
+    """kill -9 comes at random moments."""
     draw = random.Random(0)
     how = {**COLD, "steps": 60, "eval_every": 16}
     started = time.perf_counter()
@@ -291,7 +291,7 @@ def in_a_child(cfg, stderr=os.devnull):
 def test_a_signal_ends_the_step_and_saves(
     whole, out, ended, resumed, owner, name, number, after, signum
 ):
-    """Exit code 128 + signal, a checkpoint of the last whole step, the same end after --resume."""
+    """The exit code is 128 + signal, and --resume ends as the run that nothing disturbed."""
     code, said = ended([owner], name, number, send(signum), after, save_every=50)
     saved = checkpoint(out)["run"]["step"]
     assert code == 128 + signum
@@ -302,7 +302,7 @@ def test_a_signal_ends_the_step_and_saves(
 
 @pytest.mark.parametrize("update, after", [(2, False), (2, True), (3, True)])
 def test_a_signal_in_a_cold_start_keeps_its_updates(whole_cold, out, ended, resumed, update, after):
-    """An update and its count are not parted, however far away --save-every is."""
+    """An update and its count are saved together, however far away --save-every is."""
     far = {**COLD, "save_every": 50}
     code, said = ended([AdamW], "step", update, send(signal.SIGINT), after, **far)
     state = checkpoint(out)
@@ -312,7 +312,7 @@ def test_a_signal_in_a_cold_start_keeps_its_updates(whole_cold, out, ended, resu
 
 
 def test_a_finished_run_that_goes_on_is_not_complete_until_it_ends(world, out, ended, resumed):
-    """result.json is there if the run is complete, and only then."""
+    """result.json is there if, and only if, the run is complete."""
     opd.distil(config(world, out, steps=2))
     ended([opd], "update", 1, send(signal.SIGINT), resume=True)
     assert not (out / "result.json").exists()
@@ -321,7 +321,7 @@ def test_a_finished_run_that_goes_on_is_not_complete_until_it_ends(world, out, e
 
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once(world, tmp_path, out, resumed):
-    """The second one does not wait for what the first one waits for; the checkpoint is whole."""
+    """It does not wait for the step. The checkpoint stays intact."""
 
     def twice(*_):
         os.kill(os.getpid(), signal.SIGINT)
@@ -341,7 +341,7 @@ def test_a_second_signal_leaves_at_once(world, tmp_path, out, resumed):
 
 
 def test_the_signal_handler_writes_past_a_buffer_that_may_be_in_use(world, out, capfd):
-    """Case 14: tqdm may be writing to sys.stderr, and to write into it again is an error."""
+    """When a signal comes tqdm may be writing to sys.stderr, where a second write is an error."""
 
     class InUse:
         def write(self, _):
@@ -356,7 +356,7 @@ def test_the_signal_handler_writes_past_a_buffer_that_may_be_in_use(world, out, 
 
 
 def test_handlers_are_given_back(world, out):
-    """A script that makes several runs has its own Ctrl-C between them; nohup is heeded."""
+    """Between its runs a script has its own Ctrl-C. Under nohup SIGHUP stays ignored."""
     before = [signal.getsignal(signum) for signum in run.SIGNALS]
     with contextlib.suppress(Killed), Run(config(world, out)):
         assert all(signal.getsignal(signum) not in before for signum in run.SIGNALS)
@@ -369,7 +369,7 @@ def test_handlers_are_given_back(world, out):
 
 
 def test_a_reader_that_is_gone_costs_nothing(whole, ended, resumed):
-    """opd.py | head: a run goes on from its checkpoint."""
+    """opd.py | head ends the run, which can go on from its checkpoint."""
 
     def gone(row):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
@@ -383,7 +383,7 @@ def test_a_reader_that_is_gone_costs_nothing(whole, ended, resumed):
 
 
 def test_two_processes_do_not_write_one_run(world, out, monkeypatch):
-    """A run that seems dead and is not: the second is told, the first goes on."""
+    """If a run only seems dead, a second one is refused and the first goes on."""
     told = []
 
     def meanwhile(*_):
@@ -397,9 +397,7 @@ def test_two_processes_do_not_write_one_run(world, out, monkeypatch):
 
 
 def test_a_resume_that_is_late_leaves_the_result_of_the_first(world, cut, resumed, monkeypatch):
-    """Case 11: the lock comes before the look. The first run ends while the second waits at the
-    door.
-    """
+    """The folder is read under the lock, so a run that ended meanwhile is seen as complete."""
     at_call(monkeypatch, [run], "alone", 1, lambda *_: resumed())
     with pytest.raises(UserError, match="complete"):
         opd.distil(config(world, cut, steps=5, resume=True))
@@ -411,7 +409,7 @@ def test_a_resume_that_is_late_leaves_the_result_of_the_first(world, cut, resume
 
 @pytest.mark.parametrize("tail", [b"", b'{"step": 4, "loss": 0.1', b"\xff\xfe{\n"])
 def test_the_logs_follow_from_the_checkpoint(whole, cut, resumed, tail):
-    """Whatever a crash of the machine left in them, and beside the checkpoint, is passed over."""
+    """What a crash of the machine left in the logs, or beside the checkpoint, is ignored."""
     with open(cut / "metrics.jsonl", "ab") as file:
         file.write(tail)
     (cut / "rollouts.jsonl").unlink()
@@ -421,7 +419,7 @@ def test_the_logs_follow_from_the_checkpoint(whole, cut, resumed, tail):
 
 
 def test_the_next_day_is_no_other_file(world, tmp_path, out, monkeypatch):
-    """Case 3: the templates of Llama 3.x and SmolLM3 write the date into a prompt."""
+    """A run goes on the next day, though some templates (Llama 3.x, SmolLM3) write the date."""
     monkeypatch.setattr(run, "load_pair", load_pair)
     shutil.copytree(world / "student", tmp_path / "student")
     tokenizer = AutoTokenizer.from_pretrained(world / "student")
@@ -437,8 +435,8 @@ def test_the_next_day_is_no_other_file(world, tmp_path, out, monkeypatch):
 def test_prompts_can_be_left_out_and_held_out_ones_cannot(
     world, tmp_path, out, monkeypatch, change
 ):
-    """A prompt that breaks a run can be taken out; what is measured on other prompts than before
-    is not compared.
+    """A prompt that breaks a run can be taken out. Held-out prompts must stay, or before and after
+    could not be compared.
     """
     monkeypatch.chdir(tmp_path)
     write_lines(tmp_path / "held_out.jsonl", PROMPTS[8:])
@@ -454,7 +452,7 @@ def test_prompts_can_be_left_out_and_held_out_ones_cannot(
 
 
 def test_a_checkpoint_of_another_student_is_refused(cut, resumed):
-    """The directory has the same name and holds another model."""
+    """It is refused if the directory has the same name, but holds another model."""
     state = checkpoint(cut)
     state["student"] = tiny("llama", hidden=48, vocab_size=16).state_dict()
     torch.save(state, cut / "checkpoint" / "state.pt")
@@ -463,7 +461,7 @@ def test_a_checkpoint_of_another_student_is_refused(cut, resumed):
 
 
 def test_flags_that_decide_a_result_stay(world, cut, resumed, monkeypatch):
-    """A path may be put another way, and what decides no result may change."""
+    """A path may be written in another way, and flags that decide no result may change."""
     for change in ({"k": 5}, {"seed": 1}, {"teacher": f"{world}/gpt2"}):
         with pytest.raises(UserError, match=f"had --{next(iter(change))} "):
             resumed(**change)
@@ -474,8 +472,8 @@ def test_flags_that_decide_a_result_stay(world, cut, resumed, monkeypatch):
 
 
 def test_what_made_a_run_is_on_record(tmp_path, cut, monkeypatch):
-    """Flags, versions, command, commit and whether the code was changed since; null if the code is
-    in no repository. A file that git does not track changes nothing.
+    """The record has flags, versions, command, commit, and whether the code was changed since. It
+    has null if the code is in no repository. A file that git does not track changes nothing.
     """
     made = files.read_json(cut / "config.json")
     assert {"student", "lr", "command", "commit", "dirty", "python", "torch"} <= made.keys()
@@ -507,8 +505,8 @@ def test_what_made_a_run_is_on_record(tmp_path, cut, monkeypatch):
 
 
 def test_answers_are_asked_for_once(tmp_path):
-    """A file that is there is continued where it stops, a torn last line is cut off and asked for
-    again, and every line counts, whatever its "why".
+    """A file that is there is continued where it stops. A torn last line is cut off and asked for
+    again. Every other line counts, whatever its "why".
     """
     path = tmp_path / "cold_start.jsonl"
     begun = []
@@ -529,7 +527,7 @@ def test_answers_are_asked_for_once(tmp_path):
 
 @pytest.mark.parametrize("line", ["{}", "[]", "no JSON", '{"why": "bored"}'])
 def test_a_line_of_another_kind_is_named(tmp_path, line):
-    """The file was edited by hand: nothing is written over."""
+    """A file that was edited by hand is not written over."""
     path = tmp_path / "cold_start.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(UserError, match="cold_start.jsonl:1 is "):
@@ -538,7 +536,7 @@ def test_a_line_of_another_kind_is_named(tmp_path, line):
 
 
 def test_only_the_first_process_writes_the_answers(tmp_path, monkeypatch):
-    """The others would cut off a good line that is being written."""
+    """Other processes would cut off a good line that is being written."""
     path = tmp_path / "cold_start.jsonl"
     path.write_text('{"mess')
     monkeypatch.setattr(files, "processes", lambda: (1, 2))
@@ -547,7 +545,7 @@ def test_only_the_first_process_writes_the_answers(tmp_path, monkeypatch):
 
 
 def test_a_teacher_that_finishes_nothing_is_told_of_with_the_flag(world, out, monkeypatch):
-    """An empty cold start is no cold start."""
+    """A cold start without an answer is refused."""
     nothing = {"kept": 0, "unfinished": 3, "degenerate": 1}
     monkeypatch.setattr(files, "append_answers", lambda *_: nothing)
     with pytest.raises(UserError, match="higher --cold-start-max-new-tokens"):
@@ -571,8 +569,8 @@ def test_a_teacher_that_finishes_nothing_is_told_of_with_the_flag(world, out, mo
 def test_a_file_that_cannot_be_written_leaves_the_one_before(
     whole, cut, ended, resumed, name, reason
 ):
-    """One line with what is left, exit code 1, the bytes of the last checkpoint, and the same end
-    when that is mended. result.json, which stands for a complete run, is not there.
+    """The run ends with one line and exit code 1, and the last checkpoint keeps its bytes. There is
+    no result.json. When the fault is mended, --resume ends as if nothing had happened.
     """
     before = (cut / "checkpoint" / "state.pt").read_bytes()
     aside = cut / f"{name}.tmp"
@@ -605,7 +603,7 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    """Whatever stops the writing, what was there is there, and nothing beside it."""
+    """If writing is stopped, the old file is still there, and nothing beside it."""
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
 
@@ -633,7 +631,7 @@ def test_a_file_that_is_not_what_was_written_is_named(tmp_path, text):
 
 @pytest.fixture
 def breaks(monkeypatch):
-    """A function: in the updates with these numbers the teacher's states are NaN."""
+    """A function that makes the teacher's states NaN in the updates with these numbers."""
     plain_states = opd.states
     plain_update = opd.update
     steps = []
@@ -663,7 +661,7 @@ def equal(some, others):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(world, out, capfd, monkeypatch, breaks):
-    """Nothing is updated, no NaN and no 0 stands for a number, and the run goes on."""
+    """Nothing is updated, null stands for the numbers, and the run goes on."""
     breaks(2)
     students = []
     for step in (1, 2, 3, 4):
@@ -679,7 +677,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(world, out, capfd, mon
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_no_update_either(world, out, monkeypatch):
-    """The norm is what tells."""
+    """The norm of the gradient decides, and not the loss."""
     cfg = config(world, out)
     pair, train, _ = ready(cfg)
     before = copies(pair)
@@ -694,8 +692,8 @@ def test_an_infinite_gradient_of_a_finite_loss_is_no_update_either(world, out, m
 def test_three_in_a_row_end_the_run_before_anything_is_saved(
     out, ended, resumed, monkeypatch, breaks
 ):
-    """Exit code 1; the checkpoint is from before the first of them, and --resume may lower the
-    learning rate. Two in a row and one later do not end it.
+    """The exit code is 1, and the checkpoint is from before the first of them. --resume may lower
+    the learning rate. Two in a row and one later do not end a run.
     """
     breaks(1, 2, 4, 6, 7, 8)
     code, said = ended(*NOTHING, steps=9, save_every=1)
@@ -710,7 +708,7 @@ def test_three_in_a_row_end_the_run_before_anything_is_saved(
 
 
 def test_weights_that_an_update_broke_are_never_a_checkpoint(out, ended):
-    """A checkpoint that could only go on to NaN would be worse than none."""
+    """From such a checkpoint a run could only go on to NaN."""
 
     def break_it(optimizer):
         optimizer.param_groups[0]["params"][0].data[0] = math.inf
@@ -722,7 +720,7 @@ def test_weights_that_an_update_broke_are_never_a_checkpoint(out, ended):
 
 
 def test_held_out_prompts_that_break_end_the_run(world, out):
-    """There is no gradient to give it away: no evaluation of NaN passes for a number."""
+    """An evaluation that is not finite is not taken for a number, though no gradient tells."""
     cfg = config(world, out)
     pair, _, held_out = ready(cfg)
     pair.teacher.get_output_embeddings().weight[3] = math.nan
@@ -731,8 +729,8 @@ def test_held_out_prompts_that_break_end_the_run(world, out):
 
 
 def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, out, monkeypatch):
-    """trl#5594: if the teacher rules out a sampled token, losses stay finite, and the reward,
-    which is -inf, is null.
+    """trl#5594: if the teacher rules out a sampled token, the reward is -inf, and is written as
+    null. The loss stays finite.
     """
     pair = load_pair(f"{world}/student", f"{world}/teacher", device="cpu")
     ruled_out = torch.arange(4, 12)
@@ -746,7 +744,7 @@ def test_a_reward_that_is_not_finite_is_null_and_no_reason_to_stop(world, out, m
 
 
 def test_what_is_sampled_and_not_scored_ends_the_run_before_step_1(out, ended, monkeypatch):
-    """Case 6: training would go on, and not on-policy."""
+    """If it went on, training would not be on-policy."""
     plain = measure.rollout
 
     def off(*args, **how):
@@ -761,7 +759,7 @@ def test_what_is_sampled_and_not_scored_ends_the_run_before_step_1(out, ended, m
 
 
 def test_a_number_that_is_not_finite_becomes_null_and_keeps_its_name():
-    """Every other value stays."""
+    """Every other value stays as it is."""
     good = {"loss": 0.5, "tokens": 3, "by_position": [None], "why": "nan"}
     assert files.finite_or_null(good) == good
     bad = {"held_out": {"advantage": math.nan, "each": (1, math.inf)}, "loss": -math.inf}
@@ -773,7 +771,7 @@ def test_a_number_that_is_not_finite_becomes_null_and_keeps_its_name():
 
 
 def too_much(*_, **__):
-    """More than any machine has: the CPU's own error."""
+    """Ask for more memory than any machine has; the CPU raises its own error."""
     torch.empty(2**48, dtype=torch.uint8)
 
 
@@ -783,7 +781,7 @@ def gpu_is_full(*_, **__):
 
 @pytest.mark.parametrize("fails", [too_much, gpu_is_full])
 def test_out_of_memory_is_one_line_and_the_run_goes_on_with_less(ended, resumed, fails):
-    """Exit code 1, flags to turn, what is left; --resume may take other ones of memory."""
+    """The line names flags to change and what is left. --resume may use less memory."""
     code, said = ended([opd], "update", 4, fails)
     assert code == 1 and said.count("\n") == 1
     assert "out of memory" in said and "--micro-batch-tokens" in said and "step 2 is whole" in said
@@ -798,7 +796,7 @@ def test_out_of_memory_at_the_models_leaves_no_folder(out, ended):
 
 @pytest.mark.parametrize("error", [ValueError("max() arg is an empty sequence"), KeyError("x")])
 def test_a_fault_of_the_program_keeps_its_traceback(world, out, monkeypatch, error):
-    """Case 10: only what a user can mend is one line; the last checkpoint is whole, too."""
+    """Only what a user can mend is one line. The last checkpoint stays intact here, too."""
 
     def fault(*_):
         raise error
@@ -820,7 +818,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(world, out, monkeypatch, err
     ],
 )
 def test_each_end_has_its_exit_code_and_line(error, code, said, capsys):
-    """2: cannot work; 1: cannot go on; 128 + the signal: stopped."""
+    """The code is 2 if it cannot work, 1 if it cannot go on, 128 + the signal if it was stopped."""
     with pytest.raises(SystemExit) as stop, one_line("x.py"):
         raise error
     assert stop.value.code == code and capsys.readouterr().err == said
@@ -830,7 +828,7 @@ def test_each_end_has_its_exit_code_and_line(error, code, said, capsys):
 
 
 def test_the_same_seed_gives_the_same_files(world, whole, tmp_path):
-    """On one machine, with as many threads, to the last bit; another seed gives others."""
+    """On one machine, with as many threads, they agree to the last bit. Another seed differs."""
     opd.distil(config(world, tmp_path / "again", steps=5))
     assert outcome(tmp_path / "again") == whole
     opd.distil(config(world, tmp_path / "other", steps=5, seed=1))

@@ -38,7 +38,7 @@ def commands():
 
 
 def with_files(words, folder):
-    """The words with every file that is read made, in a folder."""
+    """The words, after making every file that they read, in a folder."""
     words = list(words)
     for i, word in enumerate(words):
         if word.endswith(".jsonl"):
@@ -61,7 +61,7 @@ def test_there_is_a_command_for_each_figure_of_the_paper():
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_parses(words, tmp_path, monkeypatch):
-    """The flags exist, have values in range and go together; only models and data are missing."""
+    """The flags exist, their values are in range, and they go together. Models are not needed."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: True)  # matplotlib
     program, *words = with_files(words, tmp_path)
     if program == "opd.py":
@@ -83,7 +83,7 @@ def test_a_run_that_a_figure_takes_from_another_is_made_there():
 
 
 def test_the_table_of_the_preset_is_the_preset():
-    """A row a flag: every value is the one that --preset paper sets, or the default behind it."""
+    """Each row has the value that --preset paper sets, or the default."""
     cfg = dataclasses.replace(Config(), **PRESETS["paper"])
     rows = re.findall(r"^\| (`--[^|]+`) \| ([^|]+) \|", PAGE, re.MULTILINE)
     told = set()
@@ -98,7 +98,7 @@ def test_the_table_of_the_preset_is_the_preset():
 
 
 def test_the_prompts_take_at_most_ten_lines_of_data():
-    """Each becomes JSON lines that load_prompts reads; datasets is not a requirement."""
+    """The code compiles and writes the files that the commands read. datasets is no requirement."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     compile(code, "figures.md", "exec")
     read = {word for words in commands() for word in words if word.endswith(".jsonl")}
@@ -146,7 +146,7 @@ SMALL = (
     "words", [words for words in commands() if words[0] == "opd.py"], ids=" ".join
 )
 def test_every_command_runs_two_steps_on_tiny_models(words, models, tmp_path):
-    """The same architectures and templates, the same flags but for sizes."""
+    """Architectures and templates are the paper's; the flags are the same but for sizes."""
     _, *words = with_files(words, tmp_path)
     family = "qwen3" if "Qwen3" in " ".join(words) else "r1"
     small = list(SMALL)

@@ -1,6 +1,6 @@
 """What a person reads of a run: lines and last words (show.py), tables and pictures (figures.py).
 
-No model; made-up runs of a few steps.
+There is no model here, only made-up runs of a few steps.
 """
 
 import json
@@ -64,7 +64,7 @@ def row(step, **other):
 
 
 def write(folder, rows, result=FINISHED, torn=""):
-    """A folder as opd.py leaves it: -> its path."""
+    """Write a folder as opd.py leaves it: -> its path."""
     folder.mkdir()
     config = {"student": "S", "teacher": "T", "objective": "top-k", "k": 16, "steps": 12}
     (folder / "config.json").write_text(json.dumps(config))
@@ -90,7 +90,7 @@ def steps(text):
 
 
 def test_numbers_of_a_step_stand_under_their_titles():
-    """Within 80 columns; what was not measured is a dash."""
+    """A line has at most 80 columns, and a dash for what was not measured."""
     titles = show.columns().splitlines()[-1]
     line = show.line(row(3, overlap_token_advantage=None))
     assert len(line) == len(titles) <= 80
@@ -100,7 +100,7 @@ def test_numbers_of_a_step_stand_under_their_titles():
 
 
 def test_the_last_lines_say_what_changed_and_of_how_many_prompts():
-    """Two prompts are told from two hundred."""
+    """The reader can tell two prompts from two hundred."""
     lines = show.summary(FINISHED).splitlines()
     assert lines[0] == (
         "accuracy       0.250 +- 0.020 -> 0.750 +- ?, teacher 0.875 +- 0.010; "
@@ -165,7 +165,7 @@ def test_a_mismatch_is_told_from_rounding():
 
 
 def test_a_finished_run_is_a_table_and_what_came_of_it(success, capsys):
-    """First and last step, the evaluated one, about ten others; then the accuracies."""
+    """It has the first step, the last, the evaluated one and about ten others; then accuracies."""
     figures.runs([success])
     text = capsys.readouterr().out
     assert {1, 4, 40} <= set(steps(text)) and len(steps(text)) <= 11
@@ -191,7 +191,7 @@ def test_a_run_that_was_killed_shows_what_is_whole(tmp_path, torn, capsys):
 
 
 def test_what_is_no_run_is_refused_by_name(tmp_path):
-    """A broken line that no kill explains; a folder without a run; nothing to draw yet."""
+    """So are a broken line that no kill explains, a folder without a run, a run without a step."""
     broken = write(tmp_path / "broken", [row(1)], torn="{torn\n" + json.dumps(row(2)) + "\n")
     with pytest.raises(UserError, match=r"broken/metrics\.jsonl:2 is not JSON"):
         figures.runs([broken])
@@ -203,7 +203,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
 
 
 def test_the_means_by_position_are_a_table_too(success, capsys, tmp_path, monkeypatch):
-    """Four metrics, a column for each bucket under its first position."""
+    """The table has four metrics, and a column for each bucket under its first position."""
     monkeypatch.setattr(figures, "draw_positions", lambda *_: None)
     figures.runs([success], positions=tmp_path / "out.svg")
     lines = capsys.readouterr().out.split("by output position\n")[1].splitlines()
@@ -222,7 +222,7 @@ def test_the_means_by_position_are_a_table_too(success, capsys, tmp_path, monkey
 
 
 def test_a_running_mean_keeps_the_first_value_and_what_is_constant():
-    """Where a loss starts is a finding (4.1): smoothing leaves it; by hand in between."""
+    """Where a loss starts is a finding (4.1), so smoothing does not move it."""
     assert figures.smooth([4.0, 1.0, 1.0, 7.0], 3) == [4.0, 2.0, 3.0, 4.0]
     assert figures.smooth([2.0] * 9, 5) == [2.0] * 9
     assert figures.smooth([], 5) == []
@@ -231,7 +231,7 @@ def test_a_running_mean_keeps_the_first_value_and_what_is_constant():
 
 @pytest.mark.filterwarnings("error")
 def test_pictures_name_their_axes_and_runs_and_are_the_same_twice(success, tmp_path):
-    """Figures 6 and 13 as text in the .svg: titles, units, names; no date, no random id."""
+    """The .svg has titles, units and names as text, and neither a date nor a random id."""
     pytest.importorskip("matplotlib")
     rows = [row(step, overlap_token_advantage=None) for step in (1, 2)]
     gaps = write(tmp_path / "gaps $1", rows, result=None)
@@ -254,7 +254,7 @@ def test_pictures_name_their_axes_and_runs_and_are_the_same_twice(success, tmp_p
 
 @pytest.mark.parametrize("values", [(-0.1, 0.2), (0.5, 0.6), (0.001, 1.0), (0.0, 3.0)])
 def test_no_value_lies_outside_its_panel(values):
-    """Whatever the scale; from 0 if nothing is negative; a logarithmic axis spans a decade."""
+    """An axis is logarithmic if its values span a decade, else it begins at 0 or below."""
     pytest.importorskip("matplotlib")
     plt = figures.pyplot()
     figure, axes = plt.subplots()
@@ -272,7 +272,7 @@ def test_no_value_lies_outside_its_panel(values):
     "strange", [dict(overlap_token_advantage=None, loss=-0.1), dict(loss=0.0, entropy_gap=0.0)]
 )
 def test_a_strange_run_is_drawn_all_the_same(tmp_path, strange):
-    """No shared token and a sampled loss below 0; a student that is its own teacher; one step."""
+    """It may share no token, have a loss below 0, be its own teacher, or have one step."""
     pytest.importorskip("matplotlib")
     path = write(tmp_path / "run", [row(1, **strange)], result=None)
     figures.runs([path], tmp_path / "out.svg", tmp_path / "positions.svg")
@@ -280,7 +280,7 @@ def test_a_strange_run_is_drawn_all_the_same(tmp_path, strange):
 
 
 def test_a_map_is_empty_where_no_response_came():
-    """NaN, which is drawn grey; the colours of the reward are even about 0."""
+    """There stands NaN, which is drawn grey. The colours of the reward are symmetric about 0."""
     rows = [row(1), row(2)]
     one, two = figures.heat(rows, "reward")
     assert one[0] == 0.5 and one[1] != one[1] and two == [0.5, 0.25]

@@ -1,6 +1,6 @@
-"""Files and answers come from elsewhere: whatever stands in them, only UserError comes out, soon.
+"""Files and answers come from elsewhere. Whatever stands in them, they are read soon, or refused.
 
-Two thousand lines and as many answers in the slow part, a few of them in the fast one.
+The slow part tries two thousand lines and as many answers, the fast part a few of them.
 """
 
 import json
@@ -55,7 +55,7 @@ ROW = st.fixed_dictionaries(
 
 @st.composite
 def lines(draw):
-    """Bytes of one line: good JSON, JSON of nearly the right shape, or anything; a byte changed."""
+    """The bytes of a line: good JSON, JSON of nearly the right shape, or anything."""
     of_json = (GOOD | CHAT | ROW | JSON).map(lambda value: json.dumps(value).encode())
     line = draw(of_json | st.binary(max_size=40))
     if draw(st.booleans()):
@@ -66,7 +66,7 @@ def lines(draw):
 
 @few_and_many
 def test_any_bytes_are_prompts_or_one_line_of_ours(count, tmp_path):
-    """What is read can be used; what is not is a UserError of one line that names the file."""
+    """What is read can be used. Everything else is a UserError of one line that names the file."""
     path = tmp_path / "prompts.jsonl"
     read = []
 
@@ -110,7 +110,7 @@ TEXT = st.lists(PIECE | st.text(max_size=4), max_size=12).map("".join)
 
 @few_and_many
 def test_any_text_has_an_answer_or_none(count):
-    """No exception; an answer equals itself, in both orders; a number equals its value alone."""
+    """Nothing raises. An answer equals itself, and a number equals only its value."""
 
     @fuzzed(count, TEXT, TEXT)
     def run(said, want):
@@ -132,7 +132,7 @@ def test_any_text_has_an_answer_or_none(count):
     "part", [*MARKS.split(), "1 ", "1,", ", ", "1/", "# ", "answer ", "\\text"]
 )
 def test_a_hundred_thousand_characters_take_no_time(part):
-    """A model that has gone wild repeats itself: each rule goes over a text once."""
+    """A broken model may repeat itself for long, so each rule goes over a text once."""
     text = part * (100_000 // len(part))
     started = time.perf_counter()
     for x in (text + "!", "Answer: 1" + text, "\\boxed{" + text + "}"):

@@ -1,8 +1,8 @@
-"""What a GPU shows; and, on a CUDA build of torch, what can be shown of a GPU without one.
+"""What only a GPU can show, and what a CUDA build of torch can show without one.
 
-The first half runs forward passes on fake `cuda` tensors: they have shapes and devices and no
-numbers. A mix of devices, and a read by the host, are errors there. A CPU build of torch cannot
-index such tensors, so it skips them. The second half needs a GPU: bash experiments/gpu.sh.
+The first half runs forward passes on fake `cuda` tensors: they have shapes and devices, but no
+numbers. A mix of devices, or a read by the host, is an error there. A CPU build of torch cannot
+index such tensors, so it skips these tests. The second half needs a GPU: bash experiments/gpu.sh.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"
 
 @contextlib.contextmanager
 def fake_gpu(dtype):
-    """Fake tensors, no gradients, and autocast, which torch.autocast turns off without a GPU."""
+    """Fake tensors without gradients, and autocast: torch.autocast turns it off without a GPU."""
     with FakeTensorMode(), torch.no_grad():
         torch.set_autocast_enabled("cuda", dtype != torch.float32)
         torch.set_autocast_dtype("cuda", dtype)
@@ -98,7 +98,7 @@ class Strict(TorchDispatchMode):
 
 @a_cuda_build
 def test_fake_tensors_refuse_a_mix_of_devices_and_a_read():
-    """What the tests below rely on."""
+    """The tests below rely on this."""
     real = model_of("llama")
     with fake_gpu(torch.bfloat16):
         model = fake(real)
@@ -114,7 +114,7 @@ def test_fake_tensors_refuse_a_mix_of_devices_and_a_read():
 @each_model
 @each_dtype
 def test_prompts_are_read_and_tokens_written_without_a_read_by_the_host(monkeypatch, name, dtype):
-    """Prefill, and the step that is captured, with merged ends: until the next look at the ends."""
+    """Neither reading the prompts nor a step that is captured needs a number on the CPU."""
     monkeypatch.setattr(Static, "look_every", 100)
     real = model_of(name)
     with fake_gpu(dtype):
@@ -155,7 +155,7 @@ def objectives():
 @each_dtype
 @pytest.mark.parametrize("merged", [False, True])
 def test_every_loss_and_every_diagnostic_stays_on_the_gpu(name, dtype, merged):
-    """From both models' hidden states, in chunks; nothing is read by the host."""
+    """From hidden states, in chunks, they are computed without a read by the host."""
 
     def everything(log_p, log_q, y):
         values = {name: objective(log_p, log_q, y) for name, objective in objectives().items()}
@@ -201,7 +201,7 @@ def paired(name, dtype):
     "dtype, most", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)], ids=["float32", "bfloat16"]
 )
 def test_what_is_sampled_is_what_is_scored(name, dtype, most):
-    """Written by graphs, read whole: equal but for rounding, also after the weights changed."""
+    """Written by graphs and scored by a forward pass, it differs by rounding, also in step 2."""
     pair = paired(name, dtype)
     for step in range(2):
         with pair.autocast():
@@ -221,7 +221,7 @@ def test_what_is_sampled_is_what_is_scored(name, dtype, most):
 @each_model
 @pytest.mark.parametrize("in_flight", [None, 6])
 def test_graphs_write_what_launches_write(name, in_flight, monkeypatch, recwarn):
-    """Greedy and sampled, in float64: the tokens are those of Slots and of the plain loop."""
+    """In float64 the tokens are those of Slots and of the plain loop, greedily and sampled."""
     captured = []
     capture = Captured.capture
 
@@ -255,7 +255,7 @@ def graphs(model):
 @pytest.mark.gpu
 @each_model
 def test_the_host_waits_only_if_it_looks_who_has_ended(name, monkeypatch):
-    """Between two looks nothing makes the CPU wait, but for reading prompts and capturing."""
+    """Between two looks nothing makes the CPU wait, except reading prompts and capturing."""
 
     def may_wait(method):
         def wrapped(*args):
@@ -291,7 +291,7 @@ def test_the_host_waits_only_if_it_looks_who_has_ended(name, monkeypatch):
 
 @pytest.mark.gpu
 def test_the_memory_of_the_loss_does_not_grow_with_the_positions():
-    """But for hidden states, their gradient, and what is returned, a few numbers a position."""
+    """It grows only by hidden states, their gradient, and a few numbers a position."""
     V = 50_000
     H = 64
     student_head = torch.nn.Linear(H, V, bias=False, device="cuda")
@@ -327,8 +327,8 @@ def test_the_memory_of_the_loss_does_not_grow_with_the_positions():
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_toy_recovers_on_a_gpu(tmp_path_factory, dtype):
-    """The toy preset with --device cuda: at least .8 of the gap to the teacher is recovered, and
-    the student learns what it did not believe: greedily it ends at .85 of the teacher's or more."""
+    """With --device cuda the toy preset recovers .8 or more of the gap. The student learns new
+    sums: greedily it ends at .85 of the teacher's accuracy or more."""
     world = tmp_path_factory.getbasetemp() / "toy"
     if not (world / "teacher" / "config.json").exists():
         subprocess.run([sys.executable, "experiments/toy.py", "--out", world], cwd=ROOT, check=True)

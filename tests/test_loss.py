@@ -1,7 +1,7 @@
 """Laws of loss.py: Eq. 1 to 5, the released loss, forward KL, supports, evaluation in chunks.
 
-Oracles enumerate a small vocabulary in float64. Gradients are those of the logits, unless a test
-says otherwise. For "fact 1" and names like trl#5594 see README.md beside this file.
+The expected values come from enumerating a small vocabulary in float64. Gradients are those of the
+logits, unless a test says otherwise. README.md beside this file explains names like trl#5594.
 """
 
 import copy
@@ -78,7 +78,7 @@ def with_grad(f, z):
 
 
 def agree(z, f, g):
-    """f and g are one function of log p, in value and gradient."""
+    """Check that f and g are one function of log p, in value and gradient."""
     exact(with_grad(f, z), with_grad(g, z))
 
 
@@ -120,7 +120,7 @@ def generalised_kl(log_p, log_q, S):
 
 
 def bucketed(log_p, log_q, S):
-    """KL(p || q) if all tokens outside of S count as one."""
+    """KL(p || q) if all tokens outside S count as one."""
     p = 1 - mass(log_p, S)
     q = 1 - mass(log_q, S)
     return truncated_kl(log_p, log_q, S) + p * (p / q).log()
@@ -159,7 +159,7 @@ def test_the_gradient_of_eq_1_is_the_fixed_prefix_gradient_plus_the_future_term(
 
 @given(pairs())
 def test_sampled_token_in_expectation_and_full_vocab_are_the_kl(pair):
-    """Eq. 3 and 4, fact 1: over y ~ p, value and gradient of Eq. 3 are those of KL(p || q)."""
+    """Eq. 3 and 4: over y ~ p, value and gradient of Eq. 3 are those of KL(p || q)."""
     z, log_q = pair
     kl = with_grad(lambda log_p: reverse_kl(log_p, log_q), z)
     exact(with_grad(lambda log_p: full_vocab(log_p, log_q), z), kl)
@@ -168,10 +168,11 @@ def test_sampled_token_in_expectation_and_full_vocab_are_the_kl(pair):
 
 @given(pairs(), st.sampled_from([1, 30]))
 def test_each_logit_moves_as_the_teacher_says(pair, scale):
-    """By log q - log p of the drawn token; for the full KL by that of its own, against the mean.
+    """The sampled loss moves it by log q - log p of the drawn token. The full KL moves it by its
+    own log q - log p, compared with the mean.
 
-    MiniLLM: a gradient through the advantage has mean zero; no expectation shows it, and it is
-    noise. OPSD#2, OPSD#24, trl#5990: log-ratios that are clipped turn some of them round.
+    MiniLLM: a gradient through the advantage has mean zero, so no expectation shows it, but it is
+    noise. OPSD#2, OPSD#24, trl#5990: clipping log-ratios turns some logits the wrong way.
     """
     z = scale * pair[0]
     log_p = z.log_softmax(-1)
@@ -187,7 +188,8 @@ def test_each_logit_moves_as_the_teacher_says(pair, scale):
 
 @given(pairs())
 def test_back_propagating_an_estimator_descends_another_divergence(pair):
-    """Fact 3, verl's default yaml: k1 descends nothing, k2 the reverse KL, k3 the forward KL."""
+    """With d = log p(y) - log q(y), k1 = d descends nothing, k2 = d^2 / 2 the reverse KL, and
+    k3 = exp(-d) - 1 + d, verl's default, the forward KL."""
     z, log_q = pair
 
     def mean_gradient(f):
@@ -202,9 +204,9 @@ def test_back_propagating_an_estimator_descends_another_divergence(pair):
 
 @given(pairs(), st.integers(1, 5))
 def test_a_top_k_kl_as_the_advantage_of_the_sampled_token_has_no_signal(pair, k):
-    """One number a position, whatever was drawn, is a baseline: zero mean gradient.
+    """It is one number a position, whatever was drawn: a baseline, with zero mean gradient.
 
-    Fact 2, miles#2362, miles#2352, miles#2410, ms-swift#10079.
+    miles#2362, miles#2352, miles#2410, ms-swift#10079.
     """
     z, log_q = pair
     advantage = top_k(z.log_softmax(-1), log_q, k)
@@ -219,7 +221,7 @@ def test_a_top_k_kl_as_the_advantage_of_the_sampled_token_has_no_signal(pair, k)
 @pytest.mark.parametrize("support", [s for s in SUPPORTS if s != "difference"])
 @given(pair=pairs())
 def test_all_variants_coincide_at_k_equal_to_the_vocabulary(top_k_loss, support, pair):
-    """Fact 6. The teacher's support makes no forward KL of it, either (Rethinking-OPD#21)."""
+    """So the teacher's support does not make it a forward KL (Rethinking-OPD#21)."""
     z, log_q = pair
     all_of_it = functools.partial(top_k_loss, log_q=log_q, k=z.size(-1), support=support)
     agree(z, all_of_it, lambda log_p: full_vocab(log_p, log_q))
@@ -227,7 +229,7 @@ def test_all_variants_coincide_at_k_equal_to_the_vocabulary(top_k_loss, support,
 
 @given(pairs())
 def test_top_k_is_nothing_at_k_1_but_released_is_something(pair):
-    """A renormalised set of one token is certain on both sides (fact 6, Rethinking-OPD#15)."""
+    """On one token both renormalised distributions are 1 (Rethinking-OPD#15)."""
     z, log_q = pair
     agree(z, lambda log_p: top_k(log_p, log_q, 1), lambda log_p: 0 * log_p.sum(-1))
     value, gradient = with_grad(lambda log_p: top_k_released(log_p, log_q, 1), z)
@@ -237,7 +239,7 @@ def test_top_k_is_nothing_at_k_1_but_released_is_something(pair):
 
 @given(pairs(), st.integers(1, 5))
 def test_released_gradient_is_that_of_the_generalised_kl_over_the_mass(pair, k):
-    """Fact 5, Rethinking-OPD#19: weights renormalised, log-ratio not. The mass is constant."""
+    """Rethinking-OPD#19: its weights are renormalised, its log-ratio is not."""
     z, log_q = pair
     S = z.topk(k).indices
     mass_p = mass(z.log_softmax(-1), S)
@@ -248,7 +250,7 @@ def test_released_gradient_is_that_of_the_generalised_kl_over_the_mass(pair, k):
 
 @pytest.mark.parametrize("tail", [0.01, 0.03, 0.1])
 def test_the_released_gradient_is_nearly_eq_5s_if_the_set_holds_nearly_all(tail):
-    """Fact 5, Rethinking-OPD#5: it is off by less than the mass outside (4.1: .01 to .03)."""
+    """Rethinking-OPD#5: it is off by less than the mass outside the set (4.1: .01 to .03)."""
     z, log_q = seeded(2, 200, 100)
     for x in (z, log_q):  # sixteen tokens share 1 - tail
         x[:, :16] = x[:, :16].softmax(-1) * (1 - tail)
@@ -262,10 +264,10 @@ def test_the_released_gradient_is_nearly_eq_5s_if_the_set_holds_nearly_all(tail)
 
 @given(pairs(), st.integers(1, 4))
 def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
-    """Why nothing here sums p log(p/q) over a set as it is (fact 4, verl#5041).
+    """Nothing here sums p log(p/q) over a set without a correction (verl#5041).
 
-    Its gradient has that of the mass as an extra term, at p = q as well. Generalised and bucketed
-    sums rest there, and are never negative.
+    The gradient of such a sum has that of the mass as an extra term, even at p = q. The generalised
+    KL, and the one with a bucket for the rest, have no gradient there and are never negative.
     """
     z, log_q = pair
     S = z.topk(k).indices
@@ -283,8 +285,8 @@ def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
 
 
 def test_a_value_below_zero_is_not_clamped_and_teaches():
-    """If the teacher puts more on the set the value is negative; a clamp would end all learning
-    there (verl#7855, verl#7856)."""
+    """If the teacher puts more on the set, the value is negative, and a clamp would end all
+    learning there (verl#7855, verl#7856)."""
     z = torch.tensor([[0.3, 0.29, 0.21, 0.2]]).log()
     log_q = torch.tensor([[0.45, 0.45, 0.05, 0.05]]).log()
     for f in (
@@ -335,11 +337,11 @@ def a_token_at_a_time(log_p, log_q, k, support, released):
 @each_support
 @given(pair=pairs(), k=st.integers(1, 5))
 def test_every_support_against_python_sets(top_k_loss, support, pair, k):
-    """Value and gradient are those of a loop over sets, a token at a time; Eq. 5 is >= 0.
+    """Value and gradient are those of a loop over sets, a token at a time, and Eq. 5 is >= 0.
 
-    Released on the difference weighs with p as it is, as the authors' Non-Overlap arm does.
-    ms-swift#9644: a server granted 20 tokens in silence; each of the set counts here, once.
-    OPSD#2: clipped entries made a KL negative. NeMo-RL pins one at -490.5.
+    On the difference the released loss weighs with p itself, as the authors' Non-Overlap arm does.
+    ms-swift#9644: a server silently grants 20 tokens at most; here each token of the set counts
+    once. OPSD#2: clipped entries make a KL negative. NeMo-RL: a test expects a KL of -490.5.
     """
     z, log_q = pair
     released = top_k_loss is top_k_released
@@ -357,7 +359,7 @@ def test_every_support_against_python_sets(top_k_loss, support, pair, k):
 
 @each_top_k
 def test_an_impossible_support_or_k_is_refused(top_k_loss):
-    """The message repeats the value. By default it is the student's sixteen likeliest."""
+    """The message names the value. The default is the student's sixteen likeliest tokens."""
     log_p, log_q = seeded(2, 5, 40).log_softmax(-1)
     assert torch.equal(top_k_loss(log_p, log_q), top_k_loss(log_p, log_q, 16, "student"))
     with pytest.raises(ValueError, match="support='both' is none of student, teacher"):
@@ -370,7 +372,7 @@ def test_an_impossible_support_or_k_is_refused(top_k_loss):
 @each_top_k
 @pytest.mark.parametrize("support", ["intersection", "difference"])
 def test_an_empty_support_gives_zero_with_zero_gradient(top_k_loss, support):
-    """Sets that share nothing, or everything: no token is left, and there is no 0/0."""
+    """If the two sets share nothing, or everything, no token is left, and there is no 0/0."""
     z = torch.arange(6.0).repeat(2, 1)
     teachers = {"intersection": -z, "difference": z.where(z < 4, 9.0)}
     log_q = teachers[support].log_softmax(-1)
@@ -384,7 +386,7 @@ def test_an_empty_support_gives_zero_with_zero_gradient(top_k_loss, support):
 @each_objective
 @given(pair=pairs())
 def test_student_equal_to_teacher_is_a_fixed_point(objective, pair):
-    """Zero loss and zero gradient at p = q, whatever token was drawn."""
+    """At p = q loss and gradient are 0, whatever token was drawn."""
     z = pair[0]
     log_q = z.log_softmax(-1)
     agree(z, lambda log_p: objective(log_p, log_q, Y), lambda log_p: 0 * log_p.sum(-1))
@@ -392,9 +394,9 @@ def test_student_equal_to_teacher_is_a_fixed_point(objective, pair):
 
 @each_objective
 def test_the_teacher_side_never_receives_a_gradient_nor_the_inputs_another_value(objective):
-    """Whatever log q was made from.
+    """Nothing flows back through log q, whatever it was made from.
 
-    torchforge#527; ms-swift's _align_vocab copies student logits, gradient and all, into columns
+    torchforge#527; ms-swift's _align_vocab copies student logits, with their gradient, into columns
     that the teacher lacks.
     """
     z, log_q = a_pair()
@@ -409,8 +411,8 @@ def test_the_teacher_side_never_receives_a_gradient_nor_the_inputs_another_value
 
 @each_objective
 def test_the_teacher_matters(objective):
-    """Another teacher, another gradient (ms-swift#6857: fine-tuning on one's own samples;
-    torchforge#527: without a detach the teacher's term had dropped out)."""
+    """Another teacher gives another gradient (ms-swift#6857: fine-tuning on the student's own
+    samples; torchforge#527: without a detach the teacher's term drops out)."""
     z, log_q = a_pair()
     one = with_grad(lambda log_p: objective(log_p, log_q, Y), z)[1]
     other = with_grad(lambda log_p: objective(log_p, log_q.flip(-1), Y), z)[1]
@@ -420,7 +422,7 @@ def test_the_teacher_matters(objective):
 @each_objective
 @given(pair=pairs())
 def test_neither_order_nor_padding_changes_anything(objective, pair):
-    """Positions are on their own, a token is a name, and one that both rule out has no weight."""
+    """Positions do not mix, ids are only names, and a token that both rule out has no weight."""
     z, log_q = pair
     value, gradient = with_grad(lambda log_p: objective(log_p, log_q, Y), z)
     other = with_grad(lambda log_p: objective(log_p, log_q.flip(0), Y.flip(0)), z.flip(0))
@@ -435,7 +437,7 @@ def test_neither_order_nor_padding_changes_anything(objective, pair):
 
 @each_objective
 def test_any_upstream_gradient_reaches_each_position_as_if_it_stood_alone(objective):
-    """Liger#968, Liger#678, Liger#1298: unreduced losses under random weights."""
+    """Liger#968, Liger#678, Liger#1298: losses that are not reduced, under random weights."""
     z, log_q = a_pair()
     weight = seeded(4, seed=1)
     ours = with_grad(lambda log_p: weight * objective(log_p, log_q, Y), z)[1]
@@ -457,9 +459,9 @@ def extreme_logits(seed):
 @pytest.mark.parametrize("temperature", [1.0, 0.05])
 @each_objective
 def test_extreme_logits_give_finite_losses_and_gradients(objective, temperature, dtype):
-    """-inf on either side or on both, at drawn tokens, too; 100 / .05 is 2,000 nats.
+    """-inf may stand on either side or on both, also at the drawn token; 100 / .05 is 2,000 nats.
 
-    trl#5594. Soup#719: a divergence of probabilities is finite, with a gradient of NaN.
+    trl#5594. Soup#719: a divergence of probabilities is finite, but its gradient is NaN.
     """
     z = extreme_logits(seed=0).to(dtype).requires_grad_()
     log_q = log_softmax(extreme_logits(seed=1).to(dtype), temperature)
@@ -486,7 +488,7 @@ def test_forward_kl_is_the_kl_from_teacher_to_student(pair):
 
 @pytest.mark.parametrize("divergence", [full_vocab, top_k, top_k_released, forward_kl])
 def test_reverse_kl_picks_a_mode_and_forward_kl_covers_both(divergence):
-    """One bell fitted to a teacher of two: ours settle on one, forward KL spreads over both.
+    """One bell is fitted to a teacher with two: our losses settle on one, forward KL covers both.
 
     OPSD#14, GLM-5#34, slime#2254: which KL is it?
     """
@@ -596,11 +598,11 @@ default_loss = loss_of(lambda log_p, log_q, y: top_k(log_p, log_q))
 @pytest.mark.parametrize("N, chunk", [(11, 1), (11, 3), (11, 11), (11, None), (0, None), (1, 9)])
 @each_objective
 def test_in_chunks_is_plain_autograd(objective, N, chunk):
-    """Values and gradients, whatever the chunk and the upstream gradient.
+    """Values and gradients agree, whatever the chunk and the upstream gradient.
 
     trl#5731: a fast path with another loss and temperature. trl#6526: no temperature in the
     chunked loss. Liger#330, Liger#974: positions that do not count must get no gradient.
-    LMOps#38: a share without a response token has zero gradients, and there is no 0/0.
+    LMOps#38: a process without a response token has zero gradients, and there is no 0/0.
     """
     inputs = positions(N, temperature=0.7)
     how = {"chunk": chunk} if chunk else {}
@@ -614,9 +616,9 @@ def test_in_chunks_is_plain_autograd(objective, N, chunk):
 @pytest.mark.parametrize("per_position", [full, union], ids=["full", "union"])
 @each_kind
 def test_any_head_learns_in_chunks_what_it_learns_eagerly(kind, per_position):
-    """A head is called, not read (one that was read as a single weight was 41 % off).
+    """A head is called, and its weight is not read: there may be more to it.
 
-    What is frozen stays without a gradient.
+    What is frozen gets no gradient.
     """
     inputs = positions(kind=kind)
     ours = learned(in_chunks, per_position, inputs, chunk=4)
@@ -627,7 +629,7 @@ def test_any_head_learns_in_chunks_what_it_learns_eagerly(kind, per_position):
 
 @pytest.mark.parametrize("chunk", [4, 128])
 def test_in_chunks_works_without_a_teacher(chunk):
-    """Supervised fine-tuning, for example: log_q is None."""
+    """Then log_q is None, as in supervised fine-tuning."""
     inputs = {**positions(), "h_q": None, "log_q_of": None}
 
     def per_position(log_p, log_q, y):
@@ -640,14 +642,14 @@ def test_in_chunks_works_without_a_teacher(chunk):
 
 @each_objective
 def test_without_a_teacher_a_divergence_is_an_error(objective):
-    """verl#7769, verl#5592, tinker#103, trl#5765: what is missing is no distance of 0."""
+    """verl#7769, verl#5592, tinker#103, trl#5765: what is missing is not a distance of 0."""
     with pytest.raises((AttributeError, TypeError)):
         in_chunks(loss_of(objective), **{**positions(), "h_q": None})
 
 
 @pytest.mark.parametrize("name", ["h_p", "h_q", "y"])
 def test_states_and_tokens_go_in_pairs(name):
-    """A y that was too short went unnoticed by a loss that does not look at it."""
+    """A y that is too short would go unnoticed by a loss that does not look at it."""
     inputs = positions()
     inputs[name] = inputs[name][1:]
     with pytest.raises(ValueError, match="has 1[01] positions, y has 1[01]"):
@@ -686,7 +688,7 @@ def test_a_gradient_goes_only_where_it_is_asked_for(frozen):
 
 
 def test_in_chunks_gives_the_teacher_no_gradient():
-    """Not even if states and head ask for one and the loss forgets to detach."""
+    """It gets none even if states and head ask for one, and the loss does not detach."""
     inputs = positions()
     inputs["h_q"].requires_grad_()
     learned(in_chunks, loss_of(lambda log_p, log_q, y: reverse_kl(log_p, log_q)), inputs, chunk=4)
@@ -711,7 +713,7 @@ def test_bf16_states_are_scored_in_float32(objective):
 
 @pytest.mark.parametrize("kind", ["linear", "soft-capped", "low-rank", "shared"])
 def test_a_float32_head_learns_from_states_of_16_bits(kind):
-    """Gradients are the eager ones but for some roundings to 8 bits, each in the dtype of its own.
+    """Gradients are the eager ones but for some roundings to 8 bits, each in its own dtype.
 
     "shared" is self-distillation: the teacher reads the same head without a gradient. Autocast
     keeps the weight that it has cast, and must not keep one that has no gradient.
@@ -750,8 +752,8 @@ def test_everything_is_made_on_the_device_of_the_states(objective):
 def peak_bytes(f):
     """The most that f held at once beyond what was there before it.
 
-    Counted from every allocation and release: what the process keeps resident is the allocator's
-    affair.
+    Every allocation and release is counted. What the process keeps resident depends on its
+    allocator.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         f()
@@ -762,7 +764,7 @@ def peak_bytes(f):
 
 
 def test_peak_memory_is_a_sixth_of_eager():
-    """Eager autograd holds N x V several times over, chunks do not hold it once.
+    """Eager autograd holds N x V numbers several times over, chunks do not hold them once.
 
     DistillKit#4, ms-swift#7295, verl#6593: out of memory at the logits.
     """
@@ -778,7 +780,7 @@ def test_peak_memory_is_a_sixth_of_eager():
 def test_memory_does_not_grow_with_the_number_of_positions(kind):
     """Four times the positions cost nothing but their states, gradients and values.
 
-    NeMo#3272, NeMo#3314, NeMo#3495, NeMo#4222, Soup#722: a loop over chunks without
+    NeMo-RL#3272, NeMo-RL#3314, NeMo-RL#3495, NeMo-RL#4222, Soup#722: a loop over chunks without
     checkpointing bounds nothing. Logits would be 4.6 MB.
     """
     peaks = []
@@ -790,7 +792,7 @@ def test_memory_does_not_grow_with_the_number_of_positions(kind):
 
 
 def test_the_gradients_of_the_head_do_not_pile_up():
-    """However many chunks, at most three of (V, H) exist: a chunk's, those before, the sum."""
+    """At most three tensors of (V, H) exist: a chunk's, those before it, the sum."""
     peaks = []
     for N in (3, 12):
         inputs = positions(N=N, V=4000, H=64)

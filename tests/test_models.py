@@ -1,7 +1,8 @@
 """Laws of plumbing/models.py: what is loaded is what was saved, and a model that would be trained
 on something else than it wrote is refused before the first step.
 
-Files and flags that cannot work: test_bad_input.py. All architectures: test_architectures.py.
+Files and flags that cannot work are in test_bad_input.py, all architectures in
+test_architectures.py.
 """
 
 import json
@@ -54,7 +55,7 @@ def change(folder, **values):
 
 
 def test_a_loaded_model_says_what_the_saved_one_said_in_eval_mode(tmp_path):
-    """Dropout would make what is sampled and what is scored differ."""
+    """In training mode dropout would make what is sampled and what is scored differ."""
     saved = tiny("gpt2", vocab_size=len(WORDS))
     save(tmp_path, saved, tokenizer=False)
     loaded = load(tmp_path)
@@ -65,7 +66,7 @@ def test_a_loaded_model_says_what_the_saved_one_said_in_eval_mode(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_pair_has_a_student_in_float32_and_a_frozen_teacher(world, dtype):
-    """bfloat16 loses small updates. The settings of the flags are those of the Pair."""
+    """bfloat16 would lose small updates. The Pair has the settings of the flags."""
     pair = load_pair(
         f"{world}/student",
         f"{world}/teacher",
@@ -86,7 +87,7 @@ def test_a_pair_has_a_student_in_float32_and_a_frozen_teacher(world, dtype):
 
 
 def test_as_many_tokens_go_into_a_micro_batch_as_256_mib_hold():
-    """17 values a layer and hidden unit, 4 bytes each; checkpointed layers keep one."""
+    """A token takes 17 values of 4 bytes a layer and hidden unit, or one if checkpointed."""
     model = tiny("llama", hidden=32, layers=2)
     whole = models.activations(model, torch.device("cpu"), 4)
     assert whole == 2**29 // (17 * 2 * 32 * 4)
@@ -96,13 +97,13 @@ def test_as_many_tokens_go_into_a_micro_batch_as_256_mib_hold():
 
 
 def test_a_model_of_four_tokens_is_a_model(tmp_path):
-    """The probe takes ids that the model has."""
+    """The probe uses only ids that the model has."""
     save(tmp_path, tiny("llama", vocab_size=4), tokenizer=False)
     assert load(tmp_path).config.vocab_size == 4
 
 
 def test_a_hub_is_asked_for_safetensors_and_no_code(world, monkeypatch):
-    """A directory is looked at before; only transformers knows what a name on the hub holds."""
+    """A directory is looked at first; what a name on the hub holds only transformers knows."""
     plain = models.AutoModelForCausalLM.from_pretrained
     calls = []
 
@@ -121,8 +122,8 @@ def test_a_hub_is_asked_for_safetensors_and_no_code(world, monkeypatch):
 
 @pytest.mark.parametrize("layers, biases", [(2, True), (4, False)])
 def test_a_weight_without_a_place_is_refused(tmp_path, layers, biases):
-    """Case 1, LlamaFactory#3721, transformers#44031: config.json of 2 layers and no biases, weights
-    of 4 layers or with biases. The rest was dropped in silence, and logits were 6.5 off."""
+    """LlamaFactory#3721, transformers#44031: config.json has 2 layers and no biases, the file has
+    weights of 4 layers, or biases. transformers drops the rest in silence."""
     config = tiny("llama", layers=layers).config
     config.attention_bias = biases
     save(tmp_path, LlamaForCausalLM(config), tokenizer=False)
@@ -136,7 +137,7 @@ def test_a_weight_without_a_place_is_refused(tmp_path, layers, biases):
 
 
 def test_a_missing_weight_and_one_of_another_shape_are_refused(tmp_path):
-    """transformers would make them up at random."""
+    """transformers would fill them with random numbers."""
     save(tmp_path / "more", tiny("llama", layers=2), tokenizer=False)
     change(tmp_path / "more", num_hidden_layers=3)
     with pytest.raises(UserError, match=r"layers.2.* \(9 such in all\) is missing, or has another"):
@@ -148,8 +149,8 @@ def test_a_missing_weight_and_one_of_another_shape_are_refused(tmp_path):
 
 
 def test_what_transformers_says_of_a_checkpoint_is_shown(tmp_path, caplog):
-    """Case 1: a tokenizer of Mistral, saved by an old version, splits text wrongly. transformers
-    says so while it loads, and nobody heard it."""
+    """A tokenizer of Mistral, saved by an old version, splits text wrongly. transformers says so
+    while it loads, and the user hears it."""
     words = [*WORDS, *(f"w{i}" for i in range(100_000))]  # as large as Mistral's
     word_tokenizer(words).save_pretrained(tmp_path)
     config = {"model_type": "mistral", "transformers_version": "4.56.0"}
@@ -161,7 +162,7 @@ def test_what_transformers_says_of_a_checkpoint_is_shown(tmp_path, caplog):
 
 
 def test_a_refused_checkpoint_is_one_line(tmp_path, caplog):
-    """Without the table that transformers prints of the same weights."""
+    """The table that transformers prints of the same weights is left out."""
     save(tmp_path, tiny("llama"), tokenizer=False)
     change(tmp_path, num_hidden_layers=1)
     with one_line("test"), pytest.raises(UserError):
@@ -182,8 +183,8 @@ def test_a_quantised_student_is_refused_before_it_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("path", ["studnet", "./studnet", "a/b/c", "here/studnet", "/no/where"])
 def test_a_path_that_is_not_there_is_said_at_once(path, tmp_path, monkeypatch):
-    """Case 19: a typo was looked for on the hub for 54 seconds. A bare name is a directory only. If
-    OWNER is a folder here, a folder is meant."""
+    """A typo is not looked for on the hub. A bare name is a directory only, and so is OWNER/NAME if
+    OWNER is a folder here."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     monkeypatch.setattr(models, "AutoTokenizer", None)
@@ -192,7 +193,7 @@ def test_a_path_that_is_not_there_is_said_at_once(path, tmp_path, monkeypatch):
 
 
 def test_a_name_of_an_owner_is_looked_for_on_the_hub(tmp_path, monkeypatch, capsys):
-    """Only OWNER/NAME, and only after the directory was looked for."""
+    """Only OWNER/NAME is, after no such directory was found."""
     monkeypatch.chdir(tmp_path)
     calls = []
 
@@ -210,7 +211,7 @@ def test_a_name_of_an_owner_is_looked_for_on_the_hub(tmp_path, monkeypatch, caps
 
 
 def tokenizer_without_bos():
-    """trl#5885: the same ids, and another first token: the teacher would read what it never saw."""
+    """trl#5885: it has the same ids, but writes no BOS, so the teacher reads what it never saw."""
     tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A", special_tokens=[]
@@ -273,9 +274,9 @@ def test_the_probe_passes_what_works(architecture, dtype):
 
 
 def test_a_window_that_a_fast_decoder_gets_wrong_is_an_error(monkeypatch):
-    """Case 6, TensorRT-Model-Connect#660: GPT-Neo's local windows all end at the cache's last
-    column. In slots, where rows join later, sampled and scored were 2.8 nats apart. The slots leave
-    GPT-Neo out; if they did not, the probe would say so."""
+    """TensorRT-Model-Connect#660: GPT-Neo's local windows all end at the cache's last column. In
+    slots, where rows join later, sampled and scored would be nats apart. The slots leave GPT-Neo
+    out; if they did not, the probe would refuse it."""
     probe(gpt_neo(), "neo")
     monkeypatch.setattr(slots, "kind_of", lambda model: slots.Slots)
     with pytest.raises(UserError, match="neo: GPTNeoForCausalLM samples from another softmax"):
@@ -285,7 +286,7 @@ def test_a_window_that_a_fast_decoder_gets_wrong_is_an_error(monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("seed", range(5))
 def test_rows_of_the_probe_join_rows_that_are_on_their_way(architecture, seed, monkeypatch):
-    """Case 6: else a decoder that mixes them up would pass."""
+    """Else a decoder that mixes rows up would pass."""
     joined = []
     plain = slots.Slots.join
 
@@ -300,7 +301,7 @@ def test_rows_of_the_probe_join_rows_that_are_on_their_way(architecture, seed, m
 
 
 def test_the_text_of_the_probe_is_longer_than_a_window():
-    """Case 6. Of a window that is longer than the model's positions nothing can be seen."""
+    """If a window is longer than the model's positions, it cannot be seen at all."""
     for model, window in ((gpt_neo(6), 6), (gpt_neo(40), 40), (tiny("gemma3"), 5)):
         assert models.window(model.config) == window
         r = models.written(model)
@@ -322,7 +323,7 @@ class ReadsAhead(LlamaForCausalLM):
 
 
 class NoCache(LlamaForCausalLM):
-    """A llama that forgets what it read before. Its forward takes what it does not know."""
+    """A llama that forgets what it read before. Its forward accepts unknown arguments."""
 
     def forward(self, input_ids=None, cache=None, attention_mask=None, **inputs):
         if input_ids.size(1) == 1:
@@ -363,7 +364,7 @@ class NoMask(LlamaForCausalLM):
     ],
 )
 def test_a_model_that_breaks_a_promise_is_refused(kind, sentence):
-    """A custom forward of a checkpoint: every token was 3.6 nats off, or a TypeError in step 1."""
+    """The forward of a checkpoint's own code may make every token nats off, or fail in step 1."""
     torch.manual_seed(0)
     model = kind(tiny("llama").config).eval()
     with pytest.raises(UserError, match=sentence):
@@ -371,7 +372,7 @@ def test_a_model_that_breaks_a_promise_is_refused(kind, sentence):
 
 
 def test_bert_is_no_causal_language_model():
-    """It loads as one, and reads ahead."""
+    """It loads as one, but reads ahead."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCAB,
@@ -409,8 +410,8 @@ def mamba(kind, seed):
     ],
 )
 def test_models_of_states_alone_work_in_the_dtype_of_the_run(kind, dtype, tmp_path):
-    """Case 9, transformers#43828, #46773: with a bfloat16 teacher, or under autocast, there was a
-    traceback in the middle of a run. It works, with gradients."""
+    """transformers#43828, transformers#46773: with a bfloat16 teacher, or under autocast, such
+    models may fail in the middle of a run. Here they work, with gradients."""
     for name, seed in (("student", 0), ("teacher", 1)):
         save(tmp_path / name, mamba(kind, seed))
     pair = load_pair(tmp_path / "student", tmp_path / "teacher", device="cpu", dtype=dtype)
@@ -425,7 +426,7 @@ def test_models_of_states_alone_work_in_the_dtype_of_the_run(kind, dtype, tmp_pa
 
 
 def test_the_probe_runs_in_the_dtype_of_the_run(tmp_path, monkeypatch):
-    """Case 9: what fails only there fails before the first step. The student's weights are float32,
+    """What fails only in this dtype fails before the first step. The student's weights are float32,
     and it computes under autocast."""
     for name in ("student", "teacher"):
         save(tmp_path / name, tiny("llama", vocab_size=len(WORDS)))
@@ -448,7 +449,7 @@ def test_the_probe_runs_in_the_dtype_of_the_run(tmp_path, monkeypatch):
 
 
 def test_a_process_of_several_asks_for_its_own_gpu(monkeypatch):
-    """Every process opened a context on the first GPU, before its own was set."""
+    """No process opens a context on the first GPU before its own is set."""
     asked = []
 
     def ones(*_, device, **__):
@@ -485,7 +486,7 @@ def gradients(pair, r):
 
 
 def kept_for_backward(model, r):
-    """Bytes of what autograd keeps of the layers until the backward pass, without the weights."""
+    """The bytes that autograd keeps of the layers until the backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -503,8 +504,8 @@ def kept_for_backward(model, r):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
-    """trl#6827: transformers checkpoints in training mode alone, which dropout and rollout read,
-    too. The model stays in eval mode, writes the same tokens and has the same gradients."""
+    """trl#6827: transformers checkpoints layers only in training mode. Here the model stays in eval
+    mode, writes the same tokens and has the same gradients."""
     pair = tiny_pair(architecture)
     how = {"n": 2, "max_new_tokens": 6, "eos_ids": [], "seeds": [0, 1, 2, 3]}
     before = rollout(pair.student, PROMPTS, **how)
@@ -519,7 +520,7 @@ def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architectu
 
 
 def test_a_checkpointed_layer_does_not_drop_out():
-    """OPT's layers read their own training flag for dropout."""
+    """OPT's layers read their own training flag, so checkpointing must not set it."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=len(WORDS),

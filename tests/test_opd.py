@@ -1,4 +1,4 @@
-"""opd.py: a step, and a run whose result depends on nothing that it should not."""
+"""opd.py: a step, and a run whose result depends only on what should decide it."""
 
 import dataclasses
 import json
@@ -45,8 +45,7 @@ def step_of(cfg, pair, train, step=0, optimizer=None):
 
 
 class Gradients:
-    """In place of an optimizer: keeps the gradient of a step, {parameter: gradient}, clipped to
-    1."""
+    """Stands for an optimizer and keeps the clipped gradient of a step: {parameter: gradient}."""
 
     def __init__(self, student):
         self.student = student
@@ -60,7 +59,7 @@ class Gradients:
 
 
 def gradients_of(cfg, step=0):
-    """-> Pair, Rollout, metrics and clipped gradients of a step."""
+    """Take a step: -> Pair, Rollout, metrics, clipped gradients."""
     pair, train, _ = ready(cfg)
     keeper = Gradients(pair.student)
     r, row = step_of(cfg, pair, train, step, keeper)
@@ -99,7 +98,7 @@ def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_pat
     ],
 )
 def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, support):
-    """One denominator a step, for a budget of one row as for all (trl#6006, trl#4719,
+    """There is one denominator a step, whatever the budget (trl#6006, trl#4719,
     easydistill#16)."""
     found = []
     for budget in (1, 10_000):
@@ -111,7 +110,7 @@ def test_the_cut_into_micro_batches_changes_nothing(world, tmp_path, objective, 
 
 
 def test_rows_in_flight_change_nothing_but_memory(world, tmp_path):
-    """Few responses at a time are the same responses."""
+    """Written a few at a time, the responses are the same."""
     all_at_once = gradients_of(config(world, tmp_path))
     few = gradients_of(config(world, tmp_path, in_flight=3))
     assert torch.equal(all_at_once[1].ids, few[1].ids)
@@ -119,7 +118,7 @@ def test_rows_in_flight_change_nothing_but_memory(world, tmp_path):
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
-    """Distances exactly 0, overlap 1, no gradient; with another teacher above 0 (trl#6480)."""
+    """Distances are exactly 0, the overlap is 1; with another teacher they are not (trl#6480)."""
     cfg = config(world, tmp_path, teacher=f"{world}/student")
     _, _, row, gradients = gradients_of(cfg)
     assert max(g.abs().max().item() for g in gradients.values()) < 1e-6
@@ -134,7 +133,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(world, tmp_path):
 
 
 def test_temperatures_are_those_of_writing_and_of_scoring(world, tmp_path):
-    """trl GKD, trl#6526: sampled at .5 is scored at .5; the teacher keeps its own."""
+    """trl GKD, trl#6526: what is sampled at .5 is scored at .5. The teacher keeps its own."""
     warm = gradients_of(config(world, tmp_path))[2]
     cool = gradients_of(config(world, tmp_path, temperature=0.5))[2]
     warm_teacher = gradients_of(config(world, tmp_path, teacher_temperature=2.0))[2]
@@ -144,7 +143,7 @@ def test_temperatures_are_those_of_writing_and_of_scoring(world, tmp_path):
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_says_so(world, tmp_path):
-    """No update, its reason in the row; a warning there is none to miss."""
+    """There is no update, and the row has the reason."""
     cfg = config(world, tmp_path)
     pair, train, _ = ready(cfg)
     with torch.no_grad():
@@ -172,7 +171,7 @@ def test_the_metrics_do_not_depend_on_what_the_padding_holds(world, tmp_path):
 
 
 def test_responses_that_are_one_token_over_and_over_are_counted(world, tmp_path):
-    """ms-swift#6478, ms-swift#6791: rollouts of nothing but "!" trained on."""
+    """ms-swift#6478, ms-swift#6791: training went on with rollouts of nothing but "!"."""
     cfg = config(world, tmp_path, max_new_tokens=20)
     pair, train, _ = ready(cfg)
     before = step_of(cfg, pair, train)[1]
@@ -186,7 +185,7 @@ def test_responses_that_are_one_token_over_and_over_are_counted(world, tmp_path)
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_the_objective_is_the_one_that_is_named(name):
-    """prime-rl#1458: a name without a loss of its own would train another one in silence."""
+    """prime-rl#1458: a name without a loss of its own does not train another one in silence."""
     generator = torch.Generator().manual_seed(0)
     log_p, log_q = torch.randn(2, 7, 20, generator=generator).log_softmax(-1)
     y = torch.arange(7)
@@ -202,8 +201,8 @@ def test_the_objective_is_the_one_that_is_named(name):
 
 
 def test_a_step_counts_each_token_once_whatever_the_parts():
-    """The largest mismatch of any part; a state without shared tokens is left out of Eq. 7
-    alone."""
+    """The mismatch is the largest of any part. A state without shared tokens is left out of Eq. 7,
+    and counts in the rest."""
     means = measure.Means(max_new_tokens=8, device=torch.device("cpu"))
     names = [name for name in METRICS[:11] if name != "loss"]
     for advantages, off in (([-1.0, math.nan], 0.5), ([-3.0], 0.1)):
@@ -226,7 +225,7 @@ def test_a_step_counts_each_token_once_whatever_the_parts():
 
 @pytest.fixture
 def step(world, tmp_path):
-    """One update with all that it asks of either model: asked = {model: [(ids, mask, caching)]}."""
+    """One update, and what each model read in it: asked = {model: [(ids, mask, caching)]}."""
     cfg = config(world, tmp_path, micro_batch_tokens=20, max_prompt_tokens=4)
     with pytest.warns(UserWarning, match="1 of 8 prompts"):
         pair, train, _ = ready(cfg)
@@ -255,7 +254,7 @@ def texts(asked, caching):
 
 
 def test_what_was_sampled_is_read_by_both_models_id_by_id(step):
-    """Nothing decoded and encoded again, no prompt cut, no shift between writer and reader.
+    """No text is decoded and encoded again, no prompt is cut, and nothing is shifted.
 
     trl#6359; OPSD#3, trl#5241, trl#6063, trl#6057; ms-swift#9414, ms-swift#9429, ms-swift#9671.
     """
@@ -288,7 +287,7 @@ def test_the_ratio_of_the_first_update_is_recorded_and_1(step):
 
 
 def test_a_run_leaves_the_files_and_metrics_that_it_promises(world, tmp_path):
-    """Each file is there, each metric finite, result.json is what distil returns."""
+    """Each file is there, each metric is finite, and result.json is what distil returns."""
     out = tmp_path / "run"
     result = opd.distil(config(world, out))
     names = "config.json metrics.jsonl rollouts.jsonl checkpoint student result.json"
@@ -326,9 +325,8 @@ def exams(monkeypatch):
 
 
 def test_accuracy_is_the_papers_and_greedy_at_every_stage(world, tmp_path, exams):
-    """A gain at T .7 may be sharpness alone, a greedy one is not: both, of both models.
-
-    While it trains, at T .7 only.
+    """Both accuracies are measured, of both models: a gain at T .7 may be sharpness alone, a greedy
+    one is not. During training only that at T .7 is.
     """
     result = opd.distil(
         config(world, tmp_path / "run", **COLD_START, steps=2, eval_every=1, eval_n=3)
@@ -346,8 +344,8 @@ def test_accuracy_is_the_papers_and_greedy_at_every_stage(world, tmp_path, exams
 
 
 def test_accuracy_may_have_a_template_of_its_own(world, tmp_path, exams, monkeypatch):
-    """The paper trains under "Answer:" and measures under \\boxed{}; KL and overlap are those of
-    training."""
+    """The paper trains under "Answer:" and measures accuracy under \\boxed{}. KL and overlap are
+    measured under the template of training."""
     read = []
     distance = measure.distance
 
@@ -397,8 +395,8 @@ def test_the_seed_decides_the_order_of_prompts(world, tmp_path, monkeypatch):
     [("gpt2", "teacher"), ("gemma3", "gpt2"), ("qwen3", "gemma3"), ("student", "qwen3")],
 )
 def test_any_architecture_learns_from_any_other(world, tmp_path, student, teacher):
-    """Other families, sizes and padded vocabularies: sampled = scored at every step, the KL
-    falls."""
+    """Whatever families, sizes and padded vocabularies: what is sampled is scored at every step,
+    and the KL falls."""
     cfg = config(world, tmp_path, student=f"{world}/{student}", teacher=f"{world}/{teacher}")
     cfg = dataclasses.replace(cfg, lr=3e-3, batch_size=8)
     pair, train, _ = ready(cfg)
@@ -410,7 +408,7 @@ def test_any_architecture_learns_from_any_other(world, tmp_path, student, teache
 
 
 def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
-    """At lr 1e-6 most of an update would be lost in bfloat16: weights and moments stay float32."""
+    """At lr 1e-6 bfloat16 would lose most of an update, so weights and moments stay float32."""
     cfg = config(world, tmp_path / "run", dtype="bfloat16", lr=1e-6, steps=2)
     pair, _, _ = ready(cfg)
     assert {p.dtype for p in pair.student.parameters()} == {torch.float32}
@@ -429,7 +427,7 @@ def test_bfloat16_computes_over_float32_master_weights(world, tmp_path):
 
 
 def test_without_answers_there_is_no_accuracy_and_the_same_training(world, tmp_path):
-    """Answers are for measuring alone (trl#6478, trl#6452, GKDTrainer); what is unknown is null."""
+    """Answers are only for measuring (trl#6478, trl#6452, GKDTrainer). What is unknown is null."""
     with_answers = opd.distil(config(world, tmp_path / "answers", steps=2))
     bare = opd.distil(config(world, tmp_path / "bare", prompts=f"{world}/bare.jsonl", steps=2))
     assert with_answers["accuracy_after"]["mean"] is not None
@@ -442,7 +440,7 @@ def test_without_answers_there_is_no_accuracy_and_the_same_training(world, tmp_p
 
 
 def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world, tmp_path):
-    """student/ loads anywhere: the weights of the checkpoint, the ends of the rollouts."""
+    """student/ has the weights of the checkpoint and the end tokens of the rollouts."""
     base = tmp_path / "base"
     AutoModelForCausalLM.from_pretrained(world / "student").save_pretrained(base)
     word_tokenizer().save_pretrained(base)
@@ -457,7 +455,7 @@ def test_the_saved_student_is_the_trained_one_and_ends_where_it_learned_to(world
 
 
 def test_an_end_of_one_model_ends_responses_of_both(world, tmp_path):
-    """trl#5725: no eos in the student's tokenizer, config or generation config is no crash."""
+    """trl#5725: a student without any eos, in tokenizer or configs, is no crash."""
     student = tmp_path / "student"
     tiny("llama", seed=3, vocab_size=len(WORDS)).save_pretrained(student)
     word_tokenizer(eos=None).save_pretrained(student)
@@ -489,7 +487,7 @@ def test_the_switch_of_the_template_is_the_same_for_both_models(world, tmp_path,
 
 
 def test_a_mismatch_is_an_error_before_the_first_step(world, tmp_path, monkeypatch):
-    """TensorRT-Model-Connect#660: sampled and scored 2.8 nats apart, and training went on."""
+    """TensorRT-Model-Connect#660: a decoder may sample from another softmax than is scored."""
 
     def off(*args, in_flight=None, **how):
         r = rollout(*args, **how)
@@ -503,7 +501,7 @@ def test_a_mismatch_is_an_error_before_the_first_step(world, tmp_path, monkeypat
 
 
 def test_k_is_at_most_the_shared_vocabulary(world, tmp_path):
-    """ms-swift#9644: as many tokens are looked at as were asked for, or the run is refused."""
+    """ms-swift#9644: so many tokens are looked at as were asked for, or the run is refused."""
     with pytest.raises(UserError, match=f"--k {len(WORDS) + 1}: .* share {len(WORDS)} tokens"):
         opd.distil(config(world, tmp_path, k=len(WORDS) + 1))
 
@@ -512,7 +510,7 @@ def test_k_is_at_most_the_shared_vocabulary(world, tmp_path):
 
 
 def test_k_steps_a_stop_and_the_rest_equal_all_steps_bit_for_bit(world, tmp_path, monkeypatch):
-    """verl#5725, entrenar#294: killed between checkpoints and resumed is not killed."""
+    """verl#5725, entrenar#294: a run that was killed between checkpoints ends as if it was not."""
     whole = tmp_path / "whole"
     cut = tmp_path / "cut"
     opd.distil(config(world, whole, steps=5))
@@ -551,8 +549,8 @@ def test_a_resume_at_the_border_of_epochs_keeps_the_teacher_of_the_start(world, 
 
 
 def test_a_finished_run_goes_on_with_more_steps_and_only_then(world, tmp_path):
-    """Four steps and two more are six; without more steps, or without --resume, nothing is
-    touched."""
+    """Four steps and two more are six. Without more steps, or without --resume, nothing is
+    changed."""
     out = tmp_path / "run"
     opd.distil(config(world, out))
     left = (out / "result.json").read_bytes()
@@ -572,8 +570,8 @@ def test_a_finished_run_goes_on_with_more_steps_and_only_then(world, tmp_path):
 
 
 def test_several_held_out_files_are_reported_each_and_as_their_mean(world, tmp_path, capsys):
-    """The paper averages AIME24, AIME25 and AMC23, of 30, 30 and 40 prompts: each file counts
-    alike. The errors are those of the files, as they are independent."""
+    """The paper averages AIME24, AIME25 and AMC23, of 30, 30 and 40 prompts, so each file counts
+    alike. The error is that of a mean of independent files."""
     write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
     write_lines(tmp_path / "b.jsonl", PROMPTS[2:7])
     paths = (f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl")
@@ -601,7 +599,7 @@ def test_several_held_out_files_are_reported_each_and_as_their_mean(world, tmp_p
 
 
 def test_the_held_out_distance_is_of_all_files(world, tmp_path):
-    """It takes the first 256 rows: files stand in turn, so that none is left out."""
+    """It takes the first 256 rows, and files stand in turn there, so that none is left out."""
     write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
     write_lines(tmp_path / "b.jsonl", PROMPTS[2:7])
     cfg = config(world, "", eval=(f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"))
@@ -611,8 +609,8 @@ def test_the_held_out_distance_is_of_all_files(world, tmp_path):
 
 
 def test_what_is_odd_about_several_held_out_files_is_said(world, tmp_path):
-    """A file twice is refused, a question in two files counts in both, a file without answers is
-    in no accuracy. From Python a text is not read letter by letter."""
+    """A file that is given twice is refused. A question in two files counts in both. A file without
+    answers is in no accuracy. From Python a text is refused; a tuple is needed."""
     write_lines(tmp_path / "a.jsonl", PROMPTS[:2])
     write_lines(tmp_path / "b.jsonl", [{"prompt": PROMPTS[1]["prompt"]}])
     a = f"{tmp_path}/a.jsonl"
@@ -628,7 +626,7 @@ def test_what_is_odd_about_several_held_out_files_is_said(world, tmp_path):
 
 
 def test_held_out_prompts_are_never_trained_on(world, tmp_path):
-    """Without --eval a fifth is set apart, though lines repeat; with it, both is only measured."""
+    """Without --eval a fifth is set apart, even if lines repeat; what --eval has is left out."""
     twice = tmp_path / "twice.jsonl"
     write_lines(twice, PROMPTS + PROMPTS)
     with pytest.warns(UserWarning, match="10 "):
@@ -650,7 +648,7 @@ def test_a_preset_gives_way_to_a_flag():
 
 @pytest.mark.parametrize("name", ["", *PRESETS])
 def test_every_preset_measures_as_the_paper_does(name):
-    """T .7 and top-p .95, for accuracy and for what the teacher answers (A.2, C.1)."""
+    """That is at T .7 and top-p .95, for accuracy and for the teacher's answers (A.2, C.1)."""
     cfg = Config(**PRESETS.get(name, {}))
     assert (cfg.eval_temperature, cfg.eval_top_p) == (0.7, 0.95)
     assert (cfg.cold_start_temperature, cfg.cold_start_top_p) == (0.7, 0.95)

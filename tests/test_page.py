@@ -122,7 +122,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_what_models_prompts_and_paths_say_stays_text(tmp_path, saying):
-    """Markup is shown and not obeyed: no element, comment or attribute comes of it."""
+    """Markup is shown as text: no element, comment or attribute comes of it."""
     pair = pair_of(word_tokenizer(WORDS + EVIL))
     pair.student.name_or_path = "".join(EVIL)
     ids = list(range(len(WORDS), len(WORDS) + len(EVIL)))
@@ -136,7 +136,7 @@ def test_what_models_prompts_and_paths_say_stays_text(tmp_path, saying):
 
 
 def test_the_page_runs_and_fetches_nothing(written, tmp_path):
-    """No script, no address; its own policy forbids both."""
+    """It has no script and no address, and its own policy forbids both."""
     made, _, _ = written
     source = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert made.tags <= TAGS and made.attributes <= ATTRIBUTES and not made.open
@@ -146,7 +146,7 @@ def test_the_page_runs_and_fetches_nothing(written, tmp_path):
 
 
 def test_every_token_of_a_response_is_on_the_page_once_and_in_order(written):
-    """Whatever the order in which micro-batches graded them."""
+    """The order in which micro-batches graded them does not matter."""
     made, r, pair = written
     ids = [i for row in range(len(ROWS)) for i in r.response_ids(row)]
     assert len({len(r.response_ids(row)) for row in range(len(ROWS))}) > 1
@@ -159,7 +159,7 @@ def test_every_token_of_a_response_is_on_the_page_once_and_in_order(written):
 
 
 def test_tint_and_note_follow_two_plain_forward_passes(written):
-    """p(y), q(y), reward, overlap, the likeliest shared tokens, at the temperature of the page."""
+    """They give p(y), q(y), reward, overlap and likely shared tokens, at the page's temperature."""
     made, r, pair = written
     y = r.ids[r.is_response]  # (N,)
     log_p = log_probs(pair.student, r.ids, r.attention_mask, r.is_response, temperature=0.5)
@@ -194,7 +194,7 @@ def test_tint_and_note_follow_two_plain_forward_passes(written):
     ],
 )
 def test_the_verdict_stands_beside_length_and_mean_reward(tmp_path, saying, answer, cut, said):
-    """Without an answer to compare nothing is judged."""
+    """Without an answer to compare with, nothing is judged."""
     pair = pair_of(word_tokenizer(WORDS + ["Answer:"]))
     saying([len(WORDS), WORDS.index("7")], cut=cut)
     made = read(tmp_path, pair, [{"ids": [7], "answer": answer}])
@@ -206,7 +206,7 @@ def test_the_verdict_stands_beside_length_and_mean_reward(tmp_path, saying, answ
 
 
 def test_a_token_that_the_teacher_rules_out_is_shown(tmp_path):
-    """log q of minus infinity: full tint, and no exception."""
+    """If log q is minus infinity the tint is full, and nothing raises."""
     reward = -torch.inf
     made = Page(page.tinted("a", reward, "note") * 6)
     assert made.tokens == [{"class": "less", "tint": 1.0, "text": "a", "note": ["note"]}]
@@ -216,7 +216,7 @@ def test_a_token_that_the_teacher_rules_out_is_shown(tmp_path):
 
 
 def test_parts_of_a_character_and_what_cannot_be_seen_are_named():
-    """Bytes by the tokenizer's own names, spaces and breaks by a sign, controls by number."""
+    """Bytes have the tokenizer's names, spaces and breaks a sign, control characters a number."""
     alphabet = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     inner = Tokenizer(models.BPE(alphabet, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

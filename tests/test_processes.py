@@ -1,6 +1,6 @@
-"""Several processes are one run: what torchrun starts writes, learns and measures as one process.
+"""Several processes are one run: they write, learn and measure as one process does.
 
-This file is also what torchrun starts: `main` at its end runs a part of the tests in each process.
+torchrun starts this file, too: `main` at its end runs a part of the tests in each process.
 """
 
 import json
@@ -47,7 +47,7 @@ COLD = {
 
 
 def start(*arguments):
-    """Two processes of a program: -> what came out of them, with their exit code."""
+    """Run a program in two processes: -> the finished run, with output and exit code."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc_per_node", "2", "--"]  # without -- it takes --n for its own
     folder = str(Path(opd.__file__).parent)
@@ -73,7 +73,7 @@ def words(cfg):
 
 
 def full_gradients(student):
-    """Of all processes together, put together: list of tensors."""
+    """The gradients of all processes, summed, and unsharded: list of tensors."""
     sum_gradients(student)
     found = []
     for p in student.parameters():
@@ -83,7 +83,7 @@ def full_gradients(student):
 
 
 def gradients(cfg):
-    """An update without its step, one of the cold start, held-out measures: {name: ...}."""
+    """Gradients and metrics of an update, of the cold start, and on held-out prompts: a dict."""
     pair, train, held_out = ready(cfg)
     optimizer = opd.adamw(cfg, pair.student)
     found = {"items": gathered(share(list(range(5))))}
@@ -136,10 +136,9 @@ def numbers(row):
     ],
 )
 def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, change, shard):
-    """trl#4105, easydistill#16: one denominator for all, whatever each of them got, here five or
-    six micro-batches of unlike sizes. One held-out prompt (case 8) leaves a process idle, and it
-    counts nothing. The same of sharded models, whose gradients are put together again. So with a
-    prompt of the teacher's own.
+    """trl#4105, easydistill#16: there is one denominator for all, though each process has other
+    micro-batches. With one held-out prompt a process is idle, and counts nothing. Sharded models
+    have the same gradients, and so has a teacher with a prompt of its own.
     """
     change = dict(change)
     for name in ("student", "teacher"):
@@ -172,9 +171,9 @@ def test_two_processes_have_the_gradients_and_metrics_of_one(world, tmp_path, ch
 
 @pytest.mark.slow
 def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(world, tmp_path):
-    """A process killed in step 4 ends all of them in seconds, with a word. One that is told to
-    stop in step 4 stops all of them after it. --resume then ends as a run of one process. Sharded,
-    not sharded, sharded again: the checkpoint is the same. The first process alone writes.
+    """A process that is killed in step 4 ends all of them in seconds, with a message. One that is
+    told to stop in step 4 stops all of them after it. --resume then ends as a run of one process,
+    sharded or not. Only the first process writes.
     """
     two = tmp_path / "two"
     cfg = words(config(world, two, steps=5, **COLD))
@@ -205,7 +204,7 @@ def test_a_process_that_dies_or_is_stopped_ends_all_and_the_checkpoint_goes_on(w
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_goes_on_as_one_and_the_other_way_round(world, tmp_path):
-    """The checkpoint holds nothing of how many wrote it."""
+    """The checkpoint does not depend on how many processes wrote it."""
     out = tmp_path / "run"
     assert start(opd.__file__, *words(config(world, out, steps=2))).returncode == 0
     opd.distil(config(world, out, steps=3, resume=True))
@@ -218,7 +217,7 @@ def test_a_run_of_two_processes_goes_on_as_one_and_the_other_way_round(world, tm
 
 
 def test_what_processes_and_flags_say_together(world, tmp_path, monkeypatch):
-    """A process without a prompt would have no gradient to give, and all would wait for it."""
+    """Each process needs a prompt: without one it has no gradient to give, and all wait for it."""
     with (
         pytest.raises(UserError, match="--shard .*torchrun"),
         Run(config(world, tmp_path, shard=1)),
@@ -245,7 +244,7 @@ def sharded(tmp_path):
 
 
 def test_an_exception_leaves_the_weights_cut(sharded):
-    """Case 13: the student stayed gathered."""
+    """A student that stayed gathered would fill the memory."""
     pair, _ = sharded
     models = (pair.student, pair.teacher)
     with pytest.raises(Killed), whole(*models):
@@ -255,8 +254,8 @@ def test_an_exception_leaves_the_weights_cut(sharded):
 
 
 def test_the_state_of_sharded_models_is_that_of_whole_ones(sharded):
-    """Written by one kind and read by the other, moments included; to ask for the state of an
-    optimizer before its first step counts no step.
+    """A state may be written by one kind and read by the other, moments included. Asking for the
+    state of an optimizer before its first step counts no step.
     """
     from plumbing.shard import full_state, load_full_state
 

@@ -58,7 +58,7 @@ def pair_of(tokenizer):
 
 @contextlib.contextmanager
 def says(*texts):
-    """These warnings are given, in any order, and no others."""
+    """Check that these warnings are given, in any order, and no others."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         yield
@@ -69,7 +69,7 @@ def says(*texts):
 
 
 def test_load_prompts_reads_text_and_chat(tmp_path):
-    """Text or messages, an answer or none, blank lines skipped; the id is file and line."""
+    """A prompt is text or messages, with or without an answer. Its id is file and line."""
     path = tmp_path / "prompts.jsonl"
     chat = [user("3 + 7 ="), said("so"), {"role": "tool", "content": "7"}]
     first = '{"prompt": "add é", "answer": "0"}\n\n'
@@ -116,7 +116,7 @@ needs "prompt_ids" | {{"messages": [{USER}, {SAID}], "prompt_ids": [1], "respons
 
 @pytest.mark.parametrize("case", BAD_PROMPTS.strip().split("\n"))
 def test_a_line_that_is_no_prompt_is_named(tmp_path, case):
-    """File and line number stand in the message; xinference#4833: a prompt ends with the user."""
+    """The message names file and line. xinference#4833: a prompt ends with the user or a tool."""
     why, line = case.split(" | ")
     path = tmp_path / "prompts.jsonl"
     path.write_text(f'{{"prompt": "add"}}\n{line}\n')
@@ -127,7 +127,7 @@ def test_a_line_that_is_no_prompt_is_named(tmp_path, case):
 
 @pytest.mark.parametrize("case", BAD_CONVERSATIONS.strip().split("\n"))
 def test_a_line_that_is_no_conversation_is_named(tmp_path, case):
-    """File and line number, whatever is wrong with it."""
+    """The message names file and line, whatever is wrong with it."""
     why, line = case.split(" | ")
     path = tmp_path / "c.jsonl"
     path.write_text(f'{{"messages": [{USER}, {SAID}]}}\n\n{line}\n')
@@ -137,7 +137,7 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path, case):
 
 
 def test_a_file_with_nothing_in_it_is_refused(tmp_path):
-    """An empty file is an error now rather than an empty batch later."""
+    """An empty file is an error at once, and not an empty batch later."""
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no prompts"):
         load_prompts(tmp_path / "empty.jsonl")
@@ -146,7 +146,7 @@ def test_a_file_with_nothing_in_it_is_refused(tmp_path):
 
 
 def test_what_a_cold_start_has_not_kept_is_no_conversation(tmp_path):
-    """cold_start.jsonl of one run serves the next; its unfinished answers do not."""
+    """Another run may use cold_start.jsonl, without its unfinished answers."""
     chat = {"messages": [user("add"), said("so")]}
     kept = {**chat, "why": "kept"}
     path = lines(tmp_path / "c.jsonl", {**chat, "why": "unfinished"}, kept, chat)
@@ -154,7 +154,7 @@ def test_what_a_cold_start_has_not_kept_is_no_conversation(tmp_path):
 
 
 def test_additions_are_all_pairs_of_two_digits():
-    """8,100 questions and no more, each once, with their sums; the seed gives their order."""
+    """There are 8,100 questions, each once, with their sums. The seed gives their order."""
     rows = additions(90 * 90)
     pairs = set()
     for row in rows:
@@ -170,7 +170,7 @@ def test_additions_are_all_pairs_of_two_digits():
 
 
 def test_a_template_wraps_the_question_and_nothing_else():
-    """The released data has a literal \\boxed{{}}, ours \\boxed{}; braces in questions survive."""
+    """The released data has a literal \\boxed{{}}, ours has \\boxed{}. Braces in questions stay."""
     assert apply_template("{1, 2}?", "none") == "{1, 2}?"
     boxed = apply_template("{1, 2}?", "boxed")
     assert boxed.startswith("{1, 2}? Please") and "\\boxed{}." in boxed
@@ -182,7 +182,7 @@ def test_a_template_wraps_the_question_and_nothing_else():
 
 @pytest.mark.parametrize("template", ["answer", "boxed", "so {question} so"])
 def test_a_prompt_that_is_in_the_template_is_put_once_and_that_is_said(tmp_path, template):
-    """Online-DPO-R1#10: the instruction stood there twice."""
+    """In Online-DPO-R1#10 the instruction stands in the prompt twice."""
     put = apply_template("add 3", template)
     path = lines(tmp_path / "p.jsonl", {"prompt": put}, {"prompt": [user(put)]}, {"prompt": "add"})
     note = "--prompts: 2 of 3 prompts are in the template already and stay as they are"
@@ -200,7 +200,7 @@ def test_a_prompt_that_is_in_the_template_is_put_once_and_that_is_said(tmp_path,
 
 
 def config(folder, prompts, **change):
-    """A run on these prompts; those flags that are lists of rows become files."""
+    """The Config of a run on these prompts. Flags that are lists of rows become files."""
     flags = {"prompts": prompts, "steps": 4, **change}
     for name, value in flags.items():
         if isinstance(value, list):
@@ -221,7 +221,7 @@ def keys(rows):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("change", [{}, {"template": "answer"}, {"eval": some(30)[::5]}], ids=str)
 def test_training_cold_start_and_held_out_share_no_question(tmp_path, seed, change):
-    """5.1: OPD goes on with other prompts than the cold start, and neither sees the held-out."""
+    """5.1: OPD has other prompts than the cold start, and neither has held-out ones."""
     cfg = config(tmp_path, some(20) + some(10), cold_start=3, seed=seed, **change)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -238,7 +238,7 @@ def test_training_cold_start_and_held_out_share_no_question(tmp_path, seed, chan
 
 
 def test_a_fifth_is_held_out_whatever_the_order_of_the_file(tmp_path):
-    """At most 64; the same ones if the lines of the file are shuffled."""
+    """At most 64 are held out, and the same ones if the lines of the file are shuffled."""
     train, _, held_out = questions(config(tmp_path, some(20)))
     _, _, again = questions(config(tmp_path, some(20)[::-1]))
     assert len(train) == 16 and len(held_out) == 4
@@ -257,7 +257,7 @@ def test_questions_are_the_same_only_if_all_of_their_text_is(tmp_path):
 
 
 def test_what_is_left_out_is_counted_and_said(tmp_path):
-    """Repeats, as text or as a chat of one message; what is held out; what is answered."""
+    """Repeated prompts, held-out prompts and answered prompts are counted and left out."""
     rows = some(10) + some(3) + [{"prompt": [user("add 9")]}]
     answered = [{"messages": [user("add 4"), said("so")]}]
     with says(
@@ -273,7 +273,7 @@ def test_what_is_left_out_is_counted_and_said(tmp_path):
 
 
 def test_a_cold_start_leaves_prompts_for_distillation_or_says_so(tmp_path):
-    """Of 16 prompts 3 are held out: 12 for a cold start and one for OPD, or 13 without OPD."""
+    """Of 16 prompts 3 are held out. A cold start may take 12 and leave one to OPD, or all 13."""
 
     def sizes(**change):
         return [len(part) for part in questions(config(tmp_path, some(16), **change))]
@@ -288,7 +288,7 @@ def test_a_cold_start_leaves_prompts_for_distillation_or_says_so(tmp_path):
 
 @pytest.mark.parametrize("template", ["none", "boxed", "so {question} so"])
 def test_the_questions_of_a_file_of_conversations_are_not_asked_again(tmp_path, template):
-    """5.1: neither distilled nor held out, whether the file has them plain or in the template."""
+    """5.1: they are neither distilled nor held out, whether plain or in the template there."""
     plain = [{"messages": [user(row["prompt"]), said("so")]} for row in some(20)[:5]]
     put = [apply_template(row["prompt"], template) for row in some(20)[5:10]]
     file = plain + [{"messages": [user(prompt), said("so")]} for prompt in put]
@@ -306,8 +306,8 @@ def test_the_questions_of_a_file_of_conversations_are_not_asked_again(tmp_path, 
 def test_one_template_stands_around_a_question_in_training_and_one_in_accuracy(
     tmp_path, training, of_accuracy
 ):
-    """The paper trains under "answer" and measures under "boxed". A file may have its prompts
-    in one of the two already, as text or as a chat: it is taken out of that one first."""
+    """The paper trains under "answer" and measures under "boxed". If a prompt is in one of the two
+    already, as text or as a chat, it is taken out of that one first."""
     measured = of_accuracy or training
     held_out = [
         {"prompt": "add 1"},
@@ -332,7 +332,7 @@ def test_one_template_stands_around_a_question_in_training_and_one_in_accuracy(
 
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
 def test_aligned_prompts_have_their_share_and_nothing_seen_elsewhere(tmp_path, fraction):
-    """5.2: exactly that share of the training prompts; what is left out is said."""
+    """5.2: exactly that share of the training prompts is aligned."""
     aligned = some(8) + some(6, "so")
     cfg = config(
         tmp_path,
@@ -351,7 +351,7 @@ def test_aligned_prompts_have_their_share_and_nothing_seen_elsewhere(tmp_path, f
 
 
 def test_the_size_of_a_mixture_is_said(tmp_path):
-    """30 aligned prompts and 17,000 others at .5 are 61, and nobody was told."""
+    """A few aligned prompts make a small mixture, however many others there are."""
     cfg = config(tmp_path, some(10), aligned_prompts=some(2, "so"))
     with says(
         "--aligned-fraction 0.5: the largest such mixture has 5 prompts; 5 of 10 are left out"
@@ -381,7 +381,7 @@ SWITCHED = TEMPLATE.replace("if think", "if enable_thinking")
     ],
 )
 def test_encode_writes_the_template_once(thinking, options):
-    """Text and one user message are one prompt; one BOS; the switch is honoured (OPSD#10)."""
+    """A text and a chat of one user message are one prompt, with one BOS (OPSD#10: the switch)."""
     tokenizer = word_tokenizer(chat_template=SWITCHED)
     chat = [user("add 3 7")]
     ids = encode(tokenizer, "add 3 7", thinking)
@@ -395,13 +395,13 @@ def test_encode_writes_the_template_once(thinking, options):
 
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_switch_that_the_template_does_not_have_is_refused(template):
-    """trl#2919: --thinking off did nothing."""
+    """trl#2919: without this --thinking off would do nothing."""
     with pytest.raises(UserError, match="--thinking off: .* no enable_thinking"):
         encode(word_tokenizer(chat_template=template), "add 3", "off")
 
 
 def test_what_a_template_refuses_is_named_with_its_line():
-    """A template is a program: whatever it raises, the line of the prompt is told."""
+    """A template is a program. Whatever it raises, the message names the line of the prompt."""
     tokenizer = word_tokenizer(chat_template="{{ raise_exception('no system prompts') }}")
     row = {"prompt": "add", "id": "p.jsonl:3"}
     with pytest.raises(UserError, match="p.jsonl:3: .* refuses it: no system prompts"):
@@ -409,7 +409,7 @@ def test_what_a_template_refuses_is_named_with_its_line():
 
 
 def test_encode_without_a_template_is_plain_text():
-    """The tokenizer's own ids, its BOS included; messages are joined by lines."""
+    """The ids are the tokenizer's own, with its BOS. Messages are joined by line breaks."""
     tokenizer = word_tokenizer()
     ids = tokenizer("add 3 7").input_ids
     assert encode(tokenizer, "add 3 7") == ids
@@ -419,7 +419,7 @@ def test_encode_without_a_template_is_plain_text():
 
 @pytest.mark.parametrize("template", [None, TEMPLATE + "[EOS]"])
 def test_a_prompt_ends_with_no_end_of_text(template):
-    """trlx#287: some tokenizers append it, and the student would write on after the end."""
+    """trlx#287: some tokenizers append one, and the student would write on behind the end."""
     tokenizer = word_tokenizer(chat_template=template)
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS] [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", EOS)]
@@ -429,7 +429,7 @@ def test_a_prompt_ends_with_no_end_of_text(template):
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut():
-    """Those that fit keep their ids; if none is left, the flag is named."""
+    """Those that fit keep their ids. If none is left, the message names the flag."""
     pair = pair_of(word_tokenizer())
     rows = [{"prompt": "add " * count} for count in (1, 2, 9)]
     with says("1 of 3 prompts dropped: empty, or longer than 4 tokens"):
@@ -442,7 +442,7 @@ def test_long_prompts_are_dropped_and_counted_never_cut():
 
 
 def test_a_text_that_outgrows_a_model_is_refused():
-    """transformers#33129: LongRoPE turns all positions otherwise from its original length on."""
+    """transformers#33129: beyond its original length LongRoPE rotates all positions differently."""
     rope = {
         "rope_type": "longrope",
         "short_factor": [1.0] * 4,
@@ -482,7 +482,7 @@ def test_a_text_that_outgrows_a_model_is_refused():
 def test_a_conversation_is_the_prompt_as_encoded_and_the_answer_with_its_end(
     tmp_path, chat_template, thinking
 ):
-    """trl#6359: the very ids that OPD asks with; no BOS within, one end; U+2028 ends no line."""
+    """trl#6359: its prompt has the very ids of OPD. It has no BOS within and one end."""
     pair = pair_of(word_tokenizer(chat_template=chat_template))
     asked = [{"role": "system", "content": "the"}, user("add + so")]
     chats = [[*asked, said("so\u2028add the")], [*asked, said("7")]]
@@ -511,7 +511,7 @@ def letters(**options):
 
 
 def test_an_answer_is_encoded_within_its_conversation(tmp_path):
-    """NeMo-RL#2844: encoded alone, every answer began with a space that no teacher had written."""
+    """NeMo-RL#2844: encoded alone, an answer may begin with a space that nobody wrote."""
     tokenizer = letters()
     pair = pair_of(tokenizer)
     path = lines(tmp_path / "c.jsonl", {"messages": [user("add 3"), said("so 7")]})
@@ -524,7 +524,7 @@ def test_an_answer_is_encoded_within_its_conversation(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["add", "add xyz", "so 3 +"])
 def test_an_answer_whose_first_token_would_span_the_border_is_encoded_alone(tmp_path, prompt):
-    """Words that run together would be another word, or none: no part of the answer is lost."""
+    """So no part of the answer is lost if it runs together with the prompt."""
     pair = pair_of(word_tokenizer())
     path = lines(tmp_path / "c.jsonl", {"messages": [user(prompt), said("so 7 0")]})
     [(ids, response)] = load_conversations(path, pair)
@@ -533,7 +533,7 @@ def test_an_answer_whose_first_token_would_span_the_border_is_encoded_alone(tmp_
 
 
 def test_ids_that_a_cold_start_has_written_are_used_as_they_are(tmp_path):
-    """nanochat#693: tokens are lost on their way through text; ids of another model are refused."""
+    """nanochat#693: tokens may get lost through text. Ids of another tokenizer are refused."""
     pair = pair_of(letters())
     a, d, s, o = pair.tokenizer.convert_tokens_to_ids(["a", "d", "s", "o"])
     row = {
@@ -550,7 +550,7 @@ def test_ids_that_a_cold_start_has_written_are_used_as_they_are(tmp_path):
 
 
 def test_a_conversation_that_a_model_cannot_hold_is_refused(tmp_path):
-    """trl#6359: longer than its positions, it is named and never cut."""
+    """trl#6359: if it is longer than the model's positions, it is named and never cut."""
     path = lines(tmp_path / "c.jsonl", {"messages": [user("add"), said("so " * 70)]})
     with pytest.raises(UserError, match="c.jsonl:1 .* 73 tokens.* holds 64"):
         load_conversations(path, pair_of(word_tokenizer()))

@@ -24,7 +24,7 @@ ALL = (
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_flag_that_it_names_exists(name):
-    """TRL's quick start ran into its own ValueError: no flag is made up."""
+    """A flag that a page names exists (TRL's quick start ran into its own ValueError)."""
     known = {"--help", "--all", "--config"}
     for flags in (Config, Diagnosis):
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(flags)}
@@ -37,7 +37,7 @@ def test_every_flag_that_it_names_exists(name):
 
 
 def test_the_commands_on_the_toy_parse():
-    """On the files that the toy writes; only the models are not there yet."""
+    """They parse with the files that the toy writes. Only the models are not there yet."""
     commands = re.findall(r"^(python opd.py --preset toy.*)$", README.replace("\\\n", ""), re.M)
     assert len(commands) >= 2
     for command in commands:
@@ -61,12 +61,12 @@ def test_its_commands_are_those_that_ci_runs():
 
 
 def test_the_step_that_it_shows_is_the_one_that_runs():
-    """Pasted whole; report.py does it."""
+    """report.py pastes it there."""
     assert f"<!-- the step -->\n```python\n{inspect.getsource(opd.update)}```\n" in README
 
 
 def test_every_logged_metric_is_defined(world, tmp_path):
-    """A row of a table for each name in a line of metrics.jsonl."""
+    """A table of plumbing/README.md has a row for each name in a line of metrics.jsonl."""
     opd.distil(config(world, tmp_path / "run", steps=1))
     table = (ROOT / "plumbing" / "README.md").read_text()
     for name in rows(tmp_path / "run")[0]:

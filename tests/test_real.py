@@ -20,8 +20,8 @@ from plumbing.prompts import load_prompts
 
 
 def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path):
-    """All 727 once, none of them an example; the same ones in other words; what is held out is in
-    neither."""
+    """All 727 sums are asked once, and none of them is an example. The prompts in other words are
+    the same sums. No held-out sum is among them."""
     sums.write_questions(tmp_path, 3)
     rows = {}
     asked = {}
@@ -40,7 +40,7 @@ def test_sums_are_asked_as_the_teachers_were_trained_and_in_other_words(tmp_path
 
 
 def test_three_ways_to_work_a_sum_out():
-    """From the left, from the right, in words."""
+    """A sum is worked out from the left, from the right, or in words."""
     assert sums.forwards(5, 6, 9) == "5 + 6 = 11, 11 + 9 = 20. Answer: 20"
     assert sums.backwards(5, 6, 9) == "9 + 6 = 15, 15 + 5 = 20. Answer: 20"
     in_words = "Nine plus nine is eighteen, eighteen plus nine is twenty-seven. Answer: 27"
@@ -118,14 +118,14 @@ def run_script(base, tmp_path, monkeypatch):
 
 
 def test_the_base_is_asked_for_before_anything_runs(run_script, capsys):
-    """One line, exit code 2."""
+    """The refusal is one line, with exit code 2."""
     with pytest.raises(SystemExit, match="2"):
         run_script("--only", "success")
     assert "--base: needed; see --help" in capsys.readouterr().err
 
 
 def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
-    """The base's own folder belongs to someone else, and other seeds have other questions."""
+    """Nothing is written into the base's own folder, and other seeds have other questions."""
     here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
     before = sorted(path.name for path in base.iterdir())
     found = here.accuracies(here.model("base"), here.exam)
@@ -135,7 +135,7 @@ def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
 
 
 def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
-    """expert-1 and expert-2 are what the expert was on its way."""
+    """expert-1 and expert-2 are the expert after its first and second round."""
     here = sums.RealLab(0, tmp_path, tmp_path, base=base)
     kept = []
     monkeypatch.setattr(here, "save", lambda pair, name: kept.append(name))
@@ -153,7 +153,7 @@ def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
 
 
 def test_one_process_at_a_time_makes_a_model_or_measures_it(base, tmp_path, monkeypatch):
-    """Another one, which would train it again or read half of it, waits."""
+    """Another process would train it again, or read half of it, so it waits."""
     here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
     held = []
 
@@ -174,7 +174,7 @@ def test_one_process_at_a_time_makes_a_model_or_measures_it(base, tmp_path, monk
 
 
 def test_a_model_is_whole_or_not_there(base, tmp_path):
-    """Killed while its tokenizer is written, it is made again."""
+    """If the process is killed while it saves, the model is made again."""
     here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
 
     class Dies:
@@ -206,7 +206,7 @@ def test_questions_that_are_there_are_not_written_again(tmp_path):
 
 @pytest.mark.slow
 def test_every_arm_and_probe_runs_on_any_chat_model(run_script, base, tmp_path):
-    """A tiny one with random weights; a second call runs nothing again."""
+    """They run on a tiny model with random weights. A second call runs nothing again."""
     run_script("--quick", "--base", str(base))
     run_script("--base", str(base), "--seeds", "0", "--only", "8 tokens")
     path = tmp_path / "real" / "8-tokens-0.json"
@@ -223,7 +223,7 @@ def test_every_arm_and_probe_runs_on_any_chat_model(run_script, base, tmp_path):
 
 
 def accuracy(right, prompts=160):
-    """Of that many right, in every way of sampling."""
+    """An accuracy with so many right answers, in every way of sampling."""
     bits = "1" * right + "0" * (prompts - right)
     found = {"mean": right / prompts, "standard_error": 0.01, "prompts": prompts}
     return {way: {**found, "right": f"{int(bits, 2):0{prompts // 4}x}"} for way in toy.WAYS}
@@ -294,7 +294,7 @@ def words_of(found):
 
 
 def test_what_the_paper_has_holds_and_its_opposite_is_contradicted():
-    """All but the one claim that asks for a rise without knowledge, which both cannot have."""
+    """So it is for all claims but one: a rise without new knowledge, which these numbers lack."""
     held = words_of(results())
     missed = {claim for claim, word in held.items() if word != lab.HOLDS}
     assert missed == {"itself at temperature .4 raises the score at T 1 and teaches no knowledge"}
@@ -320,7 +320,7 @@ def test_what_the_paper_has_holds_and_its_opposite_is_contradicted():
 
 
 def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
-    """And left out if there are none."""
+    """It is left out if no seed has them."""
     found = results()
     found["reverse"] = []
     found["copy"] = found["copy"][1:]
@@ -333,7 +333,7 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
 
 
 def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
-    """On seeds 3 and above; of each seed its own round, and none if there is no such round."""
+    """This is asked on seeds 3 and above. Each seed has its own round, or none."""
     claim = "a weaker teacher that thinks alike makes the better student"
     assert claim not in words_of(results())
     assert words_of(results(range(6))) == words_of(results()) | {claim: lab.HOLDS}

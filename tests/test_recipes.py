@@ -47,8 +47,8 @@ def lines(path):
 
 
 def test_a_template_goes_around_text_and_around_the_last_message_of_a_chat():
-    """5.2: the question in its place, the rest of a row as it was, and the rows that came
-    unchanged."""
+    """5.2: the question stands in its place. The rest of a row, and the given rows, stay as they
+    are."""
     system = {"role": "system", "content": "s {question}"}
     user = {"role": "user", "content": "2 + 3?"}
     given = [{"prompt": "2 + 3?", "answer": "5"}, {"prompt": [system, user], "more": [1]}]
@@ -64,7 +64,7 @@ templates = st.sampled_from([*TEMPLATES, "so {question}", "{question}!", "so {qu
 
 @given(st.text(max_size=9), templates)
 def test_a_question_is_put_into_a_template_once(question, template):
-    """Online-DPO-R1#10: prompts that are in the template already had its instruction twice."""
+    """In Online-DPO-R1#10 prompts that are in the template already have its instruction twice."""
     put = apply_template(question, template)
     assert apply_template(put, template) == put
     assert in_template(in_template([{"prompt": question}], template), template)[0]["prompt"] == put
@@ -81,14 +81,14 @@ BOXED = " Please reason step by step, and put your final answer within \\boxed{}
     [("so x", OWN), ("x so", OWN), ("so so", OWN), ("1 so x so", OWN), (f"x{BOXED} Go.", "boxed")],
 )
 def test_a_part_of_a_template_is_not_the_template(question, template):
-    """Text that begins or ends as it does, or says the same within, still needs it."""
+    """Text that only begins or ends like the template, or has it within, still needs it."""
     assert not is_in_template(question, template)
     form = TEMPLATES.get(template, template)
     assert apply_template(question, template) == form.replace("{question}", question)
 
 
 def test_a_template_that_is_none_is_refused():
-    """Neither a name that we know, nor a text with {question} in it."""
+    """A template is a name that we know, or a text with {question} in it."""
     with pytest.raises(UserError, match="'latex' is none of none, answer, boxed"):
         apply_template("2 + 3?", "latex")
 
@@ -113,7 +113,7 @@ CHATS = [
     ],
 )
 def test_what_tells_two_questions_apart_is_in_the_key(a, b):
-    """SophiaVL-R1#11: 40 chats with other system prompts were one question; 5² was 52."""
+    """SophiaVL-R1#11: system prompts tell chats apart, and 5² is not 52."""
     assert question_key(a) != question_key(b)
     assert distinct([{"prompt": a}, {"prompt": b}, {"prompt": a, "more": 1}]) == [
         {"prompt": a},
@@ -122,7 +122,7 @@ def test_what_tells_two_questions_apart_is_in_the_key(a, b):
 
 
 def test_the_same_text_is_the_same_question():
-    """A text is a chat of one message of the user; the order of a message's fields says nothing."""
+    """A text is a chat of one user message, and the order of a message's fields does not count."""
     assert question_key("x") == question_key([{"role": "user", "content": "x"}])
     assert question_key("x") == question_key([{"content": "x", "role": "user"}])
     known = {question_key("x")}
@@ -145,8 +145,8 @@ sizes = st.integers(0, 12)
 def test_a_mixture_is_the_largest_with_exactly_its_share_of_aligned_prompts(
     aligned, others, fraction, seed
 ):
-    """5.2: round(fraction * size) of them; no prompt twice; no larger size would do; the same
-    generator gives the same mixture."""
+    """5.2: round(fraction * size) are aligned, no prompt is there twice, and no larger size would
+    do. The same generator gives the same mixture."""
     given = (some("a", aligned), some("o", others))
     possible = []
     for size in range(1, aligned + others + 1):
@@ -169,14 +169,14 @@ def test_a_mixture_is_the_largest_with_exactly_its_share_of_aligned_prompts(
 
 @pytest.mark.parametrize("fraction, name", [(0.0, "o"), (1.0, "a")])
 def test_the_ends_of_the_mixture_are_the_lists_themselves_shuffled(fraction, name):
-    """5.2: at 0 every other prompt, at 1 every aligned one."""
+    """5.2: at 0 it has every other prompt, at 1 every aligned one."""
     mixed = mix_prompts(some("a", 20), some("o", 20), fraction, seeded())
     assert mixed != some(name, 20)
     assert sorted(mixed, key=str) == sorted(some(name, 20), key=str)
 
 
 def test_both_kinds_are_drawn_at_random_and_shuffled_together():
-    """Neither stands first, and which of the larger list are taken is a matter of chance."""
+    """Neither kind stands first, and which prompts of the larger list are taken is up to chance."""
     mixed = mix_prompts(some("a", 20), some("o", 200), 0.5, seeded())
     assert 2 < sum(row["prompt"].startswith("a") for row in mixed[:20]) < 18
     taken = [row for row in mixed if row["prompt"].startswith("o")]
@@ -199,7 +199,7 @@ def test_a_prompt_on_both_sides_of_a_mixture_is_aligned_and_counts_once():
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1, math.nan])
 def test_a_share_outside_0_to_1_is_refused(fraction):
-    """It is named in the message."""
+    """The message names it."""
     with pytest.raises(UserError, match=f"{fraction} is outside 0..1"):
         mix_prompts(some("a", 1), some("o", 1), fraction, seeded())
 
@@ -229,7 +229,7 @@ def says_it_again(ids):
 
 @st.composite
 def repetitive(draw):
-    """Some items, a block several times, a part of the block."""
+    """Draw some items, then a block several times, then a part of the block."""
     items = st.lists(st.integers(0, 5), max_size=40)
     block = draw(st.lists(st.integers(0, 9), min_size=1, max_size=40))
     times = draw(st.integers(0, 6))
@@ -267,7 +267,7 @@ PREFIX = list(range(60))
     ],
 )
 def test_degenerate_at_its_borders(ids, expected):
-    """4 times, 16 items, blocks of 32; 64 items, over half."""
+    """The borders: 4 times, 16 items, blocks of 32; and 64 items, over half of them said before."""
     assert is_degenerate(ids) == expected
 
 
@@ -327,8 +327,8 @@ SAID = [[7, 11, EOS], [9] * LENGTH, [7, 8] * 10 + [EOS], [8, 14, EOS], [EOS]]
 
 
 def test_finished_responses_are_kept_and_the_others_named():
-    """5.1: an answer is a conversation with its ids and why it is kept or not. A teacher that ends
-    at once has said nothing."""
+    """5.1: an answer is a conversation with its ids and why it is kept or not. An answer that only
+    ends is not kept."""
     pair = tiny_pair()
     given = [{"prompt": prompt, "ids": [1, 4 + i]} for i, prompt in enumerate(SPOKEN)]
     write = canned(pair, SAID)
@@ -353,8 +353,8 @@ class Lossy:
 
 
 def test_what_the_teacher_wrote_is_trained_on_as_written(tmp_path):
-    """NeMo-RL#2844, nanochat#693: through text 59 of 62 answers began with a token that the teacher
-    wrote in none. OPSD#3: marks of thinking stay in it."""
+    """NeMo-RL#2844, nanochat#693: on the way through text an answer may get a token that the
+    teacher did not write. OPSD#3: marks of thinking stay in it."""
     pair = dataclasses.replace(tiny_pair(), tokenizer=Lossy())
     write = canned(pair, [[7, 11, EOS], [15, 3, 10, EOS]])
     given = [{"prompt": "a", "ids": [1, 9]}, {"prompt": "b", "ids": [1, 5]}]
@@ -366,7 +366,7 @@ def test_what_the_teacher_wrote_is_trained_on_as_written(tmp_path):
 
 
 def test_it_is_the_teacher_who_writes():
-    """5.1 is off-policy: greedy responses are the teacher's own, and not the student's."""
+    """5.1 is off-policy: the answers are the teacher's, and not the student's."""
     pair = tiny_pair()
     given = asked(pair.tokenizer)
     [found] = teacher_rollouts(pair, given, max_new_tokens=LENGTH, temperature=0.0)
@@ -378,7 +378,7 @@ def test_it_is_the_teacher_who_writes():
 
 
 def test_the_teachers_sampling_is_what_was_asked_for():
-    """5.1: T .7 and top-p .95 by default, and each prompt has a seed of its own."""
+    """5.1: it is T .7 and top-p .95 by default, and each prompt has a seed of its own."""
     pair = tiny_pair()
     calls = []
 
@@ -413,8 +413,8 @@ def exactly():
 def test_what_is_drawn_for_a_row_follows_from_the_seed_and_its_place(
     exactly, start, at_once, world, fast
 ):
-    """Whatever the start, the number at once, the processes and the rollout. Each yields as often
-    as the others, and joined as plumbing.processes.gathered does they stand in order."""
+    """The start, the number at once, the processes and the rollout do not matter. Each process
+    yields equally often, and joined as by plumbing.processes.gathered the answers are in order."""
     pair, expected = exactly
     how = {"rollout": faster_rollout} if fast else {}
     parts = []
@@ -439,7 +439,7 @@ def test_what_is_drawn_for_a_row_follows_from_the_seed_and_its_place(
 
 
 def test_more_prompts_are_answered_behind_those_that_are_there(exactly, tmp_path):
-    """A file that is there is continued: nothing is asked twice, and the lines are those of one
+    """A file that is there is continued. Nothing is asked twice, and the lines are those of one
     call."""
     pair, expected = exactly
     path = tmp_path / "cold_start.jsonl"
@@ -458,7 +458,7 @@ def test_more_prompts_are_answered_behind_those_that_are_there(exactly, tmp_path
 
 @pytest.mark.parametrize("start", [9, 10, 64])
 def test_a_file_that_is_complete_is_asked_for_nothing(start):
-    """A run that goes on behind its cold start does not write the last answers again."""
+    """A run that goes on after its cold start does not write the last answers again."""
     pair = tiny_pair()
     given = asked(pair.tokenizer)[:9]
     assert list(teacher_rollouts(pair, given, max_new_tokens=5, start=start, rollout=None)) == []
@@ -490,14 +490,14 @@ class Recorder(torch.optim.SGD):
 
 
 def one_update(pair, **how):
-    """-> the row of metrics and the gradients of one update on all EXAMPLES."""
+    """One update on all EXAMPLES: -> the row of metrics, the gradients."""
     recorder = Recorder(pair.student)
     [row] = cold_start(pair, recorder, EXAMPLES, steps=1, batch_size=len(EXAMPLES), **how)
     return row, recorder.seen[0]
 
 
 def cross_entropy(model):
-    """-log p of each response token of EXAMPLES, from whole logits, without padding: (TOKENS,)."""
+    """-log p of each response token of EXAMPLES, from all logits, without padding: (TOKENS,)."""
     losses = []
     for prompt, response in EXAMPLES:
         ids = torch.tensor([prompt + response])
@@ -512,8 +512,8 @@ def close(gradients, expected):
 
 
 def test_the_cold_start_descends_the_mean_over_response_tokens_alone(architecture):
-    """trl#6006: cross-entropy over the response tokens, over the shared vocabulary, with the tokens
-    of the step as its one denominator; its gradient is clipped at 1."""
+    """trl#6006: it is the cross-entropy of the response tokens over the shared vocabulary, and its
+    one denominator is the tokens of the step. The gradient is clipped at 1."""
     pair = tiny_pair(architecture)
     row, gradients = one_update(pair)
     loss = cross_entropy(pair.student).mean()
@@ -526,7 +526,7 @@ def test_the_cold_start_descends_the_mean_over_response_tokens_alone(architectur
 
 
 def test_ends_count_as_one_token_in_the_cold_start_too():
-    """-log p of an end is that of any end, as in OPD."""
+    """The loss of an end is -log of the probability of any end, as in OPD."""
     pair = dataclasses.replace(tiny_pair(), eos_ids=[EOS, 3])  # no example holds token 3
     row, _ = one_update(pair)
     log_odds = []  # what the other end adds to each end of an example
@@ -539,7 +539,7 @@ def test_ends_count_as_one_token_in_the_cold_start_too():
 
 
 def test_the_cold_start_asks_nothing_of_the_teacher():
-    """The teacher is not even read."""
+    """The teacher is not called at all."""
     pair = tiny_pair()
     pair.teacher.base_model.register_forward_pre_hook(
         lambda *_: pytest.fail("the teacher was read")
@@ -549,7 +549,7 @@ def test_the_cold_start_asks_nothing_of_the_teacher():
 
 @pytest.mark.parametrize("pad_id", [3, EOS])  # pad = eos, as in SmolLM2
 def test_the_fine_tuning_sees_no_pads(architecture, pad_id):
-    """trl#2058: bit for bit the same with another pad id."""
+    """trl#2058: with another pad id the update is the same, bit for bit."""
     row, gradients = one_update(tiny_pair(architecture))
     pair = dataclasses.replace(tiny_pair(architecture), pad_id=pad_id)
     assert one_update(pair)[0] == row
@@ -558,7 +558,7 @@ def test_the_fine_tuning_sees_no_pads(architecture, pad_id):
 
 @pytest.mark.parametrize("budget", [1, 25, 60])
 def test_the_fine_tuning_sees_no_micro_batches(architecture, budget):
-    """trl#4719: any budget, the same update."""
+    """trl#4719: the update is the same for any budget."""
     row, gradients = one_update(tiny_pair(architecture))
     pair = tiny_pair(architecture, micro_batch_tokens=budget)
     other, of_other = one_update(pair)
@@ -569,7 +569,7 @@ def test_the_fine_tuning_sees_no_micro_batches(architecture, budget):
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 def test_the_shares_of_the_processes_add_up_to_the_whole(world):
-    """Loss and gradient are parts of one mean over all tokens, whoever has the longer examples."""
+    """Loss and gradient are parts of one mean over all tokens, however long each share is."""
     pair = tiny_pair()
     row, gradients = one_update(pair, descend=unclipped)
     losses = []
@@ -591,7 +591,7 @@ def unclipped(optimizer, student):
 
 
 def test_every_update_begins_without_the_gradient_of_the_last():
-    """Weights that do not move: the second gradient is that of a run that begins there."""
+    """If weights do not move, the second gradient is that of a run that begins with it."""
     pair = tiny_pair()
     both = Recorder(pair.student)
     second = Recorder(pair.student)
@@ -605,8 +605,8 @@ def test_every_update_begins_without_the_gradient_of_the_last():
     "steps, warmup", [(1, 0.05), (2, 0.05), (3, 0.5), (20, 0.05), (21, 0.3), (4, 1.0)]
 )
 def test_the_learning_rate_rises_and_falls_as_a_cosine(steps, warmup):
-    """5.1: in ceil(warmup * steps) equal steps up to lr, then half a cosine towards 0, which no
-    step has."""
+    """5.1: it rises to lr in ceil(warmup * steps) equal steps, then falls as half a cosine. No step
+    has a rate of 0."""
     pair = tiny_pair()
     recorder = Recorder(pair.student)
     found = []
@@ -625,7 +625,7 @@ def test_the_learning_rate_rises_and_falls_as_a_cosine(steps, warmup):
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_k_steps_and_the_rest_are_the_whole_bit_for_bit(cut):
-    """verl#5725: with the optimizer of the run that was cut, `start` goes on as the run that was
+    """verl#5725: from `start`, with the optimizer of a run that was cut, it ends as a run that was
     not. The batches are those of rollout.batch."""
     settings = {"steps": 4, "lr": 1e-2, "warmup": 0.5, "batch_size": 3, "seed": 1}
 
@@ -648,8 +648,7 @@ def test_k_steps_and_the_rest_are_the_whole_bit_for_bit(cut):
 
 
 def test_the_student_learns_what_it_is_shown():
-    """The loss on a few conversations falls to a small part, and its greedy answers become
-    theirs."""
+    """The loss on a few conversations falls below a tenth, and the greedy answers become theirs."""
     pair = tiny_pair()
     optimizer = torch.optim.AdamW(pair.student.parameters())
     found = list(cold_start(pair, optimizer, EXAMPLES, steps=60, lr=1e-2, batch_size=7))
@@ -660,8 +659,8 @@ def test_the_student_learns_what_it_is_shown():
 
 
 def test_a_gradient_that_is_not_finite_is_no_update(monkeypatch):
-    """Such a step is named and changes nothing; the next is an update again, with none of the
-    gradient that was not."""
+    """Such a step is logged and changes nothing. The next one is an update again, without the bad
+    gradient."""
     norms = iter([1.0, math.nan, math.inf, 1.0, math.nan, 1.0])
     plainly = recipes.clip_grad_norm_
     monkeypatch.setattr(
@@ -700,8 +699,8 @@ COLD = {
 
 
 def test_a_run_with_a_cold_start_leaves_what_it_promises(world, tmp_path):
-    """5.1: the answers, each update, and measurements between it and OPD, whose optimizer is new.
-    --steps 0 is the control that the paper lacks: the fine-tuned student alone."""
+    """5.1: it leaves the answers, a line for each update, and measurements before OPD, which has a
+    new optimizer. --steps 0 is the control that the paper lacks: fine-tuning alone."""
     out = tmp_path / "run"
     result = opd.distil(config(world, out, steps=2, **COLD))
     answers = lines(out / "cold_start.jsonl")
@@ -720,8 +719,8 @@ def test_a_run_with_a_cold_start_leaves_what_it_promises(world, tmp_path):
 
 
 def test_the_flags_of_a_cold_start_reach_it(world, tmp_path, monkeypatch):
-    """--cold-start-temperature and -top-p to the teacher that answers; .7 and .95, the paper's, if
-    nothing is said."""
+    """The teacher answers at --cold-start-temperature and -top-p. The defaults are the paper's .7
+    and .95."""
     calls = []
 
     def note(*args, **how):
@@ -746,8 +745,8 @@ def conversations(path, count):
 
 
 def test_an_epoch_is_the_default_length_of_a_cold_start(world, tmp_path, monkeypatch):
-    """5.1: every conversation of a file once, the last batch filled up from the next epoch; nobody
-    asks the teacher for answers."""
+    """5.1: every conversation of a file is used once, and the last batch is filled up from the next
+    epoch. The teacher is not asked for answers."""
     monkeypatch.setattr(opd, "teacher_rollouts", lambda *_, **__: pytest.fail("it was asked"))
     file = conversations(tmp_path / "c.jsonl", 7)
     out = tmp_path / "run"
@@ -763,7 +762,7 @@ def test_an_epoch_is_the_default_length_of_a_cold_start(world, tmp_path, monkeyp
 def test_the_third_step_in_a_row_that_is_not_finite_ends_a_cold_start(
     world, tmp_path, monkeypatch, norms, ends
 ):
-    """Three in all do not: only a row of them says that something is wrong."""
+    """Three that are not in a row do not end it."""
     left = iter(norms)
     monkeypatch.setattr(opd, "clip_grad_norm_", lambda *_, **__: torch.tensor(next(left)))
     out = tmp_path / "run"

@@ -20,7 +20,7 @@ def finding(word):
 
 
 def test_the_pages_are_a_fresh_report(capsys):
-    """Whoever adds a result, or changes what a script asks, runs report.py again."""
+    """After a new result, or a change to what a script asks, report.py has to run again."""
     toy = report.toy_results(RESULTS)
     real = report.real_results(RESULTS)
     text = README.read_text()

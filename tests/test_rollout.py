@@ -1,6 +1,6 @@
 """Laws of rollout.py: what is drawn, what is recorded of it, where a response ends.
 
-plumbing/slots.py, which the commands take, is held to the same results in test_slots.py.
+test_slots.py holds plumbing/slots.py, which the commands use, to the same results.
 """
 
 import collections
@@ -89,7 +89,7 @@ def inputs_of(model):
 
 
 def nucleus(p, top_p):
-    """The smallest set of tokens that has mass top_p, the likeliest first: list of int."""
+    """The smallest set of tokens with a mass of top_p, the likeliest first: list of int."""
     kept = []
     mass = 0.0
     for token in sorted(range(len(p)), key=lambda token: -p[token]):
@@ -100,7 +100,7 @@ def nucleus(p, top_p):
 
 
 def token_at(p, u, order):
-    """The first of `order` at which the cumulated probability exceeds the share u of theirs."""
+    """The first token of `order` at which their cumulated probability exceeds the share u."""
     share = u * sum(p[token] for token in order)
     cumulated = 0.0
     for token in order:
@@ -113,9 +113,9 @@ def token_at(p, u, order):
 def written_alone(
     model, prompt, u, *, eos_ids=(), merge=False, temperature=1.0, top_p=1.0, vocab_size=VOCAB
 ):
-    """A response and its log-probabilities, each token from a fresh reading of what is before it.
+    """A response and its log-probabilities, each token from a fresh reading of all before it.
 
-    No cache, no batch, no padding. u: (LENGTH,) the uniform number of each token.
+    There is no cache, no batch and no padding. u: (LENGTH,), a uniform number for each token.
     """
     response = []
     log_p = []
@@ -161,12 +161,12 @@ each_model = pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("how", HOW)
 @each_model
 def test_a_response_is_what_a_reading_token_by_token_draws(name, how):
-    """Row i*n + j answers prompt i from its very ids, with numbers that follow from seed i alone.
+    """Row i*n + j answers prompt i from its very ids, with random numbers from seed i alone.
 
-    So it is the same whatever is written beside it, and how long that is. Any of several ends
-    ends it and belongs to it, also if the padding is an end; nothing after it counts. log_p is
+    So it is the same whatever is written beside it, and however long that is. Any of several end
+    tokens ends it and belongs to it, also if the padding is one; nothing after it counts. log_p is
     that of the whole softmax, under top-p as well; the first is that of the last prompt position.
-    Rethinking-OPD#22: n is a way to fill a step, and n copies of a prompt are another.
+    Rethinking-OPD#22: n is one way to fill a step, and n copies of a prompt are another.
     trl#2058, trl#5725, trl#6126, trl#6357, trl#6359, trl#6800, trl#7039, prime-rl#1525, OPSD#30;
     transformers#18388 (positions under left padding); transformers#46773, transformers#32677 (a
     mask of earlier columns reached Mamba's one token: 8.5 nats off).
@@ -202,7 +202,7 @@ def test_a_response_is_what_a_reading_token_by_token_draws(name, how):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("merged", [False, True])
 def test_what_is_sampled_is_what_is_scored(architecture, temperature, merged):
-    """One entry in all three: the rollout's record, the plain scores, the grades."""
+    """The rollout's record, the plain scores and the grades have the same log-probabilities."""
     model = tiny(architecture, vocab_size=len(WORDS), spread=0.2)
     pair = make_pair(model, copy.deepcopy(model), word_tokenizer(), word_tokenizer())
     pair.eos_ids = [2, 14, 9]
@@ -223,7 +223,7 @@ def test_what_is_sampled_is_what_is_scored(architecture, temperature, merged):
 
 
 def test_greedy_is_generate_token_for_token(model):
-    """Temperature 0 is model.generate(do_sample=False)."""
+    """At temperature 0 it writes what model.generate(do_sample=False) writes."""
     eos_ids = common(model, 2, temperature=0)
     r = sample(model, n=1, temperature=0, eos_ids=eos_ids)
     assert len(r.response_mask.sum(1).unique()) > 1
@@ -234,9 +234,9 @@ def test_greedy_is_generate_token_for_token(model):
 
 
 def test_by_default_one_response_is_drawn_from_the_plain_softmax():
-    """One a prompt, temperature 1, no top-p, all of the vocabulary, seeds of torch's generator.
+    """The default is temperature 1, no top-p, all of the vocabulary, seeds of torch's generator.
 
-    transformers#45943, transformers#48294: a second call lost requests; here it is the first one.
+    transformers#45943, transformers#48294: a second call lost requests; here it repeats the first.
     """
     model = tiny("llama")
     with torch.random.fork_rng():
@@ -252,9 +252,9 @@ def test_by_default_one_response_is_drawn_from_the_plain_softmax():
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_finished_rows_leave_the_batch(model, use_cache):
-    """A prompt is read once for its n responses; then each row that still writes feeds a token.
+    """A prompt is read once for its n responses. Then only rows that still write feed a token.
 
-    That a checkpoint says use_cache: false (training leaves it there) changes nothing. Logits are
+    If a checkpoint says use_cache: false, as training leaves it, nothing changes. Logits are
     computed for one position.
     """
     eos_ids = common(model, 5)
@@ -271,7 +271,7 @@ def test_finished_rows_leave_the_batch(model, use_cache):
 
 
 def test_everything_is_made_on_the_device_of_the_model():
-    """The default device "meta" holds no numbers, and the very same responses are written."""
+    """With the default device "meta", which holds no numbers, the responses are the same."""
     model = tiny("llama")
     how = {"eos_ids": common(model, 4), "merge": True, "top_p": 0.9}
     here = sample(model, **how)
@@ -317,7 +317,7 @@ def test_the_model_is_left_as_it_was_and_its_generation_defaults_are_not_read(mo
     ],
 )
 def test_what_cannot_be_written_is_refused(changes, says):
-    """Dropout draws from another softmax than the one scored; an end named twice counts double."""
+    """Dropout would draw from another softmax than is scored; an end named twice counts double."""
     model = tiny("gpt2").train("training" in changes)
     asked = {"prompts": [[5]], "max_new_tokens": 1, "eos_ids": [2], **changes}
     asked.pop("training", None)
@@ -371,8 +371,8 @@ def test_with_one_end_nothing_changes(ends):
 
 
 def test_a_teacher_that_ends_with_another_token_grades_as_if_it_ended_with_the_students():
-    """The pairs of the paper's 3.1 and 5.1: every distance and the gradient are the ordinary
-    pair's. Token by token they are not."""
+    """So for pairs as in the paper's 3.1 and 5.1 every distance, and the gradient, are those of an
+    ordinary pair. Token by token they are not."""
     size = len(WORDS)
     student = tiny("llama", vocab_size=size)
     teachers = {name: tiny("qwen3", seed=1, vocab_size=size) for name in ("ordinary", "swapped")}
@@ -407,7 +407,7 @@ def test_a_teacher_that_ends_with_another_token_grades_as_if_it_ended_with_the_s
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=8).filter(sum))
 def test_draw_inverts_the_cumulative_probability(counts):
-    """Of evenly spaced numbers each token gets exactly its share; without probability it gets
+    """Of evenly spaced numbers each token gets exactly its share. Without probability it gets
     none (nano-opd sampled with the top_k=50 of `generate`)."""
     total = sum(counts)
     log_p = (torch.tensor(counts, dtype=torch.float64) / total).log().repeat(total, 1)
@@ -438,7 +438,7 @@ def test_draw_at_the_borders(p, top_p, u, token):
 @pytest.mark.parametrize("V, spread", [(4, 1.0), (60, 3.0), (3000, 0.1), (3000, 9.0)])
 @pytest.mark.parametrize("top_p", [0.3, 0.6, 0.95])
 def test_draw_takes_the_smallest_set_that_holds_top_p(V, spread, top_p):
-    """Within it, odds stay as they were. A set of more than 1,024 tokens is whole, too."""
+    """Within the set odds stay as they were. It may have more than 1,024 tokens."""
     generator = torch.Generator().manual_seed(0)
     log_p = (spread * torch.randn(V, generator=generator)).log_softmax(-1)
     p = log_p.double().exp().tolist()
@@ -450,16 +450,16 @@ def test_draw_takes_the_smallest_set_that_holds_top_p(V, spread, top_p):
 
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_what_is_not_a_number_draws_a_token_all_the_same(top_p):
-    """An id of the vocabulary, so that the loss is what reports it."""
+    """The token is an id of the vocabulary, so the loss is what reports the NaN."""
     y = draw(torch.full((2, 5), torch.nan), torch.tensor([0.0, 0.9]).double(), top_p)
     assert (y >= 0).all()
     assert (y < 5).all()
 
 
 def test_columns_that_pad_the_vocabulary_would_take_probability():
-    """Fact 7, Liger's fused_linear_distillation: 128 columns of logit 0 take 5e-4 in silence.
+    """Liger's fused_linear_distillation: 128 columns of logit 0 silently take 5e-4.
 
-    Cut before the softmax they take none, also if they are huge.
+    If they are cut before the softmax they take none, even if they are huge.
     """
     z = torch.randn(151_936, generator=torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(z, (0, 128))
@@ -475,7 +475,7 @@ def test_columns_that_pad_the_vocabulary_would_take_probability():
 
 
 def test_padding_by_hand():
-    """Positions count from the first real token of each row; padding before it is at 0."""
+    """Positions count from the first real token of each row. Padding before it has position 0."""
     ids, mask = left_pad([[5, 6, 7], [8]], 9)
     assert ids.tolist() == [[5, 6, 7], [9, 9, 8]]
     assert mask.tolist() == [[True] * 3, [False, False, True]]
@@ -490,9 +490,9 @@ def test_padding_by_hand():
 
 
 def test_uniform_numbers_follow_from_the_seed_of_their_prompt():
-    """Each token has its own, in float64; those of one seed are the same beside any other.
+    """Each token has its own number, in float64. The other seeds of a call do not change it.
 
-    A longer limit changes none of the earlier ones.
+    A longer limit changes none of the earlier numbers.
     """
     u = uniform([7, 8], 2, 3, 1000)
     assert u.shape == (6, 1000)
@@ -505,8 +505,8 @@ def test_uniform_numbers_follow_from_the_seed_of_their_prompt():
 
 
 def test_no_two_purposes_share_a_seed():
-    """One hashed rule. With four formulas steps 63, 127 and 191 at seed 0 drew the evaluation's
-    numbers, and 62, 126 and 190 those of the cold start."""
+    """One hashed rule makes all seeds. With a formula for each purpose a step could draw the
+    numbers of the evaluation, or of the cold start."""
     what = ("rollout", "answer", "distance", "teacher's response", "order", "page")
     grid = list(itertools.product(range(8), what, range(200)))
     for seed, name, step in itertools.product([0, 1], what[:3], [62, 63, 126, 127, 190, 191]):
@@ -520,7 +520,7 @@ def test_no_two_purposes_share_a_seed():
 
 @given(st.integers(1, 12), st.integers(1, 15), st.integers(0, 9))
 def test_every_epoch_takes_each_example_once_and_a_step_follows_from_its_number(count, size, seed):
-    """Batches are slices of one endless list of shuffles, however they lie across its epochs."""
+    """Batches are slices of one endless list of shuffles, and may reach into the next epoch."""
     steps = range(3 * count)
     endless = list(itertools.chain(*[batch(count, step, size, seed) for step in steps]))
     assert len(endless) == 3 * count * size

@@ -1,6 +1,6 @@
-"""Laws of plumbing/slots.py: it writes what rollout.py writes, and what a CUDA graph needs holds.
+"""Laws of plumbing/slots.py: it writes what rollout.py writes, and meets what a CUDA graph needs.
 
-There is no GPU in these tests. `Static` runs as it is what Captured would put into a graph.
+There is no GPU in these tests. `Static` runs without a graph what Captured would put into one.
 """
 
 import inspect
@@ -41,7 +41,7 @@ SEEDS = list(range(10, 10 + len(MANY)))
 
 
 class Static(Captured):
-    """The rows and columns of a graph, and who has ended is seen late."""
+    """Slots with the rows and columns of a graph, which see late that rows have ended."""
 
     look_every = 3
 
@@ -51,7 +51,7 @@ class Static(Captured):
 
 @pytest.fixture
 def use(monkeypatch):
-    """A function that lets one class write for all models."""
+    """A function that makes one class write for all models."""
 
     def set_kind(kind):
         monkeypatch.setattr(slots, "kind_of", lambda model: kind)
@@ -97,7 +97,7 @@ def forwards(model):
 
 
 def gpt_neo(window):
-    """Its first layer sees all, its second a window that transformers' cache is not told of."""
+    """A GPT-Neo: its first layer sees all, its second a window that the cache does not know."""
     config = GPTNeoConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -129,9 +129,9 @@ def mamba():
 @pytest.mark.parametrize("in_flight", [None, 2, 7])
 @pytest.mark.parametrize("kind", [Slots, Static])
 def test_the_tokens_are_those_of_the_plain_loop(use, kind, in_flight, name):
-    """Rows leave, others join and take their places, windows lie over fixed columns.
+    """So it is while rows leave, others take their places, and windows lie over fixed columns.
 
-    In float64, in which kernels round alike enough.
+    This is in float64, in which kernels round alike enough.
     """
     use(kind)
     model = tiny(name).double()
@@ -149,7 +149,7 @@ def test_the_tokens_are_those_of_the_plain_loop(use, kind, in_flight, name):
 
 
 def test_the_arguments_and_defaults_are_those_of_the_plain_loop():
-    """It can replace rollout.rollout everywhere. in_flight alone is new: all by default."""
+    """It can replace rollout.rollout everywhere. Only in_flight is new; by default it is all."""
     ours = dict(inspect.signature(slots.rollout).parameters)
     assert ours.pop("in_flight").default is None
     assert ours == dict(inspect.signature(plain.rollout).parameters)
@@ -167,7 +167,7 @@ def test_without_seeds_they_come_from_the_generator_of_torch():
 
 @pytest.mark.parametrize("in_flight", [None, 4])
 def test_everything_is_made_on_the_device_of_the_model(in_flight):
-    """The default device "meta" holds no numbers, and the very same responses are written."""
+    """With the default device "meta", which holds no numbers, the responses are the same."""
     model = tiny("llama")
     eos_ids = common(model, 6)
     here = sample(model, eos_ids=eos_ids, in_flight=in_flight)
@@ -179,7 +179,7 @@ def test_everything_is_made_on_the_device_of_the_model(in_flight):
 @pytest.mark.parametrize("make", [lambda: gpt_neo(6), mamba], ids=["gpt_neo", "mamba"])
 @pytest.mark.parametrize("in_flight", [None, 4])
 def test_other_caches_are_written_by_the_plain_loop_in_pieces(make, in_flight):
-    """Recurrent states, and windows that the cache is not told of: what is drawn is what is scored.
+    """For recurrent states, and windows that the cache does not know, what is drawn is scored.
 
     GPT-Neo's windows end at the last column of the cache. With rows that join later, sampled and
     scored would be nats apart.
@@ -208,7 +208,7 @@ def test_the_way_of_writing_is_chosen_by_what_a_model_keeps():
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 @pytest.mark.parametrize("in_flight, most", [(1, 1), (2, 2), (3, 3), (8, 6), (11, 9), (None, 24)])
 def test_no_more_responses_are_in_flight_than_allowed(name, in_flight, most):
-    """Whole prompts; if their n responses are more than allowed, a response at a time."""
+    """A prompt's n responses are written together; if n is more than allowed, one at a time."""
     model = tiny(name)
     seen = forwards(model)
     sample(model, in_flight=in_flight)
@@ -216,7 +216,7 @@ def test_no_more_responses_are_in_flight_than_allowed(name, in_flight, most):
 
 
 def test_waiting_prompts_take_the_places_of_finished_rows():
-    """A queue, not waves: prompts are read while others are being written, each prompt once."""
+    """Prompts wait in a queue. They are read while others are being written, each of them once."""
     model = tiny("llama")
     eos_ids = common(model, 8)
     prompts = MANY * 4
@@ -233,7 +233,7 @@ def test_waiting_prompts_take_the_places_of_finished_rows():
 
 @pytest.mark.parametrize("kind", [Slots, Static])
 def test_rows_that_have_left_leave_no_columns_behind(use, kind):
-    """However many prompts pass through, the cache is as wide as a prompt and one response."""
+    """The cache is as wide as a prompt and one response, however many prompts pass through."""
     use(kind)
     model = tiny("llama")
     eos_ids = common(model, 4)
@@ -255,7 +255,7 @@ def slots_of(model, prompts, *, n=1, prompts_at_once, kind=Slots):
 )
 @torch.no_grad()
 def test_the_next_prompts_are_read_once_a_quarter_of_the_places_is_free(places, gone, reads):
-    """What is read takes the free places, in order, and no more."""
+    """So many prompts are read as places are free, in order."""
     state = slots_of(tiny("llama"), [[token] for token in range(3, 20)], prompts_at_once=places)
     assert state.response.tolist() == list(range(places))
     state.feed(torch.full((places,), 5), going=torch.arange(places) >= gone)
@@ -290,7 +290,7 @@ def played(state, n, seed):
 @pytest.mark.parametrize("name", ["llama", *MORE])
 @pytest.mark.parametrize("seed, n, places", [(0, 1, 4), (1, 2, 3), (2, 3, 8)])
 def test_each_row_holds_what_a_fresh_reading_of_its_text_gives(name, seed, n, places):
-    """Whoever comes or goes: keys, values and next logits are those of the text read alone."""
+    """Keys, values and next logits are those of the text read alone, whatever joins or leaves."""
     model = tiny(name).double()
     state = slots_of(model, MANY, n=n, prompts_at_once=places)
     checked = 0
@@ -311,7 +311,7 @@ def test_each_row_holds_what_a_fresh_reading_of_its_text_gives(name, seed, n, pl
 
 @pytest.mark.parametrize("seed", range(4))
 def test_free_rows_stay_within_the_cache_and_finite(monkeypatch, seed):
-    """They are computed beside the others; what is masked is read, too, and a masked NaN is one."""
+    """Free rows are computed with the others, and a masked NaN would spread."""
     monkeypatch.setattr(Static, "look_every", 1)
     state = slots_of(tiny("llama"), MANY * 3, prompts_at_once=7, kind=Static)
     for _ in played(state, 1, seed):
@@ -324,7 +324,7 @@ def test_free_rows_stay_within_the_cache_and_finite(monkeypatch, seed):
 
 
 def test_tensors_stay_where_they_are():
-    """Addresses and shapes are the same at every step, whoever leaves or joins."""
+    """Addresses and shapes are the same at every step, whatever row leaves or joins."""
     state = slots_of(tiny("llama"), MANY, n=2, prompts_at_once=3)
 
     def places():
@@ -356,7 +356,7 @@ class Noted(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_the_host_reads_nothing_but_who_has_ended(monkeypatch, use, name):
-    """A look reads two numbers, and two more where rows have ended; between two looks nothing.
+    """A look reads two numbers, and two more if rows have ended. Between looks nothing is read.
 
     (transformers reads its masks, but not while a stream is captured.)
     """
@@ -375,7 +375,7 @@ def test_the_host_reads_nothing_but_who_has_ended(monkeypatch, use, name):
 
 
 def test_the_weights_are_cast_once_a_rollout(use):
-    """Under autocast float32 weights are cast when the prompts are read; a token casts none."""
+    """Under autocast float32 weights are cast when the prompts are read, and not for a token."""
     use(Static)
     model = tiny("llama")
     weights = {p.shape for p in model.parameters() if p.dim() > 1}
@@ -385,7 +385,7 @@ def test_the_weights_are_cast_once_a_rollout(use):
 
 
 def test_a_step_that_cannot_be_captured_is_run_as_it_is_and_that_is_said(monkeypatch, use):
-    """Once a rollout, however many graphs it would have had; the tokens are the same."""
+    """It is said once a rollout, however many graphs there would be. The tokens are the same."""
 
     def capture(self, rows, columns):
         raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
@@ -402,7 +402,7 @@ def test_a_step_that_cannot_be_captured_is_run_as_it_is_and_that_is_said(monkeyp
 
 
 def test_a_graph_is_captured_once_for_its_rows_and_columns(monkeypatch, use):
-    """For 1, 2, 4, ... rows or all there are; for 1,024, 2,048, ... columns or all there are."""
+    """Graphs have 1, 2, 4, ... rows, or all; and 1,024, 2,048, ... columns, or all."""
     sizes = []
 
     class Sizes(Static):

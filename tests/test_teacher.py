@@ -77,15 +77,15 @@ def fitting(**changes):
 
 
 def test_a_fitting_pair_gives_the_number_of_real_tokens_in_silence():
-    """Heads padded to different sizes are cut to the tokens that exist (Qwen2.5: 151,936 and
-    152,064)."""
+    """Heads that are padded to different sizes are cut to the tokens that exist (Qwen2.5: 151,936
+    and 152,064)."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_pair(**fitting()) == len(WORDS)
 
 
 def test_tokenizers_that_disagree_are_refused_with_the_first_tokens_named():
-    """Two ids exchanged, one word more: the lowest ids stand in the message (trl#4393,
+    """If ids are exchanged, or a word is missing, the message has the lowest ids (trl#4393,
     trl#5885)."""
     words = list(WORDS)
     words[7] = "the"
@@ -106,7 +106,7 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused(role):
 
 
 def test_a_stray_token_without_a_row_is_cut_unless_it_ends_a_response():
-    """Gemma 3 1B: <image_soft_token> has an id and no output row; the pair is good without it."""
+    """In Gemma 3 1B <image_soft_token> has an id, but no output row. The pair works without it."""
     words = WORDS + [f"w{i}" for i in range(200)]
     arguments = {
         "student": tiny("llama", vocab_size=len(words)),
@@ -122,7 +122,7 @@ def test_a_stray_token_without_a_row_is_cut_unless_it_ends_a_response():
 
 
 def test_other_ends_are_warned_of_and_no_end_at_all_is_refused():
-    """ms-swift#9526: other eos ids, length explosion. trl#5725: a pair that would never end."""
+    """ms-swift#9526: with other eos ids lengths may explode. trl#5725: without any nothing ends."""
     other = tiny("llama", vocab_size=len(WORDS))
     other.generation_config.eos_token_id = [2, 14]
     with pytest.warns(UserWarning, match="student ends .*EOS.*, teacher with .*'so'") as caught:
@@ -144,7 +144,7 @@ def test_other_ends_are_warned_of_and_no_end_at_all_is_refused():
     ],
 )
 def test_every_end_is_found(generation, config, token, expected):
-    """One id, a list or none, from generation config, config and tokenizer (trl#7039, trl#5725)."""
+    """Generation config, config and tokenizer may name any number (trl#7039, trl#5725)."""
     model = tiny("llama")
     tokenizer = word_tokenizer()
     model.generation_config.eos_token_id = generation
@@ -154,7 +154,7 @@ def test_every_end_is_found(generation, config, token, expected):
 
 
 def test_the_ends_of_a_pair_are_those_of_both_the_students_own_first():
-    """Cold-start answers end with the first; a response of either model ends at any of them."""
+    """Cold-start answers end with the first. A response of either model ends at any of them."""
     teacher = tiny("llama", vocab_size=len(WORDS))
     teacher.generation_config.eos_token_id = [1, 14]
     with pytest.warns(UserWarning, match="ends a response"):
@@ -168,9 +168,10 @@ def test_the_ends_of_a_pair_are_those_of_both_the_students_own_first():
 
 
 def test_states_and_head_are_the_models_own_log_probabilities(model):
-    """Packed row by row, the state at t - 1 for token t, under left padding as without.
+    """They are packed row by row, the state at t - 1 for token t, with left padding or without.
 
-    ms-swift#8436: logits and labels unshifted; trl#6800, transformers#18388: GPT-2's positions.
+    ms-swift#8436: logits and labels without a shift; trl#6800, transformers#18388: GPT-2's
+    positions.
     """
     pair = Pair(model, model, None, VOCAB - 8, [2])
     (part,) = micro_batches(from_texts(PROMPTS, RESPONSES), 10_000)
@@ -180,14 +181,14 @@ def test_states_and_head_are_the_models_own_log_probabilities(model):
 
 
 def test_a_bias_of_the_head_is_part_of_it():
-    """A head with a bias is cut along with its weight."""
+    """If a head has a bias, it is cut as the weight is."""
     model = tiny("llama")
     model.lm_head.bias = torch.nn.Parameter(torch.randn(VOCAB))
     test_states_and_head_are_the_models_own_log_probabilities(model)
 
 
 def test_soft_capped_logits_are_found_out_and_kept():
-    """Gemma 2 does more than a linear head: its own logits are taken, and graded like any other."""
+    """Gemma 2 does more than a linear head. So its own logits are taken, and graded like others."""
     pair = pair_of("llama")
     assert has_linear_head(pair.student)
     student = tiny("gemma2")
@@ -209,7 +210,7 @@ def test_soft_capped_logits_are_found_out_and_kept():
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_padded_vocabulary_columns_change_nothing(architecture, padded):
-    """Junk rows at the end of either head, with large weights: the same loss, metrics, gradients.
+    """Rows of large weights at the end of either head change no loss, metric or gradient.
 
     Qwen2.5's 151,936 and 152,064 rows: trl#2215, trl#3028, trl#6252, trl#6457, LMOps#286,
     LMOps#331, torchtune#2119, torchtune#2416, torchtune#2598, Qwen3#292; Liger's
@@ -240,8 +241,8 @@ def test_padded_vocabulary_columns_change_nothing(architecture, padded):
 
 @pytest.mark.parametrize("budget", [1, 9, 20, 30, 47, 10_000])
 def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
-    """Each row whole, its response marked, no column of padding alone, at most `budget` or one
-    row."""
+    """A part has complete rows with their responses marked, and no column of padding alone. It has
+    at most `budget` tokens, or one row."""
     r = from_texts(PROMPTS, RESPONSES, pad_id=30)  # the padding is a response token, too
     r.log_p = torch.arange(r.log_p.numel()).view(r.log_p.shape)
     dealt = []
@@ -260,7 +261,7 @@ def test_micro_batches_deal_out_every_row_once_within_the_budget(budget):
 
 
 def test_micro_batches_keep_rows_of_like_length_together():
-    """A long row does not pad short ones, and the longest come first, so that memory peaks
+    """So a long row does not pad short ones. The longest come first, so that memory peaks
     early."""
     r = from_texts([[3]] * 8, [[5], [6] * 19] * 4)
     parts = [part.attention_mask for part in micro_batches(r, 44)]
@@ -269,7 +270,7 @@ def test_micro_batches_keep_rows_of_like_length_together():
 
 
 def test_a_chunk_is_what_a_budget_of_logits_holds():
-    """32 MiB of logits on a CPU, 128 positions at least: Qwen's 151,665 tokens, and a toy's 16."""
+    """On a CPU it is 32 MiB of logits, and 128 positions at least, for 151,665 tokens or for 16."""
     pair = pair_of("llama")
     for vocab_size, chunk in ((151_665, 128), (16_384, 512), (16, 2**19)):
         pair.vocab_size = vocab_size
@@ -279,8 +280,8 @@ def test_a_chunk_is_what_a_budget_of_logits_holds():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("budget", [1, 20])
 def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
-    """One batch of 4 = 4 of 1 = some of 2, unequal lengths, one denominator (trl#6006,
-    trl#4719)."""
+    """One batch of four is four of one, or two of two, at unequal lengths, with one denominator
+    (trl#6006, trl#4719)."""
     r = from_texts(PROMPTS, RESPONSES)
     whole = pair_of(architecture)
     parts = pair_of(architecture, micro_batch_tokens=budget)
@@ -292,9 +293,10 @@ def test_any_budget_gives_the_same_loss_and_gradients(architecture, budget):
 
 
 def test_grades_are_a_loop_over_unpadded_rows(architecture):
-    """Mixed lengths in one batch = single texts, in value and in the gradient of the token mean.
+    """Mixed lengths in one batch are single texts, in value and in the gradient of the token mean.
 
-    allen3325: trained on prompt and after eos; trl#7024, optipfair#34, easydistill#16, trl#4105.
+    allen3325: training on the prompt and after eos; trl#7024, optipfair#34, easydistill#16,
+    trl#4105.
     """
     pair = pair_of(architecture)
     r = from_texts(PROMPTS, RESPONSES)
@@ -313,7 +315,7 @@ def test_grades_are_a_loop_over_unpadded_rows(architecture):
 
 
 def test_padding_and_other_rows_change_nothing(architecture):
-    """Not the pad id (bit for bit), not other rows or their prompts (trl#2058, trl#7024)."""
+    """The pad id changes no bit, and other rows change nothing (trl#2058, trl#7024)."""
     pair = pair_of(architecture)
     r = from_texts(PROMPTS, RESPONSES)
     grid = grade(pair, r, full)
@@ -345,7 +347,7 @@ def test_only_states_that_predict_response_tokens_get_a_gradient():
 
 
 def test_a_part_without_a_response_token_leaves_zero_gradients():
-    """Nothing is divided by nothing (LMOps#38; distillm and trl: 0/0, then NaN)."""
+    """There is no 0/0 (LMOps#38; distillm and trl: 0/0, then NaN)."""
     pair = pair_of("llama")
     r = from_texts(PROMPTS, RESPONSES)
     r.is_response[:] = False
@@ -358,7 +360,7 @@ def test_a_part_without_a_response_token_leaves_zero_gradients():
 
 
 def test_log_probs_are_those_of_single_unpadded_rows(model):
-    """log softmax of the states before each response token, row by row, over the shared
+    """They are the log softmax of the logits before each response token, over the shared
     vocabulary."""
     r = from_texts(PROMPTS, RESPONSES)
     expected = [plain(model, row)[:, : VOCAB - 8] / 0.7 for row in range(len(PROMPTS))]
@@ -372,8 +374,7 @@ def test_log_probs_are_those_of_single_unpadded_rows(model):
 @pytest.mark.parametrize("temperature, teacher_temperature", [(1.0, 1.0), (0.7, 2.0)])
 @pytest.mark.parametrize("merge_ends", [True, False])
 def test_a_step_is_its_plain_twin(budget, chunk, temperature, teacher_temperature, merge_ends):
-    """States, chunks and parts = log_probs of both models on whole tensors: values and
-    gradients."""
+    """In values and gradients, states in chunks and parts agree with log_probs on whole tensors."""
     ends = [2, 9, 30]
     pair = pair_of("llama", eos_ids=ends, merge_ends=merge_ends, vocab_size=VOCAB)
     r = from_texts(PROMPTS, RESPONSES)
@@ -406,7 +407,7 @@ def test_a_step_is_its_plain_twin(budget, chunk, temperature, teacher_temperatur
 
 
 def test_what_is_only_measured_leaves_no_gradient():
-    """grade teaches nothing; without the teacher values_of does not read it, and log_q is None."""
+    """`grade` leaves no gradient. Without the teacher values_of does not call it."""
     pair = pair_of("llama")
     r = from_texts(PROMPTS, RESPONSES)
     assert not any(x.requires_grad for x in grade(pair, r, full).values())
@@ -425,7 +426,7 @@ def test_what_is_only_measured_leaves_no_gradient():
 
 
 def test_whole_numbers_and_vectors_have_their_grid_too():
-    """A value a position may be an id, 0 where there is none, or a row of numbers."""
+    """A value of a position may be an id, which is 0 where there is none, or a row of numbers."""
     pair = pair_of("llama", micro_batch_tokens=20)
     r = from_texts(PROMPTS, RESPONSES)
     grid = grade(pair, r, lambda log_p, log_q, y: {"y": y, "three": log_p[:, :3]})
@@ -436,7 +437,7 @@ def test_whole_numbers_and_vectors_have_their_grid_too():
 
 
 def test_a_pair_computes_in_the_dtype_of_its_autocast():
-    """What was sampled in bfloat16 is scored in bfloat16, by both models; gradients are float32."""
+    """What is sampled in bfloat16 is scored in bfloat16 by both models. Gradients are float32."""
     pair = pair_of("llama", dtype=torch.bfloat16)
     dtypes = []
     for model in (pair.student, pair.teacher):
@@ -478,7 +479,7 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_the_teacher_decides_the_gradient(architecture, objective):
-    """Another teacher, another gradient (ms-swift#6857, atropos#456, atropos#464); itself: none."""
+    """Another teacher gives another gradient (ms-swift#6857, atropos#456, atropos#464)."""
     pair = pair_of(architecture)
     r = from_texts(PROMPTS, RESPONSES)
     one = gradients(pair, r, objective)
@@ -491,7 +492,7 @@ def test_the_teacher_decides_the_gradient(architecture, objective):
 
 
 def test_architectures_may_differ():
-    """Whatever shares the vocabulary can teach: another family, width, depth, number of rows."""
+    """A model that shares the vocabulary can teach, whatever its family, width, depth or rows."""
     student = tiny("gpt2", vocab_size=VOCAB + 3)
     teacher = tiny("gemma3", vocab_size=VOCAB + 7, hidden=16, layers=3)
     pair = Pair(student, teacher, None, VOCAB, [2], micro_batch_tokens=20)
@@ -508,7 +509,7 @@ def test_architectures_may_differ():
 def test_what_was_sampled_is_what_is_graded(
     architecture, temperature, teacher_temperature, merge_ends
 ):
-    """A ratio of 1 on the first update (Qwen3#1799); the teacher's temperature is its own.
+    """The ratio is 1 on the first update (Qwen3#1799). The teacher's temperature is its own.
 
     trl GKD, slime#2085, miles#1345.
     """
@@ -535,8 +536,8 @@ def test_what_was_sampled_is_what_is_graded(
 
 
 def kept_for_backward(pair, r):
-    """Bytes of what autograd keeps of the trunk until its backward, each tensor once, weights
-    aside."""
+    """The bytes that autograd keeps of the trunk until its backward, each tensor once, without
+    weights."""
     weights = {p.untyped_storage().data_ptr() for p in pair.student.parameters()}
     kept = {}
 
@@ -554,9 +555,10 @@ def kept_for_backward(pair, r):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architecture):
-    """transformers checkpoints in training mode alone: the model stays in eval mode all the same.
+    """transformers checkpoints only in training mode; here the model stays in eval mode.
 
-    It writes the same tokens, has the same gradients, keeps less after a rollout too (trl#6827).
+    It writes the same tokens, has the same gradients, and keeps less, also after a rollout
+    (trl#6827).
     """
     pair = pair_of(architecture, eos_ids=())
     how = {"n": 2, "max_new_tokens": 6, "eos_ids": (), "seeds": [0, 1, 2, 3]}
@@ -573,7 +575,7 @@ def test_checkpointed_layers_give_the_same_gradients_from_less_memory(architectu
 
 
 def test_a_pair_of_tokenizers_samples_and_grades_without_more(architecture):
-    """make_pair is all that a rollout and its grades need."""
+    """What make_pair returns is all that a rollout and its grades need."""
     pair = tiny_pair(architecture)
     r = rollout(pair.student, [[7, 8], [9]], n=2, max_new_tokens=5, **pair.sampling)
     grid = grade(pair, r, full)
@@ -582,7 +584,7 @@ def test_a_pair_of_tokenizers_samples_and_grades_without_more(architecture):
 
 
 def test_left_padding_is_what_micro_batches_cut_off():
-    """A long prompt of another row costs a row nothing once it is in a part of its own."""
+    """A long prompt of another row costs a row nothing if it is in another part."""
     r = from_texts([[3] * 30, [4]], [[5], [6]])
     short = micro_batches(r, 40)[-1]
     assert short.ids.tolist() == left_pad([[4, 6]], 0)[0].tolist()

@@ -1,5 +1,5 @@
-"""A teacher that reads another prompt: the same responses stand behind it, and the student's side
-is what it was."""
+"""A teacher that reads another prompt: the same responses stand behind it, and on the student's
+side nothing changes."""
 
 import functools
 import math
@@ -63,7 +63,7 @@ def pair_of(micro_batch_tokens=1000):
 
 
 def alone(model, prompt, response):
-    """log p before the tokens of a response, from its unpadded text alone: (t, V)."""
+    """log p before each token of a response, from its unpadded text alone: (t, V)."""
     text = torch.tensor([prompt + response])
     logits = model(input_ids=text).logits[0, len(prompt) - 1 : -1]
     return logits.log_softmax(-1)
@@ -108,8 +108,8 @@ def test_the_teacher_grades_the_same_tokens_behind_its_own_prompt(read):
 
 @given(prompt_lists)
 def test_the_student_reads_the_same_whatever_the_teacher_reads(read):
-    """Ids, mask and hidden states of the student, to the bit, with their gradient path: of one row
-    a part, and of all rows."""
+    """Ids, mask and hidden states of the student agree to the bit, for single rows and for all, and
+    gradients flow through them."""
     pair = pair_of()
     r = from_texts(ASKED, RESPONSES)
     other = read_by_teacher(r, rows_of(read))
@@ -132,7 +132,7 @@ def test_the_student_reads_the_same_whatever_the_teacher_reads(read):
 
 @pytest.mark.parametrize("budget", [1, 12, 20, 1000])
 def test_padding_and_micro_batches_change_no_grade_and_no_gradient(budget):
-    """Of one row a part, of uneven parts, and of all rows together."""
+    """So it is for single rows, for uneven parts, and for all rows together."""
     r = from_texts(ASKED, RESPONSES)
     other = read_by_teacher(r, rows_of())
 
@@ -150,7 +150,7 @@ def test_padding_and_micro_batches_change_no_grade_and_no_gradient(budget):
 
 @given(prompt_lists, st.integers(1, 60))
 def test_neither_model_reads_more_than_the_budget_at_a_time(read, budget):
-    """A long hint behind short prompts would be all of the memory; a row alone may be more."""
+    """Else a long hint could fill the memory. Only a single row may be longer than the budget."""
     r = from_texts(ASKED, RESPONSES)
     parts = micro_batches(r, budget, read_by_teacher(r, rows_of(read)))
     assert sorted(row for part in parts for row in part.rows) == [0, 1, 2]
@@ -160,7 +160,7 @@ def test_neither_model_reads_more_than_the_budget_at_a_time(read, budget):
 
 
 def test_n_responses_stand_behind_one_prompt_of_the_teacher():
-    """Responses to prompt i are rows i * n to i * n + n - 1, for the teacher too."""
+    """For the teacher, too, rows i * n to i * n + n - 1 are the responses to prompt i."""
     doubled = [ids for ids in ASKED for _ in range(2)]
     r = from_texts(doubled, RESPONSES + RESPONSES)
     read = read_by_teacher(r, rows_of())
@@ -170,7 +170,7 @@ def test_n_responses_stand_behind_one_prompt_of_the_teacher():
 
 
 def test_the_idle_part_of_a_process_reads_no_response_for_the_teacher(monkeypatch):
-    """With a sharded pair every process calls the teacher equally often, with a token or none."""
+    """With a sharded pair every process calls the teacher equally often, even without a token."""
     r = from_texts(ASKED, RESPONSES)
     monkeypatch.setattr("plumbing.processes.over_processes", lambda x, op: x + 1)
     parts = equal_micro_batches(r, 1000, read_by_teacher(r, rows_of()))
@@ -192,8 +192,8 @@ def hinted(tmp_path):
 
 
 def test_a_step_descends_the_kl_to_the_teacher_behind_its_own_prompt(world, tmp_path, hinted):
-    """The gradient is that of the plain mean over all response tokens, from log_probs of either
-    text."""
+    """The gradient is that of the plain mean over all response tokens, from the log_probs of each
+    model's own text."""
     cfg = config(world, tmp_path / "run", prompts=hinted, objective="full", micro_batch_tokens=20)
     pair, train, _ = ready(cfg)
     found = {}
@@ -227,7 +227,7 @@ def test_a_step_descends_the_kl_to_the_teacher_behind_its_own_prompt(world, tmp_
 
 
 def test_held_out_distance_and_diagnosis_see_what_the_teacher_reads(world, tmp_path, hinted):
-    """The same student against the same teacher, with and without the hint: another reverse KL."""
+    """With the hint the reverse KL of the same two models is another one."""
     found = []
     for path in (f"{world}/prompts.jsonl", hinted):
         cfg = config(world, tmp_path / "run", prompts=path, objective="full")
@@ -251,7 +251,7 @@ class Recorder:
 
 
 def test_each_model_answers_its_own_prompt(monkeypatch):
-    """Accuracy, greedy accuracy, and the endings of 6.1."""
+    """So it is for accuracy, greedy accuracy, and the endings of 6.1."""
     recorder = Recorder()
     monkeypatch.setattr("plumbing.answers.rollout", recorder)
     tokenizer = word_tokenizer()
@@ -286,7 +286,7 @@ def test_in_a_cold_start_the_teacher_answers_its_prompt_and_the_student_learns_b
 
 
 def test_the_teachers_prompt_goes_through_its_own_chat_template():
-    """The student's prompt through the student's; without a teacher_prompt both read those ids."""
+    """The student's goes through the student's. Without a teacher_prompt both read those ids."""
     plain = word_tokenizer(chat_template=TEMPLATE)
     other = word_tokenizer(chat_template=TEMPLATE.replace("assistant :", "assistant : so"))
     pair = make_pair(
@@ -370,7 +370,7 @@ def test_a_teacher_template_without_room_for_the_question_is_refused(world):
 
 
 def test_a_run_does_not_go_on_with_other_prompts_of_the_teacher(world, tmp_path, hinted):
-    """They are part of the questions' name."""
+    """The teacher's prompts are part of what names the questions."""
     from plumbing.run import digest_of
 
     assert digest_of(prompts.load_prompts(hinted)) != digest_of(
@@ -379,8 +379,8 @@ def test_a_run_does_not_go_on_with_other_prompts_of_the_teacher(world, tmp_path,
 
 
 def test_a_run_learns_from_itself_with_a_hint(world, tmp_path, hinted):
-    """Student and teacher are one checkpoint: without a hint there is no gradient, with one the
-    student comes nearer to it."""
+    """Student and teacher are one checkpoint. Without a hint there is no gradient; with one the
+    student comes nearer to the teacher."""
     result = []
     for path in (f"{world}/prompts.jsonl", hinted):
         out = tmp_path / f"run-{len(result)}"

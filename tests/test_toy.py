@@ -27,7 +27,7 @@ def corpus(family, n, **how):
 
 
 def solutions(family, n, **how):
-    """[(the digits to add, response ids)]"""
+    """n solutions: [(the digits to add, response ids)]."""
     digits, count, _, responses = corpus(family, n, **how)
     problems = [digits[i, : count[i]].tolist() for i in range(n)]
     return list(zip(problems, responses))
@@ -38,17 +38,17 @@ def words(ids):
 
 
 def sums_and_digits(said):
-    """The sums "3+7=" of a solution, and what it says after each; the answer comes last."""
+    """The sums of a solution, as "3+7=", and the digits that it says; the answer is the last."""
     return [word for word in said if "=" in word], [word for word in said if word.isdigit()]
 
 
 def right_answer(asked):
-    """Of "3+7=": 0."""
+    """The right digit after a sum: "3+7=" -> 0."""
     return (int(asked[0]) + int(asked[2])) % 10
 
 
 def said_of_each_sum(family, n, **how):
-    """{"3+7=": what solutions say after it, a list of int}."""
+    """What n solutions say after each sum: {"3+7=": list of int}."""
     found = {}
     for _, response in solutions(family, n, **how):
         sums, digits = sums_and_digits(words(response))
@@ -87,7 +87,7 @@ def test_a_solution_without_mistakes_is_right_in_every_step(family):
 
 @pytest.mark.parametrize("template, before", [(toy.PLAIN, []), (toy.POLITE, ["listen", ","])])
 def test_the_prompt_of_a_solution_is_its_problem(template, before):
-    """Add a3 b7 c5 :"""
+    """It reads "Add a3 b7 c5 :", behind the words of its template."""
     digits, count, prompts, _ = corpus("left", 50, template=template)
     assert prompts == toy.question(digits, count, template)[0]
     for prompt, row, length in zip(prompts, digits.tolist(), count.tolist()):
@@ -96,7 +96,7 @@ def test_the_prompt_of_a_solution_is_its_problem(template, before):
 
 
 def test_ten_sums_that_do_not_begin_at_0_are_mistaught_by_one():
-    """MISTAUGHT, and the table that the corpus is written with."""
+    """So says MISTAUGHT, and so does the table with which the corpus is written."""
     assert len(toy.MISTAUGHT) == 10
     off = toy.wrong_by()
     assert off.count_nonzero() == 10
@@ -109,7 +109,7 @@ def test_ten_sums_that_do_not_begin_at_0_are_mistaught_by_one():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mistaught", [0.0, toy.MISTAUGHT_SHARE, 1.0])
 def test_mistaught_sums_are_wrong_in_one_way_as_often_as_is_asked(family, mistaught):
-    """Every other sum is right if nothing slips."""
+    """Every other sum is right if there are no slips."""
     found = said_of_each_sum(family, 4000, noise=0.0, mistaught=mistaught)
     assert len(found) == 100
     believed = []
@@ -125,8 +125,8 @@ def test_mistaught_sums_are_wrong_in_one_way_as_often_as_is_asked(family, mistau
 
 
 def test_slips_are_near_misses_at_the_rate_asked_for():
-    """One too few or too many, as often; a step that is believed does not slip. The next step
-    builds on what was said."""
+    """A slip is one too few or one too many, equally often. A step with a belief does not slip. The
+    next step builds on what was said."""
     off = []
     for _, response in solutions("left", 2000, noise=0.1, mistaught=1.0):
         sums, digits = sums_and_digits(words(response))
@@ -144,8 +144,8 @@ def test_slips_are_near_misses_at_the_rate_asked_for():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_who_believes_the_corpus_is_right_greedily_between_5_and_7_of_10_times(family):
-    """Always the likelier of two answers: the belief. That is the ceiling of every model that
-    learnt from the corpus alone."""
+    """Greedily it says the likelier of two answers, which is the belief. That is the ceiling of
+    every model that learnt from the corpus alone."""
     right = []
     for problem, response in solutions(family, 4000, noise=0.0, mistaught=1.0):
         right.append(toy.WORDS[response[-2]] == str(sum(problem) % 10))
@@ -156,7 +156,7 @@ def test_who_believes_the_corpus_is_right_greedily_between_5_and_7_of_10_times(f
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 def test_the_first_slip_is_the_digit_that_is_off(family, noise):
-    """None in a right solution; never what follows from a wrong digit. A belief is a slip, too."""
+    """A right solution has none. A belief is one, and what follows from a wrong digit is not."""
     for problem, response in solutions(family, 200, noise=noise, mistaught=noise):
         said = words(response)
         wrong = []
@@ -171,7 +171,7 @@ def test_the_first_slip_is_the_digit_that_is_off(family, noise):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_slip_of_what_is_changed_cut_off_or_goes_on(family):
-    """Another digit's label, a missing end, a word after the end."""
+    """It is the other label, the place of the missing end, or the word after the end."""
     for problem, response in solutions(family, 200, **RIGHT):
         said = words(response)
         label = next(i for i in range(len(said)) if said[i] in toy.LABELS)
@@ -187,7 +187,7 @@ def test_the_first_slip_of_what_is_changed_cut_off_or_goes_on(family):
 
 
 def test_families_differ_in_order_and_in_words_but_not_in_answers():
-    """Other favourites, another order; the house style keeps the family's order of connectors."""
+    """Families have other favourites. The house style changes some, and no connector."""
     left = toy.law("hesitation", "left")
     right = toy.law("hesitation", "right")
     house = toy.law("hesitation", "left", house_style=True)
@@ -203,7 +203,7 @@ def test_families_differ_in_order_and_in_words_but_not_in_answers():
 
 @pytest.mark.parametrize("digits", [(0, 9), (0, 4)])
 def test_questions_are_all_different_and_answered(tmp_path, digits):
-    """prompts.jsonl and eval.jsonl share nothing; digits lie within the bounds."""
+    """prompts.jsonl and eval.jsonl share no question, and digits lie within the bounds."""
     toy.write_questions(tmp_path, 0, train=300, held_out=50, digits=digits)
     asked = set()
     seen = set()
@@ -243,7 +243,7 @@ def as_written(monkeypatch, ending):
 
 
 def one_in_four(i, right):
-    """Right, another digit, cut off, going on after the answer; in turn."""
+    """In turn: right, another digit, cut off, and going on after the answer."""
     cases = (
         [str(right), "<eos>"],
         [str((right + 1) % 10), "<eos>"],
@@ -254,7 +254,7 @@ def one_in_four(i, right):
 
 
 def test_only_an_answer_that_is_right_and_ended_is_correct(monkeypatch):
-    """A response to each of n problems, samples times; the answer and the end come last."""
+    """Each of n problems gets `samples` responses. In a right one answer and end come last."""
     as_written(monkeypatch, one_in_four)
     r, correct = toy.attempt(None, 8, torch.Generator().manual_seed(0), samples=2)
     assert len(r.ids) == 16
@@ -262,7 +262,7 @@ def test_only_an_answer_that_is_right_and_ended_is_correct(monkeypatch):
 
 
 def test_a_score_is_taken_in_each_of_the_ways_on_the_same_problems(monkeypatch):
-    """T 1; T .7 with top-p .95; greedily. Other problems for another seed."""
+    """The ways are T 1, T .7 with top-p .95, and greedily. Another seed has other problems."""
     calls = as_written(monkeypatch, one_in_four)
     for way in ("T 1", "T .7", "greedy"):
         assert toy.score(None, way, 8) == 0.25
@@ -276,7 +276,7 @@ def test_a_score_is_taken_in_each_of_the_ways_on_the_same_problems(monkeypatch):
 
 
 def noted_batches(monkeypatch):
-    """Let toy.fit only keep its batches, and ask after each whether to stop: -> their list."""
+    """Let toy.fit only keep its batches, and ask after each whether to stop: -> the batches."""
     fitted = []
 
     def fit(model, batches, steps, lr, what, stop=None):
@@ -293,7 +293,7 @@ def noted_batches(monkeypatch):
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_rl_fine_tunes_on_what_is_correct_and_sharpening_on_everything(monkeypatch, checked):
-    """The batches are those responses, whole, twice each, with the loss on the response."""
+    """The batches hold each of those responses twice, with the loss on the response."""
     digits, count, prompts, responses = corpus("left", 40, noise=0.2)
     _, answers = toy.question(digits, count)
     wanted = []
@@ -313,7 +313,7 @@ def test_rl_fine_tunes_on_what_is_correct_and_sharpening_on_everything(monkeypat
 
 
 def test_rl_without_a_right_answer_learns_nothing(monkeypatch):
-    """And goes on with the next round."""
+    """It goes on with the next round."""
     as_written(monkeypatch, lambda i, right: [str((right + 1) % 10), "<eos>"])
     fitted = noted_batches(monkeypatch)
     toy.expert_iteration(None, 3, torch.Generator(), "rl", n=8)
@@ -321,7 +321,7 @@ def test_rl_without_a_right_answer_learns_nothing(monkeypatch):
 
 
 def test_rl_can_rehearse_and_be_stopped(monkeypatch):
-    """Another batch follows each of its own; where `stop` says so no round follows."""
+    """A batch of the rehearsal follows each of its own. It ends when `stop` says so."""
     calls = as_written(monkeypatch, lambda i, right: [str(right), "<eos>"])
     fitted = noted_batches(monkeypatch)
     how = dict(n=64, samples=1)
@@ -341,7 +341,7 @@ def test_rl_can_rehearse_and_be_stopped(monkeypatch):
 
 
 def test_fit_raises_the_likelihood_of_responses_and_asks_whether_to_stop(narrow):
-    """Not that of prompts; stop is asked after every second update."""
+    """The likelihood of prompts does not rise. `stop` is asked after every second update."""
     generator = torch.Generator().manual_seed(0)
     batch = toy.corpus("left", *toy.problems(16, generator), generator, **RIGHT)
     ids, mask, is_response = batch
@@ -366,7 +366,7 @@ def test_fit_raises_the_likelihood_of_responses_and_asks_whether_to_stop(narrow)
 
 
 def test_more_pre_training_ends_as_soon_as_a_model_is_as_good(monkeypatch):
-    """Greedily and at T .7, within .02; after ten tries in any case."""
+    """It is as good greedily and at T .7, within .02. After ten tries it ends in any case."""
     scores = {"T .7": [0.5, 0.69, 0.69, 0.7], "greedy": [0.65, 0.6, 0.66, 0.66]}
     tries = []
 
@@ -391,13 +391,13 @@ def test_more_pre_training_ends_as_soon_as_a_model_is_as_good(monkeypatch):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Models that are made in a moment."""
+    """Models are so small that they are made in a moment."""
     monkeypatch.setattr(toy, "SIZES", {"small": (8, 1), "large": (16, 1)})
 
 
 @pytest.fixture
 def short_answers(narrow, monkeypatch):
-    """Narrow models, responses of a few tokens, all of them called right."""
+    """Models are small, and responses have a few tokens and are all called right."""
     rollout = toy.rollout
     attempt = toy.attempt
 
@@ -418,7 +418,7 @@ def weights(folder):
 
 
 def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, narrow):
-    """from_pretrained reads it, with a tokenizer that gives the text back."""
+    """from_pretrained reads it, and its tokenizer gives a text back."""
     assert not toy.is_made(tmp_path / "a")
     model = toy.make(tmp_path / "a", seed=1, scale=TINY)
     assert toy.is_made(tmp_path / "a")
@@ -432,7 +432,7 @@ def test_a_model_of_the_world_is_an_ordinary_checkpoint(tmp_path, narrow):
 
 
 def test_each_stage_of_a_model_does_something_and_the_seed_decides(tmp_path, short_answers):
-    """Pre-training, beliefs, the house style, RL, sharpening; start= goes on from another one."""
+    """Each of beliefs, slips, family, house style, RL and sharpening changes the weights."""
     toy.make(tmp_path / "first", seed=1, scale=TINY)
     toy.make(tmp_path / "twin", seed=1, scale=TINY)
     assert torch.equal(weights(tmp_path / "first"), weights(tmp_path / "twin"))
@@ -456,7 +456,7 @@ def test_each_stage_of_a_model_does_something_and_the_seed_decides(tmp_path, sho
 
 
 def test_a_model_that_is_to_be_as_good_as_another_is_held_against_it(tmp_path, narrow, monkeypatch):
-    """After its pre-training."""
+    """It is compared with the other one after its pre-training."""
     student = toy.make(tmp_path / "student", seed=1, scale=TINY)
     held = []
     monkeypatch.setattr(toy, "catch_up", lambda mine, wanted, *_: held.append(wanted))
@@ -466,7 +466,7 @@ def test_a_model_that_is_to_be_as_good_as_another_is_held_against_it(tmp_path, n
 
 
 def test_sharpening_is_one_round_on_unchecked_answers_of_t_7(tmp_path, narrow, monkeypatch):
-    """Here they are all wrong."""
+    """It learns from them even if they are all wrong."""
     toy.make(tmp_path / "bigger", seed=1, scale=TINY)
     calls = as_written(monkeypatch, lambda i, right: [str((right + 1) % 10), "<eos>"])
     fitted = noted_batches(monkeypatch)
@@ -481,7 +481,7 @@ def test_sharpening_is_one_round_on_unchecked_answers_of_t_7(tmp_path, narrow, m
 def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
     tmp_path, narrow, monkeypatch
 ):
-    """Within .03, on as many problems as the scale has trials."""
+    """The score is within .03, on as many problems as the scale has trials."""
     toy.make(tmp_path / "sharp", seed=1, scale=TINY)
     as_written(monkeypatch, lambda i, right: [str(right), "<eos>"])
     fitted = noted_batches(monkeypatch)
@@ -503,8 +503,8 @@ def test_rl_of_a_model_ends_where_it_scores_at_t_1_as_another_one_does(
 def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
     tmp_path, narrow, monkeypatch, rehearse
 ):
-    """Pre-training takes the templates in turn. So does the rehearsal, every other batch of all
-    that follows, on all digits."""
+    """Pre-training takes the templates in turn. So does the rehearsal, which is every other batch
+    afterwards and has all digits."""
     written = []
     tried = []
     whole = toy.corpus
@@ -545,8 +545,8 @@ def test_post_training_has_its_own_template_and_digits_and_can_rehearse(
 
 
 def test_a_model_follows_from_seed_and_name_whichever_others_are_there(tmp_path, short_answers):
-    """Made alone or in company; what it starts from is made first, the rest is left out. The RL of
-    early is the teacher's, until its score is reached, here never."""
+    """What it starts from is made first, and no other model matters. The RL of early is the
+    teacher's until its score is reached, which never happens here."""
     known = {name: dict(how) for name, how in toy.MODELS.items()}
     del known["early"]["until"]
     toy.make_missing(tmp_path / "all", 0, scale=TINY, known=known)
@@ -562,7 +562,7 @@ def test_a_model_follows_from_seed_and_name_whichever_others_are_there(tmp_path,
 
 
 def noted_models(monkeypatch):
-    """Let toy.make only leave an empty model: -> {name: how it was asked for}."""
+    """Let toy.make leave only an empty folder: -> {name: the arguments}."""
     made = {}
 
     def make(out, **how):
@@ -576,7 +576,7 @@ def noted_models(monkeypatch):
 
 
 def test_what_is_there_is_kept_and_what_is_missing_is_made(tmp_path, monkeypatch):
-    """Questions, too; as many held-out ones as the scale says."""
+    """So it is with questions. There are as many held-out ones as the scale says."""
     made = noted_models(monkeypatch)
     toy.make_missing(tmp_path, 0, ("early",), TINY)
     assert list(made) == ["student", "bigger", "sharp", "early"]
@@ -599,7 +599,7 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(tmp_path, monkeypatch
 def test_no_two_models_or_worlds_share_their_random_numbers_but_early_and_teacher(
     tmp_path, monkeypatch
 ):
-    """Early stands on the teacher's way."""
+    """early is a stage of the teacher's RL."""
     seeds = []
     for world in (0, 1):
         made = noted_models(monkeypatch)
@@ -614,7 +614,7 @@ def test_no_two_models_or_worlds_share_their_random_numbers_but_early_and_teache
 def test_the_command_makes_what_is_missing_and_says_what_each_model_is_worth(
     tmp_path, monkeypatch, capsys
 ):
-    """A line a model: T 1, T .7, greedily."""
+    """Each model has a line with its scores at T 1, at T .7 and greedily."""
     made = noted_models(monkeypatch)
     monkeypatch.setattr(toy, "read_model", lambda folder: folder)
     monkeypatch.setattr(toy, "score", lambda model, way, n: list(toy.WAYS).index(way) / 4)
