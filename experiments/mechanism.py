@@ -4,8 +4,8 @@
     success            the student's 16 likeliest tokens
     bigger             the same, from a teacher that knows no more: the failing run of 4.1
     intersection       those of them that are among the teacher's 16 likeliest (Overlap Top-k)
-    difference         those that are among the 16 likeliest of only one of the two (Non-Overlap
-                       Top-k)
+    difference         the tokens that are among the 16 likeliest of only one of the two
+                       (Non-Overlap Top-k)
     student, raw; intersection, raw; difference, raw
                        the same with what the authors' code descends (top-k-released)
 

@@ -14,7 +14,7 @@ further (paper 3, 4, 5, 6).
     words, cold    60 such updates on 400 answers, then 12 steps of OPD at 1e-5
     reverse        expert <- base, its earlier self; 100 steps
     sharper        base <- base at teacher temperature .4: a sharper score, nothing new
-    no teacher     without a teacher unlikely tokens are pushed down (2608.31046)
+    no teacher     no teacher: unlikely tokens are pushed down (2608.31046)
 
     float32        success, computed in float32
     intersection; difference    base <- expert on the tokens that both find likely; on those that

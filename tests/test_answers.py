@@ -338,7 +338,7 @@ def test_math_verify_that_is_missing_is_said_before_anything_is_loaded(monkeypat
 
 
 def test_the_budget_counts_the_start(pair, monkeypatch):
-    """A start and what is written behind it have max_new_tokens together, whatever the batch."""
+    """A start and what is written behind it are at most max_new_tokens, whatever the batch."""
     starts = [[4] * 5, [], [5] * 3, [6], [7] * 2, [10] * 4, [8] * 6]
     judged = []
     plainly = answers.judged

@@ -369,7 +369,7 @@ def test_a_gpu_that_is_not_there_is_one_line(bad, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("name", ["plot", "positions"])
 def test_a_picture_without_matplotlib_is_refused(name, bad, tmp_path, capfd, monkeypatch):
-    """It would end with exit code 0, and without a file."""
+    """Else the command would end with exit code 0, and without a file."""
     plain = importlib.util.find_spec
 
     def without_matplotlib(module, *package):

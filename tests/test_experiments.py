@@ -531,7 +531,7 @@ def test_more_data_never_takes_a_finding_back():
 
 
 def test_the_word_for_seeds_and_for_several_words():
-    """Seeds hold all, none or some of the time. Of several words the worst counts."""
+    """A fact may be true on all seeds, on none or on some. Of several words the worst counts."""
     assert lab.every_seed([True, True]) == "holds"
     assert lab.every_seed(x > 1 for x in (0, 1)) == "contradicted"
     assert lab.every_seed([True, False]) == "undecided"
