@@ -97,7 +97,7 @@ def test_the_table_of_the_preset_is_the_preset():
     assert PRESETS["paper"].keys() <= told
 
 
-def test_the_prompts_take_at_most_ten_lines_of_data():
+def test_the_code_for_the_prompts_writes_the_files_that_the_commands_read():
     """The code compiles and writes the files that the commands read. datasets is no requirement."""
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     compile(code, "figures.md", "exec")

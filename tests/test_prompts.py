@@ -29,7 +29,6 @@ from plumbing.prompts import (
     some_questions,
 )
 from recipes import TEMPLATES, apply_template, question_key
-from rollout import batch
 from teacher import UserError, make_pair
 
 EOS = WORDS.index("[EOS]")
@@ -358,13 +357,6 @@ def test_the_size_of_a_mixture_is_said(tmp_path):
     ):
         train, _, _ = questions(cfg)
     assert len(train) == 5
-
-
-def test_every_epoch_of_every_seed_is_another_shuffle():
-    """Neither the next epoch nor the next seed repeats an order."""
-    orders = [tuple(batch(40, epoch, 40, seed)) for seed in range(5) for epoch in range(5)]
-    assert len(set(orders)) == 25
-    assert all(sorted(order) == list(range(40)) for order in orders)
 
 
 # --- token ids -----------------------------------------------------------------------------------

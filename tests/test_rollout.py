@@ -530,5 +530,7 @@ def test_every_epoch_takes_each_example_once_and_a_step_follows_from_its_number(
 
 
 def test_every_epoch_of_every_seed_is_another_shuffle():
+    """Neither the next epoch nor the next seed repeats an order."""
     orders = [tuple(batch(40, epoch, 40, seed)) for seed in range(5) for epoch in range(5)]
     assert len(set(orders)) == 25
+    assert all(sorted(order) == list(range(40)) for order in orders)
