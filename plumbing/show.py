@@ -176,6 +176,7 @@ def recovery(result):
 FOR = "for"
 AGAINST = "against"
 NOTHING = "says nothing"
+NOT_AGAINST = "not against"
 DIRECTIONS = {1: FOR, 0: NOTHING, -1: AGAINST}  # of a gain, by analysis.sure
 
 
@@ -248,7 +249,7 @@ def from_depth(cut):
 def sign_lines(report):
     """Which way each measurement points, beside the paper's runs: a table, list of lines."""
     title = "in the paper (4.1: a success, a failure)"
-    lines = ["", f"{'which way it points':28} {'here':16} {'for OPD?':13} {title}"]
+    lines = ["", f"{'measured':28} {'here':16} {'for OPD?':13} {title}"]
     for name, measured, points, why in signs(report):
         start = f"{name:28} {measured:16} {points:13} "
         row = textwrap.fill(start + why, 100, subsequent_indent=" " * 60)
@@ -295,7 +296,7 @@ def of_mass(mass):
     """Which way an overlap mass points, and why: (str, str)."""
     if surely_below(mass, SHARED_MASS):
         return AGAINST, f"below {SHARED_MASS}, as in Figure 10 (.3 to .8)"
-    return NOTHING, "4.1: .97 to .99 in success and failure"
+    return NOT_AGAINST, "4.1: .97 to .99 in success and failure"
 
 
 def of_greedy_lead(lead):

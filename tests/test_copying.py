@@ -197,9 +197,9 @@ def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
     assert weight.grad.abs().sum() > 0
 
 
-def test_the_loop_of_the_readme_runs(world, capsys):
+def test_the_loop_for_ones_own_code_runs(world, capsys):
     """On models of the same vocabulary; the loss of three steps is printed."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "plumbing" / "README.md").read_text(encoding="utf-8")
     (loop,) = re.findall(r"```python\n(import json\n.*?)```", readme, flags=re.DOTALL)
     loop = loop.replace("runs/toy/teacher", str(world / "gemma3"))
     exec(loop.replace("runs/toy", str(world)), {})

@@ -791,7 +791,7 @@ def test_the_table_holds_every_number_and_says_what_there_is_not():
 
 SIGNS = [  # what is changed, the row, which way it points
     ({}, "overlap ratio", "says nothing"),
-    ({"mass": UNSURE_BELOW}, "overlap mass, student", "says nothing"),
+    ({"mass": UNSURE_BELOW}, "overlap mass, student", "not against"),
     ({"mass": SURELY_BELOW}, "overlap mass, student", "against"),
     ({"mass_teacher": SURELY_BELOW}, "overlap mass, teacher", "against"),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
@@ -974,7 +974,7 @@ def test_a_mismatch_is_told_by_the_command_too(command, monkeypatch, capsys):
 
     monkeypatch.setattr(analysis, "diagnose_pair", off)
     report = command(count=2)
-    assert "differ by up to 0.5 nats: this is not on-policy" in capsys.readouterr().err
+    assert "differ by up to 0.5 nats, so this is not on-policy" in capsys.readouterr().err
     assert report["sampling_mismatch"] == 0.5
 
 
