@@ -711,23 +711,30 @@ def context(results, path):
 
 
 def real(results, path):
-    """Every arm before and after; Figure 6 of three arms; the long runs with words."""
+    """Every arm before and after; Figure 6 of three arms; the long runs with words.
+
+    An arm without results is left out.
+    """
     plt = pyplot("python experiments/report.py")
     if plt is None:
         return
     figure = plt.figure(figsize=(13, 10), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1))
     two = top.subplots(1, 2, sharey=True)
-    both_ways(two, results, REAL, "base", WITHOUT_TEACHER)
+    there = {name: look for name, look in REAL.items() if results[name]}
+    both_ways(two, results, there, "base", WITHOUT_TEACHER)
     grid = bottom.subplots(2, 4)
     groups = {}
     for name in ("success", "copy", "words"):
-        colour, label = REAL[name]
-        groups[label] = (colour, results[name])
+        if name in there:
+            colour, label = REAL[name]
+            groups[label] = (colour, results[name])
     aligning(plt, grid.flat, groups, window=1)
     accuracy = grid[1, 3]
     for name, style in (("words, 72", "-"), ("words, 72 fast", "--")):
         runs = results[name]
+        if not runs:
+            continue
         band(
             accuracy,
             [0, *runs[0]["curves"]["evaluated"]],

@@ -276,7 +276,7 @@ def draw(toy, of_real, folder):
     """Draw all figures."""
     for script, results in toy.items():
         getattr(plot, script)(results, folder / script)
-    if all(of_real.values()):
+    if of_real["success"]:
         plot.real(of_real, folder / "real")
     for name, read in (
         ("context", lambda: context.read_results(folder)),

@@ -356,7 +356,12 @@ def test_a_model_that_was_made_again_otherwise_is_told():
 
 
 def test_the_figure_is_drawn(tmp_path):
+    """As far as there are results."""
     pytest.importorskip("matplotlib")
+    some = results()
+    some["words"] = some["words, 72"] = some["reverse"] = []
+    plot.real(some, tmp_path / "some")
+    assert "</svg>" in (tmp_path / "some.svg").read_text()
     plot.real(results(), tmp_path / "real")
     assert "</svg>" in (tmp_path / "real.svg").read_text()
     assert set(plot.REAL) == set(real.ARMS)
