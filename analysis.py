@@ -309,6 +309,7 @@ UNDECIDED = "undecided (prompts with answers, or more of them, are needed)"
 VERDICTS = (INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED)
 FIRST_TOKENS = 8  # of each response, measured apart
 SHARED_MASS = 0.8  # below it we call two models unlike; the paper names no bound
+NO_DISTANCE = 1e-6  # nats of reverse KL; below it two models are the same, but for rounding
 LEAD = 0.1  # of greedy accuracy; a smaller one we do not call new knowledge
 
 
@@ -513,7 +514,7 @@ def verdict(report):
     Differs from the paper, which gives no rule. These rules are ours and provisional. "Surely"
     means by more than two standard errors. The first that holds:
 
-        nothing new   the two agree at every state: reverse KL below 1e-6 nats
+        nothing new   the two agree at every state: reverse KL below NO_DISTANCE
         harmful       the teacher is surely behind, greedily or sampled from the start
         incompatible  the shared tokens surely hold less than SHARED_MASS of the probability; or
                       the teacher is surely ahead from the start, and surely behind at the
@@ -534,7 +535,7 @@ def verdict(report):
     )
     becomes = "the student becomes what the teacher is, mistakes included (3.3)"
     reasons = []
-    if metrics["reverse_kl"]["mean"] < 1e-6:
+    if metrics["reverse_kl"]["mean"] < NO_DISTANCE:
         return NOTHING_NEW, ["student and teacher agree at every state: no gradient (Eq. 4)"]
     if report["truncated_fraction"] > 0.5:
         reasons.append("most responses were cut off: take a higher --max-new-tokens")

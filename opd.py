@@ -208,7 +208,7 @@ def ask_teacher(cfg, pair, rows, path):
     with whole(pair.teacher):
         counts = files.append_answers(path, answers_from)
     tqdm.write(
-        f"cold start: {counts['kept']} responses of the teacher; dropped: "
+        f"cold start: {show.counted(counts['kept'], 'response')} of the teacher; dropped: "
         f"{counts['unfinished']} unfinished, {counts['degenerate']} degenerate"
     )
     if not counts["kept"]:
@@ -251,6 +251,7 @@ def distil(cfg):
             before = measure.accuracies(cfg, pair, exam, pair.teacher, "teacher")
             before.update(student_now(cfg, pair, exam, held_out, "before"))
             measure.check_on_policy(before["held_out_before"], cfg.dtype)
+            measure.check_teaches(cfg, before["held_out_before"])
             run.before.update(before)
             run.save_when_due(0, cfg.steps)
 

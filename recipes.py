@@ -50,7 +50,8 @@ def apply_template(question, template):
     form = TEMPLATES.get(template, template)
     if "{question}" not in form:
         raise UserError(
-            f"template {template!r} is none of {', '.join(TEMPLATES)} and has no {{question}} in it"
+            f"there is no template {template!r}: take one of {', '.join(TEMPLATES)}, or a text "
+            "with {question} in it"
         )
     if is_in_template(question, template):
         return question

@@ -7,7 +7,15 @@ import sys
 import torch
 import torch.distributed as dist
 
-from analysis import BUCKETS, SHARE, estimate, mean_of, means_by_position, sums_by_position
+from analysis import (
+    BUCKETS,
+    NO_DISTANCE,
+    SHARE,
+    estimate,
+    mean_of,
+    means_by_position,
+    sums_by_position,
+)
 from plumbing import show
 from plumbing.answers import answered
 from plumbing.exits import RunEnded
@@ -214,6 +222,19 @@ def check_on_policy(metrics, dtype):
     mismatch = show.mismatch(metrics, dtype)
     if mismatch:
         raise UserError(mismatch)
+
+
+def check_teaches(cfg, metrics):
+    """UserError if OPD begins where student and teacher agree at every state.
+
+    Then the gradient (Eq. 4) is rounding, which AdamW would scale up to full updates.
+    """
+    is_moved_first = cfg.cold_start or cfg.cold_start_file
+    if not is_moved_first and metrics["reverse_kl"] < NO_DISTANCE:
+        raise UserError(
+            "student and teacher agree at every state: there is nothing to learn; take another "
+            'teacher, or give it more to read in "teacher_prompt"'
+        )
 
 
 def peak_memory(device):

@@ -179,7 +179,7 @@ def check_directory(path):
         print(f"{path}: no such directory here, asking the hub", file=sys.stderr)
         return
     if not (folder / "config.json").is_file():
-        raise UserError(f"{path}: no config.json there; give the directory of a checkpoint")
+        raise UserError(f"{path}: no config.json there; give a directory that holds a model")
     if not any(folder.glob("*.safetensors")):
         raise UserError(
             f"{path}: no safetensors there, and nothing else is read, since a pickle may run code; "

@@ -6,6 +6,7 @@ teacher reads the same ids, unless the line has a "teacher_prompt", or --teacher
 one. A teacher_prompt is encoded by the teacher's tokenizer, in its own chat template.
 """
 
+import difflib
 import itertools
 import math
 import os
@@ -26,6 +27,8 @@ from recipes import (
 )
 from rollout import seed_of
 from teacher import UserError
+
+KEYS = ("prompt", "answer", "teacher_prompt")  # of a line that are read
 
 # --- files ---------------------------------------------------------------------------------------
 
@@ -53,12 +56,19 @@ def load_prompts(path):
     """Read JSON lines {"prompt", "answer", "teacher_prompt"}, of which the last two are optional.
 
     An answer is text; a prompt is text or chat messages. -> list of {"prompt", "answer": text or
-    None, "id": "name of the file:line"}, with "teacher_prompt" if the line has one. UserError,
-    with file and line, for anything else.
+    None, "id": "name of the file:line"}, with "teacher_prompt" if the line has one. Other keys are
+    not read; a warning names one that looks like a misspelling. UserError, with file and line, for
+    anything else.
     """
     rows = []
+    misspelt = set()
     for number, row in json_lines(path):
-        row = row if isinstance(row, dict) else {}
+        if not isinstance(row, dict):
+            raise UserError(
+                f'{path}:{number} is not an object; write one {{"prompt": text}} a line, without '
+                "brackets around the lines"
+            )
+        misspelt |= set(near_misses(row))
         answer = row.get("answer")
         asked = {"prompt": row.get("prompt")}
         if "teacher_prompt" in row:
@@ -76,7 +86,17 @@ def load_prompts(path):
         raise UserError(
             f'{path} holds no prompts; write one {{"prompt": text, "answer": text}} a line'
         )
+    for key, meant in sorted(misspelt):
+        warnings.warn(f'{path}: "{key}" is not read; did you mean "{meant}"?', stacklevel=2)
     return rows
+
+
+def near_misses(row):
+    """Keys of a line that look like one of KEYS that it lacks: yields (key, the one meant)."""
+    for key in row.keys() - KEYS:
+        for meant in difflib.get_close_matches(key, KEYS, n=1, cutoff=0.8):
+            if meant not in row:
+                yield key, meant
 
 
 def check_prompt(prompt, name, where):
@@ -209,6 +229,10 @@ def questions(cfg):
             "give more prompts"
         )
     check_teacher_prompts(train + cold + held_out)
+    if all(row["answer"] is None for row in held_out):
+        warnings.warn(
+            'accuracy will not be measured: no held-out prompt has an "answer"', stacklevel=2
+        )
     return train, cold, held_out
 
 

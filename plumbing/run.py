@@ -175,7 +175,7 @@ class Run:
                 )
         if has_checkpoint and not cfg.resume:
             raise UserError(
-                f"--out {cfg.out}: holds another run; add --resume to go on, or take another --out"
+                f"--out {cfg.out}: holds a run; add --resume to go on, or take another --out"
             )
         if cfg.resume and not has_checkpoint and not config.exists():
             raise UserError(
@@ -363,7 +363,7 @@ class Run:
         if is_alone:
             signal.signal(signum, signal.SIG_DFL)
         if self.is_first:
-            said = "\nstopping after this step"
+            said = "\nstopping after this step, or measurement"
             if is_alone:
                 said += "; once more leaves at once"
             if self.saved:

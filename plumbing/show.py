@@ -162,6 +162,11 @@ def recovery(result):
     teacher = result["accuracy_teacher"]["mean"]
     side = "above" if after >= before else "below"
     end = f"the student ended {abs(after - before):.3f} {side} its start"
+    if teacher == after == 0:
+        return (
+            'not given: neither model was right once; answers are read after "Answer:" or in '
+            "\\boxed{} (--template answer asks for it)"
+        )
     if result["gap_recovery"] is None:
         return "not given: teacher and student are within noise of each other"
     if teacher < before:

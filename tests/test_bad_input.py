@@ -62,8 +62,8 @@ opd --support all                  | --support 'all': choose from student, teach
 opd --dtype float8                 | --dtype 'float8': choose from float32, bfloat16
 opd --preset papre                 | --preset 'papre': choose from toy, paper
 opd --ends none                    | --ends 'none': choose from merged, own
-opd --template latex               | latex ... none of none, answer, boxed ... no {{question}} in it
-opd --eval-template latex          | latex ... none of none, answer, boxed ... no {{question}} in it
+opd --template latex               | no template 'latex': ... answer, boxed, ... {{question}} in it
+opd --eval-template latex          | no template 'latex': ... answer, boxed, ... {{question}} in it
 opd --device gpu                   | --device gpu: ... ; --device cpu works everywhere
 opd --device mps                   | --device mps: ... ; --device cpu works everywhere
 opd --device meta                  | --device meta: ... ; --device cpu works everywhere
@@ -79,7 +79,7 @@ opd --out /proc/run                | /proc/run: /proc cannot be written to ... t
 opd --out {w}/student              | its config.json is not that of a run; take another --out
 opd --out {w}/done                 | the run there is complete; take another --out, or --resume it
 opd --out {w}/done --resume        | the run there is complete; take another --out, or --resume it
-opd --out {w}/cut                  | holds another run; add --resume to go on, or take another --out
+opd --out {w}/cut                  | holds a run; add --resume to go on, or take another --out
 opd --out {w}/lost --resume        | has lost its checkpoint; restore it, or take another --out
 opd --out {w}/lost --seed 1        | has lost its checkpoint; restore it, or take another --out
 opd --out {w}/cut --resume --steps 1 | --steps 1: the run in ... ask for more, or take another --out
@@ -97,7 +97,7 @@ analysis --count 0                 | --count 0: must be at least 1
 analysis --temperature nan         | --temperature nan: must be above 0
 analysis --temperature inf         | --temperature inf: must be above 0
 analysis --eval-temperature -1     | --eval-temperature -1.0: must be at least 0
-analysis --template latex          | latex ... none of none, answer, boxed ... no {{question}} in it
+analysis --template latex          | no template 'latex': ... answer, boxed, ... {{question}} in it
 analysis --device gpu              | --device gpu: ... ; --device cpu works everywhere
 analysis --plot x.svg              | --plot goes with --run, not with --student and --teacher
 analysis --positions x.svg         | --positions goes with --run, not with --student and --teacher
@@ -121,7 +121,7 @@ opd --prompts {w}/cut.jsonl        | cut.jsonl:2 is not JSON ( ... ; write one J
 opd --prompts {w}/deep.jsonl       | deep.jsonl:1 is not JSON ( ... ; write one JSON object a line
 opd --prompts {w}/digits.jsonl     | digits.jsonl:1 is not JSON ( ... ; write one JSON object a line
 opd --prompts {w}/latin.jsonl      | latin.jsonl:1 is not UTF-8; save the file as UTF-8
-opd --prompts {w}/list.jsonl       | list.jsonl:1 needs "prompt": text, or a list of {{"role": text,
+opd --prompts {w}/list.jsonl       | list.jsonl:1 is not an object; write one {{"prompt": ... line
 opd --prompts {w}/other-key.jsonl  | other-key.jsonl:1 needs "prompt": text, or a list of
 opd --prompts {w}/number.jsonl     | number.jsonl:1 needs "prompt": text, or a list of
 opd --prompts {w}/no-text.jsonl    | no-text.jsonl:1 needs "prompt": text, or a list of
@@ -145,7 +145,7 @@ opd --student studnet              | studnet: no such directory here; give the d
 opd --student {w}/nowhere          | nowhere: no such directory here; give the directory of a
 opd --teacher ./nowhere            | ./nowhere: no such directory here; give the directory of a
 opd --student {w}/one.jsonl        | one.jsonl: no such directory here; give the directory of a
-opd --student {w}/no-config        | no-config: no config.json there; give the directory of a
+opd --student {w}/no-config        | no-config: no config.json there; give a directory that
 opd --student {w}/pickle           | pickle: no safetensors there ... convert it where you trust it
 opd --student {w}/bad-config       | bad-config cannot be read: It looks like the config file
 opd --teacher {w}/no-tokenizer     | no-tokenizer cannot be read: Couldn't instantiate the backend
@@ -255,6 +255,7 @@ def write_checkpoints(folder):
     )
     for name in copies.split():
         shutil.copytree(folder / "student", folder / name)
+    save(folder / "teacher", tiny("llama", seed=1, vocab_size=len(WORDS)), word_tokenizer())
     weights = folder / "truncated" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     (folder / "garbage" / "model.safetensors").write_bytes(b"no weights at all")

@@ -471,8 +471,8 @@ def test_the_switch_of_the_template_is_the_same_for_both_models(world, tmp_path,
     OPSD#10, OPSD#16, OPSD#18, Rethinking-OPD#6, Rethinking-OPD#18.
     """
     template = TEMPLATE.replace("if think", "if enable_thinking")
-    for name in ("student", "teacher"):
-        tiny("llama", seed=len(name), vocab_size=len(WORDS)).save_pretrained(tmp_path / name)
+    for seed, name in enumerate(("student", "teacher")):
+        tiny("llama", seed=seed, vocab_size=len(WORDS)).save_pretrained(tmp_path / name)
         word_tokenizer(chat_template=template).save_pretrained(tmp_path / name)
     of_models = {"student": f"{tmp_path}/student", "teacher": f"{tmp_path}/teacher"}
     cfg = config(world, tmp_path / "run", thinking=thinking, **of_models, steps=1)

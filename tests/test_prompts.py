@@ -10,7 +10,7 @@ import json
 import warnings
 
 import pytest
-from conftest import TEMPLATE, WORDS, tiny, word_tokenizer
+from conftest import TEMPLATE, WORDS, tiny, word_tokenizer, write_lines
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import Phi3Config, PreTrainedTokenizerFast
 
@@ -83,7 +83,7 @@ USER = '{"role": "user", "content": "add"}'
 SAID = '{"role": "assistant", "content": "so"}'
 BAD_PROMPTS = f"""
 needs "prompt" | {{"question": "3 + 7"}}
-needs "prompt" | ["add"]
+is not an object; write one | ["add"]
 needs "prompt" | {{"prompt": "  "}}
 needs "prompt" | {{"prompt": []}}
 needs "prompt" | {{"prompt": [{{"role": "user"}}]}}
@@ -245,11 +245,33 @@ def test_a_fifth_is_held_out_whatever_the_order_of_the_file(tmp_path):
     assert len(questions(config(tmp_path, some(500)))[2]) == 64
 
 
+@pytest.mark.parametrize(
+    "line, warned",
+    [
+        ({"answers": "5"}, '"answers" is not read; did you mean "answer"?'),
+        ({"teacherprompt": "so"}, '"teacherprompt" is not read; did you mean "teacher_prompt"?'),
+        ({"answer": "5", "answers": ["5", "five"], "id": 3}, None),
+    ],
+)
+def test_a_key_that_looks_misspelt_is_named(tmp_path, line, warned):
+    """Otherwise a run would end without its accuracy, or without what the teacher may read."""
+    path = tmp_path / "rows.jsonl"
+    write_lines(path, [{"prompt": "add 3", **line}, {"prompt": "add 5", **line}])
+    with says(*([f"{path}: {warned}"] if warned else [])):
+        assert len(load_prompts(path)) == 2
+
+
+def test_questions_without_answers_are_told_before_training(tmp_path):
+    rows = [{"prompt": f"add {i}"} for i in range(5)]
+    with says('accuracy will not be measured: no held-out prompt has an "answer"'):
+        questions(config(tmp_path, rows))
+
+
 def test_questions_are_the_same_only_if_all_of_their_text_is(tmp_path):
     """SophiaVL-R1#11: system prompts, powers, spaces and case tell questions apart."""
     chats = [[{"role": "system", "content": f"level {i}"}, user("add 3")] for i in range(40)]
     texts = ["5²", "52", "1 23", "12 3", "n", "N", "add 3"]
-    rows = [{"prompt": prompt} for prompt in chats + texts]
+    rows = [{"prompt": prompt, "answer": "3"} for prompt in chats + texts]
     with says():
         parts = questions(config(tmp_path, rows))
     assert sum(map(len, parts)) == 47

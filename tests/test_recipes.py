@@ -89,7 +89,7 @@ def test_a_part_of_a_template_is_not_the_template(question, template):
 
 def test_a_template_that_is_none_is_refused():
     """A template is a name that we know, or a text with {question} in it."""
-    with pytest.raises(UserError, match="'latex' is none of none, answer, boxed"):
+    with pytest.raises(UserError, match="no template 'latex': take one of none, answer, boxed, or"):
         apply_template("2 + 3?", "latex")
 
 
