@@ -48,7 +48,7 @@ TEXTS = "rollouts.jsonl"
 COLD_METRICS = "cold_start_metrics.jsonl"
 LOGS = (METRICS, TEXTS, COLD_METRICS)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MAY_DIFFER = {  # flags that --resume may change; every other one decides a result
+MAY_DIFFER = {  # flags that --resume may change; of these only lr decides a result
     "resume",
     "steps",
     "out",
@@ -210,6 +210,13 @@ class Run:
                     f"--resume: the run in {self.out} had {named(name)} {had!r}; give the same "
                     "flags, or take another --out"
                 )
+        had = state.config["lr"]
+        if self.cfg.lr != had:
+            warnings.warn(
+                f"--lr {self.cfg.lr:g}: the run began with {had:g}; metrics.jsonl has that of each "
+                "step",
+                stacklevel=2,
+            )
         if state.step > self.cfg.steps:
             raise UserError(
                 f"--steps {self.cfg.steps}: the run in {self.out} has already done {state.step} "

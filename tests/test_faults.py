@@ -466,7 +466,8 @@ def test_flags_that_decide_a_result_stay(world, cut, resumed, monkeypatch):
         with pytest.raises(UserError, match=f"had --{next(iter(change))} "):
             resumed(**change)
     monkeypatch.chdir(world)
-    resumed(teacher="./teacher", lr=1e-5, device="auto", save_every=3)
+    with pytest.warns(UserWarning, match="--lr 1e-05: the run began with 0.001"):
+        resumed(teacher="./teacher", lr=1e-5, device="auto", save_every=3)
     assert [row["lr"] for row in rows(cut)] == [1e-3, 1e-3, 1e-5, 1e-5, 1e-5]
     assert not files.same("a", "b") and not files.same("3", 3)
 
