@@ -213,6 +213,12 @@ def surely_below(x, bound):
     return error is not None and x["mean"] + 2 * error < bound
 
 
+def surely_above(x, bound):
+    """Is an estimate more than two standard errors above a bound? -> bool."""
+    error = x["standard_error"]
+    return error is not None and x["mean"] - 2 * error > bound
+
+
 def plus_minus(x, form=".3f"):
     """An estimate as text: {"mean": .5, "standard_error": .0123} -> "0.500 +- 0.012".
 
@@ -308,7 +314,7 @@ HARMFUL = "harmful (the teacher is behind the student)"
 UNDECIDED = "undecided (prompts with answers, or more of them, are needed)"
 VERDICTS = (INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED)
 FIRST_TOKENS = 8  # of each response, measured apart
-SHARED_MASS = 0.8  # below it we call two models unlike; the paper names no bound
+ALIKE = 0.55  # of the overlap ratio, k = 16, at the first tokens; the paper names no bound
 NO_DISTANCE = 1e-6  # nats of reverse KL; below it two models are the same, but for rounding
 LEAD = 0.1  # of greedy accuracy; a smaller one we do not call new knowledge
 
@@ -509,68 +515,47 @@ def gains(pair, rows, responses, depths, **how):
 
 
 def verdict(report):
-    """The verdict on a pair: the report of diagnose_pair -> one of VERDICTS, and a list of reasons.
+    """One of VERDICTS, and why: a list of reasons in words.
 
-    Differs from the paper, which gives no rule. These rules are ours and provisional. "Surely"
-    means by more than two standard errors. The first that holds:
+    Differs from the paper, which gives no rule. "Surely" means by more than two standard errors.
+    The first that holds:
 
         nothing new   the two agree at every state: reverse KL below NO_DISTANCE
-        harmful       the teacher is surely behind, greedily or sampled from the start
-        incompatible  the shared tokens surely hold less than SHARED_MASS of the probability; or
-                      the teacher is surely ahead from the start, and surely behind at the
-                      student's states
-        undecided     no answers, no response as long as --depths asks, or no prompt solved
-        harmful       it is surely behind at the student's states
+        harmful       the teacher is surely behind, alone or greedily
+        incompatible  the overlap ratio of the first tokens is surely below ALIKE
+        harmful       the teacher is surely behind at the student's states
         nothing new   its greedy lead is surely below LEAD
-        should work   it is surely ahead, greedily and at the student's states
-        undecided     all else
+        should work   it is surely ahead, greedily and at the student's states, and the overlap
+                      ratio of the first tokens is surely above ALIKE
+        undecided     all else; so is a pair of which neither solved a prompt
 
     At the student's states: when it finishes what the student began, mean over depths (6.1).
+    report: see diagnose_pair.
     """
-    metrics = report["metrics"]
-    masses = (metrics["overlap_mass_student"], metrics["overlap_mass_teacher"])
-    unlike = surely_below(min(masses, key=lambda x: x["mean"]), SHARED_MASS)
-    part_ways = (
-        "the two part ways at the student's states (3.1); a cold start moves the student (5.1)"
-    )
-    becomes = "the student becomes what the teacher is, mistakes included (3.3)"
+    overlap = report["first_tokens"]["overlap_ratio"]
     reasons = []
-    if metrics["reverse_kl"]["mean"] < NO_DISTANCE:
+    if report["metrics"]["reverse_kl"]["mean"] < NO_DISTANCE:
         return NOTHING_NEW, ["student and teacher agree at every state: no gradient (Eq. 4)"]
     if report["truncated_fraction"] > 0.5:
         reasons.append("most responses were cut off: take a higher --max-new-tokens")
-    if unlike:
+
+    if is_behind(report):
+        reasons.append("the student becomes what the teacher is, mistakes included (3.3)")
+        return HARMFUL, reasons
+    missing = what_is_missing(report)
+    if missing:
+        reasons.append(missing)
+    if surely_below(overlap, ALIKE):
         reasons.append(
-            f"the tokens that both find likely hold less than {SHARED_MASS} of the probability"
+            f"of the likely first {FIRST_TOKENS} tokens less than {ALIKE} are shared: the two part "
+            "ways (3.1); a cold start moves the student (5.1)"
         )
-    if "greedy" not in report:
-        reasons.append(part_ways if unlike else "without answers no lead can be measured")
-        return INCOMPATIBLE if unlike else UNDECIDED, reasons
+        return INCOMPATIBLE, reasons
+    if missing:
+        return UNDECIDED, reasons
 
     lead = report["greedy"]["gain"]
-    if sure(lead) < 0:
-        reasons.append(becomes)
-        return HARMFUL, reasons
-    if not report["continuation"]:
-        too_short = "no response is longer than the deepest of --depths"
-        reasons.append(part_ways if unlike else too_short)
-        return INCOMPATIBLE if unlike else UNDECIDED, reasons
-
-    alone = report["continuation"][0]
     gain = report["predicted_gain"]
-    if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
-        reasons.append(
-            'neither solved one of these prompts; answers are read after "Answer:" or in \\boxed{} '
-            "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"
-        )
-        return INCOMPATIBLE if unlike else UNDECIDED, reasons
-    if sure(alone["gain"]) < 0:
-        reasons.append(becomes)
-        return HARMFUL, reasons
-    leads_alone_only = sure(alone["gain"]) > 0 and sure(gain) < 0
-    if unlike or leads_alone_only:
-        reasons.append(part_ways)
-        return INCOMPATIBLE, reasons
     if sure(gain) < 0:
         reasons.append("the teacher does worse at the student's states (6.1)")
         return HARMFUL, reasons
@@ -582,15 +567,39 @@ def verdict(report):
             "sampling is new knowledge"
         )
         return NOTHING_NEW, reasons
-    if sure(gain) > 0 and sure(lead) > 0:
+    if sure(gain) > 0 and sure(lead) > 0 and surely_above(overlap, ALIKE):
         reasons.append("the two are alike enough (3.1)")
         reasons.append("the teacher is surely ahead, greedily and at the student's states (3.2)")
         return SHOULD_WORK, reasons
     reasons.append(
-        f"{report['prompts']} prompts do not say for sure that the teacher is ahead, greedily and "
-        "at the student's states: take more (--count)"
+        f"{report['prompts']} prompts do not say for sure that the two are alike, and that the "
+        "teacher is ahead, greedily and at the student's states: take more (--count)"
     )
     return UNDECIDED, reasons
+
+
+def is_behind(report):
+    """Is the teacher surely behind the student, sampled from the prompt or greedily? -> bool."""
+    if "greedy" not in report:
+        return False
+    leads = [report["greedy"]["gain"]]
+    leads += [cut["gain"] for cut in report["continuation"][:1]]
+    return any(sure(lead) < 0 for lead in leads)
+
+
+def what_is_missing(report):
+    """Why no gain can be judged, in words; None if it can."""
+    if "greedy" not in report:
+        return "without answers no lead can be measured"
+    if not report["continuation"]:
+        return "no response is longer than the deepest of --depths"
+    alone = report["continuation"][0]
+    if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
+        return (
+            'neither solved one of these prompts; answers are read after "Answer:" or in \\boxed{} '
+            "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"
+        )
+    return None
 
 
 def main(argv=None):

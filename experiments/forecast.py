@@ -321,6 +321,17 @@ def record_lines(pairs):
     return lines
 
 
+def record(pairs):
+    """{verdict: (pairs of later seeds that are called so, of which gained greedily)}."""
+    _, new = by_age(pairs)
+    found = {}
+    for name in VERDICTS:
+        called = [pair for pair in new if pair["verdict"] == name]
+        if called:
+            found[name] = (len(called), sum(map(gains_greedily, called)))
+    return found
+
+
 def came(pairs, way):
     return span(pair["gain"][way].mean for pair in pairs)
 

@@ -13,6 +13,7 @@ from conftest import tiny, word_tokenizer, write_lines
 
 import analysis
 from analysis import (
+    ALIKE,
     DEPTHS,
     GAIN,
     HARMFUL,
@@ -20,7 +21,6 @@ from analysis import (
     LEAD,
     NOTHING_NEW,
     SHARE,
-    SHARED_MASS,
     SHOULD_WORK,
     UNDECIDED,
     VERDICTS,
@@ -278,8 +278,7 @@ def test_finished_responses_are_judged_as_they_stand():
 
 def report(
     *,
-    mass=0.95,
-    mass_teacher=0.97,
+    overlap=0.7,
     kl=0.3,
     alone=(0.2, 0.01),
     greedy=(0.2, 0.01),
@@ -299,11 +298,8 @@ def report(
     made = {
         "prompts": 24,
         "truncated_fraction": cut,
-        "metrics": {
-            "overlap_mass_student": of(mass),
-            "overlap_mass_teacher": of(mass_teacher),
-            "reverse_kl": of(kl),
-        },
+        "metrics": {"reverse_kl": of(kl)},
+        "first_tokens": {"overlap_ratio": of(overlap)},
     }
     if answers:
         first = {"student": of(student), "teacher": of(student + alone[0]), "gain": of(*alone)}
@@ -313,29 +309,29 @@ def report(
     return made
 
 
-UNSURE_BELOW = SHARED_MASS - 0.0199  # within two errors of .01
-SURELY_BELOW = SHARED_MASS - 0.0201
+UNSURE_BELOW = ALIKE - 0.0199  # within two errors of .01
+SURELY_BELOW = ALIKE - 0.0201
+UNSURE_ABOVE = ALIKE + 0.0199
+SURELY_ABOVE = ALIKE + 0.0201
 BORDERS = [
     ({}, SHOULD_WORK),  # alike, knows more, and is better where the student is
-    ({"mass": SHARED_MASS}, SHOULD_WORK),
-    ({"mass": UNSURE_BELOW}, SHOULD_WORK),
-    ({"mass": SURELY_BELOW}, INCOMPATIBLE),
-    ({"mass_teacher": UNSURE_BELOW}, SHOULD_WORK),
-    ({"mass_teacher": SURELY_BELOW}, INCOMPATIBLE),
-    ({"mass": UNSURE_BELOW, "answers": False}, UNDECIDED),
-    ({"mass": SURELY_BELOW, "answers": False}, INCOMPATIBLE),
+    ({"overlap": SURELY_ABOVE}, SHOULD_WORK),
+    ({"overlap": UNSURE_ABOVE}, UNDECIDED),
+    ({"overlap": UNSURE_BELOW}, UNDECIDED),
+    ({"overlap": SURELY_BELOW}, INCOMPATIBLE),
+    ({"overlap": UNSURE_BELOW, "answers": False}, UNDECIDED),
+    ({"overlap": SURELY_BELOW, "answers": False}, INCOMPATIBLE),
     ({"answers": False}, UNDECIDED),
     ({"gain": (0.020001, 0.01)}, SHOULD_WORK),
     ({"gain": (0.02, 0.01)}, UNDECIDED),
     ({"gain": (0.0, 0.01)}, UNDECIDED),  # it knows more, but not where the student is
     ({"gain": (-0.02, 0.01)}, UNDECIDED),
-    ({"gain": (-0.020001, 0.01)}, INCOMPATIBLE),  # better alone, lost where the student is
-    ({"alone": (0.02, 0.01), "gain": (-0.1, 0.01)}, HARMFUL),  # no better alone, and worse there
-    ({"alone": (0.020001, 0.01), "gain": (-0.1, 0.01)}, INCOMPATIBLE),
+    ({"gain": (-0.020001, 0.01)}, HARMFUL),  # better alone, worse where the student is
+    ({"gain": (-0.1, 0.01), "overlap": SURELY_BELOW}, INCOMPATIBLE),
     ({"alone": (0.0, 0.01)}, SHOULD_WORK),  # the student's states are what counts
     ({"alone": (-0.02, 0.01)}, SHOULD_WORK),
     ({"alone": (-0.020001, 0.01)}, HARMFUL),
-    ({"alone": (-0.2, 0.01), "mass": 0.3}, HARMFUL),  # 3.3 comes before 3.1
+    ({"alone": (-0.2, 0.01), "overlap": 0.3}, HARMFUL),  # 3.3 comes before 3.1
     ({"greedy": (-0.020001, 0.01)}, HARMFUL),
     ({"greedy": (-0.02, 0.01)}, NOTHING_NEW),  # it samples more sharply, and knows no more
     ({"greedy": (0.0799, 0.01)}, NOTHING_NEW),
@@ -343,20 +339,20 @@ BORDERS = [
     ({"greedy": (0.1, 0.0501)}, UNDECIDED),
     ({"greedy": (0.0, 0.0499), "gain": (0.0, 0.5)}, NOTHING_NEW),  # nothing to know
     ({"greedy": (0.0, 0.0501), "gain": (0.0, 0.01)}, UNDECIDED),  # too few prompts to say so
-    ({"greedy": (0.0, 0.01), "mass": 0.3}, INCOMPATIBLE),
+    ({"greedy": (0.0, 0.01), "overlap": 0.3}, INCOMPATIBLE),
     ({"kl": 9e-7}, NOTHING_NEW),
     ({"kl": 9e-7, "answers": False}, NOTHING_NEW),
     ({"kl": 1e-6}, SHOULD_WORK),
     ({"alone": (0.0, None), "greedy": (1.0, None), "gain": (1.0, None)}, UNDECIDED),  # one prompt
     ({"student": 0.0, "alone": (0.0, 0.04), "gain": (0.0, 0.04)}, UNDECIDED),  # nobody solved any
-    ({"student": 0.0, "alone": (0.0, 0.0), "mass": 0.3}, INCOMPATIBLE),
+    ({"student": 0.0, "alone": (0.0, 0.0), "overlap": 0.3}, INCOMPATIBLE),
 ]
 
 
 @pytest.mark.parametrize("change, expected", BORDERS, ids=str)
 def test_a_verdict_at_each_border(change, expected):
-    """3.1 to 3.3: harm comes first. The mass is held against SHARED_MASS, gains against two
-    standard errors, the greedy lead against LEAD."""
+    """3.1 to 3.3: harm comes first. The overlap is held against ALIKE, gains against two standard
+    errors, the greedy lead against LEAD."""
     found, reasons = verdict(report(**change))
     assert found == expected and reasons
 
@@ -365,12 +361,12 @@ def test_every_verdict_is_one_of_the_five_and_has_reasons():
     """Each of the five can come out."""
     leads = (-0.4, 0.0, 0.3)
     found = set()
-    for mass, alone, greedy, gain, error, answers in itertools.product(
+    for overlap, alone, greedy, gain, error, answers in itertools.product(
         (0.25, 0.95), leads, leads, leads, (0.01, 0.3), (True, False)
     ):
         name, reasons = verdict(
             report(
-                mass=mass,
+                overlap=overlap,
                 alone=(alone, error),
                 greedy=(greedy, error),
                 gain=(gain, error),
@@ -405,7 +401,7 @@ def test_what_is_promised_or_denied_is_outside_two_standard_errors(x):
         ({"greedy": (0.0, 0.01)}, True, "samples more sharply"),
         ({"greedy": (0.0, 0.01), "gain": (0.0, 0.01)}, False, "samples more sharply"),
         ({"answers": False}, True, "without answers"),
-        ({"mass": 0.3}, True, "less than 0.8"),
+        ({"overlap": 0.3}, True, "less than 0.55 are shared"),
     ],
     ids=str,
 )
@@ -661,8 +657,7 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     report = diagnosed(different())
     said = show.diagnosis(report)
     assert "greedy, from the start" in said and "mean over these depths" not in said
-    report["metrics"]["overlap_mass_student"] = {"mean": 0.99, "standard_error": 0.001}
-    report["metrics"]["overlap_mass_teacher"] = {"mean": 0.99, "standard_error": 0.001}
+    report["first_tokens"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
     word, reasons = analysis.verdict(report)
     assert word == analysis.UNDECIDED
     assert reasons[-1] == "no response is longer than the deepest of --depths"
@@ -789,11 +784,24 @@ def test_the_table_holds_every_number_and_says_what_there_is_not():
     assert show.diagnosis(made)
 
 
+def test_a_verdict_is_shown_with_its_record(monkeypatch):
+    """How many pairs were called so on new seeds, and how many of them gained; nothing else."""
+    made = diagnosed(different())
+    monkeypatch.setattr(show, "RECORD", {made["verdict"]: (12, 7)})
+    line = "record: of 12 pairs so called 7 gained (experiments/README.md)"
+    assert f"verdict: {made['verdict']}\n  {line}\n" in show.diagnosis(made)
+    monkeypatch.setattr(show, "RECORD", {})
+    assert "record" not in show.diagnosis(made)
+
+
 SIGNS = [  # what is changed, the row, which way it points
     ({}, "overlap ratio", "says nothing"),
-    ({"mass": UNSURE_BELOW}, "overlap mass, student", "not against"),
-    ({"mass": SURELY_BELOW}, "overlap mass, student", "against"),
-    ({"mass_teacher": SURELY_BELOW}, "overlap mass, teacher", "against"),
+    ({"overlap": SURELY_BELOW}, "at the first 8 tokens", "against"),
+    ({"overlap": UNSURE_BELOW}, "at the first 8 tokens", "says nothing"),
+    ({"overlap": UNSURE_ABOVE}, "at the first 8 tokens", "says nothing"),
+    ({"overlap": SURELY_ABOVE}, "at the first 8 tokens", "for"),
+    ({}, "overlap mass, student", "says nothing"),
+    ({}, "overlap mass, teacher", "says nothing"),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
     ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
     ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "says nothing"),
@@ -813,10 +821,11 @@ SIGNS = [  # what is changed, the row, which way it points
 
 @pytest.mark.parametrize("change, name, points", SIGNS, ids=str)
 def test_each_measurement_points_one_way(change, name, points):
-    """A measurement is for or against if it told the paper's success from its failure. The overlap
-    ratio, the lead in score and the AUROC did not."""
+    """The verdict asks what is for or against. In the paper the overlap over all tokens, the
+    masses, the lead in score and the AUROC are alike in a success and in a failure."""
     made = {"eval_temperature": 0.7, "auroc": 0.7, "right": 5, "wrong": 3, **report(**change)}
-    made["metrics"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
+    for metric in ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher"):
+        made["metrics"][metric] = {"mean": 0.7, "standard_error": 0.01}
     found = {row[0].strip(): row[2] for row in show.signs(made)}
     assert found[name] == points
 

@@ -1167,6 +1167,7 @@ def test_a_rule_has_its_record_on_seeds_that_it_was_not_chosen_on():
     assert broken.word == lab.CONTRADICTED
     assert broken.found == "1 of 2 runs, greedily by +0.000 or more"
     assert nothing.word == lab.HOLDS
+    assert forecast.record(pairs) == {analysis.SHOULD_WORK: (2, 1), analysis.NOTHING_NEW: (1, 0)}
     text = "\n".join(forecast.record_lines(pairs))
     assert "seeds 0 to 2, chosen on: 2 runs" in text
     assert "later seeds: 3 runs" in text

@@ -2,11 +2,14 @@
 
 import json
 
+import forecast
 import lab
 import plot
 import pytest
 import report
 from conftest import ROOT
+
+from plumbing import show
 
 README = ROOT / "experiments" / "README.md"
 RESULTS = lab.RESULTS
@@ -53,6 +56,14 @@ def test_a_script_that_lacks_results_is_left_out_and_named(tmp_path, capsys):
     text = report.filled(README.read_text(), toy, real, tmp_path)
     first, last = report.markers("forecast")
     assert first + report.NOT_YET + last in text
+
+
+def test_the_record_that_a_diagnosis_prints_is_that_of_the_results():
+    """Of both worlds, on seeds that the rule was not chosen on."""
+    toy = lab.read_all(RESULTS, [*forecast.ARMS, *forecast.PROBES])
+    real = report.real_results(RESULTS)
+    pairs = forecast.pairs_of(toy, forecast.ARMS) + forecast.pairs_of(real, report.real.TAUGHT)
+    assert show.RECORD == forecast.record(pairs)
 
 
 # --- tables -------------------------------------------------------------------------------------
