@@ -116,7 +116,7 @@ def spearman(x, y):
 
 
 def pairs_of(results, names):
-    """Diagnosed and distilled pairs, a dict a run: {"name", "seed", "report", "verdict", "gain":
+    """Diagnosed and distilled pairs, a dict for each: {"name", "seed", "report", "verdict", "gain":
     {way: Difference}, "pilot"}. pilot: the share of the reverse KL that three steps took away."""
     found = []
     for name in names:
@@ -251,18 +251,16 @@ def pair_lines(pairs):
     """A line a pair: what was measured before, and what came."""
     lines = [
         "",
-        f"{'pair':26} seed {'overlap':>7} {'mass':>6} {'rev. KL':>7} "
+        f"{'pair':26} seed {'overlap':>7} {'first 8':>7} {'rev. KL':>7} "
         f"{'predicted gain':>16} {'greedy lead':>11} {'came, T .7':>10} {'greedy':>7}  verdict",
     ]
     for pair in pairs:
         report = pair["report"]
         metrics = report["metrics"]
-        sides = ("overlap_mass_student", "overlap_mass_teacher")
-        mass = min(metrics[side]["mean"] for side in sides)
         predicted = report["predicted_gain"]
         lines.append(
             f"{pair['name']:26} {pair['seed']:4d} {metrics['overlap_ratio']['mean']:7.3f} "
-            f"{mass:6.3f} {metrics['reverse_kl']['mean']:7.3f} {predicted['mean']:+8.3f} +- "
+            f"{first(pair, 'overlap_ratio'):7.3f} {metrics['reverse_kl']['mean']:7.3f} {predicted['mean']:+8.3f} +- "
             f"{predicted['standard_error']:.3f} {report['greedy']['gain']['mean']:+11.3f} "
             f"{pair['gain']['T .7'].mean:+10.3f} {pair['gain']['greedy'].mean:+7.3f}  "
             f"{pair['verdict']}"
@@ -279,17 +277,16 @@ def candidate_lines(pairs):
     whose teacher surely leads greedily, on the seeds that a rule may be chosen on."""
     old, _ = by_age(pairs)
     asked = [pair for pair in old if sure(pair["report"]["greedy"]["gain"]) > 0]
-    won = sum(gains_greedily(pair) for pair in asked)
+    if not asked:
+        return []
+    won = torch.tensor([gains_greedily(pair) for pair in asked])
     lines = [
         "",
         f"the teacher surely leads greedily, seeds 0 to 2: {len(asked)} pairs, of which "
-        f"{won} gained greedily; AUROC of a candidate, its values",
+        f"{int(won.sum())} gained greedily; AUROC of a candidate, its values",
     ]
-    if not asked:
-        return []
     for name, value in CANDIDATES.items():
         values = torch.tensor([value(pair) for pair in asked])
-        won = torch.tensor([gains_greedily(pair) for pair in asked])
         area = auroc(values, won)
         lines.append(
             f"{name:36} {'   -' if area is None else f'{area:.2f}'}  gained {span(values[won])}, "
