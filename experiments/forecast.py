@@ -261,7 +261,8 @@ def pair_lines(pairs):
         lines.append(
             f"{pair['name']:26} {pair['seed']:4d} {metrics['overlap_ratio']['mean']:7.3f} "
             f"{first(pair, 'overlap_ratio'):7.3f} {metrics['reverse_kl']['mean']:7.3f} "
-            f"{predicted['mean']:+8.3f} +- {predicted['standard_error']:.3f} {report['greedy']['gain']['mean']:+11.3f} "
+            f"{predicted['mean']:+8.3f} +- {predicted['standard_error']:.3f} "
+            f"{report['greedy']['gain']['mean']:+11.3f} "
             f"{pair['gain']['T .7'].mean:+10.3f} {pair['gain']['greedy'].mean:+7.3f}  "
             f"{pair['verdict']}"
         )
