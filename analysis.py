@@ -517,8 +517,9 @@ def gains(pair, rows, responses, depths, **how):
 def verdict(report):
     """One of VERDICTS, and why: a list of reasons in words.
 
-    Differs from the paper, which gives no rule. "Surely" means by more than two standard errors.
-    The first that holds:
+    Differs from the paper, which gives no rule. Ours is provisional: experiments/README.md tells
+    of a teacher about which it errs. "Surely" means by more than two standard errors. The first
+    that holds:
 
         nothing new   the two agree at every state: reverse KL below NO_DISTANCE
         harmful       the teacher is surely behind, alone or greedily
