@@ -162,7 +162,7 @@ def recovery(result):
     teacher = result["accuracy_teacher"]["mean"]
     side = "above" if after >= before else "below"
     end = f"the student ended {abs(after - before):.3f} {side} its start"
-    if teacher == after == 0:
+    if before == after == teacher == 0:
         return (
             'not given: neither model was right once; answers are read after "Answer:" or in '
             "\\boxed{} (--template answer asks for it)"

@@ -139,6 +139,21 @@ def test_the_last_lines_say_what_changed_and_of_how_many_prompts():
             "not given: the teacher is behind the student; the student ended 0.100 above its start",
         ),
         (0.5, 0.6, 0.5, None, "not given: teacher and student are within noise of each other"),
+        (
+            0.0,
+            0.0,
+            0.0,
+            None,
+            'not given: neither model was right once; answers are read after "Answer:" or in '
+            "\\boxed{} (--template answer asks for it)",
+        ),
+        (
+            0.1,
+            0.0,
+            0.0,
+            -1.0,
+            "not given: the teacher is behind the student; the student ended 0.100 below its start",
+        ),
     ],
 )
 def test_the_gap_recovery_is_told_in_words_that_fit(before, after, teacher, recovered, said):
