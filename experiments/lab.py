@@ -157,7 +157,7 @@ class Lab:
         """The result of that name, read if it is there, else made and kept.
 
         asked: the settings that decide it, plain values. SystemExit if the file was made with
-        others.
+        others; it may have been made in another dtype.
         """
         path = self.results / self.kind / file_name(name, self.seed)
         return once(path, {"name": name, "seed": self.seed}, asked, make)
@@ -220,6 +220,10 @@ class Lab:
         """The folder that keeps what was measured of a model: the model's own."""
         return Path(folder)
 
+    def answering(self, model, rows):
+        """A block in which the model answers the held-out prompts."""
+        return contextlib.nullcontext()
+
     def accuracies(self, folder, exam):
         """The accuracies of a saved model on the held-out prompts, sampled in each of toy.WAYS.
 
@@ -235,9 +239,10 @@ class Lab:
         rows = self.exam_rows(pair, exam)
         found = {}
         for way, how in toy.WAYS.items():
-            right, _ = answered(
-                pair, rows, n=1, max_new_tokens=self.new_tokens, seed=self.seed, **how
-            )
+            with self.answering(pair.student, rows):
+                right, _ = answered(
+                    pair, rows, n=1, max_new_tokens=self.new_tokens, seed=self.seed, **how
+                )
             found[way] = {
                 **estimate(right.double().mean(1)),
                 "prompts": len(rows),
@@ -251,12 +256,13 @@ def once(path, names, asked, make):
     """A result file, read if it is there, else made and written.
 
     names: {"name", "seed"}. asked: the settings that decide it, plain values. make: a function ->
-    what the result holds. SystemExit if the file was made with other settings.
+    what the result holds. SystemExit if the file was made with other settings; it may have been
+    made in another dtype.
     """
     asked = json.loads(json.dumps(asked))
     if path.exists():
         found = files.read_json(path)
-        if found["asked"] != asked:
+        if {**found["asked"], "dtype": None} != {**asked, "dtype": None}:
             raise SystemExit(
                 f"{path} was made with other settings; remove it, and {names['name']} is run again"
             )

@@ -2,7 +2,7 @@
 further (paper 3, 4, 5, 6).
 
     arm            student <- teacher (sums.py); if nothing else is said, 12 steps of 16 responses
-                   at a learning rate of 1e-5, in bfloat16
+                   at a learning rate of 1e-5, in bfloat16 or float32 (sums.DTYPE)
     success        base <- expert: after three rounds of expert iteration, it knows more
     round 1; round 2   base <- expert-1; <- expert-2: after one round, and after two
     copy           base <- copy: after three rounds on its own answers, right or wrong
@@ -36,7 +36,8 @@ too: lab.py). If nothing else is said, they are asked greedily and at T .7, of s
     3.2 sharper      surely more at T 1, greedy accuracy equal to where it began
     3.3 reverse      it ends equal to its teacher
     no teacher       it ends less than .05 below success, surely: at T 1, at T .7 and greedily
-    float32          it ends equal to success. Run first; if not, all is run in float32
+    float32          it ends equal to success. Asked where success was computed in bfloat16. Run
+                     first; if not, all is run in float32
     4.1 masses       in success both are .95 or more at the first step, in every seed
     4.1 overlap      in success the overlap ratio rises, in every seed (three steps at either end)
     4.1 gaps         in success the advantage, the entropy gap and p - q halve, in every seed
@@ -573,7 +574,10 @@ def judge(runs):
     """
     first = {}
     later = {}
+    in_float32 = {run["seed"] for run in runs["success"] if run["asked"]["dtype"] == "float32"}
     for name, of_name in runs.items():
+        if name == "float32":
+            of_name = [run for run in of_name if run["seed"] not in in_float32]
         first[name] = [run for run in of_name if run["seed"] < forecast.LATER]
         later[name] = [run for run in of_name if run["seed"] >= forecast.LATER]
     for claims, of_seeds in ((CLAIMS, first), (LATER_CLAIMS, later)):
