@@ -85,6 +85,13 @@ def test_a_result_of_other_settings_is_refused(a_lab):
         a_lab.once("opd", {"steps": 4}, dict)
 
 
+def test_a_result_may_have_been_made_in_another_dtype(a_lab):
+    """Some CPUs compute in bfloat16, others do not: the result of an arm is the same."""
+    a_lab.once("opd", {"steps": 3, "dtype": "bfloat16"}, lambda: {"found": 1})
+    again = a_lab.once("opd", {"steps": 3, "dtype": "float32"}, lambda: 1 / 0)  # is not called
+    assert again["asked"]["dtype"] == "bfloat16"
+
+
 @pytest.mark.parametrize("when", ["made", "written"])
 def test_a_result_that_was_killed_is_made_again_and_none_is_half_there(a_lab, monkeypatch, when):
     """There is no file before its last byte is on the disk."""

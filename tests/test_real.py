@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import re
 import sys
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import plot
 import pytest
 import real
 import sums
+import torch
 import toy
 from conftest import TEMPLATE, WORDS, Killed, tiny, word_tokenizer
 
@@ -123,6 +125,32 @@ def test_the_base_is_asked_for_before_anything_runs(run_script, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_script("--only", "success")
     assert "--base: needed; see --help" in capsys.readouterr().err
+
+
+def test_worked_examples_are_read_once_and_the_answers_are_the_same(base, tmp_path):
+    """What all prompts begin with is read for one of them, then only the question of each. So the
+    probabilities are those of reading all of it, and afterwards the model reads all of it again."""
+    made = sums.RealLab(0, tmp_path, tmp_path, base=base)
+    pair = made.load("base", "base")
+    rows = made.rows(pair, 6, "eval")
+    read = []  # (rows, tokens) of each forward pass
+    embed = pair.student.get_input_embeddings()
+    embed.register_forward_hook(lambda module, args, out: read.append(tuple(args[0].shape)))
+    plainly = made.write(pair, rows, "test")
+    before = list(read)
+    read.clear()
+    with sums.worked_examples_once(pair.student, rows):
+        shortly = made.write(pair, rows, "test")
+    P = len(rows[0]["ids"])
+    S = len(os.path.commonprefix([row["ids"] for row in rows]))
+    assert 0 < S < P
+    assert before[0] == (6, P)
+    assert read[:2] == [(1, S), (6, P - S)]
+    assert read[2:] == before[1:]
+    assert torch.equal(shortly.ids, plainly.ids)
+    torch.testing.assert_close(shortly.log_p, plainly.log_p)
+    made.write(pair, rows, "test")
+    assert read[-len(before) :] == before
 
 
 def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
@@ -249,6 +277,7 @@ def run_of(seed, before, after, teacher):
     return {
         "seed": seed,
         "seconds": 1.0,
+        "asked": {"dtype": "bfloat16"},
         "accuracy": {when: accuracy(right) for when, right in levels.items()},
         "curves": curves,
     }
@@ -333,6 +362,14 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
     assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
     assert small.word == "2 of 3 seeds"
     assert list(real.judge({name: [] for name in found})) == []
+
+
+def test_the_dtypes_are_compared_where_there_are_two():
+    """On a CPU that does not compute in bfloat16, success is in float32, too."""
+    found = results()
+    for run in found["success"][1:]:
+        run["asked"]["dtype"] = "float32"
+    assert words_of(found)["computed in float32 it ends as in bfloat16"] == "1 of 3 seeds"
 
 
 def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
