@@ -744,8 +744,10 @@ def real(results, path):
             label=name,
         )
     accuracy.set(title="accuracy with words, T .7", xlabel="step", ylim=(0, 1))
-    accuracy.legend(frameon=False, fontsize=7)
-    accuracy.set_visible(bool(accuracy.lines))
+    if accuracy.lines:
+        accuracy.legend(frameon=False, fontsize=7)
+    else:
+        accuracy.set_visible(False)
     handles, labels = signs(two[0])
     more_handles, more_labels = grid[0, 0].get_legend_handles_labels()
     below(figure, [*handles, *more_handles], [*labels, *more_labels], 6)

@@ -3,10 +3,10 @@
     python experiments/report.py
 
 It writes results/findings.md: every claim about the toy and about SmolLM2, what the paper has, what
-was found here, and a word. It puts the tables of findings and scripts and what context.py,
-forecast.py and bench.py print into experiments/README.md, each between its two markers. It puts
-opd.update into README.md. It draws every figure anew. A script of the toy without results is left
-out, and named.
+was found here, and a word; and the commits and seconds of each script. It puts short tables of
+findings and scripts, and lines that context.py, forecast.py and bench.py print, into
+experiments/README.md, each between its two markers. It puts opd.update into README.md. It draws
+every figure anew. A script of the toy without results is left out, and named.
 
 Criteria stand in the first lines of a script. The four words are explained in lab.py.
 """
@@ -16,13 +16,16 @@ import inspect
 import sys
 
 import context
+import forecast
 import lab
 import plot
 import real
 
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
-IN_SHORT = (  # the README has the lines of bench.txt that begin so
+IN_CONTEXT = ("teacher", "hint", "other sum", "expert")  # lines of context.txt begin so
+IN_FORECAST = ("seeds 0 to 2", "later seeds", *forecast.VERDICTS)  # of forecast.txt
+IN_BENCH = (  # of bench.txt
     "rollout toy   uneven",
     "rollout real  uneven",
     "step toy   as it is",
@@ -41,7 +44,7 @@ HEADINGS = {  # of experiments/README.md: the paragraphs about what a script fou
     "followups": "What later papers say, and ends that differ",
     "forecast": "Before training",
 }
-SHORT = ("section", "claim", "word", "found")  # titles
+SHORT = ("section", "claim", "word")  # titles
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
 
@@ -105,12 +108,12 @@ def left_out(results):
 
 
 def findings_in_short(results):
-    """Section, claim, word and what was found, of the toy. A section leads to its paragraphs."""
+    """Section, claim and word, of the toy. A section leads to its paragraphs."""
     rows = []
     for script, of_script in results.items():
         for x in judged({script: of_script}):
             section = f"[{x.section}](#{anchor(HEADINGS[script])})"
-            rows.append((section, x.claim, emphasised(x.word), x.found))
+            rows.append((section, x.claim, emphasised(x.word)))
     return table(SHORT, rows) + left_out(results)
 
 
@@ -122,7 +125,7 @@ def anchor(heading):
 
 def real_in_short(results):
     """The same of real.py."""
-    rows = [(x.section, x.claim, emphasised(x.word), x.found) for x in real.judge(results)]
+    rows = [(x.section, x.claim, emphasised(x.word)) for x in real.judge(results)]
     return table(SHORT, rows) if rows else NOT_YET
 
 
@@ -176,61 +179,59 @@ seeds, in order.
 ## SmolLM2-135M-Instruct that learns to add
 
 {findings_of_real(of_real)}
+## What they took
+
+{provenance(toy, of_real, folder)}
 What was measured before this toy world stands in [before.md](before.md).
 """
 
 
+def by_script(toy, of_real, folder):
+    """{script: {arm or probe: [result, one a seed]}} of all scripts that have results."""
+    found = {**toy, "context": context_results(folder), "real": of_real}
+    return {script: results for script, results in found.items() if any(results.values())}
+
+
 def scripts(toy, of_real, folder):
-    """A table with a row for each script: what it asks, by its first sentence, and what it took."""
-    titles = ("script", "what it asks", "seeds", "CPU seconds", "commits")
+    """A table of what each script asks, by its first sentence."""
     rows = []
-    shared = {}
-    for script, results in toy.items():
+    for script in by_script(toy, of_real, folder):
+        about = lab.first_sentence(importlib.import_module(script).__doc__)
+        asks = about.split(": ", 1)[1].removesuffix(" Toy models.").rstrip(".")
+        rows.append((f"[{script}.py]({script}.py)", asks))
+    return table(("script", "what it asks"), rows)
+
+
+def provenance(toy, of_real, folder):
+    """A table of the seeds, CPU seconds and commits of each script."""
+    rows = []
+    once = {}  # arms that scripts share
+    for script, results in by_script(toy, of_real, folder).items():
         runs = [run for of_name in results.values() for run in of_name]
+        world = "toy" if script in toy else "SmolLM2"
         for run in runs:
-            shared[run["name"], run["seed"]] = run["seconds"]
+            once[world, run["name"], run["seed"]] = run["seconds"]
+        seeds = sorted({run["seed"] for run in runs})
         seconds = sum(run["seconds"] for run in runs)
-        commits = {lab.commit_of(run) for run in runs}
-        rows.append(script_row(script, runs, seconds, commits))
-    of_toy = sum(shared.values())
-    of_smollm2 = 0
-    for script, results in (("context", context_results(folder)), ("real", of_real)):
-        runs = [run for of_name in results.values() for run in of_name]
-        if not runs:
-            continue
-        seconds = sum(run["seconds"] for run in runs)
-        of_smollm2 += seconds
-        rows.append(script_row(script, runs, seconds, {lab.commit_of(run) for run in runs}))
-    return table(titles, rows) + (
+        commits = sorted({lab.commit_of(run) for run in runs})
+        rows.append(
+            (f"{script}.py", ", ".join(map(str, seeds)), f"{seconds:,.0f}", ", ".join(commits))
+        )
+    hours = {"toy": 0, "SmolLM2": 0}
+    for (world, _, _), seconds in once.items():
+        hours[world] += seconds / 3600
+    return table(("script", "seeds", "CPU seconds", "commits"), rows) + (
         "\nA script's seconds count the arms that it shares with others. If each arm is counted "
-        f"once,\nthe toy takes {of_toy / 3600:.1f} hours of one thread, SmolLM2 "
-        f"{of_smollm2 / 3600:.1f}.\n"
+        f"once,\nthe toy takes {hours['toy']:.1f} hours of one thread, SmolLM2 "
+        f"{hours['SmolLM2']:.1f}.\n"
     )
 
 
-def script_row(script, runs, seconds, commits):
-    about = lab.first_sentence(importlib.import_module(script).__doc__)
-    asks = about.split(": ", 1)[1].removesuffix(" Toy models.").rstrip(".")
-    seeds = {run["seed"] for run in runs}
-    return (
-        f"[{script}.py]({script}.py)",
-        asks,
-        ", ".join(str(seed) for seed in sorted(seeds)),
-        f"{seconds:,.0f}",
-        ", ".join(sorted(commits)),
-    )
-
-
-def printed(path, start="", only=""):
-    """The lines that a script wrote, as a block of Markdown.
-
-    start: how the first line begins. only: a tuple; a line is taken if it begins with one of them.
-    """
+def printed(path, only):
+    """Lines that a script wrote, as a block of Markdown: those that begin with one of `only`."""
     if not path.exists():
         return NOT_YET
-    text = "\n" + path.read_text().strip()
-    lines = text[text.index(f"\n{start}") + 1 :].splitlines()
-    taken = [line for line in lines if line.startswith(only)]
+    taken = [line for line in path.read_text().splitlines() if line.startswith(only)]
     return "\n".join(["```text", *taken, "```", ""])
 
 
@@ -260,9 +261,9 @@ def filled(text, toy, of_real, folder):
     text = put(findings_in_short(toy), "findings", text)
     text = put(real_in_short(of_real), "findings on SmolLM2", text)
     text = put(scripts(toy, of_real, folder), "scripts", text)
-    text = put(printed(folder / "context.txt"), "context", text)
-    text = put(printed(folder / "forecast.txt", "Spearman"), "forecast", text)
-    return put(printed(folder / "bench.txt", only=IN_SHORT), "bench", text)
+    text = put(printed(folder / "context.txt", IN_CONTEXT), "context", text)
+    text = put(printed(folder / "forecast.txt", IN_FORECAST), "forecast", text)
+    return put(printed(folder / "bench.txt", IN_BENCH), "bench", text)
 
 
 def with_update(text):

@@ -79,8 +79,8 @@ def test_a_word_is_bold_if_it_is_not_holds(monkeypatch):
     ]
     short = report.findings_in_short({"recipe": {}}).splitlines()
     assert short[2:4] == [
-        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | holds | by 1 |",
-        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | **undecided** | by 1 |",
+        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | holds |",
+        r"| [3.1](#how-to-recover-paper-5) | KL(p \|\| q) falls | **undecided** |",
     ]
 
 
@@ -95,8 +95,8 @@ def test_a_row_leads_to_a_heading_that_is_there():
 def test_an_arm_that_scripts_share_is_counted_once(tmp_path):
     run = {"name": "success", "seed": 0, "seconds": 1800.0, "commit": "abc", "dirty": True}
     toy = {"phenomenology": {"success": [run]}, "mechanism": {"success": [run]}}
-    table = report.scripts(toy, {}, tmp_path)
-    assert table.count("| 0 | 1,800 | abc and changes |") == 2
+    table = report.provenance(toy, {}, tmp_path)
+    assert table.count(".py | 0 | 1,800 | abc and changes |") == 2
     assert "the toy takes 0.5 hours of one thread, SmolLM2 0.0" in table
 
 
