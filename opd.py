@@ -93,7 +93,7 @@ def update(cfg, pair, optimizer, rows, step):
     """
     started = time.perf_counter()
     seeds = [seed_of(cfg.seed, "rollout", step, i) for i in range(len(rows))]
-    with pair.autocast(), whole(pair.student):
+    with pair.autocast(), whole(pair.student):  # whole: if its weights are sharded, gather them
         r = rollout(  # y ~ p(.|x)
             pair.student,
             [row["ids"] for row in share(rows)],
@@ -120,10 +120,10 @@ def update(cfg, pair, optimizer, rows, step):
             with torch.no_grad():
                 h_q = states(pair.teacher, part.for_teacher)  # (N, H')
             values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
-        loss = values["loss"].sum() / total  # mean over the response tokens of the step
+        loss = values["loss"].sum() / total  # this part's share of the mean over the step
         loss.backward()
         metrics.add(values, part)
-    grad_norm = descend(optimizer, pair.student)
+    grad_norm = descend(optimizer, pair.student)  # clip, and update if the gradient is finite
 
     row = metrics.means(r)
     row["grad_norm"] = grad_norm

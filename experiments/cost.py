@@ -478,7 +478,7 @@ def supports(runs):
     }
     yield finding(
         "6.3",
-        "every other support does as well as top-16",
+        "the sampled token, 4 or 32 likely ones, or all do as well as 16",
         "AIME24 .454 sampled, .473 top-4, .463 top-64",
         ", ".join(f"{name} {x}" for name, x in offs.items()) + " at T .7",
         *map(equal, offs.values()),
@@ -501,7 +501,7 @@ def supports(runs):
     }
     yield finding(
         "2.2",
-        "the sampled token stops ending in long runs",
+        "after a long run with the sampled token alone, responses no longer end",
         "not there",
         f"cut off after 400 steps {each(cut['long sampled'])}, with Eq. 5 {each(cut['long'])}",
         every_seed(a - b >= 0.05 for a, b in zip(cut["long sampled"], cut["long"])),

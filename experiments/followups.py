@@ -213,7 +213,7 @@ def ends(runs):
     offs = both(runs["unlike ends"], runs["success"])
     yield finding(
         "ours",
-        "ends that differ do no harm if all are one event",
+        "two models with different end tokens: no harm if all ends count as one",
         "2609.20511 treats them so, too",
         f"{offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
@@ -221,7 +221,7 @@ def ends(runs):
     lost = [gain([run], "T .7").mean for run in runs["own ends"]]
     yield finding(
         "ours",
-        "token by token they ruin the student",
+        "compared token by token, these ends ruin the student",
         "not so in its own runs with unlike ends",
         f"{each(lost)} at T .7",
         every_seed(x <= -0.3 for x in lost),

@@ -192,7 +192,7 @@ def in_failure(runs):
     begun = {name: beginnings(bigger, success, name) for name in shares}
     yield finding(
         "4.1",
-        "in failure the gaps persist",
+        "where nothing new is taught the gaps persist",
         "so",
         f"entropy gap {each(shares['entropy_gap'])} of its size at the end, p - q "
         f"{each(shares['largest_gap'])}; they begin at {each(begun['entropy_gap'])} and "
@@ -248,7 +248,7 @@ def reinforcing(runs):
     )
     yield finding(
         "4.2",
-        "with the others alone it first falls",
+        "with the tokens that are not shared alone the overlap first falls",
         "so, then it partly recovers",
         f"by {each(falls, '.3f')} at its lowest",
         every_seed(x >= 0.01 for x in falls),

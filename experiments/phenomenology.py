@@ -217,7 +217,7 @@ def reversal(runs):
     offs = both(runs["reverse-bigger"], reverse)
     yield finding(
         "3.3",
-        "a bigger model of the same pipeline takes it to the same place",
+        "bigger as its teacher takes it to the same place",
         "both runs lie on top of each other",
         f"{offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
@@ -225,7 +225,7 @@ def reversal(runs):
     off = difference(runs["reverse-sharp"], reverse, "greedy")
     yield finding(
         "3.3",
-        "a sharp one, too",
+        "so does sharp, greedily",
         "not there",
         f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",
         equal(off),
@@ -241,7 +241,7 @@ def same_target(runs):
 
     yield finding(
         "3.3",
-        "to the student a small and a bigger teacher of one pipeline are the same target",
+        "student and bigger, of one pipeline, are the same target to it",
         "said of R1-Distill-1.5B and 7B, not measured",
         f"KL of the two {each(kl('student || bigger'), '.3f')}; of the student to either "
         f"{each(kl('student-rl || student'), '.3f')} and "
@@ -258,19 +258,27 @@ def same_target(runs):
 
 def without_teacher(runs):
     """2608.31046: does training without a teacher do as well?"""
-    success = runs["success"]
     controls = [runs["no-teacher"], runs["no-teacher, lr by 10"]]
     control = max(controls, key=lambda of_rate: gain(of_rate, "T 1").mean)
+    yield pushed_down(control, runs["success"])
+
+
+def pushed_down(control, success):
+    """The Finding of a control without a teacher beside OPD, in all three ways to sample."""
+    found = []
+    words = []
     for way, how in (("T 1", "at T 1"), ("T .7", "at T .7"), ("greedy", "greedily")):
         off = difference(control, success, way)
         of_gain = share(gain(control, way).mean, gain(success, way).mean)
-        yield finding(
-            "2608.31046",
-            f"pushing down unlikely tokens does what a teacher does, {how}",
-            "reaches what OPD reaches",
-            f"{off} of success, {of_gain:.2f} of its gain",
-            more_than(off, -lab.MARGIN),
-        )
+        found.append(f"{off} of success {how}, {of_gain:.2f} of its gain")
+        words.append(more_than(off, -lab.MARGIN))
+    return finding(
+        "2608.31046",
+        "pushing down unlikely tokens does what a teacher does",
+        "reaches what OPD reaches",
+        "; ".join(found),
+        *words,
+    )
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ import followups
 import forecast
 import lab
 import mechanism
+import phenomenology
 import plot
 import sums
 from lab import (
@@ -260,16 +261,7 @@ def reverse(runs):
 
 
 def no_teacher(runs):
-    for way, how in (("T 1", "at T 1"), ("T .7", "at T .7"), ("greedy", "greedily")):
-        off = difference(runs["no teacher"], runs["success"], way)
-        of_gain = share(gain(runs["no teacher"], way).mean, gain(runs["success"], way).mean)
-        yield finding(
-            "2608.31046",
-            f"pushing down unlikely tokens does what a teacher does, {how}",
-            "so",
-            f"{off} of success, {of_gain:.2f} of its gain",
-            more_than(off, -lab.MARGIN),
-        )
+    yield phenomenology.pushed_down(runs["no teacher"], runs["success"])
 
 
 def ends(run, name):
@@ -570,7 +562,7 @@ LATER_CLAIMS = (  # the same, of later seeds
 def judge(runs):
     """Every claim, of the seeds that have its arms: yields Findings. runs: of lab.read_all.
 
-    Fewer than three seeds get no word.
+    The word of fewer than three seeds says so.
     """
     first = {}
     later = {}
@@ -587,7 +579,8 @@ def judge(runs):
             if seeds == 0:
                 continue
             for found in claim(some):
-                yield found if seeds >= 3 else replace(found, word=f"{seeds} of 3 seeds")
+                so_far = f"{found.word} so far ({seeds} of 3 seeds)"
+                yield found if seeds >= 3 else replace(found, word=so_far)
 
 
 def more(runs):

@@ -185,17 +185,10 @@ def prompts(runs):
     ]
     yield finding(
         "5.2",
-        "the teacher's template helps, measured under it",
+        "training under the teacher's template helps",
         "mean about .54 against .51, recovery about 85 against 80 %",
-        f"{offs[0]} at T .7",
-        above(offs[0]),
-    )
-    yield finding(
-        "5.2",
-        "and measured under the other",
-        "not there",
-        f"{offs[1]} at T .7",
-        above(offs[1]),
+        f"{offs[0]} at T .7, measured under it; {offs[1]} under the other",
+        *map(above, offs),
     )
     off = difference(aligned, runs["share 0"], "T .7")
     entropies = [

@@ -180,9 +180,10 @@ def recovery(result):
 
 FOR = "for"
 AGAINST = "against"
-NOTHING = "says nothing"
+NOTHING = "says nothing"  # it is so in the paper's success and in its failure
+UNSURE = "within noise"
 RECORD = {}  # verdict: (pairs so called, of which gained greedily), on seeds that no rule has seen
-DIRECTIONS = {1: FOR, 0: NOTHING, -1: AGAINST}  # of a gain, by analysis.sure
+DIRECTIONS = {1: FOR, 0: UNSURE, -1: AGAINST}  # of a gain, by analysis.sure
 
 
 def diagnosis(report):
@@ -257,8 +258,8 @@ def from_depth(cut):
 
 
 def sign_lines(report):
-    """Which way each measurement points, beside the paper's runs: a table, list of lines."""
-    title = "in the paper (4.1: a success, a failure)"
+    """Which way each measurement points, and why: a table, list of lines."""
+    title = "why (4.1 is the paper's section)"
     lines = ["", f"{'measured':28} {'here':16} {'for OPD?':13} {title}"]
     for name, measured, points, why in signs(report):
         start = f"{name:28} {measured:16} {points:13} "
@@ -296,11 +297,11 @@ def signs(report):
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
     if gain is not None:  # None: no response is as long as --depths asks
-        why = "6.1: +.366, +.271, +.152, +.024 after 1K, 4K, 8K, 16K tokens"
+        why = "6.1: +.366 after 1K tokens, +.024 after 16K"
         found = plus_minus(gain, "+.3f")
         rows.append(("  mean over these depths", found, DIRECTIONS[sure(gain)], why))
     auroc = "not defined" if report["auroc"] is None else f" {report['auroc']:.3f}"
-    name = f"AUROC, {report['right']} right, {report['wrong']} not"
+    name = f"AUROC, {report['right']} right, {report['wrong']} wrong"
     rows.append((name, auroc, NOTHING, "6.2: success .733, failure .751"))
     return rows
 
@@ -308,10 +309,10 @@ def signs(report):
 def of_overlap(ratio):
     """Which way the overlap ratio of the first tokens points, and why: (str, str)."""
     if surely_below(ratio, ALIKE):
-        return AGAINST, f"below {ALIKE}: they part ways at once"
+        return AGAINST, f"ours: below {ALIKE} they part ways at once"
     if surely_above(ratio, ALIKE):
-        return FOR, f"above {ALIKE}: they begin alike"
-    return NOTHING, "within noise: more prompts would tell"
+        return FOR, f"ours: above {ALIKE} they begin alike"
+    return UNSURE, "more prompts would tell"
 
 
 def of_greedy_lead(lead):
@@ -322,7 +323,7 @@ def of_greedy_lead(lead):
         return AGAINST, f"3.2: nothing new, the lead is below {LEAD}"
     if sure(lead) > 0:
         return FOR, "3.2: it knows something new"
-    return NOTHING, "within noise: more prompts would tell"
+    return UNSURE, "more prompts would tell"
 
 
 def of_lead(lead):

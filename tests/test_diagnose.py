@@ -797,14 +797,14 @@ def test_a_verdict_is_shown_with_its_record(monkeypatch):
 SIGNS = [  # what is changed, the row, which way it points
     ({}, "overlap ratio", "says nothing"),
     ({"overlap": SURELY_BELOW}, "at the first 8 tokens", "against"),
-    ({"overlap": UNSURE_BELOW}, "at the first 8 tokens", "says nothing"),
-    ({"overlap": UNSURE_ABOVE}, "at the first 8 tokens", "says nothing"),
+    ({"overlap": UNSURE_BELOW}, "at the first 8 tokens", "within noise"),
+    ({"overlap": UNSURE_ABOVE}, "at the first 8 tokens", "within noise"),
     ({"overlap": SURELY_ABOVE}, "at the first 8 tokens", "for"),
     ({}, "overlap mass, student", "says nothing"),
     ({}, "overlap mass, teacher", "says nothing"),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
     ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
-    ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "says nothing"),
+    ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "within noise"),
     ({"greedy": (-0.5, 0.01)}, "teacher's lead, greedy", "against"),
     (
         {"alone": (0.3, 0.01)},
@@ -813,9 +813,9 @@ SIGNS = [  # what is changed, the row, which way it points
     ),  # 4.1: in its failure, too
     ({"alone": (-0.3, 0.01)}, "at T 0.7, from the start", "against"),
     ({"gain": (0.3, 0.01)}, "mean over these depths", "for"),
-    ({"gain": (0.02, 0.01)}, "mean over these depths", "says nothing"),
+    ({"gain": (0.02, 0.01)}, "mean over these depths", "within noise"),
     ({"gain": (-0.3, 0.01)}, "mean over these depths", "against"),
-    ({}, "AUROC, 5 right, 3 not", "says nothing"),
+    ({}, "AUROC, 5 right, 3 wrong", "says nothing"),
 ]
 
 

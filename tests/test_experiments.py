@@ -609,7 +609,7 @@ def nothing(seed):
 @pytest.mark.parametrize(
     "script, holds, unasked",
     [
-        (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 3}, 1),
+        (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 1}, 1),
         (mechanism, {"4.1": 1, "4.2": 2}, 1),
         (recipe, {"5.2": 1}, 1),
         (cost, {"6.2": 2, "6.3": 1, "2.2": 1}, 1),

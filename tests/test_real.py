@@ -360,7 +360,7 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
     assert "its earlier self takes back what expert iteration gave" not in judged
     (small,) = (x for x in real.judge(found) if x.claim.startswith("where nothing new is taught"))
     assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
-    assert small.word == "2 of 3 seeds"
+    assert small.word == "holds so far (2 of 3 seeds)"
     assert list(real.judge({name: [] for name in found})) == []
 
 
@@ -369,7 +369,10 @@ def test_the_dtypes_are_compared_where_there_are_two():
     found = results()
     for run in found["success"][1:]:
         run["asked"]["dtype"] = "float32"
-    assert words_of(found)["computed in float32 it ends as in bfloat16"] == "1 of 3 seeds"
+    assert (
+        words_of(found)["computed in float32 it ends as in bfloat16"]
+        == "holds so far (1 of 3 seeds)"
+    )
 
 
 def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
