@@ -90,7 +90,7 @@ ARMS = {
     "long full": arm("student", "teacher", steps=400, objective="full"),
 }
 TEACHERS = {"success": "teacher", "bigger": "bigger", "other": "other"}
-FAILING = {"bigger": "that knows no more", "other": "of another family"}
+FAILING = {"bigger": "knows no more", "other": "works from the other end"}
 ESTIMATORS = {
     "Eq. 3, sampled": dict(objective="sampled"),
     "Eq. 4, full": dict(objective="full"),
@@ -423,7 +423,7 @@ def rewards(runs):
         behind = lab.Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
         yield finding(
             "6.2",
-            f"that of a failing teacher {what} does so as well",
+            f"that of {name}, which {what} and fails, does so as well",
             "AUROC .751 with the one that fails",
             f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
             more_than(-behind, -0.1),
@@ -434,7 +434,7 @@ def gradients(runs):
     """6.2: do the gradients of a failing teacher cancel?"""
     now = {name: [run["found"][name]["before"] for run in runs["signal"]] for name in TEACHERS}
     for name, what in FAILING.items():
-        claim = f"the gradients of a failing teacher {what} are large and cancel"
+        claim = f"the gradients of {name}, which {what} and fails, are large and cancel"
         yield cancelling(claim, now[name], now["success"])
 
 

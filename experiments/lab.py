@@ -482,6 +482,13 @@ def above(x):
     return UNDECIDED
 
 
+def ends_above(ours, theirs, way):
+    """Does an arm end above another? -> a word. Not askable if both are right nearly always."""
+    if all(run["accuracy"]["after"][way]["mean"] >= 0.99 for run in [*ours, *theirs]):
+        return NOT_ASKABLE
+    return above(difference(ours, theirs, way))
+
+
 def below(x):
     return above(-x)
 

@@ -209,7 +209,7 @@ def reversal(runs):
     offs = both(reverse, reverse, than="teacher")
     yield finding(
         "3.3",
-        "its earlier self takes back what RL gave",
+        "student-rl loses what RL gave if student, its earlier self, is the teacher",
         "from about .54 to about .30 to .34; the earlier self has .28",
         f"student - teacher at the end {offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
@@ -217,7 +217,7 @@ def reversal(runs):
     offs = both(runs["reverse-bigger"], reverse)
     yield finding(
         "3.3",
-        "bigger as its teacher takes it to the same place",
+        "it ends in the same place if bigger is the teacher",
         "both runs lie on top of each other",
         f"{offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
@@ -225,7 +225,7 @@ def reversal(runs):
     off = difference(runs["reverse-sharp"], reverse, "greedy")
     yield finding(
         "3.3",
-        "so does sharp, greedily",
+        "it does so, greedily, if sharp is the teacher",
         "not there",
         f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",
         equal(off),
@@ -241,7 +241,7 @@ def same_target(runs):
 
     yield finding(
         "3.3",
-        "student and bigger, of one pipeline, are the same target to it",
+        "as teachers of student-rl, student and bigger are the same target",
         "said of R1-Distill-1.5B and 7B, not measured",
         f"KL of the two {each(kl('student || bigger'), '.3f')}; of the student to either "
         f"{each(kl('student-rl || student'), '.3f')} and "

@@ -13,7 +13,8 @@ Criteria, fixed before the runs ("surely": by more than two standard errors, and
                      above opd
     start            sft raises overlap ratio and masses and lowers the entropy gap on held-out
                      prompts, in every seed; the same, T 1 (asked after the runs)
-    beats            sft, opd ends surely above sft only, at T .7 and greedily; the same, T 1
+    beats            sft, opd ends surely above sft only, at T .7 and greedily; the same, T 1. Not
+                     askable if both are right .99 of the time (added after the runs)
 
 5.2, teacher-aligned prompts. Student and bigger were pre-trained on two templates. The teacher,
 bigger after RL, was post-trained under one of them and on lists of low digits only (0 to 4). The
@@ -46,6 +47,7 @@ from lab import (
     arm,
     difference,
     each,
+    ends_above,
     every_seed,
     finding,
     gain,
@@ -153,7 +155,7 @@ def cold_starts(runs):
         rises = [every_seed(b > a for a, b in changes[name]) for name in ("overlap_ratio", *MASSES)]
         yield finding(
             "5.1",
-            f"OPD then begins closer to its teacher, on answers of {said}",
+            f"after a cold start on answers of {said}, OPD begins closer to its teacher",
             "high and smooth overlap, masses near 1, a small entropy gap",
             f"overlap {arrows(changes['overlap_ratio'])}; student's mass "
             f"{arrows(changes['overlap_mass_student'])}; entropy gap "
@@ -162,16 +164,14 @@ def cold_starts(runs):
             every_seed(b < a for a, b in changes["entropy_gap"]),
         )
     for T, said in (("", "T .7"), (" T 1", "T 1")):
-        offs = [
-            difference(runs[f"sft{T}, opd"], runs[f"sft{T} only"], way)
-            for way in ("T .7", "greedy", "T 1")
-        ]
+        arms = (runs[f"sft{T}, opd"], runs[f"sft{T} only"])
+        offs = [difference(*arms, way) for way in ("T .7", "greedy", "T 1")]
         yield finding(
-            "5.1",
-            f"and beats as many updates of fine-tuning alone, on answers of {said}",
+            "ours",
+            f"after a cold start on answers of {said}, OPD beats as many updates of fine-tuning",
             "not controlled",
             f"{offs[0]} at T .7, {offs[1]} greedily, {offs[2]} at T 1",
-            *map(above, offs[:2]),
+            *(ends_above(*arms, way) for way in ("T .7", "greedy")),
         )
 
 

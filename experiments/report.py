@@ -32,7 +32,7 @@ IN_BENCH = (  # of bench.txt
     "step real  as it is",
     "step real  bfloat16",
     "loss top-k   V = 152000",
-    "processes toy, 256 prompts, one process, two",
+    "processes toy, 256 prompts, one process",
     "processes toy, 256 prompts, two processes ",
     "trl",
 )

@@ -11,12 +11,12 @@ MISMATCH = {  # nats: rounding stays well below, another softmax does not
 COLUMNS = (  # of the line of a step: metric, title, width, format
     ("step", "step", 5, "d"),
     ("loss", "loss", 7, ".4f"),
-    ("reverse_kl", "rev. KL", 7, ".4f"),
+    ("reverse_kl", "rev.KL", 7, ".4f"),
     ("overlap_ratio", "overlap", 7, ".3f"),
-    ("overlap_mass_student", "mass p", 6, ".3f"),
-    ("overlap_mass_teacher", "mass q", 6, ".3f"),
+    ("overlap_mass_student", "mass_p", 6, ".3f"),
+    ("overlap_mass_teacher", "mass_q", 6, ".3f"),
     ("overlap_token_advantage", "adv.", 7, ".4f"),
-    ("entropy_gap", "H gap", 6, ".3f"),
+    ("entropy_gap", "H_gap", 6, ".3f"),
     ("response_length", "length", 6, ".1f"),
     ("truncated_fraction", "cut", 4, ".2f"),
     ("grad_norm", "|grad|", 6, ".3f"),
@@ -264,7 +264,7 @@ def from_depth(cut):
 def sign_lines(report):
     """Which way each measurement points, and why: a table, list of lines."""
     title = "why (4.1 is the paper's section)"
-    lines = ["", f"{'what decides':28} {'measured':16} {'for OPD?':13} {title}"]
+    lines = ["", f"{'what decides':28} {'measured':16} {'for, against':13} {title}"]
     for name, measured, points, why in signs(report):
         start = f"{name:28} {measured:16} {points:13} "
         lines.append((start + why).rstrip())
@@ -279,7 +279,7 @@ def signs(report):
     they are alike in a success and in a failure (4.1, 6.2).
     """
     first = report["first_tokens"]["overlap_ratio"]
-    rows = [(f"overlap ratio, first {FIRST_TOKENS}", plus_minus(first), *of_overlap(first))]
+    rows = [(f"overlap ratio, {FIRST_TOKENS} tokens", plus_minus(first), *of_overlap(first))]
     if "greedy" not in report:
         return rows
 
@@ -294,18 +294,18 @@ def signs(report):
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
     if gain is not None:  # None: no response is as long as --depths asks
-        why = "6.1: +.366 at 1K tokens, +.024 at 16K"
+        why = "6.1: the deeper, the smaller the lead"
         found = plus_minus(gain, "+.3f")
-        rows.append(("  mean over these depths", found, DIRECTIONS[sure(gain)], why))
+        rows.append(("  mean of these leads", found, DIRECTIONS[sure(gain)], why))
     return rows
 
 
 def of_overlap(ratio):
     """Which way the overlap ratio of the first tokens points, and why: (str, str)."""
     if surely_below(ratio, ALIKE):
-        return AGAINST, f"ours: below {ALIKE} they part ways at once"
+        return AGAINST, f"below our threshold of {ALIKE}"
     if surely_above(ratio, ALIKE):
-        return FOR, f"ours: above {ALIKE} they begin alike"
+        return FOR, f"above our threshold of {ALIKE}"
     return UNSURE, "more prompts would tell"
 
 

@@ -656,7 +656,7 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     monkeypatch.setattr(analysis, "gains", lambda *args, **how: ([], None))
     report = diagnosed(different())
     said = show.diagnosis(report)
-    assert "greedy, from the start" in said and "mean over these depths" not in said
+    assert "greedy, from the start" in said and "mean of these leads" not in said
     report["first_tokens"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
     word, reasons = analysis.verdict(report)
     assert word == analysis.UNDECIDED
@@ -795,10 +795,10 @@ def test_a_verdict_is_shown_with_its_record(monkeypatch):
 
 
 SIGNS = [  # what is changed, the row, which way it points
-    ({"overlap": SURELY_BELOW}, "overlap ratio, first 8", "against"),
-    ({"overlap": UNSURE_BELOW}, "overlap ratio, first 8", "within noise"),
-    ({"overlap": UNSURE_ABOVE}, "overlap ratio, first 8", "within noise"),
-    ({"overlap": SURELY_ABOVE}, "overlap ratio, first 8", "for"),
+    ({"overlap": SURELY_BELOW}, "overlap ratio, 8 tokens", "against"),
+    ({"overlap": UNSURE_BELOW}, "overlap ratio, 8 tokens", "within noise"),
+    ({"overlap": UNSURE_ABOVE}, "overlap ratio, 8 tokens", "within noise"),
+    ({"overlap": SURELY_ABOVE}, "overlap ratio, 8 tokens", "for"),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
     ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
     ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "within noise"),
@@ -809,9 +809,9 @@ SIGNS = [  # what is changed, the row, which way it points
         "says nothing",
     ),  # 4.1: in its failure, too
     ({"alone": (-0.3, 0.01)}, "at T 0.7, from the start", "against"),
-    ({"gain": (0.3, 0.01)}, "mean over these depths", "for"),
-    ({"gain": (0.02, 0.01)}, "mean over these depths", "within noise"),
-    ({"gain": (-0.3, 0.01)}, "mean over these depths", "against"),
+    ({"gain": (0.3, 0.01)}, "mean of these leads", "for"),
+    ({"gain": (0.02, 0.01)}, "mean of these leads", "within noise"),
+    ({"gain": (-0.3, 0.01)}, "mean of these leads", "against"),
 ]
 
 

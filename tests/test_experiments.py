@@ -550,6 +550,16 @@ def test_the_word_for_seeds_and_for_several_words():
     assert lab.together("contradicted", lab.NOT_ASKABLE) == lab.NOT_ASKABLE
 
 
+def test_of_two_arms_that_are_right_nearly_always_neither_can_be_better():
+    """A ceiling is no finding. One arm below it is enough to ask."""
+    full = run_of(0, before=HALF, after=64 * [1], teacher=HALF)
+    half = run_of(0, before=HALF, after=HALF, teacher=HALF)
+    assert lab.ends_above([full], [full], "greedy") == lab.NOT_ASKABLE
+    assert lab.ends_above([full], [half], "greedy") == "holds"
+    assert lab.ends_above([half], [full], "greedy") == "contradicted"
+    assert lab.ends_above([full, half], [full, full], "greedy") == "contradicted"
+
+
 def test_recovery_is_a_share_of_a_sure_lead():
     """If the lead is within noise there is no recovery."""
     made = run_of(0, before=32 * [0, 0], after=24 * [1, 0] + 8 * [0, 0], teacher=HALF)

@@ -360,7 +360,7 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
     assert "its earlier self takes back what expert iteration gave" not in judged
     (small,) = (x for x in real.judge(found) if x.claim.startswith("where nothing new is taught"))
     assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
-    assert small.word == "holds so far (2 of 3 seeds)"
+    assert small.word == "holds, 2 of 3 seeds so far"
     assert list(real.judge({name: [] for name in found})) == []
 
 
@@ -371,7 +371,7 @@ def test_the_dtypes_are_compared_where_there_are_two():
         run["asked"]["dtype"] = "float32"
     assert (
         words_of(found)["computed in float32 it ends as in bfloat16"]
-        == "holds so far (1 of 3 seeds)"
+        == "holds, 1 of 3 seeds so far"
     )
 
 
