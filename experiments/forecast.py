@@ -194,7 +194,8 @@ def judge(results):
     )
     old, new = by_age(pairs)
     yield from promises(old, "on the seeds that the rule was chosen on")
-    yield from promises(new, "on later seeds")
+    for found in promises(new, "on later seeds"):
+        yield lab.so_far(found, seeds=len({pair["seed"] for pair in new}))
 
 
 def by_age(pairs):

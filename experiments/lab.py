@@ -409,6 +409,13 @@ def finding(section, claim, paper, found, *words):
     return Finding(section, claim, paper, found, together(*words))
 
 
+def so_far(found, seeds):
+    """A Finding that was asked of so many seeds: with fewer than three its word says so."""
+    if seeds >= 3:
+        return found
+    return dataclasses.replace(found, word=f"{found.word}, {seeds} of 3 seeds so far")
+
+
 @dataclass(frozen=True)
 class Difference:
     """The difference of two accuracies: its mean over seeds, and its noise, two standard errors.

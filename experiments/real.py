@@ -71,7 +71,6 @@ too: lab.py). If nothing else is said, they are asked greedily and at T .7, of s
 """
 
 import math
-from dataclasses import replace
 
 import cost
 import followups
@@ -581,8 +580,7 @@ def judge(runs):
             if seeds == 0:
                 continue
             for found in claim(some):
-                so_far = f"{found.word}, {seeds} of 3 seeds so far"
-                yield found if seeds >= 3 else replace(found, word=so_far)
+                yield lab.so_far(found, seeds)
 
 
 def more(runs):
