@@ -1,4 +1,4 @@
-"""experiments/tour.py: the paper in eight stops, some three minutes on one core. Each prints what
+"""experiments/tour.py: the paper in eight stops, some eight minutes on one core. Each prints what
 the paper claims, the command that asks, the numbers that come back, and the lines to read.
 
     python experiments/tour.py                 all stops
@@ -36,10 +36,13 @@ from plumbing import models, prompts, slots  # noqa: E402
 from rollout import seed_of  # noqa: E402
 
 TEACHERS = {
-    "teacher": "knows more, same family",
+    "teacher": "knows more, and writes alike",
     "sharp": "samples more sharply, knows no more",
-    "other": "knows more, another family",
+    "other": "knows as much, but adds from the last digit to the first",
 }
+
+
+STAGES = {"before": "", "cold_start": " (after the cold start)", "after": ""}
 
 
 class Tour:
@@ -102,9 +105,9 @@ class Tour:
 def course(result, name):
     """An accuracy before, after a cold start, after, and the teacher's: one line."""
     stages = []
-    for when in ("before", "cold_start", "after"):
+    for when in STAGES:
         if f"{name}_{when}" in result:
-            stages.append(f"{result[f'{name}_{when}']['mean']:.2f}")
+            stages.append(f"{result[f'{name}_{when}']['mean']:.2f}{STAGES[when]}")
     return f"{name:8} {' -> '.join(stages)}, teacher {result[f'{name}_teacher']['mean']:.2f}"
 
 
@@ -123,8 +126,8 @@ def every_token(tour):
     said = pair.tokenizer.convert_ids_to_tokens(ids)
     before = " ".join(said[max(0, worst - 4) : worst])
     return (
-        f"{int(r.response_mask.sum())} rewards for {len(r.ids)} responses; the lowest, "
-        f'{reward[i, worst]:.1f} nats, for "{said[worst]}" after "... {before}"'
+        f"the teacher graded the {int(r.response_mask.sum())} tokens of {len(r.ids)} responses; "
+        f'it likes least "{said[worst]}" after "... {before}": {reward[i, worst]:.1f} nats'
     )
 
 
@@ -140,8 +143,8 @@ def estimators(tour):
     cells = []
     for name, x in grid.items():
         x = x[r.response_mask]
-        cells.append(f"{name} {x.mean():.3f} (spread {x.std():.3f})")
-    return "; ".join(cells) + " nats a token"
+        cells.append(f"{name} {x.mean():.3f} ± {x.std():.3f}")
+    return "; ".join(cells) + " nats (mean and standard deviation over tokens)"
 
 
 def verdicts(tour):
@@ -150,8 +153,9 @@ def verdicts(tour):
         report = tour.diagnosis(teacher)
         m = {name: x["mean"] for name, x in report["metrics"].items()}
         lines.append(
-            f"{teacher}: {what}\n  overlap ratio {m['overlap_ratio']:.2f}, masses "
-            f"{m['overlap_mass_student']:.2f} and {m['overlap_mass_teacher']:.2f}, greedy lead "
+            f"{teacher}: {what}\n  overlap ratio {m['overlap_ratio']:.2f}; the shared tokens hold "
+            f"{m['overlap_mass_student']:.2f} of the student's probability, "
+            f"{m['overlap_mass_teacher']:.2f} of the teacher's\n  the teacher's greedy lead "
             f"{report['greedy']['gain']['mean']:+.2f}: {report['verdict']}"
         )
     return "\n".join(lines)
@@ -160,12 +164,16 @@ def verdicts(tour):
 def depth(tour):
     cells = []
     for x in tour.diagnosis("teacher")["continuation"]:
-        cells.append(f"{x['gain']['mean']:+.2f} after {x['tokens']:.0f} tokens")
+        cells.append(f"after {x['tokens']:.0f} tokens {x['gain']['mean']:+.2f}")
     areas = []
     for teacher in TEACHERS:
         area = tour.diagnosis(teacher)["auroc"]
         areas.append(f"{teacher} {'?' if area is None else format(area, '.2f')}")
-    return f"gain {', '.join(cells)}\nAUROC of the mean reward: {', '.join(areas)}"
+    return (
+        f"both finish the student's answers; teacher's lead: {', '.join(cells)}\n"
+        f"AUROC of the mean reward (.5 is chance): {', '.join(areas)}\n"
+        "few answers: with more, a failing teacher falls behind (experiments/README.md)"
+    )
 
 
 STOPS = (
@@ -176,7 +184,7 @@ STOPS = (
     ),
     (
         "2.2  One token estimates the reverse KL (Eq. 3); the whole vocabulary is exact (Eq. 4); "
-        "16 tokens are enough (Eq. 5).",
+        "16 tokens come close (Eq. 5).",
         (loss.sampled_token, loss.full_vocab, loss.top_k),
         estimators,
     ),
@@ -192,14 +200,14 @@ STOPS = (
         lambda tour: tour.run("teacher"),
     ),
     (
-        "3.2  Nothing new: from a teacher that only samples more sharply the student learns no "
-        "knowledge. Its greedy accuracy stays.",
-        (analysis.diagnose,),
+        "3.2  Nothing new: to a teacher that only samples more sharply the student comes close, "
+        "and learns nothing. Its greedy accuracy stays.",
+        (analysis.gap_recovery,),
         lambda tour: tour.run("sharp"),
     ),
     (
         "3.1  Failure: a good teacher that works from the other end ruins the student (in the "
-        "paper it is only the worse of two).",
+        "paper its student only ends lower than that of a weaker one that writes alike).",
         (analysis.diagnose,),
         lambda tour: tour.run("other"),
     ),
@@ -242,12 +250,16 @@ def main(argv=None):
     for number in flags.stops or range(1, len(STOPS) + 1):
         claim, read, ask = STOPS[number - 1]
         tour.commands.clear()
-        print(f"\n{number}  {claim}", flush=True)
+        print(f"\nstop {number}, paper {claim}", flush=True)
         answer = ask(tour).replace("\n", "\n      ")
         for command in tour.commands:
             print(f"   {command}")
         print(f"   -> {answer}")
         print(f"   read {', '.join(map(where, read))}", flush=True)
+    print(
+        f"\nThe results stay in {flags.out}. To run a command by itself, give it another --out.\n"
+        'Next: "Will my pair work?" in README.md'
+    )
 
 
 if __name__ == "__main__":

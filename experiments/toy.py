@@ -576,7 +576,7 @@ def say_and_make(out, seed, names):
     """Call make_missing, and print a line that says what is made."""
     missing = [name for name in names if not is_made(Path(out) / name)]
     if missing:
-        print(f"making {', '.join(missing)} in {out}, under a minute each", flush=True)
+        print(f"making {', '.join(missing)} in {out}, a minute or two each", flush=True)
     make_missing(out, seed, names)
 
 

@@ -52,8 +52,10 @@ def titles(columns=COLUMNS):
 
 def columns():
     """What stands above the lines of a run: what a line is, and the titles: str."""
-    what = "each line is one step, a mean over its response tokens; columns: plumbing/README.md"
-    return f"{what}\n{titles()}"
+    return (
+        "each line is one step, a mean over its response tokens; p: student, q: teacher\n"
+        f"(plumbing/README.md has every column)\n{titles()}"
+    )
 
 
 def line(row, columns=COLUMNS):
@@ -87,7 +89,7 @@ def summary(result):
     after = result["held_out_after"]
     lines = outcome(result)
     lines.append(
-        f"held out       reverse KL {change(before, after, 'reverse_kl', '.4f')}, "
+        f"distance       reverse KL {change(before, after, 'reverse_kl', '.4f')}, "
         f"overlap ratio {change(before, after, 'overlap_ratio', '.3f')}"
     )
     lines.append(
