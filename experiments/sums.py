@@ -15,7 +15,7 @@ time. Its copies:
                 is right .8 of the time
 
 A copy is made from its seed, in float32, and kept in the world's folder. Runs and measurements are
-in bfloat16 on a CPU that computes in it, else in float32; the arm float32 of real.py tells what
+in bfloat16 on a CPU that is fast in it, else in float32; the arm float32 of real.py tells what
 that changes.
 """
 
@@ -48,8 +48,8 @@ ROUNDS = len(EXPERTS)
 SAMPLES = 160  # questions a round
 MOST_ROUNDS = 12  # for the copy in words
 ENOUGH = 0.8  # the share of right answers at which its training ends
-# bfloat16 where the CPU computes in it, else float32, which is then several times as fast
-DTYPE = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+# bfloat16 where the CPU is fast in it, else float32, which is then several times as fast
+DTYPE = "bfloat16" if "AVX512" in torch.backends.cpu.get_cpu_capability() else "float32"
 
 # --- the questions --------------------------------------------------------------------------------
 
