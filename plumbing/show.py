@@ -299,12 +299,12 @@ def signs(report):
         points, why = DIRECTIONS[sure(gain)], ""
         if cut["depth"] == 0:
             points, why = of_lead(gain)
+        elif cut is report["continuation"][-1]:
+            why = "6.1: it shrinks with depth"
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
     if gain is not None:  # None: no response is as long as --depths asks
-        why = "6.1: the deeper, the smaller the lead"
-        found = plus_minus(gain, "+.3f")
-        rows.append(("  mean of these leads", found, DIRECTIONS[sure(gain)], why))
+        rows.append(("  mean of these leads", plus_minus(gain, "+.3f"), DIRECTIONS[sure(gain)], ""))
     return rows
 
 
