@@ -287,7 +287,7 @@ def signs(report):
     they are alike in a success and in a failure (4.1, 6.2).
     """
     first = report["first_tokens"]["overlap_ratio"]
-    rows = [(f"overlap ratio, {FIRST_TOKENS} tokens", plus_minus(first), *of_overlap(first))]
+    rows = [(f"overlap, first {FIRST_TOKENS} positions", plus_minus(first), *of_overlap(first))]
     if "greedy" not in report:
         return rows
 

@@ -795,10 +795,10 @@ def test_a_verdict_is_shown_with_its_record(monkeypatch):
 
 
 SIGNS = [  # what is changed, the row, which way it points
-    ({"overlap": SURELY_BELOW}, "overlap ratio, 8 tokens", "against"),
-    ({"overlap": UNSURE_BELOW}, "overlap ratio, 8 tokens", "within noise"),
-    ({"overlap": UNSURE_ABOVE}, "overlap ratio, 8 tokens", "within noise"),
-    ({"overlap": SURELY_ABOVE}, "overlap ratio, 8 tokens", "for"),
+    ({"overlap": SURELY_BELOW}, "overlap, first 8 positions", "against"),
+    ({"overlap": UNSURE_BELOW}, "overlap, first 8 positions", "within noise"),
+    ({"overlap": UNSURE_ABOVE}, "overlap, first 8 positions", "within noise"),
+    ({"overlap": SURELY_ABOVE}, "overlap, first 8 positions", "for"),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
     ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
     ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "within noise"),
