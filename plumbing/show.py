@@ -185,10 +185,10 @@ AGAINST = "against"
 NOTHING = "says nothing"  # it was so in the paper's success and in its failure
 UNSURE = "within noise"
 RECORD = {  # verdict: (pairs so called, of which gained greedily), on seeds that no rule has seen
-    "incompatible thinking (cold start first)": (2, 0),
-    "nothing new to teach": (4, 0),
-    "should work": (5, 5),
-    "harmful (the teacher is behind the student)": (4, 0),
+    "incompatible thinking (cold start first)": (4, 0),
+    "nothing new to teach": (8, 0),
+    "should work": (10, 10),
+    "harmful (the teacher is behind the student)": (9, 1),
     "undecided (prompts with answers, or more of them, are needed)": (1, 1),
 }
 DIRECTIONS = {1: FOR, 0: UNSURE, -1: AGAINST}  # of a gain, by analysis.sure
