@@ -398,7 +398,9 @@ def test_a_step_is_its_plain_twin(budget, chunk, temperature, teacher_temperatur
     log_q = log_probs(pair.teacher, *of_r, ends=merged, temperature=teacher_temperature)
     expected = per_position(log_p, log_q, r.ids[r.is_response])
     expected["loss"].sum().backward()
-    close(ours, {k: p.grad for k, p in pair.student.named_parameters()})
+    theirs = {k: p.grad for k, p in pair.student.named_parameters()}
+    # the largest is 6, and sums in another order differ by rounding of that
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=5e-5)
     temperatures = {"temperature": temperature, "teacher_temperature": teacher_temperature}
     grid = grade(pair, r, per_position, **temperatures)
     for name, x in expected.items():
