@@ -518,7 +518,7 @@ def verdict(report):
     """One of VERDICTS, and why: a list of reasons in words.
 
     Differs from the paper, which gives no rule. Ours is provisional: experiments/README.md tells
-    of a teacher about which it errs. "Surely" means by more than two standard errors. The first
+    of two teachers about which it errs. "Surely" means by more than two standard errors. The first
     that holds:
 
         nothing new   the two agree at every state: reverse KL below NO_DISTANCE

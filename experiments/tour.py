@@ -143,8 +143,8 @@ def estimators(tour):
     cells = []
     for name, x in grid.items():
         x = x[r.response_mask]
-        cells.append(f"{name} {x.mean():.3f} ± {x.std():.3f}")
-    return "; ".join(cells) + " nats (mean and standard deviation over tokens)"
+        cells.append(f"{name} {x.mean():.3f} (standard deviation {x.std():.3f})")
+    return "; ".join(cells) + " nats a token"
 
 
 def verdicts(tour):
