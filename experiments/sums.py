@@ -127,9 +127,9 @@ def write_questions(world, seed):
 
 def write_lines(path, rows):
     """Write a file of JSON lines, unless it is there: another process may be reading it."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_lines(path, rows)
+    with alone(path):
+        if not path.exists():
+            files.write_lines(path, rows)
 
 
 def first_slip(said, digits):
@@ -231,9 +231,11 @@ def write_in_words(pair, rows, seed, rounds, samples):
 
 
 @contextlib.contextmanager
-def alone(folder):
-    """A lock on a folder: other processes wait until this one has left the block, or has died."""
-    with open(folder / "lock", "w") as lock:
+def alone(path):
+    """A lock on what is made at a path: other processes wait until this one has left the block, or
+    has died."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -307,7 +309,7 @@ class RealLab(lab.Lab):
         """The folder of a model, made if it is not there."""
         if name == "base":
             return self.base
-        with alone(self.world):
+        with alone(self.world / ("expert" if name in EXPERTS else name)):
             if not self.is_made(name):
                 self.make(name)
         return self.world / name
@@ -370,11 +372,10 @@ class RealLab(lab.Lab):
         """The folder that keeps what was measured of a model. The base's is one of this world."""
         if Path(folder) != self.base:
             return Path(folder)
-        (self.world / "base").mkdir(exist_ok=True)
         return self.world / "base"
 
     def accuracies(self, folder, exam):
-        with alone(self.notes(folder)):
+        with alone(self.notes(folder) / "accuracies"):
             return super().accuracies(folder, exam)
 
     def answering(self, model, rows):

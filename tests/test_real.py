@@ -181,24 +181,30 @@ def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
         here.model("teacher")
 
 
-def test_one_process_at_a_time_makes_a_model_or_measures_it(base, tmp_path, monkeypatch):
-    """Another process would train it again, or read half of it, so it waits."""
-    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+def test_one_process_at_a_time_makes_something(base, tmp_path, monkeypatch):
+    """Questions, a model or a measurement: another process waits, it would do it again or read half
+    of it. Of different things it waits for none."""
     held = []
 
-    def is_held(folder):
-        with open(folder / "lock") as lock, pytest.raises(BlockingIOError):
+    def is_held(path):
+        with open(f"{path}.lock") as lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held.append(folder.name)
+        held.append(path.name)
 
-    monkeypatch.setattr(here, "make", lambda name: is_held(here.world))
-    here.model("copy")
-    monkeypatch.setattr(lab.Lab, "accuracies", lambda self, folder, exam: is_held(folder))
+    monkeypatch.setattr(sums.files, "write_lines", lambda path, rows: is_held(path))
+    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+    made_by = {"copy": "copy", "expert-1": "expert", "expert": "expert"}
+    monkeypatch.setattr(here, "make", lambda name: is_held(here.world / made_by[name]))
+    for name in made_by:
+        here.model(name)
+    monkeypatch.setattr(
+        lab.Lab, "accuracies", lambda self, folder, exam: is_held(folder / "accuracies")
+    )
     student = tmp_path / "student"
-    student.mkdir()
     here.accuracies(student, here.exam)
-    assert held == [here.world.name, "student"]
-    with open(student / "lock") as lock:
+    questions = ["eval.jsonl", "prompts.jsonl", "wordy.jsonl", "one.jsonl"]
+    assert held == [*questions, "copy", "expert", "expert", "accuracies"]
+    with open(student / "accuracies.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # left again
 
 
