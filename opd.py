@@ -102,7 +102,7 @@ def update(cfg, pair, optimizer, rows, step):
             temperature=cfg.temperature,
             seeds=share(seeds),
             in_flight=pair.in_flight,
-            **pair.sampling,  # which tokens end a response, and whether they count as one
+            **pair.sampling,  # the tokens that end a response, and if they count as one: merge_ends
         )
     written = time.perf_counter()
 

@@ -423,7 +423,7 @@ def rewards(runs):
         behind = lab.Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
         yield finding(
             "6.2",
-            f"that of {name}, which {what} and fails, does so as well",
+            f"the mean reward of {name}, which {what} and fails, ranks them, too",
             "AUROC .751 with the one that fails",
             f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
             more_than(-behind, -0.1),

@@ -242,7 +242,7 @@ def sharper(runs):
     at_1 = gain(runs["sharper"], "T 1")
     yield finding(
         "3.2",
-        "itself at temperature .4 raises the score at T 1 and teaches no knowledge",
+        "the base itself at temperature .4 raises the score at T 1 and teaches no knowledge",
         "not there",
         f"gain {at_1} at T 1, {x} greedily",
         above(at_1),
@@ -327,7 +327,7 @@ def rounding(runs):
     offs = both(runs["float32"], runs["success"])
     yield finding(
         "ours",
-        "computed in float32 it ends as in bfloat16",
+        "success ends in float32 as in bfloat16",
         "not there; its runs are in bfloat16",
         two(offs),
         *map(equal, offs),
@@ -474,7 +474,7 @@ def rewards(runs):
         behind = Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
         yield finding(
             "6.2",
-            f"that of {name}, which fails, does so as well",
+            f"the mean reward of {name}, which fails, ranks them, too",
             "AUROC .751 with the one that fails",
             f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
             more_than(-behind, -0.1),

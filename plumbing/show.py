@@ -184,7 +184,7 @@ FOR = "for"
 AGAINST = "against"
 NOTHING = "says nothing"  # it was so in the paper's success and in its failure
 UNSURE = "within noise"
-RECORD = {  # verdict: (pairs so called, of which gained greedily), on seeds that no rule has seen
+RECORD = {  # verdict: (pairs that had it, of which gained greedily), on seeds that no rule has seen
     "incompatible thinking (cold start first)": (4, 0),
     "nothing new to teach": (8, 0),
     "should work": (10, 10),
@@ -205,7 +205,7 @@ def diagnosis(report):
     if report["verdict"] in RECORD:
         called, gained = RECORD[report["verdict"]]
         lines.append(
-            f"  record: of {called} pairs so called {gained} gained (experiments/README.md)"
+            f"  record: of {called} pairs with this verdict {gained} gained (experiments/README.md)"
         )
     for reason in report["reasons"]:
         lines.append(textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    "))

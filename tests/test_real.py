@@ -141,13 +141,16 @@ def test_worked_examples_are_read_once_and_the_answers_are_the_same(base, tmp_pa
     read.clear()
     with sums.worked_examples_once(pair.student, rows):
         shortly = made.write(pair, rows, "test")
+        again = made.write(pair, rows[:4], "test")
     P = len(rows[0]["ids"])
     S = len(os.path.commonprefix([row["ids"] for row in rows]))
     assert 0 < S < P
     assert before[0] == (6, P)
     assert read[:2] == [(1, S), (6, P - S)]
-    assert read[2:] == before[1:]
+    assert read[2 : len(before) + 1] == before[1:]
+    assert read[len(before) + 1] == (4, P - S)  # the examples have been read
     assert torch.equal(shortly.ids, plainly.ids)
+    assert torch.equal(again.ids, plainly.ids[:4, : again.ids.size(1)])
     torch.testing.assert_close(shortly.log_p, plainly.log_p)
     made.write(pair, rows, "test")
     assert read[-len(before) :] == before
@@ -335,7 +338,9 @@ def test_what_the_paper_has_holds_and_its_opposite_is_contradicted():
     """So it is for all claims but one: a rise without new knowledge, which these numbers lack."""
     held = words_of(results())
     missed = {claim for claim, word in held.items() if word != lab.HOLDS}
-    assert missed == {"itself at temperature .4 raises the score at T 1 and teaches no knowledge"}
+    assert missed == {
+        "the base itself at temperature .4 raises the score at T 1 and teaches no knowledge"
+    }
     opposite = words_of(
         results(
             **{
@@ -375,10 +380,7 @@ def test_the_dtypes_are_compared_where_there_are_two():
     found = results()
     for run in found["success"][1:]:
         run["asked"]["dtype"] = "float32"
-    assert (
-        words_of(found)["computed in float32 it ends as in bfloat16"]
-        == "holds, 1 of 3 seeds so far"
-    )
+    assert words_of(found)["success ends in float32 as in bfloat16"] == "holds, 1 of 3 seeds so far"
 
 
 def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
