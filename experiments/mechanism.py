@@ -147,7 +147,7 @@ def in_success(runs):
     of_failure = [rise(run) for run in bigger]
     yield finding(
         "4.1",
-        "in success the overlap ratio rises, with bigger, which teaches nothing, it does not",
+        "the overlap ratio rises in success, and does not with bigger, which teaches nothing",
         "about .72 to above .91; in failure about .745 to .78",
         f"by {each(rises)}; in failure by {each(of_failure)}",
         every_seed(a >= 0.15 and b < a / 2 for a, b in zip(rises, of_failure)),
@@ -241,14 +241,14 @@ def reinforcing(runs):
     falls = [fall(run) for run in runs["difference"]]
     yield finding(
         "4.2",
-        "with the shared tokens alone the overlap rises as much as with all 16, Eq. 5",
+        "with only the shared tokens the overlap rises as much as with all 16, Eq. 5",
         "so: alignment reinforces itself",
         f"{each(shares)} of the rise",
         reaches(shares, 0.8),
     )
     yield finding(
         "4.2",
-        "with the tokens that are not shared alone the overlap first falls, Eq. 5",
+        "with only the tokens that are not shared the overlap first falls, Eq. 5",
         "so, then it partly recovers",
         f"by {each(falls, '.3f')} at its lowest",
         every_seed(x >= 0.01 for x in falls),

@@ -176,7 +176,7 @@ def knowledge(runs):
     gains = [gain(runs["self"], way) for way in toy.WAYS]
     yield finding(
         "3.2",
-        "the student itself at temperature .5 raises the score at T 1 and teaches no knowledge",
+        "the student itself, as a teacher at temperature .5, teaches sharpness and no knowledge",
         "not there",
         f"gain {gains[0]} at T 1, {gains[2]} greedily",
         above(gains[0]),
@@ -217,7 +217,7 @@ def reversal(runs):
     offs = both(runs["reverse-bigger"], reverse)
     yield finding(
         "3.3",
-        "with bigger as the teacher it ends in the same place",
+        "with bigger as the teacher, student-rl ends in the same place",
         "both runs lie on top of each other",
         f"{offs[0]} at T .7, {offs[1]} greedily",
         *map(equal, offs),
@@ -225,7 +225,7 @@ def reversal(runs):
     off = difference(runs["reverse-sharp"], reverse, "greedy")
     yield finding(
         "3.3",
-        "with sharp as the teacher it does so greedily",
+        "with sharp as the teacher, student-rl ends in the same place if asked greedily",
         "not there",
         f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",
         equal(off),

@@ -242,7 +242,7 @@ def sharper(runs):
     at_1 = gain(runs["sharper"], "T 1")
     yield finding(
         "3.2",
-        "the base itself at temperature .4 raises the score at T 1 and teaches no knowledge",
+        "the base itself, as a teacher at temperature .4, teaches sharpness and no knowledge",
         "not there",
         f"gain {at_1} at T 1, {x} greedily",
         above(at_1),

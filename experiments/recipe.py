@@ -168,7 +168,7 @@ def cold_starts(runs):
         offs = [difference(*arms, way) for way in ("T .7", "greedy", "T 1")]
         yield finding(
             "ours",
-            f"after a cold start on answers of {said}, OPD beats as many updates of fine-tuning",
+            f"after a cold start on answers of {said}, OPD beats further fine-tuning",
             "not controlled",
             f"{offs[0]} at T .7, {offs[1]} greedily, {offs[2]} at T 1",
             *(ends_above(*arms, way) for way in ("T .7", "greedy")),

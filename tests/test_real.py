@@ -339,7 +339,7 @@ def test_what_the_paper_has_holds_and_its_opposite_is_contradicted():
     held = words_of(results())
     missed = {claim for claim, word in held.items() if word != lab.HOLDS}
     assert missed == {
-        "the base itself at temperature .4 raises the score at T 1 and teaches no knowledge"
+        "the base itself, as a teacher at temperature .4, teaches sharpness and no knowledge"
     }
     opposite = words_of(
         results(
