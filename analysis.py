@@ -642,7 +642,9 @@ def main(argv=None):
         names = {"student": args.student, "teacher": args.teacher}
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         files.write_json(args.out, {**names, **report, **files.provenance()})
-        print(f"\n{args.out}")
+        print(f"\nreport: {args.out}")
+        if args.tokens:
+            print(f"page: {args.tokens}")
 
 
 if __name__ == "__main__":

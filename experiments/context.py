@@ -311,8 +311,10 @@ def report(out):
 def main():
     parser = argparse.ArgumentParser(description=first_sentence(__doc__))
     parser.add_argument("--base", help="train and measure the arms with this chat model")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(0 1 2)")
+    parser.add_argument(
+        "--arms", nargs="+", default=ARMS, choices=ARMS, metavar="ARM", help="(all)"
+    )
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     parser.add_argument("--runs", default="runs/context", help="folder of questions and runs")
     parser.add_argument(
@@ -328,7 +330,9 @@ def main():
         return
     if not flags.base:
         write_questions(folder, seed=0)
-        print(f"{folder}/prompts.jsonl, {folder}/eval.jsonl")
+        print(
+            f"wrote {folder}/prompts.jsonl and {folder}/eval.jsonl; README.md has a run with them"
+        )
         return
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     transformers.logging.disable_progress_bar()

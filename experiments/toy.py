@@ -576,7 +576,7 @@ def say_and_make(out, seed, names):
     """Call make_missing, and print a line that says what is made."""
     missing = [name for name in names if not is_made(Path(out) / name)]
     if missing:
-        print(f"making {', '.join(missing)} in {out}, a minute or two each", flush=True)
+        print(f"making {', '.join(missing)} in {out}, about a minute each", flush=True)
     make_missing(out, seed, names)
 
 
@@ -588,7 +588,7 @@ def main():
     parser.add_argument(
         "--all", action="store_true", help="every model, not only student, bigger and teacher"
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of models and questions (0)")
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
     names = tuple(MODELS) if flags.all else FIRST

@@ -97,11 +97,13 @@ class Config:
         choices=("", "toy", "paper"),
     )
     steps: int = flag(
-        100, "updates; enough to see where a run goes. The paper's figures show 200", at_least=0
+        100,
+        "updates; the default is enough to see where a run goes, the paper's figures show 200",
+        at_least=0,
     )
     batch_size: int = flag(
         8,
-        "prompts a step, and responses in an update of the cold start; the paper's 64 need a GPU",
+        "prompts a step (and answers in an update of the cold start); the paper's 64 need a GPU",
         at_least=1,
     )
     max_new_tokens: int = flag(
@@ -112,8 +114,8 @@ class Config:
     )
     lr: float = flag(
         3e-5,
-        "learning rate, constant; the default worked here for 0.1 B parameters and 8 rollouts a "
-        "step. The paper takes 1e-6 for 256 rollouts",
+        "learning rate, constant; the default worked here for 0.1 B parameters and 8 responses a "
+        "step. The paper takes 1e-6 for 256",
         above=0,
     )
 
@@ -130,7 +132,10 @@ class Config:
         at_least=1,
     )
     support: str = flag(
-        "student", "whose k likeliest tokens the top-k loss looks at (4.2)", choices=SUPPORTS
+        "student",
+        "whose k likeliest tokens the top-k loss looks at; difference: those that only one of the "
+        "two models has (4.2)",
+        choices=SUPPORTS,
     )
     ends: str = flag(
         "merged",
@@ -141,8 +146,8 @@ class Config:
     )
     n: int = flag(
         1,
-        "rollouts a prompt; the paper takes 4, but its authors report no clear gain over 1 "
-        "(issue 22 of their code)",
+        "responses to a prompt; the paper takes 4, but its authors report no clear gain over 1 "
+        "(issue 22 of their repository, thunlp/OPD)",
         at_least=1,
     )
     max_prompt_tokens: int = flag(
@@ -434,7 +439,7 @@ def parser_of(kind, program):
     parser = Parser(
         prog=program,
         usage=f"{program} --student S --teacher T [flags]",
-        description=kind.__doc__,
+        description=f"{kind.__doc__} [...]: a default.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=layout,

@@ -2,7 +2,16 @@
 
 import textwrap
 
-from analysis import ALIKE, FIRST_TOKENS, LEAD, plus_minus, sure, surely_above, surely_below
+from analysis import (
+    ALIKE,
+    FIRST_TOKENS,
+    LEAD,
+    LEAST_TOKENS,
+    plus_minus,
+    sure,
+    surely_above,
+    surely_below,
+)
 
 MISMATCH = {  # nats: rounding stays well below, another softmax does not
     "float32": 0.01,
@@ -205,7 +214,8 @@ def diagnosis(report):
     if report["verdict"] in RECORD:
         called, gained = RECORD[report["verdict"]]
         lines.append(
-            f"  record: of {called} pairs with this verdict {gained} gained (experiments/README.md)"
+            f"  record: of {called} toy pairs with this verdict {gained} gained "
+            "(experiments/README.md)"
         )
     for reason in report["reasons"]:
         lines.append(textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    "))
@@ -221,7 +231,8 @@ def metric_lines(report):
         f"{report['response_length']:.1f} tokens at T {report['temperature']:g}, "
         f"{report['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts",
         "",
-        f"{'':34} {'all tokens':17} {title:17} worst bucket of positions",
+        f"{'formulas: plumbing/README.md':34} {'all tokens':17} {title:17} "
+        f"worst bucket of {LEAST_TOKENS:.0%} or more",
     ]
     for metric, found in report["metrics"].items():
         shown = "none shared" if found["mean"] is None else plus_minus(found, "8.4f")
@@ -235,7 +246,8 @@ def metric_lines(report):
 
 def accuracy_lines(report):
     """How often each model is right: on its own, and finishing what the student began (6.1)."""
-    title = f"right answers at T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
+    sampled = f"T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
+    title = f"right answers, greedily or at {sampled}"
     rows = [("greedy, from the start", report["greedy"])]
     for cut in report["continuation"]:
         name = from_depth(cut)
@@ -243,12 +255,12 @@ def accuracy_lines(report):
             name += f" ({cut['tokens']:.1f} tokens)"
         if cut["depth"]:
             name += " of a student's answer"
-        rows.append((name, cut))
-    lines = ["", f"{title:52} student   teacher"]
+        rows.append((f"sampled, {name}", cut))
+    lines = ["", f"{title:58} student   teacher"]
     for name, found in rows:
         student = found["student"]["mean"]
         teacher = found["teacher"]["mean"]
-        lines.append(f"  {name:48} {student:9.3f} {teacher:9.3f}")
+        lines.append(f"  {name:54} {student:9.3f} {teacher:9.3f}")
     if any(cut["left_out"] for cut in report["continuation"]):
         kept = counted(cut["responses"], "response")
         lines.append(
@@ -256,7 +268,8 @@ def accuracy_lines(report):
         )
     auroc = "not defined" if report["auroc"] is None else f"{report['auroc']:.3f}"
     lines.append(
-        f"  AUROC of the mean reward: {auroc} ({report['right']} right, {report['wrong']} wrong)"
+        f"AUROC of the mean reward: {auroc} ({report['right']} responses at T "
+        f"{report['temperature']:g} are right, {report['wrong']} wrong)"
     )
     return lines
 
@@ -299,12 +312,14 @@ def signs(report):
         points, why = DIRECTIONS[sure(gain)], ""
         if cut["depth"] == 0:
             points, why = of_lead(gain)
-        elif cut is report["continuation"][-1]:
+        elif cut is report["continuation"][-1] and gain["mean"] > 0:
             why = "6.1: it shrinks with depth"
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
     if gain is not None:  # None: no response is as long as --depths asks
-        rows.append(("  mean of these leads", plus_minus(gain, "+.3f"), DIRECTIONS[sure(gain)], ""))
+        rows.append(
+            (f"  mean of those at T {T:g}", plus_minus(gain, "+.3f"), DIRECTIONS[sure(gain)], "")
+        )
     return rows
 
 

@@ -656,7 +656,7 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     monkeypatch.setattr(analysis, "gains", lambda *args, **how: ([], None))
     report = diagnosed(different())
     said = show.diagnosis(report)
-    assert "greedy, from the start" in said and "mean of these leads" not in said
+    assert "greedy, from the start" in said and "mean of those at T 0.7" not in said
     report["first_tokens"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
     word, reasons = analysis.verdict(report)
     assert word == analysis.UNDECIDED
@@ -788,7 +788,7 @@ def test_a_verdict_is_shown_with_its_record(monkeypatch):
     """How many pairs were called so on new seeds, and how many of them gained; nothing else."""
     made = diagnosed(different())
     monkeypatch.setattr(show, "RECORD", {made["verdict"]: (12, 7)})
-    line = "record: of 12 pairs with this verdict 7 gained (experiments/README.md)"
+    line = "record: of 12 toy pairs with this verdict 7 gained (experiments/README.md)"
     assert f"verdict: {made['verdict']}\n  {line}\n" in show.diagnosis(made)
     monkeypatch.setattr(show, "RECORD", {})
     assert "record" not in show.diagnosis(made)
@@ -809,9 +809,9 @@ SIGNS = [  # what is changed, the row, which way it points
         "says nothing",
     ),  # 4.1: in its failure, too
     ({"alone": (-0.3, 0.01)}, "at T 0.7, from the start", "against"),
-    ({"gain": (0.3, 0.01)}, "mean of these leads", "for"),
-    ({"gain": (0.02, 0.01)}, "mean of these leads", "within noise"),
-    ({"gain": (-0.3, 0.01)}, "mean of these leads", "against"),
+    ({"gain": (0.3, 0.01)}, "mean of those at T 0.7", "for"),
+    ({"gain": (0.02, 0.01)}, "mean of those at T 0.7", "within noise"),
+    ({"gain": (-0.3, 0.01)}, "mean of those at T 0.7", "against"),
 ]
 
 
@@ -822,6 +822,18 @@ def test_each_measurement_points_one_way(change, name, points):
     made = {"eval_temperature": 0.7, **report(**change)}
     found = {row[0].strip(): row[2] for row in show.signs(made)}
     assert found[name] == points
+
+
+@pytest.mark.parametrize("lead, why", [(0.1, "6.1: it shrinks with depth"), (-0.1, "")])
+def test_a_lead_that_is_none_does_not_shrink_with_depth(lead, why):
+    """The reason stands at the deepest cut, and only if the teacher is ahead there."""
+    made = {"eval_temperature": 0.7, **report()}
+    for depth in (0.25, 0.5):
+        gain = {"mean": lead, "standard_error": 0.01}
+        made["continuation"].append({"depth": depth, "gain": gain})
+    found = {row[0].strip(): row[3] for row in show.signs(made)}
+    assert found["at T 0.7, after 25%"] == ""
+    assert found["at T 0.7, after 50%"] == why
 
 
 # --- the command --------------------------------------------------------------------------------
