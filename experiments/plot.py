@@ -89,7 +89,7 @@ REAL = {  # arm of real.py -> its colour, and its name
     "words": (COLOURS["other"], "works in words"),
     "words, 72": (COLOURS["other"], "words, 72 steps"),
     "words, fast": (COLOURS["other"], "words, ten times the rate"),
-    "words, 72 fast": (COLOURS["other"], "words, both"),
+    "words, 72 fast": (COLOURS["other"], "words, 72 steps at that rate"),
     "words, sft": (COLOURS["cold start"], "words, 72 updates of SFT"),
     "words, cold": (COLOURS["cold start"], "words, 60 of SFT, then OPD"),
     "reverse": (COLOURS["reverse"], "expert from base, 100 steps"),
