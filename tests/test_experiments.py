@@ -1231,18 +1231,18 @@ def test_the_tour_prints_the_commands_that_it_runs_and_runs_each_once(
     """Models that are missing are made first."""
     ran = []
     made = []
+    names = ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher")
     report_of = {
-        "metrics": collections.defaultdict(lambda: {"mean": 0.5}),
+        "metrics": {name: {"mean": 0.5} for name in names},
+        "first_tokens": {"overlap_ratio": {"mean": 0.625}},
         "greedy": {"gain": {"mean": 0.25}},
         "verdict": "should work",
     }
 
     def command(words):
         ran.append(" ".join(words))
-        Path(words[words.index("--out") + 1]).write_text(json.dumps(report_of | {"metrics": half}))
+        Path(words[words.index("--out") + 1]).write_text(json.dumps(report_of))
 
-    names = ("overlap_ratio", "overlap_mass_student", "overlap_mass_teacher")
-    half = {name: {"mean": 0.5} for name in names}
     command.__module__ = "analysis"
     monkeypatch.setattr(tour.analysis, "main", command)
     monkeypatch.setattr(tour.toy, "say_and_make", lambda *asked: made.append(asked))
@@ -1253,6 +1253,7 @@ def test_the_tour_prints_the_commands_that_it_runs_and_runs_each_once(
         assert len(ran) == 3
         for words in ran:
             assert f"   python analysis.py {words}\n" in said
+        assert "overlap ratio 0.50, of the first 8 tokens 0.62" in said
         assert "greedy lead +0.25: should work" in said
     assert made[0] == ("there", 0, ("student", "teacher", "sharp", "other"))
     assert "--student there/student --teacher there/teacher" in ran[0]
