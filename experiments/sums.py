@@ -309,7 +309,8 @@ class RealLab(lab.Lab):
         """The folder of a model, made if it is not there."""
         if name == "base":
             return self.base
-        with alone(self.world / ("expert" if name in EXPERTS else name)):
+        made_as = "expert" if name in EXPERTS else name  # one making gives all three experts
+        with alone(self.world / made_as):
             if not self.is_made(name):
                 self.make(name)
         return self.world / name

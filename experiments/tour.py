@@ -174,7 +174,7 @@ def depth(tour):
     return (
         f"both finish the student's answers; teacher's lead: {', '.join(cells)}\n"
         f"AUROC of the mean reward (.5 is chance): {', '.join(areas)}\n"
-        "with more answers .81 with teacher, .60 with other: experiments/README.md"
+        "of more answers: teacher .81, other .60 (experiments/README.md)"
     )
 
 

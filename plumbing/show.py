@@ -225,14 +225,15 @@ def diagnosis(report):
 def metric_lines(report):
     """A line for each metric of the diagnosis; overlap also at the start, and where it is worst."""
     names = {**METRICS, "overlap_ratio": f"overlap ratio, k = {report['k']}, Eq. 6"}
-    title = f"first {FIRST_TOKENS}"
+    start = f"first {FIRST_TOKENS}"
+    worst = f"worst bucket of {LEAST_TOKENS:.0%} or more"  # of all tokens
+    header = f"{'formulas: plumbing/README.md':34} {'all tokens':17} {start:17} {worst}"
     lines = [
         f"{report['prompts']} prompts, {report['responses']} responses of "
         f"{report['response_length']:.1f} tokens at T {report['temperature']:g}, "
         f"{report['truncated_fraction']:.0%} cut off; nats, +- standard error over prompts",
         "",
-        f"{'formulas: plumbing/README.md':34} {'all tokens':17} {title:17} "
-        f"worst bucket of {LEAST_TOKENS:.0%} or more",
+        header,
     ]
     for metric, found in report["metrics"].items():
         shown = "none shared" if found["mean"] is None else plus_minus(found, "8.4f")

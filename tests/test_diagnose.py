@@ -882,7 +882,9 @@ def test_the_command_writes_the_report_with_its_origin_and_prints_the_table(
 ):
     """The file holds the numbers of the table and what made them; its folder is made."""
     report = command(count=5)
-    assert show.diagnosis(report) in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert show.diagnosis(report) in said
+    assert said.endswith(f"\nreport: {tmp_path / 'made' / 'd.json'}\n")  # and no page
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "d.json"]
     assert {"command", "commit", "python", "transformers", "threads"} <= report.keys()
     assert report["student"] == f"{files}/student" and report["teacher"] == f"{files}/teacher"
@@ -944,8 +946,11 @@ def test_the_flags_have_the_defaults_of_the_functions(function):
     assert defaults and defaults == {name: flags[name] for name in defaults}
 
 
-def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(command, tmp_path, monkeypatch):
-    """Some prompts go to the page of tokens, and the dtype goes to the pair."""
+def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(
+    command, tmp_path, monkeypatch, capsys
+):
+    """Some prompts go to the page of tokens, which is named at the end, and the dtype goes to the
+    pair."""
     asked = {}
 
     def note_page(pair, rows, path, **how):
@@ -954,6 +959,7 @@ def test_the_flags_of_loading_and_of_the_page_go_where_they_belong(command, tmp_
     monkeypatch.setattr(page, "write_page", note_page)
     path = str(tmp_path / "x.html")
     report = command(tokens=path, dtype="bfloat16", ends="own", temperature=0.5, seed=7)
+    assert capsys.readouterr().out.endswith(f"\npage: {path}\n")
     assert asked == {
         "page": path,
         "rows": 8,
