@@ -386,15 +386,6 @@ def diagnose_pair(
     grid = grade(  # {name: (B, T)}
         pair, r, per_position, teacher_reads=teacher_reads, temperature=temperature
     )
-    metrics = {}
-    for name, x in grid.items():
-        if name != "log_p":
-            metrics[name] = over_prompts(x, len(rows))
-    first_tokens = {}
-    for name in SHARED:
-        first_tokens[name] = over_prompts(grid[name][:, :FIRST_TOKENS], len(rows))
-    by_position = grid_by_position(grid, r.response_mask, max_new_tokens)
-    mismatch = torch.where(r.response_mask, grid["log_p"] - r.log_p, 0).abs().max()
     report = {
         "prompts": len(rows),
         "responses": len(r.ids),
@@ -404,11 +395,7 @@ def diagnose_pair(
         "eval_top_p": eval_top_p,
         "response_length": r.response_mask.sum(1).double().mean().item(),
         "truncated_fraction": r.truncated.double().mean().item(),
-        "metrics": metrics,
-        "first_tokens": first_tokens,
-        "worst_bucket": worst_bucket(by_position),
-        "by_position": by_position,
-        "sampling_mismatch": mismatch.item(),
+        **agreement(grid, r, len(rows), max_new_tokens),
     }
     known = [i for i, row in enumerate(rows) if row["answer"] is not None]
     if known:
@@ -434,6 +421,29 @@ def diagnose_pair(
         )
     report["verdict"], report["reasons"] = verdict(report)
     return report
+
+
+def agreement(grid, r, prompts, max_new_tokens):
+    """How far the two agree on what the student wrote: {name: (B, T)}, r -> part of a report.
+
+    "sampling_mismatch" compares log p with what the rollout recorded, nats.
+    """
+    metrics = {}
+    for name, x in grid.items():
+        if name != "log_p":
+            metrics[name] = over_prompts(x, prompts)
+    first_tokens = {}
+    for name in SHARED:
+        first_tokens[name] = over_prompts(grid[name][:, :FIRST_TOKENS], prompts)
+    by_position = grid_by_position(grid, r.response_mask, max_new_tokens)
+    mismatch = torch.where(r.response_mask, grid["log_p"] - r.log_p, 0).abs().max()
+    return {
+        "metrics": metrics,
+        "first_tokens": first_tokens,
+        "worst_bucket": worst_bucket(by_position),
+        "by_position": by_position,
+        "sampling_mismatch": mismatch.item(),
+    }
 
 
 def over_prompts(x, prompts):
