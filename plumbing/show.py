@@ -191,7 +191,7 @@ def recovery(result):
 
 FOR = "for"
 AGAINST = "against"
-NOTHING = "says nothing"  # it was so in the paper's success and in its failure
+IN_THE_MEAN = "in the mean"  # alone neither: the same in the paper's success and failure
 UNSURE = "within noise"
 RECORD = {  # verdict: (pairs that had it, of which gained greedily), on seeds that no rule has seen
     "incompatible thinking (cold start first)": (4, 0),
@@ -314,7 +314,7 @@ def signs(report):
         if cut["depth"] == 0:
             points, why = of_lead(gain)
         elif cut is report["continuation"][-1] and gain["mean"] > 0:
-            why = "6.1: it shrinks with depth"
+            why = "6.1: it shrinks later in a response"
         rows.append((f"  at T {T:g}, {from_depth(cut)}", plus_minus(gain, "+.3f"), points, why))
     gain = report["predicted_gain"]
     if gain is not None:  # None: no response is as long as --depths asks
@@ -348,7 +348,7 @@ def of_lead(lead):
     """Which way the teacher's lead in sampled accuracy points, and why: (str, str)."""
     if sure(lead) < 0:
         return AGAINST, "3.3: the student fell, .54 to about .3"
-    return NOTHING, "4.1: about +.25 in success and failure"
+    return IN_THE_MEAN, "4.1: about +.25 in success and failure"
 
 
 def position_lines(by_position):
