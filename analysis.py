@@ -314,7 +314,8 @@ HARMFUL = "harmful (the teacher is behind the student)"
 UNDECIDED = "undecided (prompts with answers, or more of them, are needed)"
 VERDICTS = (INCOMPATIBLE, NOTHING_NEW, SHOULD_WORK, HARMFUL, UNDECIDED)
 FIRST_TOKENS = 8  # of each response, measured apart
-ALIKE = 0.55  # of the overlap ratio, k = 16, at the first tokens; the paper names no bound
+ALIKE = 0.55  # of the overlap ratio at the first tokens; the paper names no bound
+K_OF_ALIKE = 16  # with other k the ratio is another number
 NO_DISTANCE = 1e-6  # nats of reverse KL; below it two models are the same, but for rounding
 LEAD = 0.1  # of greedy accuracy; a smaller one we do not call new knowledge
 
@@ -538,7 +539,8 @@ def verdict(report):
         nothing new   its greedy lead is surely below LEAD
         should work   it is surely ahead, greedily and at the student's states, and the overlap
                       ratio of the first tokens is surely above ALIKE
-        undecided     all else; so is a pair of which neither solved a prompt
+        undecided     all else; so is a pair of which neither solved a prompt; so is one, from
+                      "incompatible" on, that was measured with another k than 16
 
     At the student's states: when it finishes what the student began, mean over depths (6.1).
     report: see diagnose_pair.
@@ -556,6 +558,9 @@ def verdict(report):
     missing = what_is_missing(report)
     if missing:
         reasons.append(missing)
+    if report["k"] != K_OF_ALIKE:
+        reasons.append(f"our threshold of {ALIKE} is one for k = {K_OF_ALIKE}: leave --k out")
+        return UNDECIDED, reasons
     if surely_below(overlap, ALIKE):
         reasons.append(
             f"of the likely first {FIRST_TOKENS} tokens less than {ALIKE} are shared: the two part "
@@ -624,6 +629,7 @@ def main(argv=None):
             return
         rows = prompts.some_questions(args)
         pair = models.load_pair(args.student, args.teacher, **flags.of_pair(args))
+        models.check_k(args.k, pair)
         rows = prompts.encode_for(args, pair, rows)
         sampling = {
             "k": args.k,

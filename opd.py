@@ -164,7 +164,7 @@ def fine_tune(cfg, run, pair, optimizer, rows):
     path = cfg.cold_start_file
     if not path:
         path = run.out / "cold_start.jsonl"
-        run.before["cold_start"] = ask_teacher(cfg, pair, rows, path)
+        run.before["cold_start"] = ask_teacher(cfg, run, pair, rows, path)
     examples = prompts.load_conversations(path, pair, cfg.thinking)
     steps = cfg.cold_start_steps or math.ceil(len(examples) / cfg.batch_size)
     updates = cold_start(
@@ -185,15 +185,16 @@ def fine_tune(cfg, run, pair, optimizer, rows):
         run.log_cold_start(row, steps)
 
 
-def ask_teacher(cfg, pair, rows, path):
+def ask_teacher(cfg, run, pair, rows, path):
     """Add the teacher's answers to the file `path`, from the first row that it lacks.
 
-    -> {"kept", "unfinished", "degenerate": how many}. UserError if none is kept.
+    -> {"kept", "unfinished", "degenerate": how many}. UserError if none is kept. After a signal the
+    batch of answers that is being written is the last.
     """
     length = cfg.cold_start_max_new_tokens or cfg.max_new_tokens
 
     def answers_from(start):
-        return teacher_rollouts(
+        batches = teacher_rollouts(
             pair,
             rows,
             max_new_tokens=length,
@@ -204,6 +205,9 @@ def ask_teacher(cfg, pair, rows, path):
             share=processes(),
             rollout=partial(rollout, in_flight=pair.in_flight),
         )
+        for answers in batches:
+            yield answers
+            run.stop_if_asked()
 
     with whole(pair.teacher):
         counts = files.append_answers(path, answers_from)
@@ -251,7 +255,7 @@ def distil(cfg):
             before = measure.accuracies(cfg, pair, exam, pair.teacher, "teacher")
             before.update(student_now(cfg, pair, exam, held_out, "before"))
             measure.check_on_policy(before["held_out_before"], cfg.dtype)
-            measure.check_teaches(cfg, before["held_out_before"])
+            measure.check_teaches(cfg, pair, train, before["held_out_before"])
             run.before.update(before)
             run.save_when_due(0, cfg.steps)
 

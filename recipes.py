@@ -48,10 +48,10 @@ def apply_template(question, template):
     question that is in the template already stays as it is.
     """
     form = TEMPLATES.get(template, template)
-    if "{question}" not in form:
+    if form.count("{question}") != 1:
         raise UserError(
             f"there is no template {template!r}: take one of {', '.join(TEMPLATES)}, or a text "
-            "with {question} in it"
+            "with {question} in it, once"
         )
     if is_in_template(question, template):
         return question

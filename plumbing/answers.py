@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from plumbing.processes import whole
+from plumbing.prompts import positions
 from plumbing.slots import rollout
 from rollout import seed_of
 from teacher import teacher_ids
@@ -207,14 +208,16 @@ def answered(
         if room[i] == 0:
             right[i], truncated[i] = judged(pair, rows[i], prompts[i], starts[i], is_same)
 
+    lengths = [len(prompt) + len(start) for prompt, start in zip(prompts, starts)]
     unfinished = [i for i in range(len(rows)) if room[i] > 0]
-    unfinished.sort(key=lambda i: len(prompts[i]) + len(starts[i]))
-    size = max(1, at_once // n)
-    groups = range(0, len(unfinished), size)
+    if not unfinished:
+        return right, truncated
+    unfinished.sort(key=lambda i: lengths[i])
+    longest = positions(model.config.get_text_config())
+    groups = grouped(unfinished, lengths, room, max(1, at_once // n), longest)
     bar = tqdm(groups, desc="answers", leave=False, mininterval=1, disable=None)
     with pair.autocast(), whole(model):
-        for first in bar:
-            group = unfinished[first : first + size]
+        for group in bar:
             mine = group[rank::processes]
             if not mine:
                 continue
@@ -234,6 +237,25 @@ def answered(
                 response = starts[i] + r.response_ids(row)[: room[i]]
                 right[i, j], truncated[i, j] = judged(pair, rows[i], prompts[i], response, is_same)
     return right, truncated
+
+
+def grouped(order, lengths, room, size, longest):
+    """Cut a list of rows into groups that are written together: -> list of lists of row numbers.
+
+    lengths: of each row's text so far, tokens; room: what it may still have. All of a group write
+    as much as the one with the most room, and no text of the group may outgrow the `longest` that
+    the model knows. size: rows of a group, at most.
+    """
+    groups = []
+    group = []
+    for i in order:
+        wider = [*group, i]
+        most = max(lengths[j] for j in wider) + max(room[j] for j in wider)
+        if group and (len(wider) > size or most > longest):
+            groups.append(group)
+            wider = [i]
+        group = wider
+    return [*groups, group] if group else groups
 
 
 def judged(pair, row, prompt_ids, ids, is_same=same_answer):

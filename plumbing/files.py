@@ -216,6 +216,8 @@ def same(a, b):
     """Are two values of a flag the same? Two ways to write one existing path are: bool."""
     if a == b:
         return True
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     both_are_paths = isinstance(a, str) and isinstance(b, str) and os.path.exists(a)
     return both_are_paths and os.path.realpath(a) == os.path.realpath(b)
 

@@ -472,10 +472,34 @@ def parse(kind, words, program):
         raise UserError(f"unknown flag {unknown[0]}; {hint}")
     given = vars(given)
     preset = PRESETS.get(given.get("preset"), {})
-    return check(kind(**{**preset, **given}))
+    flags = check(kind(**{**preset, **given}))
+    check_is_read(flags, given)
+    return flags
 
 
 # --- what cannot work ----------------------------------------------------------------------------
+
+READ_ONLY_WITH = {  # flag -> those of which one must be given, or nobody reads it
+    "cold_start_steps": ("cold_start", "cold_start_file"),
+    "cold_start_lr": ("cold_start", "cold_start_file"),
+    "cold_start_max_new_tokens": ("cold_start",),
+    "cold_start_temperature": ("cold_start",),
+    "cold_start_top_p": ("cold_start",),
+    "aligned_fraction": ("aligned_prompts",),
+}
+
+
+def check_is_read(flags, given):
+    """UserError if one of the flags that were given, by name, is not read beside the others."""
+    for name, others in READ_ONLY_WITH.items():
+        if name in given and not any(getattr(flags, other) for other in others):
+            needed = " or ".join(named(other) for other in others)
+            raise UserError(f"{named(name)} needs {needed}; without it nobody reads it")
+    if "support" in given and not flags.objective.startswith("top-k"):
+        raise UserError(
+            f"--support {flags.support}: only the top-k losses have one; leave it out, or take "
+            "another --objective"
+        )
 
 
 def check_range(name, value, at_least, above, at_most):
@@ -500,7 +524,7 @@ def check_range(name, value, at_least, above, at_most):
 def check_files(paths, name):
     """UserError if one of a flag's files cannot be read, or is given twice."""
     seen = set()
-    for path in filter(None, paths):
+    for path in paths:
         check_file(path, name)
         if Path(path).resolve() in seen:
             raise UserError(f"{name} {path}: the file is given twice; leave it out once")
@@ -538,7 +562,9 @@ def check(flags):
         if field.type is tuple and isinstance(value, str):
             raise UserError(f"{named(field.name)} {value}: from Python give a tuple, ({value!r},)")
         if about["is_file"]:
-            check_files(value if field.type is tuple else (value,), named(field.name))
+            if field.type is not tuple:
+                value = (value,) if value else ()
+            check_files(value, named(field.name))
     apply_template("", flags.template)
     if flags.teacher_template:
         apply_template("", flags.teacher_template)
@@ -568,10 +594,11 @@ def check_run(cfg):
         raise UserError(
             "--cold-start asks the teacher, --cold-start-file reads answers: give one of the two"
         )
-    if cfg.cold_start_steps and not has_cold_start:
+    one_token = cfg.k == 1 and cfg.support in ("student", "teacher", "intersection")
+    if one_token and cfg.objective == "top-k":
         raise UserError(
-            "--cold-start-steps needs --cold-start N (how many prompts the teacher answers), or "
-            "--cold-start-file"
+            "--k 1: renormalised on one token the loss is always 0 (Eq. 5); take a larger k, or "
+            "--objective top-k-released"
         )
     if cfg.aligned_prompts and not cfg.prompts:
         raise UserError("--aligned-prompts needs --prompts, the others to mix them with")

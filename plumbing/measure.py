@@ -19,7 +19,7 @@ from analysis import (
 from plumbing import show
 from plumbing.answers import answered
 from plumbing.exits import RunEnded
-from plumbing.processes import over_processes, processes, share, whole
+from plumbing.processes import is_sharded, over_processes, processes, share, whole
 from plumbing.slots import rollout
 from recipes import is_degenerate
 from rollout import seed_of
@@ -224,17 +224,39 @@ def check_on_policy(metrics, dtype):
         raise UserError(mismatch)
 
 
-def check_teaches(cfg, metrics):
+def check_teaches(cfg, pair, rows, metrics):
     """UserError if OPD begins where student and teacher agree at every state.
 
-    Then the gradient (Eq. 4) is rounding, which AdamW would scale up to full updates.
+    Then the gradient (Eq. 4) is rounding, which AdamW would scale up to full updates. In bfloat16
+    rounding alone makes a distance, so the weights are compared, too. rows: the prompts.
     """
-    is_moved_first = cfg.cold_start or cfg.cold_start_file
-    if not is_moved_first and metrics["reverse_kl"] < NO_DISTANCE:
+    if cfg.cold_start or cfg.cold_start_file:
+        return  # the student is moved first
+    reads_more = any("teacher_prompt" in row for row in rows)
+    grades_as_it_writes = cfg.teacher_temperature == cfg.temperature
+    is_copy = not reads_more and grades_as_it_writes and same_weights(pair)
+    if is_copy or metrics["reverse_kl"] < NO_DISTANCE:
         raise UserError(
             "student and teacher agree at every state: there is nothing to learn; take another "
             'teacher, or give it more to read in "teacher_prompt"'
         )
+
+
+def same_weights(pair):
+    """Are the teacher's weights the student's, but for their dtype? -> bool."""
+    of_student = dict(pair.student.named_parameters())
+    of_teacher = dict(pair.teacher.named_parameters())
+    same = of_student.keys() == of_teacher.keys()
+    same = same and all(is_same_weight(p, of_teacher[name]) for name, p in of_student.items())
+    everywhere = torch.tensor(int(same), device=pair.device)
+    return bool(over_processes(everywhere, dist.ReduceOp.MIN))
+
+
+def is_same_weight(p, q):
+    """Is q the weight p, but for its dtype? Of sharded ones, the part of this process: -> bool."""
+    p = p.to_local() if is_sharded(p) else p
+    q = q.to_local() if is_sharded(q) else q
+    return p.shape == q.shape and torch.equal(p.to(q.dtype), q)
 
 
 def peak_memory(device):

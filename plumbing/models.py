@@ -74,6 +74,12 @@ def load_pair(
     return pair
 
 
+def check_k(k, pair):
+    """UserError if --k is larger than the vocabulary of the pair."""
+    if k > pair.vocab_size:
+        raise UserError(f"--k {k}: the two models share {pair.vocab_size} tokens; take a smaller k")
+
+
 def pick_device(name):
     """The name of a device -> torch.device; "auto" is cuda if there is one, else cpu.
 

@@ -352,7 +352,10 @@ def conversation_keys(cfg):
     if not cfg.cold_start_file:
         return set()
     rows = [{"prompt": x["messages"][:-1]} for x in read_conversations(cfg.cold_start_file)]
-    return keys_of(in_template(rows, cfg.template))
+    done = in_template(rows, cfg.template)
+    bare = sum(row != row_in_template for row, row_in_template in zip(rows, done))
+    tell("--cold-start-file", bare, rows, "are not in --template; they are learnt as they are")
+    return keys_of(done)
 
 
 def keys_of(rows):
@@ -381,12 +384,12 @@ def tell(flag, count, rows, what):
 
 
 def some_questions(cfg):
-    """--count prompts for a diagnosis, drawn by the seed, in the template: list of rows.
+    """--count prompts for a diagnosis, each once, drawn by the seed, in the template: -> rows.
 
     They are drawn from --prompts, or without it from additions.
     """
     rows = given_or_additions(cfg.prompts, cfg.seed)
-    rows = put_in_template(cfg, rows, "--prompts")
+    rows = once(put_in_template(cfg, rows, "--prompts"), "--prompts")
     random.Random(seed_of(cfg.seed, "some questions")).shuffle(rows)
     check_teacher_prompts(rows)
     return rows[: cfg.count]
@@ -398,8 +401,8 @@ def some_questions(cfg):
 def encode(tokenizer, prompt, thinking="default", where="a prompt"):
     """A prompt as a model reads it, in the chat template if there is one: -> token ids.
 
-    An end of text, which some tokenizers append, is cut off: nothing would follow it. UserError,
-    see text_of.
+    An end of text, which some tokenizers append to a plain text, is cut off: nothing would follow
+    it. UserError, see text_of.
     """
     return tokens_of(tokenizer, text_of(tokenizer, prompt, thinking, where))
 
@@ -431,11 +434,14 @@ def text_of(tokenizer, prompt, thinking="default", where="a prompt"):
 
 
 def tokens_of(tokenizer, text):
-    """The token ids of a text, without an end of text at its end.
+    """The token ids of a text.
 
-    Special tokens are added only if there is no chat template: it writes its own.
+    A chat template writes its own special tokens. Without one the tokenizer adds them, and an end
+    of text at the end is cut off.
     """
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+    if tokenizer.chat_template:
+        return tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text).input_ids
     while ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids
@@ -573,10 +579,26 @@ def load_conversations(path, pair, thinking="default"):
             prompt_ids = tokens_of(pair.tokenizer, text)
             response_ids = continuation(pair.tokenizer, text, prompt_ids, answer["content"])
             response_ids = response_ids + pair.eos_ids[:1]
+        if pair.merge_ends:
+            response_ids = with_merged_end(response_ids, pair.eos_ids, row["where"])
         both = (pair.student, pair.teacher)
         check_fits(pair, both, prompt_ids + response_ids, 0, row["where"])
         examples.append((prompt_ids, response_ids))
     return examples
+
+
+def with_merged_end(response_ids, ends, where):
+    """A response whose end is the first of `ends`, which stands for them all: -> token ids.
+
+    See rollout.merge_ends: the others have probability 0. UserError if an end stands before the
+    last token.
+    """
+    *answer, last = response_ids
+    if any(i in ends for i in answer):
+        raise UserError(
+            f"{where}: an end token stands within its answer; remove it, or take --ends own"
+        )
+    return [*answer, ends[0]] if last in ends else response_ids
 
 
 def continuation(tokenizer, text, prompt_ids, answer):

@@ -39,7 +39,7 @@ from plumbing.files import (
 )
 from plumbing.flags import named, of_pair
 from plumbing.measure import peak_memory
-from plumbing.models import load_pair
+from plumbing.models import check_k, load_pair
 from plumbing.processes import gathered, is_sharded, over_processes, processes
 from teacher import UserError
 
@@ -48,7 +48,7 @@ TEXTS = "rollouts.jsonl"
 COLD_METRICS = "cold_start_metrics.jsonl"
 LOGS = (METRICS, TEXTS, COLD_METRICS)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-MAY_DIFFER = {  # flags that --resume may change; of these only lr decides a result
+MAY_DIFFER = {  # flags that --resume may change; of these only the two rates decide a result
     "resume",
     "steps",
     "out",
@@ -162,6 +162,17 @@ class Run:
                 "--shard cuts the models over several processes: start them with torchrun, or "
                 "leave it out"
             )
+        for model in (cfg.student, cfg.teacher):
+            if Path(model).resolve() == (self.out / "student").resolve():
+                raise UserError(
+                    f"--out {cfg.out}: the trained student would be written over {model}, which "
+                    "the run reads; take another --out"
+                )
+        for name in ("student", "cold_start.jsonl"):
+            if (self.out / name).exists() and not config.exists():
+                raise UserError(
+                    f"--out {cfg.out}: holds {name}, but no run that wrote it; take another --out"
+                )
         if config.exists() and "teacher" not in read_json(config):
             raise UserError(
                 f"--out {cfg.out}: its config.json is not that of a run; take another --out"
@@ -210,13 +221,15 @@ class Run:
                     f"--resume: the run in {self.out} had {named(name)} {had!r}; give the same "
                     "flags, or take another --out"
                 )
-        had = state.config["lr"]
-        if self.cfg.lr != had:
-            warnings.warn(
-                f"--lr {self.cfg.lr:g}: the run began with {had:g}; metrics.jsonl has that of each "
-                "step",
-                stacklevel=2,
-            )
+        for name, log in (("lr", METRICS), ("cold_start_lr", COLD_METRICS)):
+            now = getattr(self.cfg, name)
+            had = state.config[name]
+            if now != had:
+                warnings.warn(
+                    f"{named(name)} {now:g}: the run began with {had:g}; {log} has that of each "
+                    "step",
+                    stacklevel=2,
+                )
         if state.step > self.cfg.steps:
             raise UserError(
                 f"--steps {self.cfg.steps}: the run in {self.out} has already done {state.step} "
@@ -234,10 +247,7 @@ class Run:
         UserError, see models.load_pair, or if --k is larger than their vocabulary.
         """
         pair = load_pair(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
-        if self.cfg.k > pair.vocab_size:
-            raise UserError(
-                f"--k {self.cfg.k}: the two models share {pair.vocab_size} tokens; take a smaller k"
-            )
+        check_k(self.cfg.k, pair)
         return pair
 
     def restore(self, pair, optimizer, train, cold, held_out):
@@ -250,6 +260,8 @@ class Run:
         self.pair = pair
         self.optimizer = optimizer
         digests = {"train": digest_of(train), "others": digest_of(cold + held_out)}
+        if self.cfg.cold_start_file:
+            digests["others"] += digest(Path(self.cfg.cold_start_file).read_bytes())
         said = f"{len(train)} prompts to learn from, {len(held_out)} held out"
         if self.checkpoint:
             self.check_questions(digests)
@@ -370,7 +382,7 @@ class Run:
         if is_alone:
             signal.signal(signum, signal.SIG_DFL)
         if self.is_first:
-            said = "\nstopping after this step, or measurement"
+            said = "\nstopping after this step, or these measurements"
             if is_alone:
                 said += "; once more leaves at once"
             if self.saved:

@@ -5,6 +5,7 @@ import textwrap
 from analysis import (
     ALIKE,
     FIRST_TOKENS,
+    K_OF_ALIKE,
     LEAD,
     LEAST_TOKENS,
     plus_minus,
@@ -214,7 +215,7 @@ def diagnosis(report):
     if report["verdict"] in RECORD:
         called, gained = RECORD[report["verdict"]]
         lines.append(
-            f"  record: of {called} toy pairs with this verdict {gained} gained "
+            f"  record: of {counted(called, 'toy pair')} with this verdict {gained} gained "
             "(experiments/README.md)"
         )
     for reason in report["reasons"]:
@@ -301,7 +302,13 @@ def signs(report):
     they are alike in a success and in a failure (4.1, 6.2).
     """
     first = report["first_tokens"]["overlap_ratio"]
-    rows = [(f"overlap, first {FIRST_TOKENS} positions", plus_minus(first), *of_overlap(first))]
+    rows = [
+        (
+            f"overlap, first {FIRST_TOKENS} positions",
+            plus_minus(first),
+            *of_overlap(first, report["k"]),
+        )
+    ]
     if "greedy" not in report:
         return rows
 
@@ -324,8 +331,10 @@ def signs(report):
     return rows
 
 
-def of_overlap(ratio):
+def of_overlap(ratio, k):
     """Which way the overlap ratio of the first tokens points, and why: (str, str)."""
+    if k != K_OF_ALIKE:
+        return "", f"our threshold is one for k = {K_OF_ALIKE}"
     if surely_below(ratio, ALIKE):
         return AGAINST, f"below our threshold of {ALIKE}"
     if surely_above(ratio, ALIKE):

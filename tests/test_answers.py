@@ -5,6 +5,7 @@ Accuracy, and the share of a gap that a run recovers, stand here, too.
 
 import importlib.util
 import itertools
+import math
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -364,6 +365,33 @@ def test_at_once_bounds_the_responses_that_are_written_at_a_time(pair, calls, at
     written = [prompt for call in calls for prompt in call["prompts"]]
     assert sorted(written) == sorted(PROMPTS)
     assert [len(prompt) for prompt in written] == sorted(map(len, PROMPTS))
+
+
+def test_no_row_is_written_past_the_positions_of_the_model():
+    """All of a group write as much as the one with the most room. A row that has 50 of its 55
+    tokens may have 5 more; beside one that has none it would write 55, and GPT-2 has 64 places."""
+    gpt2 = tiny("gpt2", vocab_size=len(WORDS))
+    pair = make_pair(gpt2, gpt2, word_tokenizer(WORDS), word_tokenizer(WORDS))
+    starts = [[6] * (50 * (i % 2)) for i in range(len(PROMPTS))]
+    right, _ = answered(pair, rows(), starts=starts, max_new_tokens=55, temperature=2.0)
+    assert right.shape == (7, 1)
+
+
+texts = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), max_size=12)
+
+
+@given(texts, st.integers(1, 5), st.sampled_from([30, 45, 60, math.inf]))
+def test_a_group_fits_into_the_model_or_is_one_row(texts, size, longest):
+    """Each row is in one group, in order; with room enough the groups are full."""
+    lengths = [length for length, _ in texts]
+    room = [more for _, more in texts]
+    groups = answers.grouped(range(len(texts)), lengths, room, size, longest)
+    assert [i for group in groups for i in group] == list(range(len(texts)))
+    for group in groups:
+        most = max(lengths[i] for i in group) + max(room[i] for i in group)
+        assert len(group) == 1 or (len(group) <= size and most <= longest)
+    if longest == math.inf:
+        assert all(len(group) == size for group in groups[:-1])
 
 
 @pytest.mark.parametrize("at_once", [1, 4, 256])

@@ -68,7 +68,18 @@ opd --device gpu                   | --device gpu: ... ; --device cpu works ever
 opd --device mps                   | --device mps: ... ; --device cpu works everywhere
 opd --device meta                  | --device meta: ... ; --device cpu works everywhere
 opd --cold-start 2 --cold-start-file {w}/one.jsonl | give one of the two
-opd --cold-start-steps 2           | --cold-start-steps needs --cold-start N
+opd --cold-start-steps 2           | --cold-start-steps needs --cold-start or --cold-start-file
+opd --cold-start-lr .1             | --cold-start-lr needs --cold-start or --cold-start-file
+opd --cold-start-file {w}/one.jsonl --cold-start-top-p .9 | --cold-start-top-p needs --cold-start;
+opd --aligned-fraction .3          | --aligned-fraction needs --aligned-prompts; without it
+opd --support union --objective full | --support union: only the top-k losses have one
+opd --k 1                          | --k 1: ... always 0 ... or --objective top-k-released
+opd --template '{{question}} {{question}}' | a text with {{question}} in it, once
+opd --eval ''                      | --eval: No such file or directory; give a file
+opd --student {w}/cut/student --out {w}/cut | the trained student would be written over
+opd --teacher {w}/cut/student --out {w}/cut --resume | the trained student would be written over
+opd --out {w}/models               | holds student, but no run that wrote it; take another --out
+opd --out {w}/answers              | holds cold_start.jsonl, but no run that wrote it; take
 opd --prompts '' --aligned-prompts {w}/one.jsonl   | --aligned-prompts needs --prompts
 opd --cold-start 9                 | --cold-start 9: only 8 prompts to train on
 opd --shard                        | --shard cuts the models over several processes
@@ -295,6 +306,9 @@ def write_checkpoints(folder):
 
 
 def write_runs(folder):
+    (folder / "models" / "student").mkdir(parents=True)
+    (folder / "answers").mkdir()
+    (folder / "answers" / "cold_start.jsonl").write_text("")
     opd.main(command("opd", folder, folder / "done")[1])
     shutil.copytree(folder / "done", folder / "cut")
     (folder / "cut" / "result.json").unlink()

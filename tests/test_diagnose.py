@@ -286,6 +286,7 @@ def report(
     student=0.3,
     answers=True,
     cut=0.0,
+    k=16,
 ):
     """What `verdict` reads, made by hand.
 
@@ -297,6 +298,7 @@ def report(
 
     made = {
         "prompts": 24,
+        "k": k,
         "truncated_fraction": cut,
         "metrics": {"reverse_kl": of(kl)},
         "first_tokens": {"overlap_ratio": of(overlap)},
@@ -332,6 +334,8 @@ BORDERS = [
     ({"alone": (-0.02, 0.01)}, SHOULD_WORK),
     ({"alone": (-0.020001, 0.01)}, HARMFUL),
     ({"alone": (-0.2, 0.01), "overlap": 0.3}, HARMFUL),  # 3.3 comes before 3.1
+    ({"overlap": 0.3, "k": 8}, UNDECIDED),  # the bound is one for k = 16
+    ({"alone": (-0.2, 0.01), "k": 8}, HARMFUL),
     ({"greedy": (-0.020001, 0.01)}, HARMFUL),
     ({"greedy": (-0.02, 0.01)}, NOTHING_NEW),  # it samples more sharply, and knows no more
     ({"greedy": (0.0799, 0.01)}, NOTHING_NEW),
@@ -658,6 +662,7 @@ def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):
     said = show.diagnosis(report)
     assert "greedy, from the start" in said and "mean of those at T 0.7" not in said
     report["first_tokens"]["overlap_ratio"] = {"mean": 0.7, "standard_error": 0.01}
+    report["k"] = analysis.K_OF_ALIKE
     word, reasons = analysis.verdict(report)
     assert word == analysis.UNDECIDED
     assert reasons[-1] == "no response is longer than the deepest of --depths"
@@ -799,6 +804,7 @@ SIGNS = [  # what is changed, the row, which way it points
     ({"overlap": UNSURE_BELOW}, "overlap, first 8 positions", "within noise"),
     ({"overlap": UNSURE_ABOVE}, "overlap, first 8 positions", "within noise"),
     ({"overlap": SURELY_ABOVE}, "overlap, first 8 positions", "for"),
+    ({"overlap": SURELY_ABOVE, "k": 8}, "overlap, first 8 positions", ""),
     ({"greedy": (0.0801, 0.01)}, "teacher's lead, greedy", "for"),
     ({"greedy": (0.0799, 0.01)}, "teacher's lead, greedy", "against"),
     ({"greedy": (0.1, 0.0501)}, "teacher's lead, greedy", "within noise"),

@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from plumbing import files, measure, run, show
 from plumbing.exits import RunEnded, Stopped, one_line
 from plumbing.models import load_pair
 from plumbing.run import LOGS, MAY_DIFFER, Run
+from recipes import teacher_rollouts
 from teacher import UserError
 
 COLD = {
@@ -311,6 +313,17 @@ def test_a_signal_in_a_cold_start_keeps_its_updates(whole_cold, out, ended, resu
     assert resumed(**COLD) == whole_cold
 
 
+def test_a_signal_while_the_teacher_answers_waits_for_one_batch(
+    whole_cold, out, ended, resumed, monkeypatch
+):
+    """The answers that are there are kept, and the others are asked for later."""
+    monkeypatch.setattr(opd, "teacher_rollouts", functools.partial(teacher_rollouts, at_once=2))
+    code, said = ended([opd], "rollout", 1, send(signal.SIGINT), **COLD)
+    assert code == 130 and "stopped after step 0 of 3; the checkpoint of step 0 is whole" in said
+    assert len((out / "cold_start.jsonl").read_text().splitlines()) == 2
+    assert resumed(**COLD) == whole_cold
+
+
 def test_a_finished_run_that_goes_on_is_not_complete_until_it_ends(world, out, ended, resumed):
     """result.json is there if, and only if, the run is complete."""
     opd.distil(config(world, out, steps=2))
@@ -451,6 +464,24 @@ def test_prompts_can_be_left_out_and_held_out_ones_cannot(
         opd.distil(config(world, out, steps=2, resume=True, **change))
 
 
+def test_the_answers_of_a_cold_start_stay(world, tmp_path, out, monkeypatch):
+    """Other answers in --cold-start-file would be another cold start. Another rate is said."""
+    path = tmp_path / "answers.jsonl"
+    answers = []
+    for row in PROMPTS[:3]:
+        asked = {"role": "user", "content": row["prompt"]}
+        answers.append({"messages": [asked, {"role": "assistant", "content": "so 7"}]})
+    write_lines(path, answers)
+    cold = {"cold_start_file": str(path), "steps": 1}
+    opd.distil(config(world, out, **cold))
+    more = config(world, out, **{**cold, "steps": 2, "cold_start_lr": 0.5}, resume=True)
+    with pytest.warns(UserWarning, match="--cold-start-lr 0.5: the run began with 1e-05; cold_st"):
+        opd.distil(more)
+    write_lines(path, answers[:2])
+    with pytest.raises(UserError, match="or those of the cold start, are not those"):
+        opd.distil(replace(more, steps=3))
+
+
 def test_a_checkpoint_of_another_student_is_refused(cut, resumed):
     """It is refused if the directory has the same name, but holds another model."""
     state = checkpoint(cut)
@@ -470,6 +501,8 @@ def test_flags_that_decide_a_result_stay(world, cut, resumed, monkeypatch):
         resumed(teacher="./teacher", lr=1e-5, device="auto", save_every=3)
     assert [row["lr"] for row in rows(cut)] == [1e-3, 1e-3, 1e-5, 1e-5, 1e-5]
     assert not files.same("a", "b") and not files.same("3", 3)
+    assert files.same(("./teacher", "x"), ("teacher", "x"))
+    assert not files.same(("teacher",), ("teacher", "x")) and not files.same(("a",), ("b",))
 
 
 def test_what_made_a_run_is_on_record(tmp_path, cut, monkeypatch):

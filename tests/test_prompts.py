@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
 from conftest import TEMPLATE, WORDS, tiny, word_tokenizer, write_lines
@@ -18,6 +19,7 @@ from plumbing.flags import Config, Diagnosis
 from plumbing.prompts import (
     additions,
     check_fits,
+    conversation_keys,
     encode,
     encode_rows,
     for_accuracy,
@@ -183,13 +185,14 @@ def test_a_template_wraps_the_question_and_nothing_else():
 def test_a_prompt_that_is_in_the_template_is_put_once_and_that_is_said(tmp_path, template):
     """In Online-DPO-R1#10 the instruction stands in the prompt twice."""
     put = apply_template("add 3", template)
-    path = lines(tmp_path / "p.jsonl", {"prompt": put}, {"prompt": [user(put)]}, {"prompt": "add"})
+    chat = [user(apply_template("add 7", template))]
+    path = lines(tmp_path / "p.jsonl", {"prompt": put}, {"prompt": chat}, {"prompt": "add"})
     note = "--prompts: 2 of 3 prompts are in the template already and stay as they are"
     cfg = Diagnosis(prompts=path, template=template, count=3)
     with says(note):
         rows = some_questions(cfg)
     prompts = [row["prompt"] for row in rows]
-    for prompt in (put, [user(put)], apply_template("add", template)):
+    for prompt in (put, chat, apply_template("add", template)):
         assert prompt in prompts
     with says():
         some_questions(dataclasses.replace(cfg, template="none"))
@@ -431,15 +434,27 @@ def test_encode_without_a_template_is_plain_text():
     assert encode(tokenizer, [{"role": "system", "content": "add"}, user("3 7")]) == ids
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE + "[EOS]"])
-def test_a_prompt_ends_with_no_end_of_text(template):
-    """trlx#287: some tokenizers append one, and the student would write on behind the end."""
-    tokenizer = word_tokenizer(chat_template=template)
+def with_ends():
+    """A tokenizer that appends two ends to every text."""
+    tokenizer = word_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS] [EOS]", special_tokens=[("[BOS]", 1), ("[EOS]", EOS)]
     )
-    ids = encode(tokenizer, "add 3")
-    assert ids[0] == tokenizer.bos_token_id and ids[-1] != EOS
+    return tokenizer
+
+
+def test_a_plain_prompt_ends_with_no_end_of_text():
+    """trlx#287: some tokenizers append one, and the student would write on behind the end."""
+    tokenizer = with_ends()
+    add, three = WORDS.index("add"), WORDS.index("3")
+    assert encode(tokenizer, "add 3") == [tokenizer.bos_token_id, add, three]
+
+
+def test_an_end_that_a_chat_template_writes_stays():
+    """DialoGPT's template ends the user's turn with one; what the tokenizer appends is left out."""
+    tokenizer = with_ends()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }} [EOS]"
+    assert encode(tokenizer, "add 3") == [WORDS.index("add"), WORDS.index("3"), EOS]
 
 
 def test_long_prompts_are_dropped_and_counted_never_cut():
@@ -561,6 +576,52 @@ def test_ids_that_a_cold_start_has_written_are_used_as_they_are(tmp_path):
     lines(tmp_path / "c.jsonl", row, {**row, "response_ids": [a, o, 1]})
     with pytest.raises(UserError, match='c.jsonl:2: its "response_ids" are of another tokenizer'):
         load_conversations(path, pair)
+
+
+def test_an_answer_ends_with_the_end_that_stands_for_all(tmp_path):
+    """rollout.merge_ends: every other end has probability 0, and the loss would be infinite."""
+    other = WORDS.index("7")
+    pair = replace(pair_of(word_tokenizer()), eos_ids=[EOS, other])
+    add, so = WORDS.index("add"), WORDS.index("so")
+    row = {
+        "messages": [user("add"), said("so")],
+        "prompt_ids": [add],
+        "response_ids": [so, other],
+        "why": "kept",
+    }
+    path = lines(tmp_path / "c.jsonl", row)
+    assert load_conversations(path, pair) == [([add], [so, EOS])]
+    apart = replace(pair, merge_ends=False)
+    assert load_conversations(path, apart) == [([add], [so, other])]
+
+    path = lines(tmp_path / "c.jsonl", {"messages": [user("add"), said("so 7 so")]})
+    assert load_conversations(path, apart) == [
+        (encode(pair.tokenizer, "add"), [so, other, so, EOS])
+    ]
+    with pytest.raises(UserError, match="c.jsonl:1: an end token stands within its answer"):
+        load_conversations(path, pair)
+
+
+def test_conversations_that_are_not_in_the_template_are_counted(tmp_path):
+    """5.1 and 5.2 together: they are learnt as they are, and that is said."""
+    bare = {"messages": [user("add 3"), said("3")]}
+    inside = {"messages": [user("Q: add 7"), said("7")]}
+    path = lines(tmp_path / "c.jsonl", bare, inside)
+    with says(
+        "--cold-start-file: 1 of 2 prompts are not in --template; they are learnt as they are"
+    ):
+        conversation_keys(Config(cold_start_file=str(path), template="Q: {question}"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conversation_keys(Config(cold_start_file=str(path)))
+
+
+def test_a_diagnosis_asks_each_question_once(tmp_path):
+    """Else its standard errors would be those of more prompts than there are."""
+    path = lines(tmp_path / "p.jsonl", *({"prompt": x} for x in ("a", "b", "a", "a")))
+    with says("--prompts: 2 of 4 prompts repeat another one and are left out"):
+        rows = some_questions(Diagnosis(prompts=str(path)))
+    assert sorted(row["prompt"] for row in rows) == ["a", "b"]
 
 
 def test_a_conversation_that_a_model_cannot_hold_is_refused(tmp_path):

@@ -399,3 +399,22 @@ def test_a_run_learns_from_itself_with_a_hint(world, tmp_path, hinted):
     with pytest.raises(UserError, match="agree at every state: there is nothing to learn"):
         opd.distil(plain)
     opd.distil(replace(plain, cold_start=2, steps=1))  # the cold start moves the student first
+
+
+def test_a_copy_in_bfloat16_has_nothing_to_teach_either(world, tmp_path, hinted):
+    """There rounding alone makes a reverse KL of more than NO_DISTANCE."""
+    cfg = config(
+        world, tmp_path, teacher=f"{world}/student", dtype="bfloat16", max_new_tokens=24, steps=1
+    )
+    pair, train, _ = ready(cfg)
+    far = {"reverse_kl": 0.01}
+    assert measure.same_weights(pair)
+    with pytest.raises(UserError, match="agree at every state"):
+        measure.check_teaches(cfg, pair, train, far)
+    measure.check_teaches(replace(cfg, teacher_temperature=0.5), pair, train, far)
+    reading_more = [{**train[0], "teacher_prompt": "so"}, *train[1:]]
+    measure.check_teaches(cfg, pair, reading_more, far)
+    next(pair.student.parameters()).data[0, 0] += 1
+    assert not measure.same_weights(pair)
+    measure.check_teaches(cfg, pair, train, far)
+    assert not measure.same_weights(ready(replace(cfg, teacher=f"{world}/teacher"))[0])
