@@ -477,7 +477,8 @@ def test_the_answers_of_a_cold_start_stay(world, tmp_path, out, monkeypatch):
     more = config(world, out, **{**cold, "steps": 2, "cold_start_lr": 0.5}, resume=True)
     with pytest.warns(UserWarning, match="--cold-start-lr 0.5: the run began with 1e-05; cold_st"):
         opd.distil(more)
-    write_lines(path, answers[:2])
+    answers[0]["messages"][1]["content"] = "so 3"
+    write_lines(path, answers)
     with pytest.raises(UserError, match="or those of the cold start, are not those"):
         opd.distil(replace(more, steps=3))
 
