@@ -39,10 +39,10 @@ from statistics import mean
 
 import plot
 import sums
+import toy
 import transformers
 from lab import (
     RESULTS,
-    Difference,
     above,
     commit_of,
     curves,
@@ -52,6 +52,7 @@ from lab import (
     file_name,
     finding,
     first_sentence,
+    mean_over_seeds,
     once,
     refuse_another,
     share,
@@ -109,14 +110,13 @@ def write_questions(folder, seed, arm="hint", held_out=HELD_OUT):
 
 def expert(base, folder, seed, quick):
     """The base after expert iteration on the training sums, made if it is not there: -> folder."""
-    if not (folder / "tokenizer_config.json").exists():
+    if not toy.is_made(folder):
         pair = models.load_pair(base, base, device="cpu")
         rows = sums.encoded(pair, folder.parent / "expert-questions" / "prompts.jsonl")
         rounds, samples = (1, 8) if quick else (sums.ROUNDS, sums.SAMPLES)
         for _ in sums.expert_iteration(pair, rows, rounds, seed, samples):
             pass
-        pair.student.save_pretrained(folder)
-        pair.tokenizer.save_pretrained(folder)  # last: it says that the model is whole
+        toy.save_whole(folder, pair.student, pair.tokenizer)
     return folder
 
 
@@ -167,8 +167,8 @@ def greedy_difference(ours, theirs, than="after"):
     for a, b in zip(ours, theirs, strict=True):
         assert a["seed"] == b["seed"]
         found.append(ahead(a["accuracy"]["after"]["greedy"], b["accuracy"][than]["greedy"]))
-    variance = sum(x["standard_error"] ** 2 for x in found)
-    return Difference(mean(x["mean"] for x in found), 2 * variance**0.5 / len(found))
+    means = [x["mean"] for x in found]
+    return mean_over_seeds(means, [x["standard_error"] ** 2 for x in found])
 
 
 def lead(run, way, when="teacher"):

@@ -404,8 +404,8 @@ def area(runs, name):
 def mean_area(areas):
     """The mean over seeds of AUROCs (auroc_with_error), and its noise: as a Difference."""
     means = [math.nan if x["mean"] is None else x["mean"] for x in areas]
-    variance = sum((x["standard_error"] or 0) ** 2 for x in areas)
-    return lab.Difference(mean(means), 2 * math.sqrt(variance) / len(means))
+    variances = [(x["standard_error"] or 0) ** 2 for x in areas]
+    return lab.mean_over_seeds(means, variances)
 
 
 def rewards(runs):

@@ -84,8 +84,7 @@ def prepare(lab):
         weight.data[ends] = weight.data[ends[::-1]]
     teacher.config.eos_token_id = teacher.generation_config.eos_token_id = ends[1]
     tokenizer.eos_token = "<unk>"
-    teacher.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    toy.save_whole(folder, teacher, tokenizer)
 
 
 def trap(lab, prompts, student="student", teacher="teacher"):

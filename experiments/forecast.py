@@ -53,7 +53,7 @@ PAIRS = (
 )
 
 
-LATER = 3  # the first of the seeds that the rule was not chosen on
+LATER = 3  # the first of the toy's seeds that the rule was not chosen on
 
 
 def name_of(student, teacher):
@@ -115,9 +115,17 @@ def spearman(x, y):
     return sum(r * s for r, s in zip(a, b)) / scale if scale else None
 
 
-def pairs_of(results, names):
-    """Diagnosed and distilled pairs, a dict for each: {"name", "seed", "report", "verdict", "gain":
-    {way: Difference}, "pilot"}. pilot: the share of the reverse KL that three steps took away."""
+def is_later(name, seed):
+    return seed >= LATER
+
+
+def pairs_of(results, names, is_later=is_later):
+    """Diagnosed and distilled pairs, a dict for each: {"name", "seed", "later", "report",
+    "verdict", "gain": {way: Difference}, "pilot"}.
+
+    later: was the rule made before this pair was diagnosed, by is_later(name, seed)? pilot: the
+    share of the reverse KL that three steps took away.
+    """
     found = []
     for name in names:
         both = lab.of_shared_seeds(results, (name, f"diagnosis of {name}"))
@@ -128,6 +136,7 @@ def pairs_of(results, names):
                 {
                     "name": name,
                     "seed": run["seed"],
+                    "later": is_later(name, run["seed"]),
                     "report": report,
                     "verdict": verdict(report)[0],
                     "gain": {way: gain([run], way) for way in ("T .7", "greedy", "T 1")},
@@ -199,9 +208,9 @@ def judge(results):
 
 
 def by_age(pairs):
-    """Those of the seeds that the rule was chosen on, and later ones: two lists."""
-    old = [pair for pair in pairs if pair["seed"] < LATER]
-    new = [pair for pair in pairs if pair["seed"] >= LATER]
+    """Those that the rule was chosen on, and later ones: two lists."""
+    old = [pair for pair in pairs if not pair["later"]]
+    new = [pair for pair in pairs if pair["later"]]
     return old, new
 
 
@@ -276,7 +285,7 @@ def gains_greedily(pair):
 
 def candidate_lines(pairs):
     """How well each candidate tells the pairs that gained from those that did not, among those
-    whose teacher surely leads greedily, on the seeds that a rule may be chosen on."""
+    whose teacher surely leads greedily, of those that the rule was chosen on."""
     old, _ = by_age(pairs)
     asked = [pair for pair in old if sure(pair["report"]["greedy"]["gain"]) > 0]
     if not asked:
@@ -284,7 +293,7 @@ def candidate_lines(pairs):
     won = torch.tensor([gains_greedily(pair) for pair in asked])
     lines = [
         "",
-        f"the teacher surely leads greedily, seeds 0 to 2: {len(asked)} pairs, of which "
+        f"the rule was chosen on {len(asked)} pairs whose teacher surely leads greedily; of these "
         f"{int(won.sum())} gained greedily; AUROC of a candidate, its values",
     ]
     for name, value in CANDIDATES.items():
@@ -304,9 +313,9 @@ def span(values):
 
 
 def record_lines(pairs):
-    """What came by verdict, on the seeds that the rule was chosen on and on later ones."""
+    """What came by verdict, of the pairs that the rule was chosen on and of later ones."""
     lines = []
-    for which, mine in zip(("seeds 0 to 2, chosen on", "later seeds"), by_age(pairs)):
+    for which, mine in zip(("chosen on", "later pairs"), by_age(pairs)):
         if mine:
             lines += ["", f"{which}: {len(mine)} runs"]
         for name in VERDICTS:
@@ -321,7 +330,7 @@ def record_lines(pairs):
 
 
 def record(pairs):
-    """{verdict: (pairs of later seeds that are called so, of which gained greedily)}."""
+    """{verdict: (later pairs that are called so, of which gained greedily)}."""
     _, new = by_age(pairs)
     found = {}
     for name in VERDICTS:

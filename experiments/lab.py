@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 import torch
 import transformers
@@ -160,7 +160,8 @@ class Lab:
         others; it may have been made in another dtype.
         """
         path = self.results / self.kind / file_name(name, self.seed)
-        return once(path, {"name": name, "seed": self.seed}, asked, make)
+        names = {"name": name, "seed": self.seed, "measured in": self.dtype}
+        return once(path, names, asked, make)
 
     def run(self, name, arm):
         """Run an arm that has no result yet: -> its result."""
@@ -232,7 +233,7 @@ class Lab:
         -> {way: {"mean", "standard_error", "prompts", "right": a bit a prompt, in hexadecimal
         digits}}
         """
-        path = self.notes(folder) / f"accuracy-{files.digest(exam)[:8]}.json"
+        path = self.notes(folder) / f"accuracy-{self.dtype}-{files.digest(exam)[:8]}.json"
         if path.exists():
             return files.read_json(path)
         pair = self.load(folder, folder)
@@ -255,9 +256,9 @@ class Lab:
 def once(path, names, asked, make):
     """A result file, read if it is there, else made and written.
 
-    names: {"name", "seed"}. asked: the settings that decide it, plain values. make: a function ->
-    what the result holds. SystemExit if the file was made with other settings; it may have been
-    made in another dtype.
+    names: {"name", "seed"}, and what else is to be kept. asked: the settings that decide it, plain
+    values. make: a function -> what the result holds. SystemExit if the file was made with other
+    settings; it may have been made in another dtype.
     """
     asked = json.loads(json.dumps(asked))
     if path.exists():
@@ -409,28 +410,30 @@ def finding(section, claim, paper, found, *words):
     return Finding(section, claim, paper, found, together(*words))
 
 
-def so_far(found, seeds):
-    """A Finding that was asked of so many seeds: with fewer than three its word says so."""
-    if seeds >= 3:
+def so_far(found, seeds, of=3):
+    """A Finding that was asked of so many seeds: with fewer than it needs its word says so."""
+    if seeds >= of:
         return found
-    return dataclasses.replace(found, word=f"{found.word}, {seeds} of 3 seeds so far")
+    return dataclasses.replace(found, word=f"{found.word}, {seeds} of {of} seeds so far")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of two accuracies: its mean over seeds, and its noise, two standard errors.
+    """The difference of two accuracies: its mean over seeds, its noise, and each seed's own.
 
-    The standard error is that of differences paired by prompt, pooled over the seeds.
+    noise: see mean_over_seeds.
     """
 
     mean: float
     noise: float
+    seeds: tuple = ()
 
     def __str__(self):
-        return f"{self.mean:+.3f} ± {self.noise:.3f}"
+        text = f"{self.mean:+.3f} ± {self.noise:.3f}"
+        return f"{text} ({each(self.seeds, '+.3f')})" if len(self.seeds) > 1 else text
 
     def __neg__(self):
-        return Difference(-self.mean, self.noise)
+        return Difference(-self.mean, self.noise, tuple(-x for x in self.seeds))
 
     @property
     def is_equal(self):
@@ -451,7 +454,22 @@ def difference(ours, theirs, way, when="after", than=None, exam="accuracy"):
         off = answers(a[exam][when][way]) - answers(b[exam][than or when][way])
         means.append(off.mean().item())
         variances.append((off.var() / len(off)).item())
-    return Difference(mean(means), 2 * math.sqrt(sum(variances)) / len(means))
+    return mean_over_seeds(means, variances)
+
+
+def mean_over_seeds(means, variances):
+    """The mean over seeds, and its noise: Difference.
+
+    means: one for each seed; variances: of each of these means, over the prompts of its seed. Noise
+    is two standard errors, the larger of two: that over prompts, pooled from the variances, and
+    that over seeds, of the means themselves. The second is the larger one if seeds differ by more
+    than their prompts explain. (It was added after the runs: seeds that disagreed stood under a
+    noise of .008.)
+    """
+    n = len(means)
+    of_prompts = math.sqrt(sum(variances)) / n
+    of_seeds = stdev(means) / math.sqrt(n) if n > 1 else 0.0
+    return Difference(mean(means), 2 * max(of_prompts, of_seeds), tuple(means))
 
 
 def answers(accuracy):
@@ -551,10 +569,6 @@ def each(values, form=".2f"):
     return ", ".join("-" if value is None else format(value, form) for value in values)
 
 
-def over_seeds(runs, value):
-    return mean(value(run) for run in runs)
-
-
 def held_out(run, when, name):
     """A metric on held-out prompts "before", after the "cold_start", or "after": float."""
     return run[f"held_out_{when}"][name]
@@ -643,14 +657,19 @@ def main(
             names = [*arms, *probes]
             is_toy = world is Lab
             results = read_results(out, names) if is_toy else read_all(out, names, world.kind)
-            findings = judge(results)
-            lines = [*table(results, arms), *(more(results) if more else []), ""]
-            lines += verdicts(findings)
-            lines += provenance(results)
-            print("\n".join(lines))
-            (out / f"{name}.txt").write_text("\n".join(lines) + "\n")
+            text = report(results, arms, judge, more)
+            print(text)
+            (out / f"{name}.txt").write_text(text + "\n")
             if draw is not None and all(results.values()):
                 draw(results, out / name)
+
+
+def report(results, arms, judge, more=None):
+    """All that a script says of its results: every run, further lines, findings, commits: str."""
+    lines = [*table(results, arms), *(more(results) if more else []), ""]
+    lines += verdicts(judge(results))
+    lines += provenance(results)
+    return "\n".join(lines)
 
 
 def run_all(lab, arms, probes, only):
@@ -742,7 +761,7 @@ def provenance(results):
         "",
         "accuracy: T 1; T .7 with top-p .95; greedy. One answer to each of "
         f"{', '.join(map(str, prompts))} held-out prompts.",
-        "± is noise: two standard errors of the paired difference over prompts, pooled over seeds.",
+        "± is noise: two standard errors over prompts, pooled, or over seeds if that is more.",
         f"seeds {', '.join(map(str, seeds))}; commits {', '.join(commits)}; "
         f"{seconds:.0f} CPU seconds, those of arms that other scripts share included",
     ]

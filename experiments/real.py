@@ -139,6 +139,7 @@ ARMS = {
 }
 PATIENT = ("words, 72", "words, fast", "words, 72 fast")
 BY_ROUND = ("round 1", "round 2", "success")
+CHOSEN_ON = {("success", 0), ("success", 1), ("words", 0), ("words", 1)}  # by the rule, in 9cb83c2
 FAILING = ("words", "copy")
 ENDS = 3  # steps at either end that are averaged
 
@@ -196,9 +197,14 @@ PROBES["trap"] = (trap, {"prompts": 256})
 
 def less_than_share(ours, theirs, part):
     """Does an arm gain surely less than a part of what another gains, at T .7? -> a word."""
-    a = gain(ours, "T .7")
-    b = gain(theirs, "T .7")
-    return more_than(Difference(part * b.mean - a.mean, part * b.noise + a.noise), 0)
+    means = []
+    variances = []
+    for one, other in zip(ours, theirs, strict=True):
+        a = gain([one], "T .7")
+        b = gain([other], "T .7")
+        means.append(part * b.mean - a.mean)
+        variances.append(((part * b.noise + a.noise) / 2) ** 2)
+    return more_than(lab.mean_over_seeds(means, variances), 0)
 
 
 def two(offs):
@@ -505,7 +511,7 @@ def equal_way(runs):
         return
     teachers = difference(alike, other, "T .7", "teacher")
     offs = both(alike, other)
-    yield finding(
+    found = finding(
         "3.1",
         claim,
         paper,
@@ -513,6 +519,7 @@ def equal_way(runs):
         f"{each((run['seed'] for run in alike), 'd')}",
         *map(above, offs),
     )
+    yield lab.so_far(found, len(alike))
 
 
 def is_weaker(run, other):
@@ -522,14 +529,19 @@ def is_weaker(run, other):
 
 
 def promises(runs):
-    yield from forecast.promises(forecast.pairs_of(runs, TAUGHT), "on later seeds")
+    yield from forecast.promises(pairs_of(runs), "on later seeds")
+
+
+def pairs_of(runs):
+    """The pairs of forecast.pairs_of. Later ones are those that are not in CHOSEN_ON."""
+    return forecast.pairs_of(runs, TAUGHT, lambda name, seed: (name, seed) not in CHOSEN_ON)
 
 
 def trapped(runs):
     yield followups.agreement(runs["trap"])
 
 
-CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it needs
+CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it needs, on three seeds
     (skill, ("success",)),
     (first_round, ("round 1",)),
     (nothing_new, ("copy",)),
@@ -555,9 +567,10 @@ CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it ne
 
 
 LATER_CLAIMS = (  # the same, of later seeds
-    (equal_way, ("words", *BY_ROUND)),
+    (equal_way, ("words", *BY_ROUND)),  # counts the seeds that have a weaker expert itself
     (promises, tuple(both for name in TAUGHT for both in (name, f"diagnosis of {name}"))),
 )
+SEEDS = {equal_way: 0, promises: 2}  # that a claim needs, if not three
 
 
 def judge(runs):
@@ -580,12 +593,12 @@ def judge(runs):
             if seeds == 0:
                 continue
             for found in claim(some):
-                yield lab.so_far(found, seeds)
+                yield lab.so_far(found, seeds, SEEDS.get(claim, 3))
 
 
 def more(runs):
     """The diagnoses and what came; and which models were made anew and came out otherwise."""
-    pairs = forecast.pairs_of(runs, TAUGHT)
+    pairs = pairs_of(runs)
     lines = forecast.pair_lines(pairs) + forecast.candidate_lines(pairs)
     return lines + forecast.record_lines(pairs) + unlike_models(runs)
 

@@ -3,10 +3,11 @@
     python experiments/report.py
 
 It writes results/findings.md: every claim about the toy and about SmolLM2, what the paper has, what
-was found here, and a word; and the commits and seconds of each script. It puts short tables of
-findings and scripts, and lines that context.py, forecast.py and bench.py print, into
-experiments/README.md, each between its two markers. It puts opd.update into README.md. It draws
-every figure anew. A script of the toy without results is left out, and named.
+was found here, and a word; and the commits and seconds of each script. It writes the table of each
+script, results/NAME.txt. It puts short tables of findings and scripts, and lines of context.txt,
+forecast.txt and bench.txt, into experiments/README.md, each between its two markers. It puts
+opd.update into README.md. It draws every figure anew. A script of the toy without results is left
+out, and named.
 
 Criteria stand in the first lines of a script. The four words are explained in lab.py.
 """
@@ -24,7 +25,7 @@ import real
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
 IN_CONTEXT = ("teacher", "hint", "other sum", "expert")  # lines of context.txt begin so
-IN_FORECAST = ("seeds 0 to 2", "later seeds", *forecast.VERDICTS)  # of forecast.txt
+IN_FORECAST = ("chosen on", "later pairs", *forecast.VERDICTS)  # of forecast.txt
 IN_BENCH = (  # of bench.txt
     "rollout toy   uneven",
     "rollout real  uneven",
@@ -289,9 +290,22 @@ def draw(toy, of_real, folder):
             print(f"{name}.svg is not drawn: {refusal}", file=sys.stderr)
 
 
+def tables(toy, of_real):
+    """{script: what lab.report says of its results} of every script that has results."""
+    found = {}
+    for script, results in {**toy, "real": of_real}.items():
+        module = importlib.import_module(script)
+        more = getattr(module, "more", None)
+        if any(results.values()):
+            found[script] = lab.report(results, module.ARMS, module.judge, more) + "\n"
+    return found
+
+
 def main():
     toy = toy_results(lab.RESULTS)
     of_real = real_results(lab.RESULTS)
+    for script, text in tables(toy, of_real).items():
+        (lab.RESULTS / f"{script}.txt").write_text(text)
     (lab.RESULTS / "findings.md").write_text(page(toy, of_real, lab.RESULTS))
     readme = lab.ROOT / "experiments" / "README.md"
     readme.write_text(filled(readme.read_text(), toy, of_real, lab.RESULTS))

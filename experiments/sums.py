@@ -27,12 +27,12 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 from pathlib import Path
 
 import lab
 import torch
+import toy
 
 from plumbing import files, models, prompts, slots
 from plumbing.answers import answered, read_answer, same_answer
@@ -316,7 +316,7 @@ class RealLab(lab.Lab):
         return self.world / name
 
     def is_made(self, name):
-        return (self.world / name).exists()
+        return toy.is_made(self.world / name)
 
     def make(self, name):
         """Train a copy of the base and save it, an expert after each of its rounds."""
@@ -360,11 +360,7 @@ class RealLab(lab.Lab):
 
     def save(self, pair, name):
         """Save the student of a pair, completely or not at all."""
-        folder = self.world / f"{name}.part"
-        shutil.rmtree(folder, ignore_errors=True)
-        pair.student.save_pretrained(folder)
-        pair.tokenizer.save_pretrained(folder)
-        folder.rename(self.world / name)
+        toy.save_whole(self.world / name, pair.student, pair.tokenizer)
 
     def exam_rows(self, pair, exam):
         return self.rows(pair, self.held_out, exam)

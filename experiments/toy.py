@@ -38,6 +38,7 @@ import argparse
 import itertools
 import json
 import math
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -498,8 +499,7 @@ def make(
         wanted = score(read_model(until), "T 1", scale.trials)
         asked["stop"] = lambda: abs(score(model, "T 1", scale.trials) - wanted) <= 0.03
     expert_iteration(model, min(rounds, scale.rounds), generator, f"{what}, RL", **asked)
-    model.save_pretrained(out)
-    tokenizer().save_pretrained(out)
+    save_whole(out, model, tokenizer())
     return model
 
 
@@ -546,9 +546,18 @@ def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9)):
         (Path(folder) / f"{name}.jsonl").write_text("\n".join(part) + "\n")
 
 
+def save_whole(folder, model, tokenizer):
+    """Save a model with its tokenizer, completely or not at all."""
+    aside = Path(f"{folder}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+
 def is_made(folder):
-    """Is a model completely saved? Its tokenizer is saved last."""
-    return (Path(folder) / "tokenizer_config.json").exists()
+    """Is there a model? save_whole leaves no half of one."""
+    return Path(folder).exists()
 
 
 def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):

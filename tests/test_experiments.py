@@ -65,6 +65,7 @@ def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
     assert kept == {
         "name": "sft, opd",
         "seed": 3,
+        "measured in": "float32",
         "asked": {"steps": 3, "part": [1, 2]},
         "found": [0.5, None],
         "commit": "abc",
@@ -239,8 +240,9 @@ def test_a_student_that_is_trained_again_is_measured_again(tmp_path, short):
     here = world_of(tmp_path, "student", "teacher")
     folder = here.folder("arm") / "student"
     folder.mkdir(parents=True)
-    stale = folder / f"accuracy-{files.digest(toy.PLAIN)[:8]}.json"
+    stale = folder / f"accuracy-float32-{files.digest(toy.PLAIN)[:8]}.json"
     stale.write_text('{"T 1": "stale"}')
+    assert here.accuracies(folder, toy.PLAIN) == {"T 1": "stale"}
     arm = lab.Arm("student", "teacher", ONE_STEP, train=own_loop.reverse_by_student)
     assert here.run("arm", arm)["accuracy"]["after"]["T 1"] != "stale"
 
@@ -468,19 +470,33 @@ def test_bits_and_hexadecimal_digits_are_inverse(answers):
     assert sum(found[len(answers) :]) == 0
 
 
-def test_a_difference_and_its_noise_by_hand_pooled_over_seeds():
-    """On one seed the differences are 1 0 1 0, on the other 0 0 0 -1. Their means are 1/2 and -1/4,
-    with variances 1/12 and 1/16. So the mean is 1/8, and the noise sqrt(1/12 + 1/16)."""
-    ours = [run_of(0, after=[1, 1, 1, 0]), run_of(1, after=[1, 0, 0, 0])]
+def test_a_difference_and_its_noise_by_hand_over_prompts():
+    """On one seed the differences are 1 0 1 0, on the other 0 0 1 0. Their means are 1/2 and 1/4,
+    with variances 1/12 and 1/16. So the mean is 3/8, and the noise sqrt(1/12 + 1/16). Over seeds it
+    would be sqrt(2) / 8 * sqrt(2) = 1/4."""
+    ours = [run_of(0, after=[1, 1, 1, 0]), run_of(1, after=[1, 0, 1, 1])]
     theirs = [run_of(0, after=[0, 1, 0, 0]), run_of(1, after=[1, 0, 0, 1])]
     found = lab.difference(ours, theirs, "T .7")
-    assert found.mean == pytest.approx(1 / 8)
+    assert found.mean == pytest.approx(3 / 8)
     assert found.noise == pytest.approx((1 / 12 + 1 / 16) ** 0.5)
-    assert str(found) == "+0.125 ± 0.382"
+    assert str(found) == "+0.375 ± 0.382 (+0.500, +0.250)"
     with pytest.raises(ValueError):
         lab.difference(ours, theirs[:1], "T .7")  # a seed is missing
     with pytest.raises(AssertionError):
         lab.difference(ours, theirs[::-1], "T .7")  # the seeds differ
+
+
+def test_the_noise_is_that_over_seeds_if_they_differ_by_more_than_their_prompts_explain():
+    """Seeds of .3, 0 and 0 with hardly any noise of their own: the standard deviation is .3 /
+    sqrt(3), the standard error .1. Such a mean is not surely above 0."""
+    found = lab.mean_over_seeds([0.3, 0.0, 0.0], [1e-6] * 3)
+    assert found.mean == pytest.approx(0.1)
+    assert found.noise == pytest.approx(0.2)
+    assert lab.above(found) == "undecided"
+    alike = lab.mean_over_seeds([0.1, 0.1, 0.1], [1e-6] * 3)
+    assert alike.noise == pytest.approx(2 * (3e-6) ** 0.5 / 3)
+    assert lab.above(alike) == "holds"
+    assert lab.mean_over_seeds([0.3], [1e-4]).noise == pytest.approx(0.02)
 
 
 def test_a_difference_of_one_arm_with_itself_and_a_gain():
@@ -557,7 +573,8 @@ def test_of_two_arms_that_are_right_nearly_always_neither_can_be_better():
     assert lab.ends_above([full], [full], "greedy") == lab.NOT_ASKABLE
     assert lab.ends_above([full], [half], "greedy") == "holds"
     assert lab.ends_above([half], [full], "greedy") == "contradicted"
-    assert lab.ends_above([full, half], [full, full], "greedy") == "contradicted"
+    assert lab.ends_above([half, half], [full, full], "greedy") == "contradicted"
+    assert lab.ends_above([full, half], [full, full], "greedy") == "undecided"
 
 
 def test_recovery_is_a_share_of_a_sure_lead():
@@ -621,7 +638,7 @@ def nothing(seed):
     [
         (phenomenology, {"3.2": 2, "3.3": 3, "2608.31046": 1}, 1),
         (mechanism, {"4.1": 1, "4.2": 2}, 1),
-        (recipe, {"5.2": 1}, 1),
+        (recipe, {"5.2": 1}, 2),
         (cost, {"6.2": 2, "6.3": 1, "2.2": 1}, 1),
         (followups, {"2609.04172": 1, "2609.35259": 1, "ours": 1}, 2),
     ],
@@ -1152,6 +1169,7 @@ def a_pair(seed, word, gained, after_half=0.1):
     return {
         "name": "success",
         "seed": seed,
+        "later": forecast.is_later("success", seed),
         "verdict": word,
         "gain": {way: lab.Difference(gained, 0.02) for way in ("T .7", "greedy")},
         "pilot": 0.5,
@@ -1186,18 +1204,19 @@ def test_a_rule_has_its_record_on_seeds_that_it_was_not_chosen_on():
     assert nothing.word == lab.HOLDS
     assert forecast.record(pairs) == {analysis.SHOULD_WORK: (2, 1), analysis.NOTHING_NEW: (1, 0)}
     text = "\n".join(forecast.record_lines(pairs))
-    assert "seeds 0 to 2, chosen on: 2 runs" in text
-    assert "later seeds: 3 runs" in text
+    assert "chosen on: 2 runs" in text
+    assert "later pairs: 3 runs" in text
     assert "  2 runs,   1 gained greedily; +0.00 .. +0.20 T .7, +0.00 .. +0.20 greedily" in text
 
 
 def test_a_candidate_is_judged_by_how_it_tells_who_gained():
-    """On seeds 0 to 2 alone; of pairs that all gained there is no area."""
+    """Of those that the rule was chosen on; of pairs that all gained there is no area."""
     won = a_pair(0, analysis.UNDECIDED, 0.3, after_half=0.2)
     lost = a_pair(1, analysis.UNDECIDED, 0.0, after_half=-0.1)
     later = a_pair(3, analysis.UNDECIDED, 0.0, after_half=0.5)
     lines = forecast.candidate_lines([won, lost, later])
-    assert "2 pairs, of which 1 gained greedily" in lines[1]
+    assert lines[1].startswith("the rule was chosen on 2 pairs whose teacher surely leads greedily")
+    assert "of these 1 gained greedily" in lines[1]
     line = {line[:36].strip(): line[37:] for line in lines[2:]}
     assert line["gain after 50 %"] == "1.00  gained +0.20 .. +0.20, not -0.10 .. -0.10"
     assert line["overlap ratio"].startswith("0.50")

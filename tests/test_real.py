@@ -7,6 +7,7 @@ import re
 import sys
 from types import SimpleNamespace
 
+import forecast
 import lab
 import plot
 import pytest
@@ -164,6 +165,15 @@ def test_what_a_model_was_measured_at_is_kept_in_its_world(base, tmp_path):
     assert sorted(path.name for path in base.iterdir()) == before
     assert [path.parent.name for path in here.world.rglob("accuracy-*.json")] == ["base"]
     assert found["greedy"]["prompts"] == 8
+
+
+def test_what_was_measured_in_one_dtype_is_not_taken_for_another(base, tmp_path, monkeypatch):
+    """A base that scores near one half answers otherwise in bfloat16."""
+    here = sums.RealLab(0, tmp_path, tmp_path, True, base=base)
+    for dtype in ("float32", "bfloat16"):
+        monkeypatch.setattr(here, "dtype", dtype)
+        here.accuracies(here.model("base"), here.exam)
+    assert len(list(here.world.rglob("accuracy-*.json"))) == 2
 
 
 def test_experts_are_made_together_and_each_once(base, tmp_path, monkeypatch):
@@ -394,6 +404,26 @@ def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_
     assert found.found.endswith("seeds 3, 4, 5")
     assert found.word == lab.HOLDS
     assert words_of(results((3, 4, 5), words=(80, 80, 100))) == {claim: lab.NOT_ASKABLE}
+
+
+def test_a_seed_without_a_weaker_expert_does_not_count():
+    """Each seed has a weaker one in `results`; on two of these words is made weaker than all."""
+    found = results((3, 4, 5))
+    weak = results((3, 4, 5), words=(80, 80, 100))["words"]
+    found["words"] = [found["words"][0], *weak[1:]]
+    (made,) = real.judge(found)
+    assert made.found.endswith("seeds 3")
+    assert made.word == "holds, 1 of 3 seeds so far"
+
+
+def test_the_rule_was_chosen_on_four_pairs_and_the_others_are_its_record(monkeypatch):
+    """Those that were diagnosed after its commit, whatever their seed."""
+    seen = []
+    monkeypatch.setattr(forecast, "pairs_of", lambda runs, names, is_later: seen.append(is_later))
+    real.pairs_of({})
+    (is_later,) = seen
+    old = [(arm, seed) for arm in real.TAUGHT for seed in range(5) if not is_later(arm, seed)]
+    assert old == [("success", 0), ("success", 1), ("words", 0), ("words", 1)]
 
 
 def test_a_model_that_was_made_again_otherwise_is_told():

@@ -29,6 +29,8 @@ def test_the_pages_are_a_fresh_report(capsys):
     text = README.read_text()
     assert report.filled(text, toy, real, RESULTS) == text
     assert (RESULTS / "findings.md").read_text() == report.page(toy, real, RESULTS)
+    for script, text in report.tables(toy, real).items():
+        assert (RESULTS / f"{script}.txt").read_text() == text, script
 
 
 @pytest.mark.parametrize("marker", ["<!-- the bench -->\n", "<!-- end of the bench -->\n"])
@@ -59,10 +61,10 @@ def test_a_script_that_lacks_results_is_left_out_and_named(tmp_path, capsys):
 
 
 def test_the_record_that_a_diagnosis_prints_is_that_of_the_results():
-    """Of both worlds, on seeds that the rule was not chosen on."""
+    """Of both worlds, of the pairs that the rule was not chosen on."""
     toy = lab.read_all(RESULTS, [*forecast.ARMS, *forecast.PROBES])
     real = report.real_results(RESULTS)
-    pairs = forecast.pairs_of(toy, forecast.ARMS) + forecast.pairs_of(real, report.real.TAUGHT)
+    pairs = forecast.pairs_of(toy, forecast.ARMS) + report.real.pairs_of(real)
     assert show.RECORD == forecast.record(pairs)
 
 
