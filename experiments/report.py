@@ -290,9 +290,12 @@ def draw(toy, of_real, folder):
             print(f"{name}.svg is not drawn: {refusal}", file=sys.stderr)
 
 
-def tables(toy, of_real):
-    """{script: what lab.report says of its results} of every script that has results."""
+def tables(toy, of_real, folder):
+    """{script: what it says of its results} of every script that has results."""
     found = {}
+    in_context = context_results(folder)
+    if in_context:
+        found["context"] = context.told(in_context) + "\n"
     for script, results in {**toy, "real": of_real}.items():
         module = importlib.import_module(script)
         more = getattr(module, "more", None)
@@ -304,7 +307,7 @@ def tables(toy, of_real):
 def main():
     toy = toy_results(lab.RESULTS)
     of_real = real_results(lab.RESULTS)
-    for script, text in tables(toy, of_real).items():
+    for script, text in tables(toy, of_real, lab.RESULTS).items():
         (lab.RESULTS / f"{script}.txt").write_text(text)
     (lab.RESULTS / "findings.md").write_text(page(toy, of_real, lab.RESULTS))
     readme = lab.ROOT / "experiments" / "README.md"

@@ -29,7 +29,7 @@ def test_the_pages_are_a_fresh_report(capsys):
     text = README.read_text()
     assert report.filled(text, toy, real, RESULTS) == text
     assert (RESULTS / "findings.md").read_text() == report.page(toy, real, RESULTS)
-    for script, text in report.tables(toy, real).items():
+    for script, text in report.tables(toy, real, RESULTS).items():
         assert (RESULTS / f"{script}.txt").read_text() == text, script
 
 
