@@ -516,9 +516,9 @@ def encode_for(cfg, pair, rows):
     """encode_rows with the flags of a command: rows -> rows, [] -> []."""
     if not rows:
         return []
-    new_tokens = cfg.max_new_tokens
-    for name in ("eval_max_new_tokens", "cold_start_max_new_tokens"):
-        new_tokens = max(new_tokens, getattr(cfg, name, 0))
+    new_tokens = max(cfg.max_new_tokens, getattr(cfg, "eval_max_new_tokens", 0))
+    if getattr(cfg, "cold_start", 0):
+        new_tokens = max(new_tokens, cfg.cold_start_max_new_tokens)
     return encode_rows(
         pair,
         rows,

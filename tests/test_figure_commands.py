@@ -137,7 +137,7 @@ def models(tmp_path_factory):
 
 SMALL = (
     "--steps 2 --batch-size 2 --n 1 --max-new-tokens 6 --eval-n 1 --eval-max-new-tokens 6 --k 4 "
-    "--cold-start-max-new-tokens 200 --eval-every 0 --device cpu"
+    "--eval-every 0 --device cpu"
 ).split()
 
 
@@ -153,6 +153,7 @@ def test_every_command_runs_two_steps_on_tiny_models(words, models, tmp_path):
     if "--cold-start" in words:
         words[words.index("--cold-start") + 1] = "4"
         small[small.index("--steps") + 1] = "0"
+        small += ["--cold-start-max-new-tokens", "200"]
     if "--k" in words:
         del small[small.index("--k") : small.index("--k") + 2]
         words[words.index("--k") + 1] = str(min(4, int(words[words.index("--k") + 1])))

@@ -21,6 +21,7 @@ from plumbing.prompts import (
     check_fits,
     conversation_keys,
     encode,
+    encode_for,
     encode_rows,
     for_accuracy,
     load_conversations,
@@ -498,8 +499,19 @@ def test_a_text_that_outgrows_a_model_is_refused():
         UserError, match="p.jsonl:3 and .* need 17 tokens, .* holds 16; lower --max"
     ):
         check_fits(pair, both, [4] * 6, 11, "p.jsonl:3")
+
     with pytest.raises(UserError, match="a token of p.jsonl:3 has no output row"):
         check_fits(pair, both, [len(WORDS)], 1, "p.jsonl:3")
+
+
+def test_a_cold_start_that_is_not_asked_for_needs_no_room():
+    """--preset paper sets the length of its answers, 12,288 tokens; these models hold 64."""
+    pair = pair_of(word_tokenizer())
+    rows = [{"prompt": "add 3"}]
+    paper = Config(max_new_tokens=6, cold_start_max_new_tokens=12288)
+    assert len(encode_for(paper, pair, rows)) == 1
+    with pytest.raises(UserError, match="need 12291 tokens, .* holds 64"):
+        encode_for(replace(paper, cold_start=1), pair, rows)
 
 
 # --- conversations -------------------------------------------------------------------------------
