@@ -203,7 +203,8 @@ def less_than_share(ours, theirs, part):
         a = gain([one], "T .7")
         b = gain([other], "T .7")
         means.append(part * b.mean - a.mean)
-        variances.append(((part * b.noise + a.noise) / 2) ** 2)
+        error = (part * b.noise + a.noise) / 2  # noise is two errors; the sum is the worst case
+        variances.append(error**2)
     return more_than(lab.mean_over_seeds(means, variances), 0)
 
 

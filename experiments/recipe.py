@@ -23,8 +23,8 @@ template or the other. Accuracy is measured on digits 0 to 9, for all arms under
 template and under the other. (The world was changed once. In a first run bigger was not trained
 until it was as good as the student. On seeds 1 and 2 neither it nor the teacher had learnt to add;
 the teacher was right .11 of the time: commit b390abd. And some 50 of the 2,048 held-out prompts
-are among the low ones, some 50 among the high ones. Without them no difference moves by more than
-.002.)
+are among the low ones, some 50 among the high ones. Without them no difference of a seed moves by
+more than .002 at T .7, .006 greedily.)
     aligned          teacher's template, aligned content
     other template   the other template, aligned content
     share 0 to .75   teacher's template, that share of aligned content

@@ -194,7 +194,7 @@ FOR = "for"
 AGAINST = "against"
 IN_THE_MEAN = "in the mean"  # alone neither: the same in the paper's success and failure
 UNSURE = "within noise"
-RECORD = {  # verdict: (pairs that had it, of which gained greedily), on seeds that no rule has seen
+RECORD = {  # verdict: (pairs that had it, of which gained greedily), of pairs after the rule
     "incompatible thinking (cold start first)": (5, 0),
     "nothing new to teach": (8, 0),
     "should work": (14, 13),
@@ -302,13 +302,8 @@ def signs(report):
     they are alike in a success and in a failure (4.1, 6.2).
     """
     first = report["first_tokens"]["overlap_ratio"]
-    rows = [
-        (
-            f"overlap, first {FIRST_TOKENS} positions",
-            plus_minus(first),
-            *of_overlap(first, report["k"]),
-        )
-    ]
+    points, why = of_overlap(first, report["k"])
+    rows = [(f"overlap, first {FIRST_TOKENS} positions", plus_minus(first), points, why)]
     if "greedy" not in report:
         return rows
 
