@@ -6,6 +6,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from analysis import (
     BUCKETS,
@@ -97,14 +98,16 @@ def of_responses(r):
 
 
 def accuracies(cfg, pair, rows, model, when):
-    """The accuracy of a model as the paper measures it, and greedily.
+    """The accuracy of a model as the paper measures it, and greedily; prints both.
 
-    -> {"accuracy_<when>": ..., "greedy_<when>": ...}
+    when: one of show.MEASURED. -> {"accuracy_<when>": ..., "greedy_<when>": ...}, None without
+    answers.
     """
-    return {
-        f"accuracy_{when}": accuracy(cfg, pair, rows, model),
-        f"greedy_{when}": greedy_accuracy(cfg, pair, rows, model),
-    }
+    sampled = accuracy(cfg, pair, rows, model)
+    greedy = greedy_accuracy(cfg, pair, rows, model)
+    if sampled:
+        tqdm.write(show.measured(when, sampled, greedy))
+    return {f"accuracy_{when}": sampled, f"greedy_{when}": greedy}
 
 
 def accuracy(cfg, pair, rows, model):

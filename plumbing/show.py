@@ -73,6 +73,19 @@ def line(row, columns=COLUMNS):
     return " ".join(cell(row.get(name), width, form) for name, _, width, form in columns)
 
 
+MEASURED = {  # what a run measures -> in words
+    "teacher": "teacher",
+    "before": "student before",
+    "cold_start": "student after the cold start",
+    "after": "student after",
+}
+
+
+def measured(when, sampled, greedy):
+    """The line of two accuracies that were just measured: "student before: accuracy .46 ..."."""
+    return f"{MEASURED[when]}: accuracy {plus_minus(sampled)}, greedy {plus_minus(greedy)}"
+
+
 def mismatch(row, dtype):
     """A sentence if log-probabilities as sampled and as scored differ beyond rounding, else None.
 

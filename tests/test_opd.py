@@ -566,6 +566,30 @@ def test_a_finished_run_goes_on_with_more_steps_and_only_then(world, tmp_path):
     assert rows(out) == rows(tmp_path / "straight")
 
 
+# --- what a run says ----------------------------------------------------------------------------
+
+
+def test_accuracies_are_said_as_soon_as_they_are_known(world, tmp_path, capsys):
+    """Who lets a long run write into a file sees there where it began, before the first step."""
+    found = opd.distil(config(world, tmp_path / "run", steps=1))
+    said = capsys.readouterr().out.splitlines()
+    began = said.index(show.measured("before", found["accuracy_before"], found["greedy_before"]))
+    taught = said.index(
+        show.measured("teacher", found["accuracy_teacher"], found["greedy_teacher"])
+    )
+    titles = said.index(show.columns().splitlines()[-1])
+    assert taught < began < titles
+    assert said[-1].startswith("student after: accuracy ")
+
+
+def test_without_answers_no_accuracy_is_said(world, tmp_path, capsys):
+    """There is none, and the run works."""
+    write_lines(tmp_path / "p.jsonl", [{"prompt": row["prompt"]} for row in PROMPTS])
+    with pytest.warns(UserWarning, match="accuracy will not be measured"):
+        opd.distil(config(world, tmp_path / "run", prompts=f"{tmp_path}/p.jsonl", steps=1))
+    assert "accuracy" not in capsys.readouterr().out
+
+
 # --- prompts and flags --------------------------------------------------------------------------
 
 
