@@ -106,7 +106,7 @@ def accuracies(cfg, pair, rows, model, when):
     sampled = accuracy(cfg, pair, rows, model)
     greedy = greedy_accuracy(cfg, pair, rows, model)
     if sampled:
-        tqdm.write(show.measured(when, sampled, greedy))
+        tqdm.write(show.accuracy_line(when, sampled, greedy))
     return {f"accuracy_{when}": sampled, f"greedy_{when}": greedy}
 
 

@@ -81,8 +81,8 @@ MEASURED = {  # what a run measures -> in words
 }
 
 
-def measured(when, sampled, greedy):
-    """The line of two accuracies that were just measured: "student before: accuracy .46 ..."."""
+def accuracy_line(when, sampled, greedy):
+    """Two accuracies that were just measured, as a line: "student before: accuracy 0.465 ..."."""
     return f"{MEASURED[when]}: accuracy {plus_minus(sampled)}, greedy {plus_minus(greedy)}"
 
 

@@ -573,9 +573,11 @@ def test_accuracies_are_said_as_soon_as_they_are_known(world, tmp_path, capsys):
     """Who lets a long run write into a file sees there where it began, before the first step."""
     found = opd.distil(config(world, tmp_path / "run", steps=1))
     said = capsys.readouterr().out.splitlines()
-    began = said.index(show.measured("before", found["accuracy_before"], found["greedy_before"]))
+    began = said.index(
+        show.accuracy_line("before", found["accuracy_before"], found["greedy_before"])
+    )
     taught = said.index(
-        show.measured("teacher", found["accuracy_teacher"], found["greedy_teacher"])
+        show.accuracy_line("teacher", found["accuracy_teacher"], found["greedy_teacher"])
     )
     titles = said.index(show.columns().splitlines()[-1])
     assert taught < began < titles
