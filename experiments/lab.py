@@ -93,7 +93,7 @@ class Lab:
     """One seed of the toy: its world of models, its runs, its results."""
 
     kind = "toy"  # the folder of the results
-    new_tokens = 96  # at most, of a response; a solution takes some 33
+    new_tokens = 96  # at most, of a response; a solution takes some 32
     max_prompt_tokens = 64
     in_flight = 0  # responses written at a time; 0: all
     dtype = "float32"  # in which models are measured

@@ -167,7 +167,7 @@ def knowledge(runs):
     )
     gains = [gain(sharp, way) for way in toy.WAYS]
     yield finding(
-        "3.2",
+        "ours",
         "a teacher that only samples more sharply teaches no knowledge",
         "not there",
         f"gain {gains[2]} greedily ({gains[0]} at T 1, {gains[1]} at T .7)",
@@ -175,7 +175,7 @@ def knowledge(runs):
     )
     gains = [gain(runs["self"], way) for way in toy.WAYS]
     yield finding(
-        "3.2",
+        "ours",
         "the student itself, as a teacher at temperature .5, teaches sharpness and no knowledge",
         "not there",
         f"gain {gains[0]} at T 1, {gains[2]} greedily",
@@ -224,7 +224,7 @@ def reversal(runs):
     )
     off = difference(runs["reverse-sharp"], reverse, "greedy")
     yield finding(
-        "3.3",
+        "ours",
         "with sharp as the teacher, student-rl ends in the same place if asked greedily",
         "not there",
         f"{off} greedily ({difference(runs['reverse-sharp'], reverse, 'T .7')} at T .7)",

@@ -71,6 +71,7 @@ too: lab.py). If nothing else is said, they are asked greedily and at T .7, of s
 """
 
 import math
+from functools import partial
 
 import cost
 import followups
@@ -140,7 +141,6 @@ ARMS = {
 PATIENT = ("words, 72", "words, fast", "words, 72 fast")
 BY_ROUND = ("round 1", "round 2", "success")
 CHOSEN_ON = {("success", 0), ("success", 1), ("words", 0), ("words", 1)}  # by the rule, in 9cb83c2
-FAILING = ("words", "copy")
 ENDS = 3  # steps at either end that are averaged
 
 
@@ -163,13 +163,10 @@ def diagnosis(lab, teacher, prompts):
     return {"report": report}
 
 
-def signal(lab, teachers, prompts, samples, coherent):
-    """6.2, before training: each teacher's rewards and gradients on the base's answers."""
-    found = {}
-    for name in teachers:
-        count = 4 if lab.quick else prompts
-        found[name] = cost.signal_of(lab, "base", name, count, samples, coherent)
-    return {"found": found}
+def signal(lab, teacher, prompts, samples, coherent):
+    """6.2, before training: a teacher's rewards and gradients on the base's answers."""
+    count = 4 if lab.quick else prompts
+    return cost.signal_of(lab, "base", teacher, count, samples, coherent)
 
 
 def trap(lab, prompts):
@@ -177,19 +174,19 @@ def trap(lab, prompts):
 
 
 PROBES = {
-    f"diagnosis of {name}": (diagnosis, {"teacher": teacher, "prompts": 64})
-    for name, teacher in TAUGHT.items()
-}
-PROBES["signal"] = (
-    signal,
-    {
-        "teachers": ["expert", "words", "backwards", "copy"],
-        "prompts": 256,
-        "samples": 4,
-        "coherent": 64,
+    **{
+        f"diagnosis of {name}": (diagnosis, {"teacher": teacher, "prompts": 64})
+        for name, teacher in TAUGHT.items()
     },
-)
-PROBES["trap"] = (trap, {"prompts": 256})
+    **{
+        f"signal of {teacher}": (
+            signal,
+            {"teacher": teacher, "prompts": 256, "samples": 4, "coherent": 64},
+        )
+        for teacher in ("expert", "words", "backwards", "copy")
+    },
+    "trap": (trap, {"prompts": 256}),
+}
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -229,7 +226,7 @@ def skill(runs):
 def first_round(runs):
     x = gain(runs["round 1"], "greedy")
     yield finding(
-        "3.2", "so can what it knows after one round", "not there", f"gain {x} greedily", above(x)
+        "ours", "so can what it knows after one round", "not there", f"gain {x} greedily", above(x)
     )
 
 
@@ -248,7 +245,7 @@ def sharper(runs):
     x = gain(runs["sharper"], "greedy")
     at_1 = gain(runs["sharper"], "T 1")
     yield finding(
-        "3.2",
+        "ours",
         "the base itself, as a teacher at temperature .4, teaches sharpness and no knowledge",
         "not there",
         f"gain {at_1} at T 1, {x} greedily",
@@ -384,7 +381,7 @@ def in_words(runs):
 def not_slow(runs):
     gains = [f"{name}: {gain(runs[name], 'T .7')}" for name in PATIENT]
     yield finding(
-        "5.1",
+        "ours",
         "it fails, and is not just slow: six times the steps, ten times the rate, both",
         "not there",
         f"{', '.join(gains)} at T .7",
@@ -426,7 +423,7 @@ def estimators(runs):
     sampled = both(runs["sampled"], runs["full"])
     top_16 = both(runs["success"], runs["full"])
     yield finding(
-        "2.2",
+        "ours",
         "Eq. 3, 4 and 5 end alike",
         "not there",
         f"Eq. 3 {two(sampled)}, Eq. 5 {two(top_16)}, of Eq. 4",
@@ -462,12 +459,12 @@ def first_tokens(runs):
     )
 
 
-def area(runs, name):
+def area(runs, teacher):
     """The AUROC with a teacher: its mean over seeds, and noise, as a Difference."""
-    return cost.mean_area([run["found"][name]["auroc"] for run in runs["signal"]])
+    return cost.mean_area([run["auroc"] for run in runs[f"signal of {teacher}"]])
 
 
-def rewards(runs):
+def good_rewards(runs):
     good = area(runs, "expert")
     yield finding(
         "6.2",
@@ -476,25 +473,24 @@ def rewards(runs):
         f"{good.mean:.3f} ± {good.noise:.3f}",
         more_than(good, 0.6),
     )
-    for name in FAILING:
-        bad = area(runs, name)
-        behind = Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
-        yield finding(
-            "6.2",
-            f"the mean reward of {name}, which fails, ranks them, too",
-            "AUROC .751 with the one that fails",
-            f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
-            more_than(-behind, -0.1),
-        )
 
 
-def gradients(runs):
-    good = [run["found"]["expert"] for run in runs["signal"]]
-    for name in FAILING:
-        bad = [run["found"][name] for run in runs["signal"]]
-        yield cost.cancelling(
-            f"the gradients of {name}, which fails, are large and cancel", bad, good
-        )
+def rewards_of_failing(teacher, runs):
+    good = area(runs, "expert")
+    bad = area(runs, teacher)
+    behind = Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
+    yield finding(
+        "6.2",
+        f"the mean reward of {teacher}, which fails, ranks them, too",
+        "AUROC .751 with the one that fails",
+        f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
+        more_than(-behind, -0.1),
+    )
+
+
+def gradients_of_failing(teacher, runs):
+    claim = f"the gradients of {teacher}, which fails, are large and cancel"
+    yield cost.cancelling(claim, runs[f"signal of {teacher}"], runs["signal of expert"])
 
 
 def equal_way(runs):
@@ -558,8 +554,11 @@ CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it ne
     (rounding, ("float32", "success")),
     (supports, ("intersection", "difference", "success")),
     (template, ("success", "wordy")),
-    (rewards, ("signal",)),
-    (gradients, ("signal",)),
+    (good_rewards, ("signal of expert",)),
+    (partial(rewards_of_failing, "words"), ("signal of words", "signal of expert")),
+    (partial(rewards_of_failing, "copy"), ("signal of copy", "signal of expert")),
+    (partial(gradients_of_failing, "words"), ("signal of words", "signal of expert")),
+    (partial(gradients_of_failing, "copy"), ("signal of copy", "signal of expert")),
     (estimators, ("sampled", "success", "full")),
     (one_prompt, ("one prompt", "success")),
     (first_tokens, ("8 tokens", "success")),

@@ -20,11 +20,10 @@ Criteria, fixed before the runs ("surely": by more than two standard errors, and
 bigger after RL, was post-trained under one of them and on lists of low digits only (0 to 4). The
 student is distilled on low ("aligned") or high digits (5 to 9) or a mixture, under the teacher's
 template or the other. Accuracy is measured on digits 0 to 9, for all arms under the teacher's
-template and under the other. (The world was changed once. In a first run bigger was not trained
+template and under the other. (The world was changed twice. In a first run bigger was not trained
 until it was as good as the student. On seeds 1 and 2 neither it nor the teacher had learnt to add;
-the teacher was right .11 of the time: commit b390abd. And some 50 of the 2,048 held-out prompts
-are among the low ones, some 50 among the high ones. Without them no difference of a seed moves by
-more than .002 at T .7, .006 greedily.)
+the teacher was right .11 of the time: commit b390abd. In a second run some 50 of the 2,048 held-out
+prompts were among the low ones, some 50 among the high ones: commit fa9a9b5.)
     aligned          teacher's template, aligned content
     other template   the other template, aligned content
     share 0 to .75   teacher's template, that share of aligned content
@@ -242,12 +241,14 @@ def more(runs):
 
 
 def prepare(lab):
-    """Write the questions of 5.2, on low and on high digits."""
+    """Write the questions of 5.2, on low and on high digits, without those of the exam."""
+    toy.make_missing(lab.world, lab.seed, names=(), scale=lab.scale)  # no model: the exam alone
+    exam = (lab.world / "eval.jsonl").read_text().splitlines()
     for name, digits in (("low", LOW), ("high", HIGH)):
         path = lab.world / f"{name}-prompts.jsonl"
         if not path.exists():
             folder = lab.world / name
-            toy.write_questions(folder, lab.seed, digits=digits, held_out=16)
+            toy.write_questions(folder, lab.seed, digits=digits, held_out=16, without=exam)
             (folder / "prompts.jsonl").rename(path)
 
 

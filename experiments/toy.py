@@ -532,14 +532,19 @@ def tokenizer():
     )
 
 
-def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9)):
-    """Write folder/prompts.jsonl and eval.jsonl: lines of {"prompt", "answer"}, all different."""
+def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9), without=()):
+    """Write folder/prompts.jsonl and eval.jsonl: lines of {"prompt", "answer"}, all different.
+
+    without: lines that neither of the two may have.
+    """
     generator = torch.Generator().manual_seed(seed)
     prompts, answers = question(*problems(2 * (train + held_out), generator, digits))
     lines = {}  # a set that keeps its order
     for prompt, answer in zip(prompts, answers.tolist()):
         text = " ".join(WORDS[i] for i in prompt)
         lines[json.dumps({"prompt": text, "answer": str(answer)})] = None
+    for line in without:
+        lines.pop(line, None)
     lines = list(lines)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, part in (("prompts", lines[:train]), ("eval", lines[train : train + held_out])):

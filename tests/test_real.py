@@ -333,9 +333,11 @@ def results(seeds=(0, 1, 2), **others):
         run["curves"]["grad_norm"] = [0.5] * 6
     good = {"size": 1.0, "coherence": 0.5, "auroc": {"mean": 0.8, "standard_error": 0.01}}
     bad = {"size": 2.0, "coherence": 0.2, "auroc": {"mean": 0.8, "standard_error": 0.01}}
-    signal = {"expert": good, "words": bad, "backwards": bad, "copy": bad}
     trap = {"before": 0.1, "at": 1.0, "after": 0.1, "saved": 0.0}
-    found["signal"] = [{"seed": seed, "seconds": 1.0, "found": signal} for seed in seeds]
+    for teacher in ("expert", "words", "backwards", "copy"):
+        signal = good if teacher == "expert" else bad
+        probe = f"signal of {teacher}"
+        found[probe] = [{"seed": seed, "seconds": 1.0, **signal} for seed in seeds]
     found["trap"] = [{"seed": seed, "seconds": 1.0, **trap} for seed in seeds]
     return found
 
