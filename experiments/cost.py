@@ -177,6 +177,18 @@ def signal_of(lab, student, teacher, prompts, samples, coherent=None):
     }
 
 
+def signal_line(x):
+    """What signal_of found, as text."""
+    area = "none"
+    if x["auroc"]["mean"] is not None:
+        area = f"{x['auroc']['mean']:.3f} +- {x['auroc']['standard_error']:.3f}"
+    return (
+        f"AUROC {area}, right {x['right']:.3f}; |G| {x['size']:.3f}, coherence "
+        f"{x['coherence']:.4f}, null {x['null']:.4f}, cosine {x['cosine']:.4f}; reward "
+        f"{x['reward']:.3f}"
+    )
+
+
 def auroc_with_error(scores, right, samples, draws=200):
     """AUROC, and its standard error by a bootstrap over prompts: {"mean", "standard_error"}.
 
@@ -521,16 +533,8 @@ def more(runs):
     for run in runs["signal"]:
         for name in TEACHERS:
             for when in ("before", "after"):
-                x = run["found"][name][when]
-                area = x["auroc"]["mean"]
-                said = (
-                    "none" if area is None else f"{area:.3f} +- {x['auroc']['standard_error']:.3f}"
-                )
-                lines.append(
-                    f"signal, seed {run['seed']}: {name:8} {when:6} AUROC {said}, right "
-                    f"{x['right']:.3f}; |G| {x['size']:.3f}, coherence {x['coherence']:.4f}, null "
-                    f"{x['null']:.4f}, cosine {x['cosine']:.4f}; reward {x['reward']:.3f}"
-                )
+                said = signal_line(run["found"][name][when])
+                lines.append(f"signal, seed {run['seed']}: {name:8} {when:6} {said}")
     for run in runs["gradient noise"]:
         for name, x in run["found"].items():
             lines.append(

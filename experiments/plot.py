@@ -102,6 +102,12 @@ REAL = {  # arm of real.py -> its colour, and its name
     "8 tokens": ("#000000", "expert, 8 tokens"),
     "one prompt": ("#000000", "expert, one prompt"),
 }
+REWARDED = {  # teacher whose rewards real.py measures -> the arm that has its colour
+    "expert": "success",
+    "backwards": "backwards",
+    "words": "words",
+    "copy": "copy",
+}
 WAYS = {"T .7": "at T .7", "greedy": "greedily"}
 STYLES = {"T .7": "-", "greedy": "--"}
 MARKERS = {"T .7": "o", "greedy": "^"}
@@ -434,7 +440,9 @@ def cost(results, path):
     both_ways(grid[1, :2], results, supports, "6.3, 2.2: support of the loss")
     areas(grid[1, 2], results["signal"])
     for axes, name in zip(grid[2], SIGNALS):
-        rewards(axes, results["signal"], name)
+        found = [run["found"][name]["before"] for run in results["signal"]]
+        rewards(axes, found, COLOURS[name])
+        axes.set_title(f"6.2: reward by a teacher that {SIGNALS[name]}")
     handles, labels = signs(grid[1, 0])
     below(figure, handles, labels, 3)
     keep(plt, figure, path)
@@ -522,11 +530,14 @@ def areas(axes, runs):
     axes.set_title("6.2: right or wrong, by mean reward")
 
 
-def rewards(axes, runs, name):
-    """Figure 14: the mean rewards of right and of wrong answers as densities, a line a seed."""
-    for label, colour in (("right", COLOURS[name]), ("wrong", "black")):
-        for i, run in enumerate(runs):
-            histogram = run["found"][name]["before"]["histogram"]
+def rewards(axes, found, colour_of_right):
+    """Figure 14: the mean rewards of right and of wrong answers as densities, a line a seed.
+
+    found: results of cost.signal_of, one for each seed.
+    """
+    for label, colour in (("right", colour_of_right), ("wrong", "black")):
+        for i, x in enumerate(found):
+            histogram = x["histogram"]
             counts = histogram[label]
             width = (histogram["to"] - histogram["from"]) / len(counts)
             edges = [histogram["from"] + j * width for j in range(len(counts) + 1)]
@@ -535,7 +546,6 @@ def rewards(axes, runs, name):
             axes.stairs(heights, edges, color=colour, linewidth=1.3, label=None if i else label)
     axes.set(xlabel="mean reward of a response, nats", ylabel="density, each of area 1")
     axes.locator_params(axis="x", nbins=5)
-    axes.set_title(f"6.2: reward by a teacher that {SIGNALS[name]}")
     axes.legend(frameon=False, fontsize=8, loc="upper left")
 
 
@@ -711,15 +721,16 @@ def context(results, path):
 
 
 def real(results, path):
-    """Every arm before and after; Figure 6 of three arms; the long runs with words.
+    """Every arm before and after; Figure 6 of three arms; long runs with words; Figure 14.
 
     An arm without results is left out.
     """
     plt = pyplot("python experiments/report.py")
     if plt is None:
         return
-    figure = plt.figure(figsize=(13, 10), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=(1.2, 1))
+    judged = [name for name in REWARDED if results[f"signal of {name}"]]
+    figure = plt.figure(figsize=(13, 12.5 if judged else 10), layout="constrained")
+    top, bottom, last = figure.subfigures(3, 1, height_ratios=(1.2, 1, 0.5 if judged else 0.01))
     two = top.subplots(1, 2, sharey=True)
     there = {name: look for name, look in REAL.items() if results[name]}
     both_ways(two, results, there, "base", WITHOUT_TEACHER)
@@ -748,6 +759,10 @@ def real(results, path):
         accuracy.legend(frameon=False, fontsize=7)
     else:
         accuracy.set_visible(False)
+    for place, name in enumerate(judged):
+        axes = last.add_subplot(1, len(REWARDED), place + 1)
+        rewards(axes, results[f"signal of {name}"], REAL[REWARDED[name]][0])
+        axes.set_title(f"reward by {name}")
     handles, labels = signs(two[0])
     more_handles, more_labels = grid[0, 0].get_legend_handles_labels()
     below(figure, [*handles, *more_handles], [*labels, *more_labels], 6)

@@ -597,10 +597,19 @@ def judge(runs):
 
 
 def more(runs):
-    """The diagnoses and what came; and which models were made anew and came out otherwise."""
+    """The diagnoses and what came; signals; which models were made anew and came out otherwise."""
     pairs = pairs_of(runs)
     lines = forecast.pair_lines(pairs) + forecast.candidate_lines(pairs)
-    return lines + forecast.record_lines(pairs) + unlike_models(runs)
+    return lines + forecast.record_lines(pairs) + signal_lines(runs) + unlike_models(runs)
+
+
+def signal_lines(runs):
+    """The rewards and gradients of each teacher: a line for each seed."""
+    lines = []
+    for name, of_name in runs.items():
+        if name.startswith("signal of "):
+            lines += [f"{name}, seed {x['seed']}: {cost.signal_line(x)}" for x in of_name]
+    return lines
 
 
 def unlike_models(runs):

@@ -331,8 +331,11 @@ def results(seeds=(0, 1, 2), **others):
     for run in found["copy"]:
         run["curves"]["loss"] = [0.1] * 6
         run["curves"]["grad_norm"] = [0.5] * 6
-    good = {"size": 1.0, "coherence": 0.5, "auroc": {"mean": 0.8, "standard_error": 0.01}}
-    bad = {"size": 2.0, "coherence": 0.2, "auroc": {"mean": 0.8, "standard_error": 0.01}}
+    histogram = {"from": -1.0, "to": 0.0, "right": [1, 3], "wrong": [3, 1]}
+    same = {"null": 0.1, "cosine": 0.1, "right": 0.5, "reward": -0.5, "histogram": histogram}
+    same["auroc"] = {"mean": 0.8, "standard_error": 0.01}
+    good = {"size": 1.0, "coherence": 0.5, **same}
+    bad = {"size": 2.0, "coherence": 0.2, **same}
     trap = {"before": 0.1, "at": 1.0, "after": 0.1, "saved": 0.0}
     for teacher in ("expert", "words", "backwards", "copy"):
         signal = good if teacher == "expert" else bad
@@ -438,11 +441,36 @@ def test_a_model_that_was_made_again_otherwise_is_told():
     assert real.unlike_models(found) == ["seed 1: expert was made 2 times, and not alike"]
 
 
+def test_a_teacher_has_a_line_of_rewards_for_each_seed_that_has_them():
+    """Claims on a failing teacher's rewards wait for both teachers, that on a good one for its."""
+    found = results((0, 1))
+    found["signal of words"] = found["signal of words"][1:]
+    found["signal of copy"] = []
+    lines = real.signal_lines(found)
+    assert [line.partition(":")[0] for line in lines if "words" in line or "expert" in line] == [
+        "signal of expert, seed 0",
+        "signal of expert, seed 1",
+        "signal of words, seed 1",
+    ]
+    assert lines[0].endswith(
+        "AUROC 0.800 +- 0.010, right 0.500; |G| 1.000, coherence 0.5000, null 0.1000, cosine "
+        "0.1000; reward -0.500"
+    )
+    words = words_of(found)
+    assert words["a good teacher's mean reward ranks answers"] == "holds, 2 of 3 seeds so far"
+    of_words = "the mean reward of words, which fails, ranks them, too"
+    assert words[of_words] == "holds, 1 of 3 seeds so far"
+    assert not any("of copy, which fails" in claim for claim in words)
+
+
 def test_the_figure_is_drawn(tmp_path):
     """As far as there are results."""
     pytest.importorskip("matplotlib")
     some = results()
     some["words"] = some["words, 72"] = some["reverse"] = []
+    for name in some:
+        if name.startswith("signal of "):
+            some[name] = []
     plot.real(some, tmp_path / "some")
     assert "</svg>" in (tmp_path / "some.svg").read_text()
     plot.real(results(), tmp_path / "real")
