@@ -37,7 +37,7 @@ from statistics import median
 import torch
 import toy
 import transformers
-from lab import ROOT, first_sentence, without_out, write_text
+from lab import ROOT, first_sentence, without_folders, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import loss
@@ -628,7 +628,7 @@ LINES = {  # of a row of each part
 
 def join(parts):
     """The results of several commands as one: their rows and commands one after the other."""
-    commands = [without_out(part["command"]) for part in parts]
+    commands = [without_folders(part["command"]) for part in parts]
     if len(set(commands)) < len(parts):
         raise SystemExit("the same results twice")
     if len({(part["commit"], part["threads"]) for part in parts}) > 1:

@@ -270,7 +270,7 @@ def once(path, names, asked, make):
         return found
     origin = files.provenance()
     started = time.process_time()
-    origin["command"] = without_out(origin["command"])
+    origin["command"] = without_folders(origin["command"])
     made = {**names, "asked": asked, **make(), **origin}
     made["seconds"] = round(time.process_time() - started, 1)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -278,9 +278,9 @@ def once(path, names, asked, make):
     return made
 
 
-def without_out(command):
-    """A command without --out: where a result is written says nothing of the result."""
-    return re.sub(r" --out \S+", "", command)
+def without_folders(command):
+    """A command without --out and --worlds: they say nothing of the result."""
+    return re.sub(r" --(out|worlds) \S+", "", command)
 
 
 def slug(name):
