@@ -664,7 +664,11 @@ def test_where_nothing_happens_equalities_hold_and_differences_are_contradicted(
 def test_results_of_several_commands_are_joined_once():
     """The rows of one command do not count twice."""
     made_by = {"commit": "c", "threads": 1, "seconds": 2}
-    first = {"command": "x.py --out /here --worlds /there --seeds 0", **made_by, "rows": [{"seed": 0}]}
+    first = {
+        "command": "x.py --out /here --worlds /there --seeds 0",
+        **made_by,
+        "rows": [{"seed": 0}],
+    }
     second = {"command": "x.py --seeds 1", **made_by, "rows": [{"seed": 1}]}
     made = bench.join([first, second])
     assert made["rows"] == [{"seed": 0}, {"seed": 1}]
