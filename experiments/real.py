@@ -475,21 +475,21 @@ def good_rewards(runs):
     )
 
 
-def rewards_of_failing(teacher, runs):
+def rewards_of(teacher, runs):
     good = area(runs, "expert")
     bad = area(runs, teacher)
     behind = Difference(good.mean - bad.mean, math.hypot(good.noise, bad.noise))
     yield finding(
         "6.2",
-        f"the mean reward of {teacher}, which fails, ranks them, too",
+        f"the mean reward of {teacher} ranks them, too",
         "AUROC .751 with the one that fails",
         f"{bad.mean:.3f} ± {bad.noise:.3f}, {behind.mean:.3f} ± {behind.noise:.3f} behind",
         more_than(-behind, -0.1),
     )
 
 
-def gradients_of_failing(teacher, runs):
-    claim = f"the gradients of {teacher}, which fails, are large and cancel"
+def gradients_of(teacher, runs):
+    claim = f"the gradients of {teacher} are large and cancel"
     yield cost.cancelling(claim, runs[f"signal of {teacher}"], runs["signal of expert"])
 
 
@@ -555,10 +555,10 @@ CLAIMS = (  # asked of seeds 0 to 2: a claim, and the arms and probes that it ne
     (supports, ("intersection", "difference", "success")),
     (template, ("success", "wordy")),
     (good_rewards, ("signal of expert",)),
-    (partial(rewards_of_failing, "words"), ("signal of words", "signal of expert")),
-    (partial(rewards_of_failing, "copy"), ("signal of copy", "signal of expert")),
-    (partial(gradients_of_failing, "words"), ("signal of words", "signal of expert")),
-    (partial(gradients_of_failing, "copy"), ("signal of copy", "signal of expert")),
+    (partial(rewards_of, "words"), ("signal of words", "signal of expert")),
+    (partial(rewards_of, "copy"), ("signal of copy", "signal of expert")),
+    (partial(gradients_of, "words"), ("signal of words", "signal of expert")),
+    (partial(gradients_of, "copy"), ("signal of copy", "signal of expert")),
     (estimators, ("sampled", "success", "full")),
     (one_prompt, ("one prompt", "success")),
     (first_tokens, ("8 tokens", "success")),

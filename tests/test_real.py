@@ -458,9 +458,9 @@ def test_a_teacher_has_a_line_of_rewards_for_each_seed_that_has_them():
     )
     words = words_of(found)
     assert words["a good teacher's mean reward ranks answers"] == "holds, 2 of 3 seeds so far"
-    of_words = "the mean reward of words, which fails, ranks them, too"
+    of_words = "the mean reward of words ranks them, too"
     assert words[of_words] == "holds, 1 of 3 seeds so far"
-    assert not any("of copy, which fails" in claim for claim in words)
+    assert not any("of copy " in claim for claim in words)
 
 
 def test_the_figure_is_drawn(tmp_path):
