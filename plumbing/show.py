@@ -210,8 +210,8 @@ UNSURE = "within noise"
 RECORD = {  # verdict: (pairs that had it, of which gained greedily), of pairs after the rule
     "incompatible thinking (cold start first)": (5, 0),
     "nothing new to teach": (8, 0),
-    "should work": (16, 15),
-    "harmful (the teacher is behind the student)": (10, 1),
+    "should work": (17, 16),
+    "harmful (the teacher is behind the student)": (11, 1),
     "undecided (prompts with answers, or more of them, are needed)": (2, 2),
 }
 DIRECTIONS = {1: FOR, 0: UNSURE, -1: AGAINST}  # of a gain, by analysis.sure
