@@ -442,7 +442,7 @@ def test_a_model_that_was_made_again_otherwise_is_told():
 
 
 def test_a_teacher_has_a_line_of_rewards_for_each_seed_that_has_them():
-    """Claims on a failing teacher's rewards wait for both teachers, that on a good one for its."""
+    """A claim that compares two teachers waits for both; that on the good one, for it alone."""
     found = results((0, 1))
     found["signal of words"] = found["signal of words"][1:]
     found["signal of copy"] = []
