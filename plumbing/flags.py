@@ -90,12 +90,6 @@ class Config:
         is_file=True,
     )
     out: str = flag("runs/opd", "directory of the run")
-    preset: str = flag(
-        "",
-        "settings for the toy world, or those of the paper's appendices A.2 and C.1; a flag that "
-        "is given wins over the preset",
-        choices=("", "toy", "paper"),
-    )
     steps: int = flag(
         100,
         "updates; the default is enough to see where a run goes, the paper's figures show 200",
@@ -400,7 +394,7 @@ PAPER = dict(  # appendix A.2, and C.1 for the cold start
     cold_start_max_new_tokens=12288,
     in_flight=32,
 )
-PRESETS = {"toy": TOY, "paper": PAPER}
+PRESETS = {"toy": TOY, "paper": PAPER}  # from Python: Config(**PRESETS["toy"], student=...)
 
 
 # --- words -> an instance of a dataclass ---------------------------------------------------------
@@ -444,6 +438,14 @@ def parser_of(kind, program):
         argument_default=argparse.SUPPRESS,
         formatter_class=layout,
     )
+    if kind is Config:
+        parser.add_argument(
+            "--preset",
+            choices=list(PRESETS),
+            metavar="X",
+            help="toy, paper: settings for the toy world, or those of the paper's appendices A.2 "
+            "and C.1; a flag that is given wins over the preset",
+        )
     group = parser
     for field in dataclasses.fields(kind):
         if field.metadata["group"]:
@@ -467,11 +469,13 @@ def parse(kind, words, program):
     given, unknown = parser_of(kind, program).parse_known_args(words)
     if unknown:
         known = [named(field.name) for field in dataclasses.fields(kind)]
+        if kind is Config:
+            known.append("--preset")
         near = difflib.get_close_matches(unknown[0], known, 1)
         hint = f"did you mean {near[0]}?" if near else "--help lists them"
         raise UserError(f"unknown flag {unknown[0]}; {hint}")
     given = vars(given)
-    preset = PRESETS.get(given.get("preset"), {})
+    preset = PRESETS[given.pop("preset")] if "preset" in given else {}
     flags = check(kind(**{**preset, **given}))
     check_is_read(flags, given)
     return flags

@@ -66,7 +66,7 @@ def test_every_command_parses(words, tmp_path, monkeypatch):
     program, *words = with_files(words, tmp_path)
     if program == "opd.py":
         cfg = parse_opd([word for word in words])
-        assert cfg.preset == "paper" and cfg.student and cfg.teacher
+        assert cfg.eval_n == PRESETS["paper"]["eval_n"] and cfg.student and cfg.teacher
     else:
         parse_analysis(words)
 
@@ -166,4 +166,4 @@ def test_every_command_runs_two_steps_on_tiny_models(words, models, tmp_path):
     assert result["steps"] == (0 if "--cold-start" in words else 2)
     assert len(result["accuracy_after"]["files"]) == 3
     written = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert written["preset"] == "paper"
+    assert written["dtype"] == PRESETS["paper"]["dtype"]

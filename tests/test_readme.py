@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, config, rows
 
 import opd
-from plumbing.flags import Config, Diagnosis, parse_opd
+from plumbing.flags import PRESETS, Config, Diagnosis, parse_opd
 
 README = (ROOT / "README.md").read_text()
 ALL = (
@@ -25,7 +25,7 @@ ALL = (
 @pytest.mark.parametrize("name", ALL)
 def test_every_flag_that_it_names_exists(name):
     """A flag that a page names exists (TRL's quick start ran into its own ValueError)."""
-    known = {"--help", "--all", "--config", "--index-url"}  # the last is pip's
+    known = {"--help", "--preset", "--all", "--config", "--index-url"}  # the last is pip's
     for flags in (Config, Diagnosis):
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(flags)}
     for file in ("experiments/bench.py", "experiments/lab.py", "experiments/context.py"):
@@ -48,7 +48,7 @@ def test_the_commands_on_the_toy_parse():
         for flag in ("--prompts", "--eval"):
             place = without_files.index(flag)
             del without_files[place : place + 2]
-        assert parse_opd(without_files).preset == "toy"
+        assert parse_opd(without_files).batch_size == PRESETS["toy"]["batch_size"]
 
 
 def test_its_commands_are_those_that_ci_runs():
