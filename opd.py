@@ -211,7 +211,7 @@ def ask_teacher(cfg, run, pair, rows, path):
 
     with whole(pair.teacher):
         counts = files.append_answers(path, answers_from)
-    tqdm.write(
+    show.say(
         f"cold start: {show.counted(counts['kept'], 'response')} of the teacher; dropped: "
         f"{counts['unfinished']} unfinished, {counts['degenerate']} degenerate"
     )

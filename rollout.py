@@ -81,7 +81,7 @@ def rollout(
     own, which follows from the seed of its prompt. So a response is the same whatever is written
     beside it, but for rounding. ValueError if an argument cannot work, see check.
     """
-    check(model, prompts, max_new_tokens, eos_ids)
+    check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p)
     device = model.get_input_embeddings().weight.device
     eos = torch.tensor(list(eos_ids), dtype=torch.long, device=device)
     u = uniform(seeds, len(prompts), n, max_new_tokens).to(device)  # (B, T)
@@ -159,8 +159,11 @@ def as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended):
 def from_texts(prompts, responses, pad_id=0, device=None):
     """Given responses as if a model had written them, one to each prompt: -> Rollout.
 
-    prompts, responses: lists of token ids. log_p is 0, and no response is truncated.
+    prompts, responses: lists of token ids. log_p is 0, and no response is truncated. ValueError if
+    a prompt has no token: then nothing would predict the first of its response.
     """
+    if not all(len(prompt) > 0 for prompt in prompts):
+        raise ValueError("every prompt needs at least one token")
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (B, P), (B, P)
     T = max(len(response) for response in responses)
     filled = [list(response) + [pad_id] * (T - len(response)) for response in responses]
@@ -171,7 +174,7 @@ def from_texts(prompts, responses, pad_id=0, device=None):
     return as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended)
 
 
-def check(model, prompts, max_new_tokens, eos_ids):
+def check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p):
     """ValueError if `rollout` cannot write, or would write something else than the loss scores."""
     if model.training:
         raise ValueError(
@@ -188,6 +191,12 @@ def check(model, prompts, max_new_tokens, eos_ids):
         raise ValueError(f"eos_ids={eos_ids} names a token twice: name each once")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if n < 1:
+        raise ValueError(f"n={n}: must be at least 1")
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature}: must be at least 0")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
 
 
 def has_keys(cache):

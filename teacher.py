@@ -108,13 +108,11 @@ class Pair:
 def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings):
     """Two models in eval mode and their tokenizers -> Pair.
 
-    settings: fields of Pair. Freezes the teacher, and notes at each model whether its head is
-    linear (linear_head). UserError if the two do not fit, see check_pair.
+    settings: fields of Pair. Freezes the teacher. UserError if the two do not fit, see check_pair.
     """
     vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
     for model in (student, teacher):
-        model.linear_head = has_linear_head(model)
-        if not model.linear_head:
+        if not has_linear_head(model):
             warnings.warn(
                 f"{type(model).__name__} does more than a linear output head: its own logits are "
                 "used, which takes more memory",
@@ -122,13 +120,14 @@ def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings
             )
     ends = eos_ids(student, student_tokenizer) | eos_ids(teacher, teacher_tokenizer)
     own = student_tokenizer.eos_token_id
+    pad_id = student_tokenizer.pad_token_id or 0
     return Pair(
         student=student,
         teacher=teacher.requires_grad_(False),
         tokenizer=student_tokenizer,
         vocab_size=vocab_size,
         eos_ids=sorted(ends, key=lambda i: (i != own, i)),
-        pad_id=student_tokenizer.pad_token_id or 0,
+        pad_id=pad_id if pad_id < vocab_size else 0,  # a pad token may have no embedding
         teacher_tokenizer=teacher_tokenizer,
         **settings,
     )
@@ -354,7 +353,7 @@ def trunk_of(model):
     """The part of a model that makes its hidden states; all of it if its head is not linear."""
     if hasattr(model, "trunk"):
         return model.trunk  # of a sharded model, see plumbing/shard.py
-    return model.base_model if getattr(model, "linear_head", True) else model
+    return model.base_model if has_linear_head(model) else model
 
 
 def log_softmax_of(pair, model, temperature=1.0):
@@ -363,7 +362,7 @@ def log_softmax_of(pair, model, temperature=1.0):
     It applies the head, cuts the logits to pair.vocab_size, divides them by the temperature, and
     merges the ends if the pair wants it.
     """
-    head = model.get_output_embeddings() if getattr(model, "linear_head", True) else None
+    head = model.get_output_embeddings() if has_linear_head(model) else None
     merged = pair.eos_ids if pair.merge_ends else []
     ends = torch.tensor(merged, dtype=torch.long, device=pair.device)
 
@@ -375,12 +374,20 @@ def log_softmax_of(pair, model, temperature=1.0):
     return to_log_probs
 
 
-@torch.no_grad()
 def has_linear_head(model):
-    """Are a model's logits its head's output for the last hidden states? Tried on 8 tokens: bool.
+    """Are a model's logits its head's output for the last hidden states? -> bool.
 
     They are not with soft-capping (Gemma 2) or scaling (Cohere). Llama 4 has no trunk of its own.
+    It is tried once, and noted at the model as linear_head.
     """
+    if not hasattr(model, "linear_head"):
+        model.linear_head = try_head(model)
+    return model.linear_head
+
+
+@torch.no_grad()
+def try_head(model):
+    """Apply a model's head to its last hidden states of 8 tokens: are these its logits? -> bool."""
     if model.base_model is model:
         return False
     head = model.get_output_embeddings()

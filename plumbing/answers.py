@@ -30,8 +30,8 @@ def read_answer(text):
     r"""The answer in a response: str, or None if there is none.
 
     It is inside the last closed \boxed{...}. Without a box, it stands behind the last "Answer:" or
-    "####", which counts in the last line only. A thought is not an answer: only what follows the
-    last </think> counts.
+    "####", which counts in the last line only. Empty ones do not count. A thought is not an answer:
+    only what follows the last </think> counts.
 
     read_answer(r"so \boxed{\frac{1}{2}}.") -> r"\frac{1}{2}"
     read_answer("<think>Answer: 5?</think>**Answer**: 7") -> "7"
@@ -42,15 +42,16 @@ def read_answer(text):
     box = last_box(text)
     if box is not None:
         return box.strip()
-    parts = MARK.split(text)
-    if len(parts) == 1:
-        return None
-    first_line = LINE_END.split(parts[-1])[0]
-    return first_line.strip().strip("*").strip() or None
+    for part in reversed(MARK.split(text)[1:]):
+        first_line = LINE_END.split(part)[0]
+        answer = first_line.strip().strip("*").strip()
+        if answer:
+            return answer
+    return None
 
 
 def last_box(text):
-    r"""What stands in the last closed \boxed{...}: str or None."""
+    r"""What stands in the last closed \boxed{...} that is not empty: str or None."""
     open_braces = []  # for each: where the content of its box begins, or None if it is not a box's
     start = -1
     content = None
@@ -61,7 +62,7 @@ def last_box(text):
             open_braces.append(None)
         elif brace[0] == "}" and open_braces:
             begun = open_braces.pop()
-            if begun is not None and begun > start:
+            if begun is not None and begun > start and text[begun : brace.start()].strip():
                 start = begun
                 content = text[begun : brace.start()]
     return content
@@ -260,9 +261,22 @@ def grouped(order, lengths, room, size, longest):
 
 def judged(pair, row, prompt_ids, ids, is_same=same_answer):
     """Is a response (ids) to a row right by is_same, and is it cut off? -> (bool, bool)."""
-    text = pair.tokenizer.decode(ids, skip_special_tokens=True)
-    if pair.tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"):
-        text = "<think>" + text  # the chat template has begun the thought
-    is_right = is_same(read_answer(text), row["answer"])
+    is_right = is_same(read_answer(text_said(pair, prompt_ids, ids)), row["answer"])
     is_cut = len(ids) == 0 or ids[-1] not in pair.eos_ids
     return is_right, is_cut
+
+
+def text_said(pair, prompt_ids, ids):
+    """The text of a response (ids) to a prompt, for read_answer: str.
+
+    Without special tokens and ends. The marks of a thought stay; some tokenizers call them special.
+    """
+    tokenizer = pair.tokenizer
+    hidden = set(pair.eos_ids)
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.special and token.content not in ("<think>", "</think>"):
+            hidden.add(i)
+    text = tokenizer.decode([i for i in ids if i not in hidden])
+    if tokenizer.decode(prompt_ids[-8:]).rstrip().endswith("<think>"):
+        text = "<think>" + text  # the chat template has begun the thought
+    return text

@@ -88,5 +88,6 @@ def leave(program, code, message, error):
     """Print one line, the message and the notes of the error, and exit with the code."""
     parts = [message, *getattr(error, "__notes__", [])]
     line = " ".join("; ".join(parts).split())
-    print(f"{program}: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal may be gone
+        print(f"{program}: {line}", file=sys.stderr)
     sys.exit(code)

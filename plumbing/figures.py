@@ -99,6 +99,8 @@ def load(paths):
     for path, name in zip(paths, names):
         run = {"path": str(path), "rows": read_rows(path)}
         run["name"] = name.replace("$", r"\$")  # or matplotlib would read a formula
+        if name.startswith("_"):
+            run["name"] = " " + run["name"]  # or it would be left out of the legend
         for kind in ("config", "result"):
             file = Path(path) / f"{kind}.json"
             run[kind] = read_json(file) if file.is_file() else None
@@ -111,14 +113,18 @@ def read_rows(path):
     file = Path(path) / "metrics.jsonl"
     if not file.is_file():
         raise UserError(f"--run {path}: no metrics.jsonl there; give the --out of a run")
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             if number < len(lines):
                 raise UserError(f"{file}:{number} is not JSON; restore the file") from None
+            continue
+        if not isinstance(row, dict) or "step" not in row:
+            raise UserError(f"{file}:{number} is not a step; restore the file")
+        rows.append(row)
     return rows
 
 

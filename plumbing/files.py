@@ -44,7 +44,9 @@ def json_lines(path):
             except UnicodeDecodeError:
                 raise UserError(f"{path}:{number} is not UTF-8; save the file as UTF-8") from None
             if text.strip():
-                yield number, json_value(text, f"{path}:{number}", "write one JSON object a line")
+                value = json_value(text, f"{path}:{number}", "write one JSON object a line")
+                check_characters(value, f"{path}:{number}")
+                yield number, value
 
 
 def json_value(text, what, remedy):
@@ -56,6 +58,17 @@ def json_value(text, what, remedy):
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} is not JSON ({error}); {remedy}") from None
+
+
+def check_characters(value, where):
+    """UserError if a JSON value has half of a character, "\\ud83d", which no tokenizer reads."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise UserError(
+            f"{where} has \\u{half:x}, half of a character; write the whole one, or remove it"
+        ) from None
 
 
 def read_json(path):
@@ -216,7 +229,7 @@ def same(a, b):
     """Are two values of a flag the same? Two ways to write one existing path are: bool."""
     if a == b:
         return True
-    if isinstance(a, tuple) and isinstance(b, tuple):
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
     both_are_paths = isinstance(a, str) and isinstance(b, str) and os.path.exists(a)
     return both_are_paths and os.path.realpath(a) == os.path.realpath(b)

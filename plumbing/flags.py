@@ -499,6 +499,9 @@ def check_is_read(flags, given):
         if name in given and not any(getattr(flags, other) for other in others):
             needed = " or ".join(named(other) for other in others)
             raise UserError(f"{named(name)} needs {needed}; without it nobody reads it")
+    if "run" in given and not given.keys() & {"student", "teacher"}:
+        for name in sorted(given.keys() - {"run", "plot", "positions"}):
+            raise UserError(f"{named(name)} goes with --student and --teacher, not with --run")
     if "support" in given and not flags.objective.startswith("top-k"):
         raise UserError(
             f"--support {flags.support}: only the top-k losses have one; leave it out, or take "
@@ -622,8 +625,6 @@ def parse_analysis(words):
     if bool(flags.run) == has_pair:
         raise UserError("give either --student and --teacher, or --run")
     depths_of(flags)
-    if flags.run and flags.tokens:
-        raise UserError("--tokens goes with --student and --teacher, not with --run")
     for name in ("plot", "positions"):
         if getattr(flags, name) and has_pair:
             raise UserError(f"{named(name)} goes with --run, not with --student and --teacher")
@@ -643,7 +644,7 @@ def parse_analysis(words):
         if getattr(flags, name) and not importlib.util.find_spec("matplotlib"):
             raise UserError(f"{named(name)} needs matplotlib: pip install matplotlib")
     if not flags.run:
-        need(flags, "student", "teacher")
+        need(flags, "student", "teacher", "out")
     return flags
 
 

@@ -6,7 +6,6 @@ import sys
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from analysis import (
     BUCKETS,
@@ -106,7 +105,7 @@ def accuracies(cfg, pair, rows, model, when):
     sampled = accuracy(cfg, pair, rows, model)
     greedy = greedy_accuracy(cfg, pair, rows, model)
     if sampled:
-        tqdm.write(show.accuracy_line(when, sampled, greedy))
+        show.say(show.accuracy_line(when, sampled, greedy))
     return {f"accuracy_{when}": sampled, f"greedy_{when}": greedy}
 
 

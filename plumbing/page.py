@@ -9,11 +9,11 @@ One HTML file without a script, which fetches nothing. The paper has no such pag
 import functools
 import html
 import math
-from pathlib import Path
 
 from analysis import diagnose
 from loss import support_of
-from plumbing.answers import CHECKERS, read_answer
+from plumbing.answers import CHECKERS, read_answer, text_said
+from plumbing.files import write_whole
 from plumbing.slots import rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
@@ -72,10 +72,11 @@ def write_page(
         values = {name: x[i, written].tolist() for name, x in grid.items()}
         truncated = bool(r.truncated[i])
         parts.append(f"<section>\n<h2>Response {i + 1}</h2>")
-        parts.append(section(pair.tokenizer, row, r.response_ids(i), truncated, values, checker))
+        parts.append(section(pair, row, r.response_ids(i), truncated, values, checker))
         parts.append("</section>")
     parts.append("</body></html>\n")
-    Path(out).write_text("\n".join(parts), encoding="utf-8")
+    page = "\n".join(parts).encode()
+    write_whole(out, lambda file: file.write(page))
 
 
 def head(pair, count, k, temperature):
@@ -106,9 +107,10 @@ def seen(log_p, log_q, y, k):
 # --- one response --------------------------------------------------------------------------------
 
 
-def section(tokenizer, row, ids, truncated, values, checker="built-in"):
+def section(pair, row, ids, truncated, values, checker="built-in"):
     """One response as HTML: facts about it, its prompt as each model reads it, its tokens."""
-    said = read_answer(tokenizer.decode(ids, skip_special_tokens=True))
+    tokenizer = pair.tokenizer
+    said = read_answer(text_said(pair, row["ids"], ids))
     mean = sum(values["reward"]) / len(ids)
     facts = [f"mean reward {mean:+.3f} nats", f"{len(ids)} tokens"]
     if truncated:

@@ -579,6 +579,8 @@ def load_conversations(path, pair, thinking="default"):
             prompt_ids = tokens_of(pair.tokenizer, text)
             response_ids = continuation(pair.tokenizer, text, prompt_ids, answer["content"])
             response_ids = response_ids + pair.eos_ids[:1]
+        if not prompt_ids:
+            raise UserError(f"{row['where']}: there is no token before the answer; write a prompt")
         if pair.merge_ends:
             response_ids = with_merged_end(response_ids, pair.eos_ids, row["where"])
         both = (pair.student, pair.teacher)

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from plumbing import show
@@ -41,6 +40,7 @@ from plumbing.flags import named, of_pair
 from plumbing.measure import peak_memory
 from plumbing.models import check_k, load_pair
 from plumbing.processes import gathered, is_sharded, over_processes, processes
+from plumbing.prompts import load_conversations
 from teacher import UserError
 
 METRICS = "metrics.jsonl"
@@ -244,10 +244,14 @@ class Run:
     def load_pair(self):
         """Load the two models with the flags of the run: -> teacher.Pair.
 
-        UserError, see models.load_pair, or if --k is larger than their vocabulary.
+        UserError, see models.load_pair, or if --k is larger than their vocabulary, or if
+        --cold-start-file has a line that they cannot learn.
         """
-        pair = load_pair(self.cfg.student, self.cfg.teacher, **of_pair(self.cfg))
-        check_k(self.cfg.k, pair)
+        cfg = self.cfg
+        pair = load_pair(cfg.student, cfg.teacher, **of_pair(cfg))
+        check_k(cfg.k, pair)
+        if cfg.cold_start_file:
+            load_conversations(cfg.cold_start_file, pair, cfg.thinking)
         return pair
 
     def restore(self, pair, optimizer, train, cold, held_out):
@@ -269,12 +273,20 @@ class Run:
             said += f"; going on after step {self.step}"
         self.state.digests = digests
         if self.is_first:
-            tqdm.write(said)
-            (self.out / "result.json").unlink(missing_ok=True)
+            show.say(said)
+            self.keep_result()
             for name, rows in self.state.logs.items():
                 if rows or (self.out / name).exists():
                     write_lines(self.out / name, rows)
             write_json(self.out / "config.json", {**self.state.config, **provenance()})
+
+    def keep_result(self):
+        """Rename the result of a run that goes on: result.json marks a run that is complete."""
+        result = self.out / "result.json"
+        if result.exists():
+            steps = read_json(result)["steps"]
+            with can_write(result):
+                result.rename(self.out / f"result-of-step-{steps}.json")
 
     def check_questions(self, digests):
         """UserError if held-out or cold-start questions have changed; a warning if others have."""
@@ -426,9 +438,9 @@ class Run:
                 truncated = bool(r.truncated[i])
                 self.append(TEXTS, {"step": self.step, "truncated": truncated, "text": text})
             if not self.has_titles:
-                tqdm.write(show.columns())
+                show.say(show.columns())
                 self.has_titles = True
-            tqdm.write(show.line(row))
+            show.say(show.line(row))
         self.save_when_due(self.step, self.cfg.steps)
 
     def log_cold_start(self, row, steps):
@@ -448,7 +460,7 @@ class Run:
         said = f"step {row['step']} skipped: {row['skipped']}"
         if self.state.in_a_row == 3:
             raise RunEnded(f"{said}, the third in a row; take a lower --lr, or --cold-start-lr")
-        tqdm.write(f"warning: {said}")
+        show.say(f"warning: {said}")
 
     def append(self, name, row):
         """Add a row to a log, and to its file."""

@@ -1,6 +1,9 @@
 """plumbing/show.py: what a person reads: the line of a step, the end of a run, a diagnosis."""
 
+import contextlib
 import textwrap
+
+from tqdm import tqdm
 
 from analysis import (
     ALIKE,
@@ -45,6 +48,13 @@ METRICS = {  # of a diagnosis, in words
     "end_mass_student": "probability of an end, student",
     "end_mass_teacher": "probability of an end, teacher",
 }
+
+
+def say(text):
+    """Print a line beside the progress bars. If nobody can read it any more, a run goes on."""
+    with contextlib.suppress(OSError):
+        tqdm.write(text)
+
 
 # --- a step --------------------------------------------------------------------------------------
 

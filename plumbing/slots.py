@@ -64,7 +64,7 @@ def rollout(
     cache; all by default. If it is less than n, a prompt is read again for each of its responses.
     If rollout.rollout writes for the model, n are then written at a time.
     """
-    check(model, prompts, max_new_tokens, eos_ids)
+    check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p)
     prompts_at_once = len(prompts)
     if in_flight:
         prompts_at_once = min(prompts_at_once, max(1, in_flight // n))

@@ -39,12 +39,17 @@ from teacher import UserError, make_pair
         (r"I use \boxed as asked. Answer: 4", "4"),
         ("Answer: 3\nAnswer: 4\nthat is all", "4"),
         ("nothing, Answer:", None),
+        ("Answer: 7\n\nAnswer: **", "7"),
+        (r"So \boxed{7}. I put it within \boxed{}.", "7"),
+        (r"It goes within \boxed{ }. Answer: 7", "7"),
+        (r"within \boxed{}", None),
         ("nothing", None),
         ("", None),
     ],
 )
 def test_the_answer_is_in_the_last_closed_box_or_behind_the_last_answer(text, answer):
-    """A box comes before "Answer:"; a text without either has no answer."""
+    """A box comes before "Answer:"; a text without either has no answer. Neither has an empty one:
+    the template "boxed" has an empty box, which weak models repeat."""
     assert read_answer(text) == answer
 
 
@@ -476,6 +481,29 @@ def test_the_end_of_a_response_is_no_part_of_its_answer(pair):
     starts = [[6, BOX["7"], EOS], [6, BOX["7"], 6, EOS]]
     right, _ = answered(pair, rows(["7", "7"]), starts=starts, max_new_tokens=LENGTH)
     assert right.tolist() == [[True], [False]]
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_ends_and_marks_of_a_thought_are_what_they_are(pair, is_special):
+    """Whether or not a tokenizer calls them special. The teacher's end may be an ordinary token to
+    the student's tokenizer, and QwQ's marks of a thought are none that are special."""
+    words = [*WORDS[:-1], "Answer:", "7", "<stop>", "<think>", "</think>"]
+    answer, seven, stop, think, thought = range(len(WORDS) - 1, len(words))
+    tokenizer = word_tokenizer(words)
+    if is_special:
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": ["<stop>", "<think>", "</think>"]}
+        )
+    pair = replace(pair, tokenizer=tokenizer, eos_ids=[EOS, stop])
+    says_7 = {
+        (answer, seven, stop): True,
+        (think, 6, thought, answer, seven, EOS): True,
+        (think, answer, seven, stop): False,
+        (answer, seven, think, 6, thought, stop): False,
+    }
+    starts = [list(ids) for ids in says_7]
+    right, _ = answered(pair, rows(["7"] * 4), starts=starts, max_new_tokens=LENGTH)
+    assert right.squeeze(1).tolist() == list(says_7.values())
 
 
 def test_a_thought_that_the_template_has_begun_is_a_thought(pair):

@@ -113,11 +113,13 @@ analysis --template latex          | no template 'latex': ... answer, boxed, ...
 analysis --device gpu              | --device gpu: ... ; --device cpu works everywhere
 analysis --plot x.svg              | --plot goes with --run, not with --student and --teacher
 analysis --positions x.svg         | --positions goes with --run, not with --student and --teacher
+analysis --out ''                  | --out is missing: the file of the report
 analysis --out {w}                 | : a folder; give a file in it
 analysis --out /proc/d/d.json      | /proc cannot be written to ... take another --out
 analysis --tokens nowhere/x.html   | nowhere/x.html: its folder does not exist; make it first
 runs --run {w}/nowhere             | no metrics.jsonl there; give the --out of an opd.py run
 runs --run {w}/done --tokens x.html | --tokens goes with --student and --teacher, not with --run
+runs --run {w}/done --count 5      | --count goes with --student and --teacher, not with --run
 runs --run {w}/done --plot no/x.svg | --plot no/x.svg: its folder does not exist; make it first
 """
 

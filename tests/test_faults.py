@@ -7,6 +7,7 @@ import contextlib
 import copy
 import errno
 import functools
+import io
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from torch.optim import AdamW
 from transformers import AutoTokenizer
 
 import opd
-from plumbing import files, measure, run, show
+from plumbing import files, measure, run
 from plumbing.exits import RunEnded, Stopped, one_line
 from plumbing.models import load_pair
 from plumbing.run import LOGS, MAY_DIFFER, Run
@@ -327,9 +328,11 @@ def test_a_signal_while_the_teacher_answers_waits_for_one_batch(
 def test_a_finished_run_that_goes_on_is_not_complete_until_it_ends(world, out, ended, resumed):
     """result.json is there if, and only if, the run is complete."""
     opd.distil(config(world, out, steps=2))
+    of_two_steps = (out / "result.json").read_text()
     ended([opd], "update", 1, send(signal.SIGINT), resume=True)
     assert not (out / "result.json").exists()
     assert resumed()["result"]["steps"] == 5
+    assert (out / "result-of-step-2.json").read_text() == of_two_steps
 
 
 @pytest.mark.slow
@@ -381,15 +384,35 @@ def test_handlers_are_given_back(world, out):
         assert signal.getsignal(signal.SIGINT) not in before
 
 
-def test_a_reader_that_is_gone_costs_nothing(whole, ended, resumed):
-    """opd.py | head ends the run, which can go on from its checkpoint."""
+class Gone(io.StringIO):
+    """A stdout that nobody can read any more."""
 
-    def gone(row):
+    def write(self, _):
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
 
-    code, said = ended([show], "line", 3, gone)
-    assert code == 1 and "the checkpoint of step 2 is whole" in said
-    assert resumed() == whole
+
+def test_a_reader_that_is_gone_costs_nothing(world, whole, out, monkeypatch):
+    """opd.py | head goes on to its end; so does a run whose terminal is closed under nohup."""
+    monkeypatch.setattr(sys, "stdout", Gone())
+    opd.distil(config(world, out, steps=5))
+    assert outcome(out) == whole
+
+
+def test_a_signal_saves_when_the_reader_is_gone(whole, out, ended, resumed, monkeypatch):
+    """Ctrl-C in opd.py | tee log stops tee, too; a closed terminal sends SIGHUP and reads nothing.
+    The line of a step comes before its checkpoint, and must not be its end."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        code, _ = ended([opd], "rollout", 4, send(signal.SIGINT), save_every=50)
+    assert code == 130 and checkpoint(out)["run"]["step"] == 4
+    assert resumed(save_every=50) == whole
+
+
+def test_an_error_ends_with_its_code_when_the_terminal_is_gone(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with pytest.raises(SystemExit) as end, one_line("opd.py"):
+        raise UserError("no")
+    assert end.value.code == 2
 
 
 # --- one at a time ------------------------------------------------------------------------------
@@ -503,6 +526,7 @@ def test_flags_that_decide_a_result_stay(world, cut, resumed, monkeypatch):
     assert [row["lr"] for row in rows(cut)] == [1e-3, 1e-3, 1e-5, 1e-5, 1e-5]
     assert not files.same("a", "b") and not files.same("3", 3)
     assert files.same(("./teacher", "x"), ("teacher", "x"))
+    assert files.same(["./teacher", "x"], ("teacher", "x"))  # argparse makes lists
     assert not files.same(("teacher",), ("teacher", "x")) and not files.same(("a",), ("b",))
 
 

@@ -207,9 +207,10 @@ def test_a_run_that_was_killed_shows_what_is_whole(tmp_path, torn, capsys):
 
 def test_what_is_no_run_is_refused_by_name(tmp_path):
     """So are a broken line that no kill explains, a folder without a run, a run without a step."""
-    broken = write(tmp_path / "broken", [row(1)], torn="{torn\n" + json.dumps(row(2)) + "\n")
-    with pytest.raises(UserError, match=r"broken/metrics\.jsonl:2 is not JSON"):
-        figures.runs([broken])
+    for i, torn in enumerate(("{torn", "{}", "3", "\xff")):
+        broken = write(tmp_path / f"{i}", [row(1)], torn=f"{torn}\n{json.dumps(row(2))}\n")
+        with pytest.raises(UserError, match=rf"{i}/metrics\.jsonl:2 is not (JSON|a step)"):
+            figures.runs([broken])
     with pytest.raises(UserError, match="no metrics.jsonl there"):
         figures.runs([tmp_path])
     begun = write(tmp_path / "begun", [], result=None)
@@ -249,7 +250,7 @@ def test_pictures_name_their_axes_and_runs_and_are_the_same_twice(success, tmp_p
     """The .svg has titles, units and names as text, and neither a date nor a random id."""
     pytest.importorskip("matplotlib")
     rows = [row(step, overlap_token_advantage=None) for step in (1, 2)]
-    gaps = write(tmp_path / "gaps $1", rows, result=None)
+    gaps = write(tmp_path / "_gaps $1", rows, result=None)
     drawn = []
     for attempt in ("a", "b"):
         paths = [tmp_path / f"{attempt}-{kind}.svg" for kind in ("plot", "positions")]
@@ -258,8 +259,8 @@ def test_pictures_name_their_axes_and_runs_and_are_the_same_twice(success, tmp_p
     assert drawn[0] == drawn[1]
     figure, maps = drawn[0]
     for words in drawn[0]:
-        for word in ("success", "gaps $1", "step", "nats"):
-            assert f">{word}<" in words
+        for word in ("success", "_gaps $1", "step", "nats"):
+            assert f"{word}<" in words
     for panel in figures.PANELS:
         assert f">{panel.title}<" in figure and f">{panel.unit}<" in figure
     for _, title, *_ in figures.MAPS:

@@ -185,6 +185,16 @@ def test_tint_and_note_follow_two_plain_forward_passes(written):
     assert sides == {"less", "more"}
 
 
+def test_a_thought_that_the_template_has_begun_is_a_thought_here_too(tmp_path, saying):
+    """The page judges as accuracy does (R1-Distill's template ends with <think>)."""
+    words = [*WORDS, "Answer:", "<think>"]
+    saying([len(WORDS), WORDS.index("7")])
+    made = read(
+        tmp_path, pair_of(word_tokenizer(words)), [{"ids": [7, len(words) - 1], "answer": "7"}]
+    )
+    assert "no answer, 7 was asked for" in made.words
+
+
 @pytest.mark.parametrize(
     "answer, cut, said",
     [

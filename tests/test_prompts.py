@@ -94,6 +94,8 @@ needs "prompt" | {{"prompt": 7}}
 is not JSON | {{"prompt": "cut
 ends with what the assistant says | {{"prompt": [{USER}, {SAID}]}}
 ends with what the system says | {{"prompt": [{{"role": "system", "content": "add"}}]}}
+has \\ud83d, half of a character | {{"prompt": "add \\ud83d 3"}}
+has \\udc00, half of a character | {{"prompt": "add", "teacher_prompt": [{{"\\udc00": 3}}]}}
 has an answer that is no text | {{"prompt": "add", "answer": 7}}
 has an answer that is no text (str), or empty | {{"prompt": "add", "answer": " "}}
 """
@@ -109,6 +111,7 @@ needs "messages" | {{"messages": ["add", {SAID}]}}
 needs "messages" | {{"messages": [{USER}, {{"role": "assistant", "content": ""}}]}}
 needs "messages" | {{"messages": [{USER}, {{"role": "assistant", "content": null}}]}}
 is not JSON | {{"messages": [{USER}
+has \\ud83d, half of a character | {{"messages": [{USER}, {SAID}, "\\ud83d"]}}
 needs "prompt_ids" | {{"messages": [{USER}, {SAID}], "prompt_ids": [1]}}
 needs "prompt_ids" | {{"messages": [{USER}, {SAID}], "prompt_ids": [1], "response_ids": []}}
 needs "prompt_ids" | {{"messages": [{USER}, {SAID}], "prompt_ids": [1], "response_ids": [-1]}}
@@ -588,6 +591,16 @@ def test_ids_that_a_cold_start_has_written_are_used_as_they_are(tmp_path):
     lines(tmp_path / "c.jsonl", row, {**row, "response_ids": [a, o, 1]})
     with pytest.raises(UserError, match='c.jsonl:2: its "response_ids" are of another tokenizer'):
         load_conversations(path, pair)
+
+
+def test_an_answer_needs_a_token_before_it(tmp_path):
+    """Without a BOS an empty prompt has none: padding would predict the answer's first token."""
+    path = lines(tmp_path / "c.jsonl", {"messages": [user(""), said("so")]})
+    no_bos = letters()
+    no_bos.chat_template = None
+    with pytest.raises(UserError, match="c.jsonl:1: there is no token before the answer"):
+        load_conversations(path, pair_of(no_bos))
+    assert load_conversations(path, pair_of(word_tokenizer()))  # it writes a BOS
 
 
 def test_an_answer_ends_with_the_end_that_stands_for_all(tmp_path):

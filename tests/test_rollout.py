@@ -314,6 +314,10 @@ def test_the_model_is_left_as_it_was_and_its_generation_defaults_are_not_read(mo
         ({"seeds": 3}, "seeds=3: there must be one for each of the 1 prompts"),
         ({"seeds": [3, 4]}, "there must be one for each"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"n": 0}, "n=0: must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
+        ({"top_p": 0}, "top_p=0: must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p=1.1: must be above 0 and at most 1"),
     ],
 )
 def test_what_cannot_be_written_is_refused(changes, says):
@@ -487,6 +491,8 @@ def test_padding_by_hand():
     assert r.is_response.int().tolist() == [[0, 0, 1, 0], [0, 0, 1, 1]]
     assert r.response_mask.int().tolist() == [[1, 0], [1, 1]]
     assert responses(r) == [[3], [4, 2]]
+    with pytest.raises(ValueError, match="every prompt needs at least one token"):
+        from_texts([[5, 6], []], [[3], [4]])
 
 
 def test_uniform_numbers_follow_from_the_seed_of_their_prompt():
