@@ -296,7 +296,7 @@ def told(results):
     lines = [*table(results), "", *verdicts(judge(results)), ""]
     lines.append(
         f"T .7 with top-p .95, 4 answers to each of {HELD_OUT} held-out sums; greedily one. "
-        "The student is asked without the hint. ± is two standard errors, +- is one."
+        "The student is asked without the hint. ± is noise, 95 %; +- is one standard error."
     )
     commits = sorted({commit_of(run) for run in runs})
     seconds = sum(run["seconds"] for run in runs)

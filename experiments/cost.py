@@ -9,7 +9,7 @@ and 2.2). Toy models.
     long; long sampled; long full               400 steps with Eq. 5, Eq. 3, Eq. 4
     bigger, other  the two pairs that fail (phenomenology.py)
 
-Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
+Criteria, fixed before the runs ("surely": by more than noise, and .05; lab.py).
     6.1 short      8 tokens end surely below success, at T .7 and greedily
     6.1 long       not askable: a response of a run that works ends by itself after some 32 tokens,
                    and a larger budget changes nothing

@@ -12,7 +12,7 @@ Toy models.
                    default (2609.20511 does so, too)
     own ends       the same teacher, compared token by token (--ends own), as in the authors' code
 
-Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
+Criteria, fixed before the runs ("surely": by more than noise, and .05; lab.py).
     one prompt     1 prompt gains .72 or more of what success gains at T .7, in every seed
     16 prompts     it ends equal to success at T .7
     first 30 %     10 tokens gains .8 or more of what success gains at T .7, in every seed
@@ -171,20 +171,25 @@ def with_less(runs):
 
 def direction(runs):
     """Does the direction of the KL matter, or who writes?"""
-    offs = both(runs["forward by teacher"], runs["forward by student"])
+    forward = [runs["forward by teacher"], runs["forward by student"]]
+    reverse = [runs["reverse by teacher"], runs["reverse by student"]]
+    offs = both(*forward)
     yield finding(
         "2609.35259",
         "forward KL learns alike on the student's and the teacher's responses",
         "so",
-        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
+        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily, "
+        f"{difference(*forward, 'T 1')} at T 1",
         *map(equal, offs),
     )
-    offs = both(runs["reverse by teacher"], runs["reverse by student"])
+    offs = both(*reverse)
     yield finding(
         "2609.35259",
         "reverse KL needs the student's responses",
         "so",
-        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily",
+        f"the teacher's: {offs[0]} at T .7, {offs[1]} greedily, "
+        f"{difference(*reverse, 'T 1')} at T 1; of the student's, reverse KL ends "
+        f"{difference(reverse[1], forward[1], 'T 1')} from forward at T 1",
         *map(below, offs),
     )
 

@@ -392,6 +392,7 @@ CONTRADICTED = "contradicted"  # the opposite, or shown equal where the paper fi
 UNDECIDED = "undecided"  # within noise, or not alike on all seeds
 NOT_ASKABLE = "not askable here"
 MARGIN = 0.05  # of accuracy: two arms that differ by less are equal
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> its quantile of .975
 
 
 @dataclass(frozen=True)
@@ -461,15 +462,16 @@ def mean_over_seeds(means, variances):
     """The mean over seeds, and its noise: Difference.
 
     means: one for each seed; variances: of each of these means, over the prompts of its seed. Noise
-    is two standard errors, the larger of two: that over prompts, pooled from the variances, and
-    that over seeds, of the means themselves. The second is the larger one if seeds differ by more
-    than their prompts explain. (It was added after the runs: seeds that disagreed stood under a
-    noise of .008.)
+    is half of a 95 % interval, the larger one of two: over prompts, two standard errors, pooled
+    from the variances; over seeds, of the means themselves, by Student's t. The second is the
+    larger one if seeds differ by more than their prompts explain. (It was added after the runs:
+    seeds that disagreed stood under a noise of .008. At first it, too, was two standard errors;
+    with three seeds that is an interval of 82 %.)
     """
     n = len(means)
-    of_prompts = math.sqrt(sum(variances)) / n
-    of_seeds = stdev(means) / math.sqrt(n) if n > 1 else 0.0
-    return Difference(mean(means), 2 * max(of_prompts, of_seeds), tuple(means))
+    of_prompts = 2 * math.sqrt(sum(variances)) / n
+    of_seeds = STUDENT_T[n] * stdev(means) / math.sqrt(n) if n > 1 else 0.0
+    return Difference(mean(means), max(of_prompts, of_seeds), tuple(means))
 
 
 def answers(accuracy):
@@ -761,7 +763,8 @@ def provenance(results):
         "",
         "accuracy: T 1; T .7 with top-p .95; greedy. One answer to each of "
         f"{', '.join(map(str, prompts))} held-out prompts.",
-        "± is noise: two standard errors over prompts, pooled, or over seeds if that is more.",
+        "± is noise, 95 %: two standard errors over prompts, pooled, or over seeds, by Student's "
+        "t, if that is more.",
         f"seeds {', '.join(map(str, seeds))}; commits {', '.join(commits)}; "
         f"{seconds:.0f} CPU seconds, those of arms that other scripts share included",
     ]

@@ -39,7 +39,7 @@ import phenomenology
 import plot
 import torch
 import toy
-from lab import arm, below, both, each, equal, every_seed, finding, reaches, share
+from lab import arm, below, both, difference, each, equal, every_seed, finding, reaches, share
 
 from loss import support_of
 from rollout import position_ids
@@ -224,12 +224,13 @@ def supports(runs):
                 below,
             ),
         ):
-            offs = both(runs[support + raw], whole)
+            part = runs[support + raw]
+            offs = both(part, whole)
             yield finding(
                 "4.2",
                 f"{claim}, {objective}",
                 paper,
-                f"{offs[0]} at T .7, {offs[1]} greedily",
+                f"{offs[0]} at T .7, {offs[1]} greedily, {difference(part, whole, 'T 1')} at T 1",
                 *map(criterion, offs),
             )
 

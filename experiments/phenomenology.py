@@ -15,7 +15,7 @@
     reverse-bigger  student-rl <- bigger                                           400
     reverse-sharp   student-rl <- sharp                                            400
 
-Criteria, fixed before the runs ("surely": by more than two standard errors, and .05; lab.py).
+Criteria, fixed before the runs ("surely": by more than noise, and .05; lab.py).
     3.1 thinking     early scores surely less than other (T .7). Its student scores surely more, at
                      T .7 and greedily, and overlaps more at the start, in every seed
     3.2 knowledge    success makes up .8 of its teacher's greedy lead, in every seed
@@ -197,13 +197,14 @@ def reversal(runs):
     sharp = runs["sharp"]
     reverse = runs["reverse"]
     scores = difference(early, sharp, "T 1", "teacher")
+    greedy = difference(early, sharp, "greedy", "teacher")
     ends = difference(early, sharp, "greedy")
     yield finding(
         "3.3",
         "of two teachers with equal scores at T 1 the one that knows more teaches more",
         "the benchmark score predicts nothing",
-        f"teachers {scores} at T 1; students {ends} greedily, "
-        f"{difference(early, sharp, 'T 1')} at T 1",
+        f"teachers {scores} at T 1, {greedy} greedily; students "
+        f"{difference(early, sharp, 'T 1')} at T 1, {ends} greedily",
         above(ends) if scores.is_equal else lab.NOT_ASKABLE,
     )
     offs = both(reverse, reverse, than="teacher")

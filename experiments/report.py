@@ -170,8 +170,8 @@ def page(toy, of_real, folder):
 
 *holds*: it is here as the claim says. *contradicted*: the opposite, or shown equal where the claim
 has a difference. *undecided*: within noise, or otherwise from seed to seed. *not askable here*: the
-toy cannot show it. ± is noise, two standard errors. Numbers with commas between them are those of
-the seeds, in order. Claims marked *ours* are not the paper's.
+toy cannot show it. ± is noise, half of a 95 % interval. Numbers with commas between them are those
+of the seeds, in order. Claims marked *ours* are not the paper's.
 
 {findings_in_full(judged(toy))}{left_out(toy)}
 ## SmolLM2-135M-Instruct that learns from itself
