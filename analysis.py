@@ -408,11 +408,13 @@ def diagnose_pair(
         report["right"] = int(right.sum())
         report["wrong"] = int((~right).sum())
         report["greedy"] = greedy(pair, with_answers, answered, max_new_tokens)
+        solvable = any(report["greedy"][who]["mean"] > 0 for who in ("student", "teacher"))
         report["continuation"], report["predicted_gain"] = gains(
             pair,
             with_answers,
             [of_row[0] for of_row in responses],
             depths,
+            solvable,
             answered=answered,
             n=finishes,
             max_new_tokens=max_new_tokens,
@@ -498,12 +500,12 @@ def compared(found):
     }
 
 
-def gains(pair, rows, responses, depths, **how):
+def gains(pair, rows, responses, depths, solvable, **how):
     """The teacher's gain at several depths (6.1): -> one dict a depth, and the mean over depths.
 
     If a depth is a count of tokens, only responses that go on after the deepest one count, as in
     the paper. If there are none, the result is [], None. If neither model solves a prompt at the
-    first depth, deeper ones are not tried.
+    first depth, deeper ones are not tried, unless some can be solved: one of the two did greedily.
     """
     deepest = max((depth for depth in depths if isinstance(depth, int)), default=-1)
     deep = [i for i, response in enumerate(responses) if len(response) > deepest]
@@ -520,7 +522,8 @@ def gains(pair, rows, responses, depths, **how):
         tokens = found["tokens"]
         cut = {"depth": depth, "tokens": tokens, "responses": len(rows), "left_out": left_out}
         report.append({**cut, **compared(found)})
-        if depth == depths[0] and not found["student"].any() and not found["teacher"].any():
+        solved = solvable or found["student"].any() or found["teacher"].any()
+        if depth == depths[0] and not solved:
             break
     return report, estimate(torch.stack(gain_at).mean(0), GAIN)
 
@@ -609,8 +612,8 @@ def what_is_missing(report):
         return "without answers no lead can be measured"
     if not report["continuation"]:
         return "no response is longer than the deepest of --depths"
-    alone = report["continuation"][0]
-    if alone["student"]["mean"] == 0 and alone["teacher"]["mean"] == 0:
+    asked = [report["greedy"], *report["continuation"]]
+    if not any(x["student"]["mean"] or x["teacher"]["mean"] for x in asked):
         return (
             'neither solved one of these prompts; answers are read after "Answer:" or in \\boxed{} '
             "(--template answer asks for it); else take easier ones, or a higher --max-new-tokens"

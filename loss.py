@@ -30,7 +30,7 @@ renormalisation. Its gradient pays the student for moving its mass out of the se
 (tests/test_loss.py shows it).
 
 To copy: this file alone. Its functions take tensors. With two models of transformers, both in eval
-mode, that share a vocabulary:
+mode and the student in float32, that share a vocabulary:
 
     # ids, attention_mask, is_response: (B, L), prompt and response; is_response is bool
     positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # counted behind the padding

@@ -118,14 +118,14 @@ def mix_prompts(aligned, others, fraction, generator):
     size = len(aligned) + len(others)
     while round(fraction * size) > len(aligned) or size - round(fraction * size) > len(others):
         size -= 1
-    lacks_aligned = fraction > 0 and not aligned
-    lacks_others = fraction < 1 and not others
-    if size == 0 or lacks_aligned or lacks_others:
+    count = round(fraction * size)
+    lacks_aligned = fraction > 0 and count == 0
+    lacks_others = fraction < 1 and count == size
+    if lacks_aligned or lacks_others:
         raise UserError(
             f"{len(aligned)} aligned and {len(others)} other prompts cannot be mixed at a fraction "
             f"of {fraction}; give more of them, or another fraction"
         )
-    count = round(fraction * size)
     mixed = drawn(aligned, count, generator) + drawn(others, size - count, generator)
     return drawn(mixed, size, generator)
 

@@ -8,7 +8,8 @@ vocab_size and merged ends, and never call model.train().
 `rollout` is one plain loop. The commands of this project use plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
 
-To copy: this file alone. It needs transformers 5.24 or later. With a model and its tokenizer:
+To copy: this file alone. It needs transformers 5.24 or later. With a model in float32
+(from_pretrained(..., dtype=torch.float32)) and its tokenizer:
 
     prompts = [tokenizer(text).input_ids for text in ("add 3 7", "add the digits 3")]
     ends = [tokenizer.eos_token_id]

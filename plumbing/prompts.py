@@ -239,8 +239,6 @@ def questions(cfg):
 def of_eval_file(cfg, path):
     """The held-out rows of a file, each question once, in the template, with "file": its path."""
     rows = load_prompts(path)
-    if cfg.eval_template:
-        rows = out_of_template(rows, cfg.eval_template)
     name = f"--eval {path}" if len(cfg.eval) > 1 else "--eval"
     rows = once(put_in_template(cfg, rows, name), name)
     if len(cfg.eval) > 1 and all(row["answer"] is None for row in rows):
@@ -292,8 +290,10 @@ def mixed(cfg, train, seen):
 def put_in_template(cfg, rows, flag):
     """The rows in --template, with a teacher_prompt in --teacher-template if there is one: -> rows.
 
-    A warning counts the rows of `flag` that were in --template before.
+    Rows that were in --eval-template are taken out of it. A warning counts the rows of `flag` that
+    were in --template before.
     """
+    rows = out_of_eval_template(cfg, rows)
     already = 0
     for row in rows:
         already += is_in_template(question_text(row["prompt"]), cfg.template)
@@ -320,6 +320,12 @@ def for_accuracy(cfg, held_out):
     if cfg.eval_template in ("", cfg.template):
         return held_out
     return in_template(out_of_template(held_out, cfg.template), cfg.eval_template)
+
+
+def out_of_eval_template(cfg, rows):
+    """The rows without --eval-template: one question in two templates is one question: -> rows."""
+    template = getattr(cfg, "eval_template", "")
+    return rows if template in ("", cfg.template) else out_of_template(rows, template)
 
 
 def out_of_template(rows, template):
@@ -352,7 +358,7 @@ def conversation_keys(cfg):
     if not cfg.cold_start_file:
         return set()
     rows = [{"prompt": x["messages"][:-1]} for x in read_conversations(cfg.cold_start_file)]
-    done = in_template(rows, cfg.template)
+    done = in_template(out_of_eval_template(cfg, rows), cfg.template)
     bare = sum(row != row_in_template for row, row_in_template in zip(rows, done))
     tell("--cold-start-file", bare, rows, "are not in --template; they are learnt as they are")
     return keys_of(done)

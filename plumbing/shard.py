@@ -31,7 +31,7 @@ from teacher import UserError
 def shard_pair(pair, device):
     """Cut both models of a Pair over all processes, before the optimizer is made.
 
-    UserError for a model in which transformers names no layers.
+    UserError, see shard.
     """
     mesh = init_device_mesh(device.type, (processes()[1],))
     for model in (pair.student, pair.teacher):
@@ -39,10 +39,19 @@ def shard_pair(pair, device):
 
 
 def shard(model, mesh, dtype):
-    """Cut a model over a DeviceMesh; dtype: of the computation in its layers, as with autocast."""
+    """Cut a model over a DeviceMesh; dtype: of the computation in its layers, as with autocast.
+
+    UserError for a model without layers, or that has LayerNorm, in bfloat16 on a CPU.
+    """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     if not layers:
         raise UserError(f"{type(model).__name__} has no layers to shard; leave --shard out")
+    has_layer_norm = any(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+    if mesh.device_type == "cpu" and dtype != torch.float32 and has_layer_norm:
+        raise UserError(
+            f"{type(model).__name__}: on a CPU a sharded LayerNorm computes in float32 alone; take "
+            "--dtype float32"
+        )
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
         reduce_dtype=torch.float32,

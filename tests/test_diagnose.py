@@ -306,7 +306,8 @@ def report(
     if answers:
         first = {"student": of(student), "teacher": of(student + alone[0]), "gain": of(*alone)}
         made["continuation"] = [{"depth": 0.0, "tokens": 0.0, **first}]
-        made["greedy"] = {"gain": of(*greedy)}
+        at_0 = {"student": of(student), "teacher": of(student + greedy[0])}
+        made["greedy"] = {**at_0, "gain": of(*greedy)}
         made["predicted_gain"] = of(*gain)
     return made
 
@@ -315,6 +316,7 @@ UNSURE_BELOW = ALIKE - 0.0199  # within two errors of .01
 SURELY_BELOW = ALIKE - 0.0201
 UNSURE_ABOVE = ALIKE + 0.0199
 SURELY_ABOVE = ALIKE + 0.0201
+NOBODY = {"student": 0.0, "alone": (0.0, 0.04), "greedy": (0.0, 0.04)}  # solved any
 BORDERS = [
     ({}, SHOULD_WORK),  # alike, knows more, and is better where the student is
     ({"overlap": SURELY_ABOVE}, SHOULD_WORK),
@@ -348,8 +350,8 @@ BORDERS = [
     ({"kl": 9e-7, "answers": False}, NOTHING_NEW),
     ({"kl": 1e-6}, SHOULD_WORK),
     ({"alone": (0.0, None), "greedy": (1.0, None), "gain": (1.0, None)}, UNDECIDED),  # one prompt
-    ({"student": 0.0, "alone": (0.0, 0.04), "gain": (0.0, 0.04)}, UNDECIDED),  # nobody solved any
-    ({"student": 0.0, "alone": (0.0, 0.0), "overlap": 0.3}, INCOMPATIBLE),
+    ({**NOBODY, "gain": (0.0, 0.04)}, UNDECIDED),
+    ({**NOBODY, "overlap": 0.3}, INCOMPATIBLE),
 ]
 
 
@@ -398,9 +400,10 @@ def test_what_is_promised_or_denied_is_outside_two_standard_errors(x):
     [
         ({"cut": 0.9}, True, "higher --max-new-tokens"),
         ({"cut": 0.5}, False, "higher --max-new-tokens"),
-        ({"student": 0.0, "alone": (0.0, 0.0)}, True, "neither solved"),
-        ({"student": 0.1, "alone": (0.0, 0.0)}, False, "neither solved"),
-        ({"student": 0.0, "alone": (0.1, 0.01)}, False, "neither solved"),
+        (NOBODY, True, "neither solved"),
+        ({**NOBODY, "student": 0.1}, False, "neither solved"),
+        ({**NOBODY, "alone": (0.1, 0.01)}, False, "neither solved"),
+        ({**NOBODY, "greedy": (0.5, 0.05)}, False, "neither solved"),  # greedily the teacher did
         ({"gain": (0.05, 0.1)}, True, "take more (--count)"),
         ({"greedy": (0.0, 0.01)}, True, "samples more sharply"),
         ({"greedy": (0.0, 0.01), "gain": (0.0, 0.01)}, False, "samples more sharply"),
@@ -646,13 +649,13 @@ def test_counts_of_tokens_are_asked_of_the_responses_that_are_longer():
     def note(pair, rows, *, starts, n, **how):
         return torch.ones(len(rows), n), None
 
-    report, gain = analysis.gains(pair, rows(), given, (0.0, 2, 4), answered=note, n=1)
+    report, gain = analysis.gains(pair, rows(), given, (0.0, 2, 4), True, answered=note, n=1)
     assert [(cut["tokens"], cut["responses"]) for cut in report] == [(0, 2), (2, 2), (4, 2)]
     assert {cut["left_out"] for cut in report} == {6}
     assert gain["mean"] == 0
-    report, _ = analysis.gains(pair, rows(), given, (0.0, 0.5), answered=note, n=1)
+    report, _ = analysis.gains(pair, rows(), given, (0.0, 0.5), True, answered=note, n=1)
     assert [cut["responses"] for cut in report] == [8, 8]
-    assert analysis.gains(pair, rows(), given, (0.0, 6), answered=note, n=1) == ([], None)
+    assert analysis.gains(pair, rows(), given, (0.0, 6), True, answered=note, n=1) == ([], None)
 
 
 def test_responses_that_are_all_too_short_leave_it_undecided(monkeypatch):

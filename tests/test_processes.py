@@ -228,6 +228,19 @@ def test_what_processes_and_flags_say_together(world, tmp_path, monkeypatch):
         Run(config(world, tmp_path)).__enter__()
 
 
+def test_layer_norm_is_not_sharded_in_bfloat16_on_a_cpu(tmp_path):
+    """There it takes weights and values of one dtype only, and autocast does not cast them."""
+    from plumbing.shard import shard_pair
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        pair = tiny_pair("gpt2", dtype=torch.bfloat16)
+        with pytest.raises(UserError, match="GPT2LMHeadModel: on a CPU .* take --dtype float32"):
+            shard_pair(pair, pair.device)
+    finally:
+        dist.destroy_process_group()
+
+
 # --- one process that is sharded ------------------------------------------------------------------
 
 

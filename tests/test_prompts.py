@@ -358,6 +358,17 @@ def test_one_template_stands_around_a_question_in_training_and_one_in_accuracy(
     assert len(train) == 5
 
 
+def test_a_question_in_the_template_of_accuracy_is_held_out_all_the_same(tmp_path):
+    """All files may be in it, as published ones are. Their questions are the bare ones."""
+    boxed = [{**row, "prompt": apply_template(row["prompt"], "boxed")} for row in some(9)]
+    cfg = config(tmp_path, boxed, eval=boxed[:4], template="answer", eval_template="boxed")
+    with pytest.warns(UserWarning, match="4 of 9 prompts are held out in --eval and left out"):
+        train, _, held_out = questions(cfg)
+    asked = [apply_template(row["prompt"], "answer") for row in some(9)]
+    assert {row["prompt"] for row in held_out} == set(asked[:4])
+    assert {row["prompt"] for row in train} == set(asked[4:])
+
+
 @pytest.mark.parametrize("fraction", [0.0, 0.25, 0.5, 1.0])
 def test_aligned_prompts_have_their_share_and_nothing_seen_elsewhere(tmp_path, fraction):
     """5.2: exactly that share of the training prompts is aligned."""

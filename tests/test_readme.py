@@ -25,7 +25,8 @@ ALL = (
 @pytest.mark.parametrize("name", ALL)
 def test_every_flag_that_it_names_exists(name):
     """A flag that a page names exists (TRL's quick start ran into its own ValueError)."""
-    known = {"--help", "--preset", "--all", "--config", "--index-url"}  # the last is pip's
+    known = {"--help", "--preset", "--all", "--config"}
+    known |= {"--index-url", "--shutdown-timeout"}  # of pip and torchrun
     for flags in (Config, Diagnosis):
         known |= {"--" + f.name.replace("_", "-") for f in dataclasses.fields(flags)}
     for file in ("experiments/bench.py", "experiments/lab.py", "experiments/context.py"):

@@ -153,17 +153,18 @@ def test_a_mixture_is_the_largest_with_exactly_its_share_of_aligned_prompts(
         count = round(fraction * size)
         if count <= aligned and size - count <= others:
             possible.append(size)
-    lacks_one = (fraction > 0 and not aligned) or (fraction < 1 and not others)
-    if lacks_one or not possible:
+    size = max(possible, default=0)
+    count = round(fraction * size)
+    if (fraction > 0 and count == 0) or (fraction < 1 and count == size):  # it would lack one
         with pytest.raises(UserError, match=f"{aligned} aligned and {others} other"):
             mix_prompts(*given, fraction, seeded())
         return
     mixed = mix_prompts(*given, fraction, seeded(seed))
     assert mixed == mix_prompts(*given, fraction, seeded(seed))
-    assert len(mixed) == max(possible)
+    assert len(mixed) == size
     assert len(distinct(mixed)) == len(mixed)
     assert all(row in given[0] + given[1] for row in mixed)
-    assert sum(row in given[0] for row in mixed) == round(fraction * len(mixed))
+    assert sum(row in given[0] for row in mixed) == count
     assert given == (some("a", aligned), some("o", others))
 
 
@@ -202,6 +203,13 @@ def test_a_share_outside_0_to_1_is_refused(fraction):
     """The message names it."""
     with pytest.raises(UserError, match=f"{fraction} is outside 0..1"):
         mix_prompts(some("a", 1), some("o", 1), fraction, seeded())
+
+
+@pytest.mark.parametrize("aligned, others, fraction", [(42, 8, 0.05), (5, 3, 0.1), (3, 100, 0.9)])
+def test_a_mixture_without_one_of_the_two_is_refused(aligned, others, fraction):
+    """So few of one kind would be rounded to none at all."""
+    with pytest.raises(UserError, match="cannot be mixed at a fraction"):
+        mix_prompts(some("a", aligned), some("o", others), fraction, seeded())
 
 
 # --- 5.1 repetition -----------------------------------------------------------------------------
