@@ -392,7 +392,8 @@ CONTRADICTED = "contradicted"  # the opposite, or shown equal where the paper fi
 UNDECIDED = "undecided"  # within noise, or not alike on all seeds
 NOT_ASKABLE = "not askable here"
 MARGIN = 0.05  # of accuracy: two arms that differ by less are equal
-STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57}  # seeds -> its quantile of .975
+# seeds -> the quantile of .975 of Student's t
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass(frozen=True)

@@ -395,7 +395,10 @@ class Run:
             signal.signal(signum, signal.SIG_DFL)
         if self.is_first:
             said = "\nstopping after this step, or these measurements"
-            said += "; once more leaves at once" if is_alone else "; torchrun may wait 30 s only"
+            if is_alone:
+                said += "; once more leaves at once"
+            else:
+                said += "; torchrun may wait 30 s only"
             if self.saved:
                 said += f" ({self.saved})"
             with contextlib.suppress(OSError):  # the terminal may be gone
