@@ -3,11 +3,11 @@
     python experiments/report.py
 
 It writes results/findings.md: every claim about the toy and about SmolLM2, what the paper has, what
-was found here, and a word; and the commits and seconds of each script. It writes the table of each
-script, results/NAME.txt. It puts short tables of findings and scripts, and lines of context.txt,
-forecast.txt and bench.txt, into experiments/README.md, each between its two markers. It puts
-opd.update into README.md. It draws every figure anew. A script of the toy without results is left
-out, and named.
+was found here, and the outcome in a word; and the commits and seconds of each script. It writes the
+table of each script, results/NAME.txt. It puts short tables of findings and scripts, and lines of
+context.txt, forecast.txt and bench.txt, into experiments/README.md, each between its two markers.
+It puts opd.update into README.md. It draws every figure anew. A script of the toy without results
+is left out, and named.
 
 Criteria stand in the first lines of a script. The four words are explained in lab.py.
 """
@@ -45,7 +45,7 @@ HEADINGS = {  # of experiments/README.md: the paragraphs about what a script fou
     "followups": "What later papers say, and ends that differ",
     "forecast": "Before training",
 }
-SHORT = ("section", "claim", "word")  # titles
+SHORT = ("section", "claim", "outcome")  # titles
 STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
 
@@ -132,7 +132,7 @@ def real_in_short(results):
 
 def findings_in_full(findings):
     """Findings as a table, with what the paper has."""
-    titles = ("section", "claim", "the paper", "found here (mean over seeds)", "word")
+    titles = ("section", "claim", "the paper", "found here (mean over seeds)", "outcome")
     rows = []
     for x in findings:
         rows.append((x.section, x.claim, x.paper, x.found, emphasised(x.word)))
