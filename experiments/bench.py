@@ -642,7 +642,7 @@ def join(parts):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=first_sentence(__doc__))
+    parser = argparse.ArgumentParser(description=first_sentence(__doc__), allow_abbrev=False)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument(
         "--world",
@@ -722,7 +722,7 @@ def measured(part, flags, pairs):
 
 
 def main():
-    if "--device" in sys.argv:
+    if any(word.split("=")[0] == "--device" for word in sys.argv[1:]):
         import gpu
 
         gpu.main(sys.argv[1:])

@@ -30,17 +30,14 @@ Criteria, fixed before the first run, three seeds. "Lead" is the teacher's over 
 
 import argparse
 import dataclasses
-import json
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from statistics import mean
 
 import plot
 import sums
 import toy
-import transformers
 from lab import (
     RESULTS,
     above,
@@ -56,12 +53,14 @@ from lab import (
     once,
     refuse_another,
     share,
+    so_far,
     verdicts,
 )
 
 import opd
 from analysis import ahead, plus_minus
 from plumbing import figures, files, models
+from plumbing.exits import one_line
 from plumbing.flags import Config
 from rollout import seed_of
 
@@ -189,6 +188,12 @@ def ends(run, name):
 
 def judge(results):
     """{arm: [result, one a seed]} -> the findings, in the order of the criteria."""
+    for found in claims(results):
+        yield so_far(found, len(results["hint"]))
+
+
+def claims(results):
+    """The findings on the seeds that are there, however few."""
     hint = results["hint"]
     other = results["other sum"]
     leads = [lead(run, "greedy") for run in hint]
@@ -280,7 +285,7 @@ def read_results(out):
     for arm in ARMS:
         found[arm] = {}
         for path in (out / "context").glob(file_name(arm, "*")):
-            run = json.loads(path.read_text())
+            run = files.read_json(path)
             found[arm][run["seed"]] = run
     if not found["hint"].keys() <= found["expert"].keys():
         del found["expert"]
@@ -334,13 +339,12 @@ def main():
         report(Path(flags.out))
         return
     if not flags.base:
-        write_questions(folder, seed=0)
+        write_questions(folder, flags.seeds[0])
         print(
             f"wrote {folder}/prompts.jsonl and {folder}/eval.jsonl; README.md has a run with them"
         )
         return
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.disable_progress_bar()
+    models.check_directory(flags.base)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) if flags.quick else Path(flags.out)
         seeds = flags.seeds[:1] if flags.quick else flags.seeds
@@ -361,4 +365,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("context.py"):
+        main()

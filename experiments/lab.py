@@ -23,7 +23,6 @@ import shutil
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +39,7 @@ import opd  # noqa: E402
 from analysis import estimate  # noqa: E402
 from plumbing import figures, files, models, prompts, slots  # noqa: E402
 from plumbing.answers import answered  # noqa: E402
+from plumbing.exits import one_line  # noqa: E402
 from plumbing.flags import PRESETS, Config  # noqa: E402
 from recipes import in_template  # noqa: E402
 from rollout import seed_of  # noqa: E402
@@ -471,7 +471,8 @@ def mean_over_seeds(means, variances):
     """
     n = len(means)
     of_prompts = 2 * math.sqrt(sum(variances)) / n
-    of_seeds = STUDENT_T[n] * stdev(means) / math.sqrt(n) if n > 1 else 0.0
+    t = STUDENT_T.get(n, STUDENT_T[10])  # of more than ten seeds it is a little less
+    of_seeds = t * stdev(means) / math.sqrt(n) if n > 1 else 0.0
     return Difference(mean(means), max(of_prompts, of_seeds), tuple(means))
 
 
@@ -641,10 +642,8 @@ def main(
     own = own or {}
     flags = parse(about, [*arms, *probes], own)
     given = {flag: getattr(flags, flag) for flag in own}
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
+    with one_line(f"{name}.py"), tempfile.TemporaryDirectory() as scratch:
+        transformers.logging.set_verbosity_error()
         out = Path(flags.out)
         if flags.quick:
             flags.seeds = [0]

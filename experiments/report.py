@@ -22,6 +22,8 @@ import lab
 import plot
 import real
 
+from plumbing.exits import one_line
+
 TOY = ("phenomenology", "mechanism", "recipe", "cost", "followups", "forecast")
 OVERVIEW = ("success", "opd", "sft", "sft, opd")  # arms of the figure of the front page
 IN_CONTEXT = ("teacher", "hint", "other sum", "expert")  # lines of context.txt begin so
@@ -319,4 +321,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("report.py"):
+        main()

@@ -15,8 +15,6 @@ import argparse
 import contextlib
 import inspect
 import io
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -32,8 +30,10 @@ import opd  # noqa: E402
 import recipes  # noqa: E402
 import rollout  # noqa: E402
 import teacher as grading  # noqa: E402
-from plumbing import models, prompts, show, slots  # noqa: E402
+from plumbing import files, models, prompts, show, slots  # noqa: E402
+from plumbing.exits import one_line  # noqa: E402
 from rollout import seed_of  # noqa: E402
+from teacher import UserError  # noqa: E402
 
 TEACHERS = {
     "teacher": "knows more, and writes alike",
@@ -55,24 +55,32 @@ class Tour:
         self.count = count
         self.commands = []  # of the present stop
 
-    def call(self, main, words, result):
-        """Run a command if its result is not there: -> the result, a dict."""
+    def call(self, main, words, result, config):
+        """Print a command, and run it if its result is not there: -> the result, a dict.
+
+        config: the file that names the models of the result. UserError if they are others.
+        """
         command = "python " + " ".join([f"{main.__module__}.py", *words])
         if command not in self.commands:
             self.commands.append(command)
-        if not Path(result).exists():
+            print(f"   {command}", flush=True)
+        if not result.exists():
+            was_cut = config.exists()
             with contextlib.redirect_stdout(io.StringIO()):
-                main(words)
-        return json.loads(Path(result).read_text())
+                main([*words, "--resume"] if was_cut else words)
+        student = files.read_json(config)["student"]
+        if not files.same(student, f"{self.folder}/student"):
+            raise UserError(f"{result} is of {student}; take another --out")
+        return files.read_json(result)
 
     def pair_of(self, teacher):
         return ["--student", f"{self.folder}/student", "--teacher", f"{self.folder}/{teacher}"]
 
     def diagnosis(self, teacher):
-        out = f"{self.out}/{teacher}-{self.count}.json"
+        out = self.out / f"{teacher}-{self.count}.json"
         words = [*self.pair_of(teacher), "--prompts", f"{self.folder}/prompts.jsonl"]
-        words += ["--count", str(self.count), "--out", out]
-        return self.call(analysis.main, words, out)
+        words += ["--count", str(self.count), "--out", str(out)]
+        return self.call(analysis.main, words, out, out)
 
     def run(self, teacher, *more):
         """A run of opd.py: -> what it did, in words."""
@@ -80,8 +88,9 @@ class Tour:
         words = ["--preset", "toy", *self.pair_of(teacher)]
         words += ["--prompts", f"{self.folder}/prompts.jsonl"]
         words += ["--eval", f"{self.folder}/eval.jsonl", "--steps", str(self.steps), *more]
-        words += ["--out", f"{self.out}/{name}"]
-        result = self.call(opd.main, words, f"{self.out}/{name}/result.json")
+        out = self.out / name
+        words += ["--out", str(out)]
+        result = self.call(opd.main, words, out / "result.json", out / "config.json")
         before = result["held_out_before"]
         after = result["held_out_after"]
         return (
@@ -246,16 +255,15 @@ def main(argv=None):
         if not 1 <= number <= len(STOPS):
             parser.error(f"stop {number}: there are {len(STOPS)}")
     transformers.logging.disable_progress_bar()
-    toy.say_and_make(flags.models, 0, ("student", *TEACHERS))
-    os.makedirs(flags.out, exist_ok=True)
+    if flags.count < 1:
+        parser.error(f"--count {flags.count}: at least 1")
+    toy.say_and_make(flags.models, ("student", *TEACHERS))
     tour = Tour(flags.models, flags.out, flags.steps, flags.count)
     for number in flags.stops or range(1, len(STOPS) + 1):
         claim, read, ask = STOPS[number - 1]
         tour.commands.clear()
         print(f"\nstop {number}, paper {claim}", flush=True)
         answer = ask(tour).replace("\n", "\n      ")
-        for command in tour.commands:
-            print(f"   {command}")
         print(f"   -> {answer}")
         print(f"   read {', '.join(map(where, read))}", flush=True)
     print(
@@ -265,4 +273,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("tour.py"):
+        main()

@@ -38,6 +38,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from plumbing import files  # noqa: E402
+from plumbing.exits import one_line  # noqa: E402
 from plumbing.slots import rollout  # noqa: E402
 from rollout import position_ids, seed_of  # noqa: E402
 
@@ -545,10 +548,11 @@ def write_questions(folder, seed, train=4096, held_out=2048, digits=(0, 9), with
         lines[json.dumps({"prompt": text, "answer": str(answer)})] = None
     for line in without:
         lines.pop(line, None)
-    lines = list(lines)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, part in (("prompts", lines[:train]), ("eval", lines[train : train + held_out])):
-        (Path(folder) / f"{name}.jsonl").write_text("\n".join(part) + "\n")
+    rows = [json.loads(line) for line in lines]
+    with files.can_write(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    files.write_lines(Path(folder) / "prompts.jsonl", rows[:train])
+    files.write_lines(Path(folder) / "eval.jsonl", rows[train : train + held_out])
 
 
 def save_whole(folder, model, tokenizer):
@@ -572,7 +576,7 @@ def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
     on which others are there.
     """
     out = Path(out)
-    if not (out / "eval.jsonl").exists():
+    if not all((out / name).exists() for name in ("prompts.jsonl", "eval.jsonl")):
         write_questions(out, seed_of("questions", seed), held_out=scale.held_out)
     for name in names:
         if is_made(out / name):
@@ -586,12 +590,22 @@ def make_missing(out, seed, names=tuple(MODELS), scale=FULL, known=MODELS):
         make(out / name, seed=seed_of("model", seed, like), scale=scale, **how)
 
 
-def say_and_make(out, seed, names):
-    """Call make_missing, and print a line that says what is made."""
-    missing = [name for name in names if not is_made(Path(out) / name)]
-    if missing:
-        print(f"making {', '.join(missing)} in {out}, about a minute each", flush=True)
-    make_missing(out, seed, names)
+def say_and_make(out, names):
+    """Call make_missing, and print a line that says what is made.
+
+    UserError if another process is making models there.
+    """
+    with files.can_write(out):
+        Path(out).mkdir(parents=True, exist_ok=True)
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        files.alone(folder, out)
+        missing = [name for name in names if not is_made(Path(out) / name)]
+        if missing:
+            print(f"making {', '.join(missing)} in {out}, about a minute each", flush=True)
+        make_missing(out, 0, names)
+    finally:
+        os.close(folder)
 
 
 def main():
@@ -602,11 +616,10 @@ def main():
     parser.add_argument(
         "--all", action="store_true", help="every model, not only student, bigger and teacher"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of models and questions (0)")
     flags = parser.parse_args()
     transformers.logging.disable_progress_bar()
     names = tuple(MODELS) if flags.all else FIRST
-    say_and_make(flags.out, flags.seed, names)
+    say_and_make(flags.out, names)
     print("right answers of 1,024: sampled at T 1, at T .7 with top-p .95, and greedily")
     for name in names:
         model = read_model(Path(flags.out) / name)
@@ -615,4 +628,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("toy.py"):
+        main()

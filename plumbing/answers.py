@@ -78,6 +78,8 @@ SPELLINGS = (
     (r"\%", "%"),
     (r"\leq", r"\le"),
     (r"\geq", r"\ge"),
+    (r"\varnothing", r"\emptyset"),
+    ("∞", r"\infty"),
     ("{,}", ","),
     ("π", r"\pi"),
     ("\u2212", "-"),  # the minus of typesetters
@@ -90,7 +92,7 @@ FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\{(
 SPACE = re.compile(r"(?<![\d,]) | (?!\d)")  # any but those of "1 1/4" and "10, 100"
 FRACTION = re.compile(r"\\frac(?:\{([+-]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")  # \frac{-1}{2}, \frac12
 SHORT_BRACES = re.compile(r"\{(\w)\}")  # x^{2}, \sqrt{3}
-NAMED = re.compile(r"[A-Za-z]=([^=]*)")  # x=7
+NAMED = re.compile(r"([A-Za-z](?:\([A-Za-z]\))?)=([^=]*)")  # x=7, f(x)=2x
 CHOICE = re.compile(r"\(?([A-J])\)?")  # (B)
 NUMBER = re.compile(
     r"""(?P<sign>[+-]?)
@@ -109,11 +111,25 @@ def same_answer(said, want):
     Either may be a whole solution, as in some files: its answer is then read first.
 
     The same: 5/4 and 1 1/4; 1,200 and 1200.0; \text{(B)} and B; Yes and yes; x = 7 and 7; 18 and
-    "9 * 2 = 18 #### 18". Different: 3 4 and 34; n and N; 0.3333 and 1/3; 20 miles and 20.
+    "9 * 2 = 18 #### 18". Different: 3 4 and 34; n and N; x = 7 and y = 7; 0.3333 and 1/3; 20 miles
+    and 20.
     """
     if said is None or want is None:
         return False
-    return canonical(read_answer(said) or said) == canonical(read_answer(want) or want)
+    name, value = named(read_answer(said) or said)
+    other_name, other_value = named(read_answer(want) or want)
+    if name and other_name and name != other_name:
+        return False
+    return canonical(value) == canonical(other_value)
+
+
+def named(answer):
+    r"""The name of an answer, if it has one, and the rest: "$x = 7$" -> ("x", "7")."""
+    text = plain(answer)
+    found = NAMED.fullmatch(text)
+    if found:
+        return found[1], found[2]
+    return "", text
 
 
 def canonical(answer):
@@ -133,21 +149,18 @@ def canonical(answer):
 
 
 def plain(text):
-    r"""A text without LaTeX markup and meaningless spaces: "$x = \frac12$." -> "1/2"."""
+    r"""A text without LaTeX markup and meaningless spaces: "$x = \frac12$." -> "x=1/2"."""
     text = WIDE_SPACE.sub(" ", INVISIBLE.sub("", text))
     text = SPACE.sub("", " ".join(text.split()))
     for spelling, ours in SPELLINGS:
         text = text.replace(spelling, ours)
     text = FRACTION.sub(r" \1\2/\3\4 ", FONT.sub(r"\1", text))
-    text = SPACE.sub("", text.strip(" *`").rstrip("."))
+    text = SPACE.sub("", text.strip(" *`").rstrip(".,;"))
     if text.startswith("{") and text.endswith("}") and text.count("{") == 1:
         text = text[1:-1]
     text = SHORT_BRACES.sub(r"\1", text)
-    for form in (NAMED, CHOICE):
-        found = form.fullmatch(text)
-        if found:
-            text = found[1]
-    return text
+    choice = CHOICE.fullmatch(text)
+    return choice[1] if choice else text
 
 
 def same_to_math_verify(said, want):

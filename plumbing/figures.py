@@ -122,7 +122,7 @@ def read_rows(path):
             if number < len(lines):
                 raise UserError(f"{file}:{number} is not JSON; restore the file") from None
             continue
-        if not isinstance(row, dict) or "step" not in row:
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{file}:{number} is not a step; restore the file")
         rows.append(row)
     return rows

@@ -640,12 +640,33 @@ def parse_analysis(words):
         if name != "out" and not path.parent.is_dir():
             raise UserError(f"{named(name)} {path}: its folder does not exist; make it first")
         check_writable(named(name), path.parent)
+    check_outputs(flags)
     for name in ("plot", "positions"):
         if getattr(flags, name) and not importlib.util.find_spec("matplotlib"):
             raise UserError(f"{named(name)} needs matplotlib: pip install matplotlib")
     if not flags.run:
         need(flags, "student", "teacher", "out")
     return flags
+
+
+def check_outputs(flags):
+    """UserError if analysis.py would write a file over another, or into a model that it reads."""
+    models = [Path(folder).resolve() for folder in (flags.student, flags.teacher) if folder]
+    taken = {}
+    if flags.prompts:
+        taken[Path(flags.prompts).resolve()] = "--prompts"
+    for name in ("out", "tokens", "plot", "positions"):
+        given = getattr(flags, name)
+        if not given:
+            continue
+        path = Path(given).resolve()
+        if name in ("plot", "positions") and path.suffix.lower() not in (".svg", ".png", ".pdf"):
+            raise UserError(f"{named(name)} {given}: give a file that ends with .svg, .png or .pdf")
+        if path.parent in models:
+            raise UserError(f"{named(name)} {given}: a model is in that folder; take another one")
+        if path in taken:
+            raise UserError(f"{named(name)} {given}: {taken[path]} is that file, too")
+        taken[path] = named(name)
 
 
 def depths_of(flags):

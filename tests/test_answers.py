@@ -117,6 +117,7 @@ def test_what_is_no_mark_is_part_of_the_text(text, answer):
     [
         ("7", r"7.0|+7|007|$7$|\(7\)|\[7\]|7 .|7\%|7^\circ|7^{\circ}|\$7|\frac{7}{1}"),
         ("7", r"x = 7|{7}|\mathbf{7}|\displaystyle 7|`7`|$x=7$.|\boxed{7}|Answer: 7|so #### 7"),
+        ("7", r"f(x) = 7|7,|7;"),
         ("-3", "\u20133|\u22123|$-3$|- 3|-3.00|\\frac{-3}{1}|-\\frac62"),
         ("1200", r"1,200|1{,}200|1,\!200|1\,200|1,200.0"),
         ("5/4", r"1 1/4|1\frac{1}{4}|1 \frac14|1\dfrac{1}{4}|1.25|1 2/8|\frac54|\tfrac{5}{4}"),
@@ -130,6 +131,9 @@ def test_what_is_no_mark_is_part_of_the_text(text, answer):
         ("(2,1)", r"(2, 1)|\left( 2, 1 \right)|$(2,\; 1)$"),
         (r"(\frac12,\text{even})", r"\left( \dfrac{1}{2}, \mathrm{even} \right)"),
         (r"\{1\}", r"\left\{ 1 \right\}"),
+        (r"y = 2x", r"2x|$y=2x$"),
+        (r"\infty", "∞"),
+        (r"\emptyset", r"\varnothing"),
     ],
 )
 def test_equal_answers_are_equal_however_they_are_written(want, spellings):
@@ -157,6 +161,9 @@ seven | 7
 2k | 2
 20 miles | 20
 n | N
+x = 5 | y = 5
+k = 2x + 1 | y = 2x + 1
+f(x) = 2x | f(n) = 2x
 sin | SIN
 abc | ABC
 \Delta | \delta

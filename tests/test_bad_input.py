@@ -117,9 +117,15 @@ analysis --out ''                  | --out is missing: the file of the report
 analysis --out {w}                 | : a folder; give a file in it
 analysis --out /proc/d/d.json      | /proc cannot be written to ... take another --out
 analysis --tokens nowhere/x.html   | nowhere/x.html: its folder does not exist; make it first
+analysis --out {w}/prompts.jsonl   | --out {w}/prompts.jsonl: --prompts is that file, too
+analysis --tokens {w}/prompts.jsonl | --tokens {w}/prompts.jsonl: --prompts is that file, too
+analysis --out {w}/teacher/x.json  | /teacher/x.json: a model is in that folder; take another one
+analysis --tokens x --out ./x      | --tokens x: --out is that file, too
 runs --run {w}/nowhere             | no metrics.jsonl there; give the --out of an opd.py run
 runs --run {w}/done --tokens x.html | --tokens goes with --student and --teacher, not with --run
 runs --run {w}/done --count 5      | --count goes with --student and --teacher, not with --run
+runs --run {w}/done --plot x.jsonl | --plot x.jsonl: give a file that ends with .svg, .png or .pdf
+runs --run {w}/done --plot x.svg --positions x.svg | --positions x.svg: --plot is that file, too
 runs --run {w}/done --plot no/x.svg | --plot no/x.svg: its folder does not exist; make it first
 """
 

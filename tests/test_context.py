@@ -90,6 +90,12 @@ def test_the_findings_follow_from_the_numbers():
     assert no_lead[0] == no_lead[4] == no_lead[5] == no_lead[6] == lab.CONTRADICTED
 
 
+def test_of_fewer_than_three_seeds_a_finding_says_so():
+    results = {arm: [run_of(arm, 0, 30, 62, 62)] for arm in context.ARMS}
+    words = [x.word for x in context.judge(results)]
+    assert all(word.endswith(", 1 of 3 seeds so far") for word in words)
+
+
 def test_results_are_read_by_seed_and_a_missing_arm_is_named(tmp_path):
     """An arm can be added without running the others again."""
     (tmp_path / "context").mkdir()

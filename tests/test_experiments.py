@@ -8,6 +8,7 @@ import json
 import math
 import re
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from plumbing import files
 from plumbing.flags import PRESETS, Config
 from plumbing.prompts import load_prompts
 from rollout import batch, from_texts, rollout
-from teacher import eos_ids, log_probs
+from teacher import UserError, eos_ids, log_probs
 
 RESULTS = ROOT / "experiments" / "results"
 OF_THE_TOY = (phenomenology, mechanism, recipe, cost, followups, forecast)
@@ -388,7 +389,7 @@ def script(tmp_path, monkeypatch):
         return list(ran)
 
     monkeypatch.setattr(lab.Lab, "train", train)
-    monkeypatch.setattr(lab.warnings, "formatwarning", lab.warnings.formatwarning)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     return call
 
 
@@ -433,6 +434,19 @@ def test_the_bench_makes_its_toy_by_a_scale(monkeypatch, tmp_path):
         bench.main()
     assert asked == [toy.FULL, toy.QUICK]
     assert PRESETS == before
+
+
+@pytest.mark.parametrize("words", [["--device", "cuda"], ["--device=cuda"]])
+def test_the_bench_of_a_gpu_is_another_one(words, monkeypatch):
+    """However the flag is written; one that is cut short is refused."""
+    ran = []
+    monkeypatch.setitem(sys.modules, "gpu", SimpleNamespace(main=ran.append))
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    bench.main()
+    assert ran == [words]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--dev", "cuda"])
+    with pytest.raises(SystemExit, match="2"):
+        bench.main()
 
 
 def test_the_table_has_a_line_for_each_run(capsys):
@@ -498,6 +512,13 @@ def test_the_noise_is_that_over_seeds_if_they_differ_by_more_than_their_prompts_
     assert alike.noise == pytest.approx(2 * (3e-6) ** 0.5 / 3)
     assert lab.above(alike) == "holds"
     assert lab.mean_over_seeds([0.3], [1e-4]).noise == pytest.approx(0.02)
+
+
+def test_with_more_than_ten_seeds_the_noise_is_that_of_ten_at_least():
+    means = [0.1 * i for i in range(12)]
+    error = torch.tensor(means, dtype=torch.float64).std().item() / 12**0.5
+    noise = lab.mean_over_seeds(means, [0.0] * 12).noise
+    assert 2.2 * error < noise < 2.27 * error
 
 
 def test_the_quantiles_are_those_of_students_t():
@@ -1277,12 +1298,13 @@ def test_the_tour_prints_the_commands_that_it_runs_and_runs_each_once(
 
     def command(words):
         ran.append(" ".join(words))
-        Path(words[words.index("--out") + 1]).write_text(json.dumps(report_of))
+        made_of = {"student": words[words.index("--student") + 1], **report_of}
+        Path(words[words.index("--out") + 1]).write_text(json.dumps(made_of))
 
     command.__module__ = "analysis"
     monkeypatch.setattr(tour.analysis, "main", command)
     monkeypatch.setattr(tour.toy, "say_and_make", lambda *asked: made.append(asked))
-    flags = ["3", "--models", "there", "--out", str(tmp_path / "out"), "--count", "5"]
+    flags = ["3", "--models", "there", "--out", str(tmp_path), "--count", "5"]
     for _ in range(2):
         tour.main(flags)
         said = capsys.readouterr().out
@@ -1291,5 +1313,31 @@ def test_the_tour_prints_the_commands_that_it_runs_and_runs_each_once(
             assert f"   python analysis.py {words}\n" in said
         assert "overlap ratio 0.50, of the first 8 tokens 0.62" in said
         assert "greedy lead +0.25: should work" in said
-    assert made[0] == ("there", 0, ("student", "teacher", "sharp", "other"))
+    assert made[0] == ("there", ("student", "teacher", "sharp", "other"))
     assert "--student there/student --teacher there/teacher" in ran[0]
+    with pytest.raises(UserError, match="is of there/student; take another --out"):
+        tour.main(["3", "--models", "elsewhere", *flags[3:]])
+
+
+def test_a_run_of_the_tour_that_was_killed_goes_on(tmp_path, monkeypatch, capsys):
+    """The command that is printed is that of a reader, who begins anew."""
+    ran = []
+
+    def command(words):
+        ran.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(exist_ok=True)
+        (out / "config.json").write_text('{"student": "there/student"}')
+        if len(ran) == 1:
+            raise Killed
+        (out / "result.json").write_text("{}")
+
+    command.__module__ = "opd"
+    stop = tour.Tour("there", tmp_path, 5, 4)
+    folder = tmp_path / "run"
+    asked = (["--out", str(folder)], folder / "result.json", folder / "config.json")
+    with pytest.raises(Killed):
+        stop.call(command, *asked)
+    assert stop.call(command, *asked) == {}
+    assert ran == [asked[0], [*asked[0], "--resume"]]
+    assert capsys.readouterr().out == f"   python opd.py --out {folder}\n"

@@ -1,6 +1,7 @@
 """The toy world is what experiments/toy.py says it is."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -8,8 +9,10 @@ import torch
 import toy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from plumbing import files
 from plumbing.answers import read_answer
 from rollout import from_texts
+from teacher import UserError
 
 TINY = toy.Scale(small=2, large=2, house=2, rounds=1, asked=4, held_out=8, trials=4)
 FAMILIES = ["left", "right"]
@@ -588,10 +591,26 @@ def test_what_is_there_is_kept_and_what_is_missing_is_made(tmp_path, monkeypatch
     toy.make_missing(tmp_path, 0, scale=TINY)
     assert list(made) == ["student", "bigger", "sharp", "early", "teacher", "student-rl", "other"]
     assert held_out.read_text() == "kept"
+    questions = tmp_path / "prompts.jsonl"
+    before = questions.read_text()
+    questions.unlink()
     (tmp_path / "sharp").rmdir()
     first = made.pop("sharp")
     toy.make_missing(tmp_path, 0, scale=TINY)
     assert made["sharp"] == first
+    assert questions.read_text() == before
+    assert len(held_out.read_text().splitlines()) == 8
+
+
+def test_two_commands_do_not_make_models_in_one_folder(tmp_path, monkeypatch):
+    """The second would remove what the first is writing."""
+    monkeypatch.setattr(toy, "make_missing", lambda *_: None)
+    folder = os.open(tmp_path, os.O_RDONLY)
+    files.alone(folder, tmp_path)
+    with pytest.raises(UserError, match="another process is using it"):
+        toy.say_and_make(tmp_path, ())
+    os.close(folder)
+    toy.say_and_make(tmp_path, ())
 
 
 def test_no_two_models_or_worlds_share_their_random_numbers_but_early_and_teacher(
