@@ -600,7 +600,9 @@ def parse(about, names, own):
     )
     parser.add_argument("--out", default=str(RESULTS), help="folder of the results")
     parser.add_argument(
-        "--report", action="store_true", help="run nothing: make table and figure again"
+        "--report",
+        action="store_true",
+        help="run nothing: make table and figure again, of all seeds",
     )
     parser.add_argument(
         "--quick", action="store_true", help="one seed, a few steps: does it run? Keeps nothing"
