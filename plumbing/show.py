@@ -218,10 +218,10 @@ AGAINST = "against"
 IN_THE_MEAN = "in the mean"  # alone neither: the same in the paper's success and failure
 UNSURE = "within noise"
 RECORD = {  # verdict: (pairs that had it, of which gained greedily), of pairs after the rule
-    "incompatible thinking (cold start first)": (6, 0),
-    "nothing new to teach": (9, 0),
-    "should work": (21, 20),
-    "harmful (the teacher is behind the student)": (11, 1),
+    "incompatible thinking (cold start first)": (9, 0),
+    "nothing new to teach": (13, 0),
+    "should work": (30, 29),
+    "harmful (the teacher is behind the student)": (17, 1),
     "undecided (prompts with answers, or more of them, are needed)": (2, 2),
 }
 DIRECTIONS = {1: FOR, 0: UNSURE, -1: AGAINST}  # of a gain, by analysis.sure
