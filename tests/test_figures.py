@@ -75,6 +75,13 @@ def write(folder, rows, result=FINISHED, torn=""):
     return str(folder)
 
 
+@pytest.mark.parametrize("step", ["3", None, 2.5])
+def test_a_row_whose_step_is_no_number_is_refused(step, tmp_path):
+    run = write(tmp_path / "run", [row(1), {**row(2), "step": step}])
+    with pytest.raises(UserError, match="metrics.jsonl:2 is not a step; restore the file"):
+        figures.read_rows(run)
+
+
 @pytest.fixture
 def success(tmp_path):
     rows = [row(step) for step in range(1, 41)]
