@@ -11,12 +11,14 @@ Q = TopK(q, k), I = P & Q:
     4.1        largest gap              |p(v) - q(v)| at the v of P with the largest
                                         p(v) |log q(v) - log p(v)|
 
-The first half takes log-probabilities (N, V) at N states and returns one number a state, (N,). The
-paper's E_t is their mean over all response tokens. The last part measures a pair before training.
+First come these: log-probabilities (N, V) at N states -> one number a state, (N,). The paper's E_t
+is their mean over all response tokens. Then means over prompts and by output position. Then a pair
+is measured before training.
 
     python analysis.py --student S --teacher T --prompts F   before: will this pair work?
     python analysis.py ... --tokens out.html                 and every token tinted by its reward
-    python analysis.py --run DIR --plot out.svg              after: what happened (Fig. 6, 13)
+    python analysis.py --run DIR --plot out.svg              after: what happened (Fig. 6)
+    python analysis.py --run DIR --positions out.svg         and where in the responses (Fig. 13)
 
 To copy: with rollout.py, teacher.py and loss.py. `main` needs plumbing/.
 """
@@ -28,11 +30,10 @@ from pathlib import Path
 
 import torch
 
+from loss import LOG_ZERO, among, renormalised
 from rollout import rollout as plain_rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
-
-LOG_ZERO = -1e4  # nats; stands for log 0, so that 0 log 0 is 0 and p log(p/0) is finite
 
 # --- Eq. 6 to 10, a state at a time -------------------------------------------------------------
 
@@ -46,8 +47,7 @@ def shared_tokens(log_p, log_q, k):
         raise ValueError(f"k={k} is outside 1..{log_p.size(-1)}, the size of the vocabulary")
     P = log_p.topk(k).indices  # (N, k)
     Q = log_q.topk(k).indices  # (N, k)
-    is_in_Q = torch.zeros_like(log_q, dtype=torch.bool).scatter_(-1, Q, True)  # (N, V)
-    return P, is_in_Q.gather(-1, P)
+    return P, among(P, Q, log_p.size(-1))
 
 
 def overlap_ratio(in_I):
@@ -71,12 +71,6 @@ def overlap_token_advantage(log_p, log_q, P, in_I):
     return torch.where(in_I.any(-1), advantage / in_I.sum(-1), math.nan)
 
 
-def renormalised(log_p, P, in_I):
-    """log p on I, made to sum to 1: (N, V), (N, k), (N, k) -> (N, k)."""
-    log_p = torch.where(in_I, log_p.gather(-1, P), LOG_ZERO)
-    return log_p.clamp_min(LOG_ZERO).log_softmax(-1)
-
-
 def overlap_mass(log_p, P, in_I):
     """Eq. 9 (Eq. 10 if given log q), the probability of I: (N, V), (N, k), (N, k) -> (N,), 0..1."""
     return (log_p.gather(-1, P).exp() * in_I).sum(-1)
@@ -86,7 +80,8 @@ def largest_gap(log_p, log_q, P):
     """Paper 4.1, |p - q| at one token of P (N, k): (N, V), (N, V) -> (N,) in 0..1.
 
     It is the token v that asks most of the student: with the largest p(v) |log q(v) - log p(v)|.
-    Differs from the paper, which plots p - q: signs would cancel in a mean.
+    Differs from the paper, which plots p - q: signs would cancel in a mean. It says "advantage",
+    and not whether that is renormalised, as in Eq. 7; here it is not.
     """
     log_p = log_p.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
     log_q = log_q.gather(-1, P).clamp_min(LOG_ZERO)  # (N, k)
@@ -358,7 +353,7 @@ def diagnose_pair(
     depths=DEPTHS,
     seed=0,
 ):
-    """Sample the student and measure what decides, according to the paper: -> a report, plain dict.
+    """Sample the student and measure what `verdict` needs: -> a report, a plain dict.
 
     rows: {"prompt", "answer" or None, "ids"}; answered: see continuation; n: responses a prompt;
     max_new_tokens: of a response, at most; depths: see continuation; finishes: endings at each of

@@ -11,11 +11,13 @@ pi_teacher(.|s_t):
     Eq. 3  sampled token     log p(y_t) - log q(y_t),  descended as a policy gradient
     Eq. 4  full vocabulary   KL(p || q)
     Eq. 5  top-k             KL(p' || q'), both renormalised on S_t = the k likeliest tokens of p
-    code   top-k, released   sum over S_t of w(v) (log p(v) - log q(v)); w is p renormalised on S_t
-                             and held constant. The authors' code descends this in place of Eq. 5
+    code   top-k, released   sum over S_t of w(v) (log p(v) - log q(v)); w is p renormalised on S_t.
+                             The authors' code descends this in place of Eq. 5, as a policy
+                             gradient: w and the log-ratio are held constant
 
 The last four are here. Each takes log-probabilities (N, V) at N states and returns one number per
-state, (N,), in nats. The gradient flows into log_p alone. At k = V all four have the same expected
+state, (N,), in nats. The paper's equations sum over t; its settings (A.2) and we take the mean over
+the response tokens. The gradient flows into log_p alone. At k = V all four have the same expected
 gradient, that of Eq. 4. The support "difference" is the exception: it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
@@ -33,7 +35,7 @@ To copy: this file alone. Its functions take tensors. With two models of transfo
 mode and the student in float32, that share a vocabulary:
 
     # ids, attention_mask, is_response: (B, L), prompt and response; is_response is bool
-    positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # counted behind the padding
+    positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # from the first real token
 
     def at_response_tokens(model):
         out = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
@@ -191,10 +193,10 @@ def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
     h_p (N, H), h_q (N, H'): states of student and teacher before each drawn token.
     y (N,): the drawn tokens. log_p_of, log_q_of: hidden states (c, H) -> log-probabilities
     (c, V), for example lambda h: head(h).float().log_softmax(-1).
-    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c,)}. Without a teacher h_q is
+    per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c, ...)}. Without a teacher h_q is
     None, and so is log_q.
 
-    -> {name: (N,)}, differentiable in h_p and in the parameters of log_p_of. The backward pass
+    -> {name: (N, ...)}, differentiable in h_p and in the parameters of log_p_of. The backward pass
     computes the logits of a chunk again, as far as the gradient needs them. What per_position
     only measures should be computed under no_grad, after the loss. ValueError if h_p or h_q has
     not as many positions as y.

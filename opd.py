@@ -4,7 +4,7 @@
 
     once:       0  fine-tune on the teacher's answers, if --cold-start asks for it      recipes.py
     each step:  1  take the next prompts of an endless shuffled list                    rollout.py
-                2  the student writes n responses to each, y ~ p(.|x)                   rollout.py *
+                2  the student writes n responses to each, y ~ pi_student(.|x)          rollout.py *
                 3  both models read them: states, log p, log q                          teacher.py
                 4  the loss at every token, a chunk of logits at a time                 loss.py
                    and Eq. 6 to 10 from the same softmaxes                              analysis.py
@@ -15,8 +15,8 @@
 
 `update` is a step, `distil` is a run.
 
-Not in the loop: a critic, a baseline, a discount, a KL to a reference, an entropy bonus. The
-reward is dense and needs none of them. The prompts of a step and its random numbers follow from
+Not in the loop, as in the paper: a critic, a baseline, a discount, a KL to a reference, an entropy
+bonus. The prompts of a step and its random numbers follow from
 (seed, step) alone, so on a CPU a run that was cut goes on bit for bit. A step whose gradient is
 not finite leaves the student as it is and is counted. The third in a row ends the run.
 
@@ -94,7 +94,7 @@ def update(cfg, pair, optimizer, rows, step):
     started = time.perf_counter()
     seeds = [seed_of(cfg.seed, "rollout", step, i) for i in range(len(rows))]
     with pair.autocast(), whole(pair.student):  # whole: if its weights are sharded, gather them
-        r = rollout(  # y ~ p(.|x)
+        r = rollout(  # y ~ pi_student(.|x)
             pair.student,
             [row["ids"] for row in share(rows)],
             n=cfg.n,
@@ -102,7 +102,7 @@ def update(cfg, pair, optimizer, rows, step):
             temperature=cfg.temperature,
             seeds=share(seeds),
             in_flight=pair.in_flight,
-            **pair.sampling,  # the tokens that end a response, and if they count as one: merge_ends
+            **pair.sampling,  # what ends a response, and if all ends count as one: merge_ends
         )
     written = time.perf_counter()
 
@@ -119,6 +119,7 @@ def update(cfg, pair, optimizer, rows, step):
             h_p = states(pair.student, part)  # (N, H) before each response token
             with torch.no_grad():
                 h_q = states(pair.teacher, part.for_teacher)  # (N, H')
+            # {name: (N,)}: "loss", Eq. 5 by default (see objective), and Eq. 6 to 10
             values = in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, part.y, pair.chunk)
         loss = values["loss"].sum() / total  # this part's share of the mean over the step
         loss.backward()
@@ -252,18 +253,19 @@ def distil(cfg):
         run.restore(pair, optimizer, train, cold, held_out)
 
         if not run.before:
-            before = measure.accuracies(cfg, pair, exam, pair.teacher, "teacher")
-            before.update(student_now(cfg, pair, exam, held_out, "before"))
-            measure.check_on_policy(before["held_out_before"], cfg.dtype)
-            measure.check_teaches(cfg, pair, train, before["held_out_before"])
-            run.before.update(before)
+            found = measure.accuracies(cfg, pair, exam, pair.teacher, "teacher")
+            found.update(student_now(cfg, pair, exam, held_out, "before"))
+            measure.check_on_policy(found["held_out_before"], cfg.dtype)
+            measure.check_teaches(cfg, pair, train, found["held_out_before"])
+            run.before.update(found)
             run.save_when_due(0, cfg.steps)
 
         wants_cold_start = cfg.cold_start or cfg.cold_start_file
         if wants_cold_start and "held_out_cold_start" not in run.before:
             fine_tune(cfg, run, pair, optimizer, cold)
             run.before.update(student_now(cfg, pair, exam, held_out, "cold_start"))
-            optimizer = run.optimizer = adamw(cfg, pair.student)
+            optimizer = adamw(cfg, pair.student)  # without the cold start's running means
+            run.optimizer = optimizer
             run.save_when_due(0, cfg.steps)
 
         for step in progress(range(run.step, cfg.steps), "distil", run.step, cfg.steps):

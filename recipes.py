@@ -180,8 +180,9 @@ def teacher_rollouts(
     correctness.
 
     A list holds the answers to the next `at_once` rows. share: (rank, processes); each of several
-    processes answers every so many-th of these rows. What is drawn for a row follows from the seed
-    and its place. The defaults of temperature and top_p are the paper's.
+    processes answers its part of these: the rank-th and every `processes`-th after it. What is
+    drawn for a row follows from the seed and its place. The defaults of temperature and top_p are
+    the paper's.
     """
     rank, world = share
     first_batch = start - start % at_once  # batches are the same whether or not a run was cut
@@ -265,8 +266,8 @@ def cold_start(
     the gradient is not finite, there is no update, and the dict has the reason as "skipped".
 
     Batch and lr of a step follow from (seed, step). So with the optimizer of a run that was cut,
-    `start` goes on from there. share: (rank, processes); each of several processes takes every so
-    many-th example. "loss" is then its part of the mean, to be added up, and descend and
+    `start` goes on from there. share: (rank, processes); each of several processes takes its part
+    of the examples. "loss" is then its part of the mean, to be added up, and descend and
     micro_batches have to be those that opd.py passes.
     """
     rank, world = share

@@ -1,4 +1,4 @@
-"""rollout.py: the student writes (paper 2.2): y ~ p(.|x), from exactly the softmax that is scored.
+"""rollout.py: the student writes y ~ pi_student(.|x), from exactly the softmax that is scored (2.2).
 
 Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
 evaluate. The `generate` of transformers has such defaults. With them the student would be trained
@@ -79,8 +79,9 @@ def rollout(
     fills the empty places and may be one of eos_ids.
 
     seeds: one int per prompt, random by default. Each token is drawn with a uniform number of its
-    own, which follows from the seed of its prompt. So a response is the same whatever is written
-    beside it, but for rounding. ValueError if an argument cannot work, see check.
+    own, which follows from the seed of its prompt. So with the same n the responses to a prompt are
+    the same whichever prompts are beside it, but for rounding. ValueError if an argument cannot
+    work, see check.
     """
     check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p)
     device = model.get_input_embeddings().weight.device
@@ -211,7 +212,7 @@ def has_keys(cache):
 def log_softmax(logits, temperature=1.0):
     """log softmax(logits / temperature) in float32: (..., V) -> (..., V), nats.
 
-    At temperature 0, when the likeliest token is taken, these are those of temperature 1.
+    Temperature 0, which stands for the likeliest token, gives those of temperature 1.
     """
     logits = logits.float()
     if temperature in (0, 1):

@@ -1,6 +1,7 @@
 """teacher.py: the teacher grades every token that the student wrote (paper 2.2).
 
-    log_probs       log p(v | s_t) of a model at the states s_t before each response token, plainly
+    log_probs       log p(v | s_t) of a model at the states s_t before each response token: the
+                    plain way, (N, V) at once. What follows needs less memory
     make_pair       two models with the same tokens -> Pair; others are refused
     read_by_teacher the same responses behind prompts of the teacher's own, if it has some
     micro_batches   a rollout in parts that fit into memory
@@ -232,8 +233,8 @@ def read_by_teacher(r, rows, pad_id=0):
 
     rows: the prompts of r, {"ids"} and, if the teacher reads another prompt, "teacher_ids". If no
     row has these, the result is r itself. Differs from the paper, whose teacher reads what the
-    student reads. Its outlook names such a teacher: a copy of the student that knows more because
-    of what it may read.
+    student reads. Among its future work is such a teacher: a copy of the student that knows more
+    because of what it may read.
     """
     if not any("teacher_ids" in row for row in rows):
         return r
@@ -378,7 +379,7 @@ def has_linear_head(model):
     """Are a model's logits its head's output for the last hidden states? -> bool.
 
     They are not with soft-capping (Gemma 2) or scaling (Cohere). Llama 4 has no trunk of its own.
-    It is tried once, and noted at the model as linear_head.
+    It is tried once, and kept as model.linear_head.
     """
     if not hasattr(model, "linear_head"):
         model.linear_head = try_head(model)

@@ -6,14 +6,12 @@ It writes results/findings.md: every claim about the toy and about SmolLM2, what
 was found here, and the outcome in a word; and the commits and seconds of each script. It writes the
 table of each script, results/NAME.txt. It puts short tables of findings and scripts, and lines of
 context.txt, forecast.txt and bench.txt, into experiments/README.md, each between its two markers.
-It puts opd.update into README.md. It draws every figure anew. A script of the toy without results
-is left out, and named.
+It draws every figure anew. A script of the toy without results is left out, and named.
 
 Criteria stand in the first lines of a script. The four words are explained in lab.py.
 """
 
 import importlib
-import inspect
 import sys
 
 import context
@@ -48,7 +46,6 @@ HEADINGS = {  # of experiments/README.md: the paragraphs about what a script fou
     "forecast": "Before training",
 }
 SHORT = ("section", "claim", "outcome")  # titles
-STEP = "<!-- the step -->\n```python\n"  # of README.md
 NOT_YET = "Not measured yet.\n"
 
 
@@ -269,13 +266,6 @@ def filled(text, toy, of_real, folder):
     return put(printed(folder / "bench.txt", IN_BENCH), "bench", text)
 
 
-def with_update(text):
-    """README.md with opd.update as it is: str."""
-    before, rest = text.split(STEP)
-    after = rest[rest.index("```\n") :]
-    return before + STEP + inspect.getsource(lab.opd.update) + after
-
-
 def draw(toy, of_real, folder):
     """Draw all figures."""
     for script, results in toy.items():
@@ -314,8 +304,6 @@ def main():
     (lab.RESULTS / "findings.md").write_text(page(toy, of_real, lab.RESULTS))
     readme = lab.ROOT / "experiments" / "README.md"
     readme.write_text(filled(readme.read_text(), toy, of_real, lab.RESULTS))
-    front = lab.ROOT / "README.md"
-    front.write_text(with_update(front.read_text()))
     print(findings_in_short(toy))
     draw(toy, of_real, lab.RESULTS)
 

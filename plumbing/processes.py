@@ -28,7 +28,7 @@ def processes():
 
 
 def share(items):
-    """This process's part of a list: every so many-th item, from the rank on."""
+    """This process's part of a list: items rank, rank + processes, ..."""
     rank, world = processes()
     return items[rank::world]
 

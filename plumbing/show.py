@@ -239,7 +239,7 @@ def diagnosis(report):
         called, gained = RECORD[report["verdict"]]
         lines.append(
             f"  record: of {counted(called, 'pair')} with this verdict {gained} gained "
-            "(experiments/README.md)"
+            "greedily (experiments/README.md)"
         )
     for reason in report["reasons"]:
         lines.append(textwrap.fill(reason, 100, initial_indent="  - ", subsequent_indent="    "))

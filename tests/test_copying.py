@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import config, ready
 
 import loss
+import opd
 import rollout
 import teacher
 
@@ -197,13 +199,22 @@ def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
     assert weight.grad.abs().sum() > 0
 
 
-def test_the_loop_for_ones_own_code_runs(world, capsys):
-    """On models of the same vocabulary; the loss of three steps is printed."""
-    readme = (ROOT / "plumbing" / "README.md").read_text(encoding="utf-8")
+def test_the_loop_of_the_front_page_takes_the_steps_of_opd(world, tmp_path, capsys):
+    """Three steps on models of the same vocabulary have the losses of opd.update."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (loop,) = re.findall(r"```python\n(import json\n.*?)```", readme, flags=re.DOTALL)
     loop = loop.replace("runs/toy/teacher", str(world / "gemma3"))
-    exec(loop.replace("runs/toy", str(world)), {})
-    assert re.fullmatch(r"(\d\.\d{4} nats a token\n){3}", capsys.readouterr().out)
+    mine = {}
+    exec(loop.replace("runs/toy", str(world)), mine)
+    said = re.findall(r"(\S+) nats a token\n", capsys.readouterr().out)
+
+    cfg = config(world, tmp_path, teacher=f"{world}/gemma3", n=8, max_new_tokens=96, k=16)
+    pair, _, _ = ready(cfg)
+    optimizer = opd.adamw(cfg, pair.student)
+    rows = [{"ids": ids} for ids in mine["prompts"]]
+    losses = [opd.update(cfg, pair, optimizer, rows, step)[1]["loss"] for step in range(3)]
+    assert [float(x) for x in said] == pytest.approx(losses, abs=2e-4)
+    assert losses[0] > 1.01 * losses[2]  # it learns: so the three are not one number
 
 
 @contextlib.contextmanager

@@ -796,7 +796,7 @@ def test_a_verdict_is_shown_with_its_record(monkeypatch):
     """How many pairs were called so on new seeds, and how many of them gained; nothing else."""
     made = diagnosed(different())
     monkeypatch.setattr(show, "RECORD", {made["verdict"]: (12, 7)})
-    line = "record: of 12 pairs with this verdict 7 gained (experiments/README.md)"
+    line = "record: of 12 pairs with this verdict 7 gained greedily (experiments/README.md)"
     assert f"verdict: {made['verdict']}\n  {line}\n" in show.diagnosis(made)
     monkeypatch.setattr(show, "RECORD", {})
     assert "record" not in show.diagnosis(made)

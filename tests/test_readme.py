@@ -1,7 +1,6 @@
 """The READMEs say what the code does: commands parse, metrics are defined, links lead on."""
 
 import dataclasses
-import inspect
 import json
 import re
 from pathlib import Path
@@ -59,11 +58,6 @@ def test_its_commands_are_those_that_ci_runs():
     assert markers == ["the main command", "the test command"]
     for marker in markers:
         assert len(re.findall(f"<!-- {marker} -->\n```sh\npython3 [^`]+\n```\n", README)) == 1
-
-
-def test_the_step_that_it_shows_is_the_one_that_runs():
-    """report.py pastes it there."""
-    assert f"<!-- the step -->\n```python\n{inspect.getsource(opd.update)}```\n" in README
 
 
 def test_every_logged_metric_is_defined(world, tmp_path):
