@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from loss import LOG_ZERO, among, renormalised
+from loss import LOG_ZERO, among, check, renormalised
 from rollout import rollout as plain_rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
@@ -122,6 +122,7 @@ def diagnose(log_p, log_q, y, k, ends=()):
 
     ValueError for a k outside 1..V.
     """
+    check(log_p, log_q, y)
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     P, in_I = shared_tokens(log_p, log_q, k)
     H_p = entropy(log_p)
@@ -138,8 +139,8 @@ def diagnose(log_p, log_q, y, k, ends=()):
         "largest_gap": largest_gap(log_p, log_q, P),
         "entropy_student": H_p,
         "entropy_teacher": H_q,
-        "end_mass_student": log_p[:, ends].exp().sum(-1),
-        "end_mass_teacher": log_q[:, ends].exp().sum(-1),
+        "end_mass_student": log_p[..., ends].exp().sum(-1),
+        "end_mass_teacher": log_q[..., ends].exp().sum(-1),
         "reward": log_q_y - log_p_y,
         "distance_left": (log_q_y - log_p_y).abs(),
         "log_p": log_p_y,
@@ -152,6 +153,7 @@ def auroc(scores, labels):
     A tie counts half. None if all labels are alike. Paper 6.2 scores responses by their mean
     reward, and labels them by whether their answer is right.
     """
+    labels = labels.bool()  # integers would index
     positive = scores[labels]
     negative = scores[~labels].sort().values
     if not len(positive) or not len(negative):
@@ -320,7 +322,8 @@ def continuation(pair, rows, responses, depth, *, answered, n, **how):
 
     rows: prompts with "ids" and "answer"; responses: token ids, one list a row; depth: a share of
     each response if it is a float, a count of tokens if it is an int. 0.0 is plain accuracy.
-    answered: plumbing.answers.answered, or what does the same; how: its other arguments.
+    answered(pair, rows, model=, starts=, n=, **how) -> (is right, is cut off), (rows, n) bool each,
+    where starts are the token ids that are written already: plumbing.answers.answered, or your own.
     -> {"student", "teacher"}: shares of right answers (rows,), and "tokens": kept, on average.
     """
     cuts = []

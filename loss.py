@@ -15,10 +15,11 @@ pi_teacher(.|s_t):
                              The authors' code descends this in place of Eq. 5, as a policy
                              gradient: w and the log-ratio are held constant
 
-The last four are here. Each takes log-probabilities (N, V) at N states and returns one number per
-state, (N,), in nats. The paper's equations sum over t; its settings (A.2) and we take the mean over
-the response tokens. The gradient flows into log_p alone. At k = V all four have the same expected
-gradient, that of Eq. 4. The support "difference" is the exception: it is then empty.
+The last four are here. Each takes log-probabilities (N, V) in float32 at N states and returns one
+number per state, (N,), in nats. ValueError if the two are not of one shape, or coarser: see check.
+The paper's equations sum over t; its settings (A.2) and we take the mean over the response tokens.
+The gradient flows into log_p alone. At k = V all four have the same expected gradient, that of Eq.
+4. The support "difference" is the exception: it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
 score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
@@ -34,12 +35,14 @@ renormalisation. Its gradient pays the student for moving its mass out of the se
 To copy: this file alone. Its functions take tensors. With two models of transformers, both in eval
 mode and the student in float32, that share a vocabulary:
 
-    # ids, attention_mask, is_response: (B, L), prompt and response; is_response is bool
+    # ids, attention_mask, is_response: (B, L), of prompt and response. is_response marks the
+    # response and its first end token, not the padding behind it. If you write by `generate`, then
+    # with do_sample=True, top_k=0, top_p=1.0, temperature=1.0: it has other defaults
     positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # from the first real token
 
     def at_response_tokens(model):
         out = model(input_ids=ids, attention_mask=attention_mask, position_ids=positions)
-        logits = out.logits[:, :-1][is_response[:, 1:]]  # (N, V): token t-1 predicts token t
+        logits = out.logits[:, :-1][is_response[:, 1:].bool()]  # (N, V): t-1 predicts token t
         return logits.float().log_softmax(-1)  # of logits / T, if T is the rollout's temperature
 
     log_p = at_response_tokens(student)
@@ -65,8 +68,10 @@ def sampled_token(log_p, log_q, y):
     The value is log p(y) - log q(y). The gradient is -A grad log p(y), with the advantage A =
     log q(y) - log p(y) held constant. Over y ~ p the value's mean is KL(p || q), and the
     gradient's mean is the gradient of KL(p || q). Back-propagating the value itself would have
-    zero mean gradient.
+    zero mean gradient. For one update on what was just drawn: a second one on the same tokens would
+    need importance weights.
     """
+    check(log_p, log_q, y)
     y = y.unsqueeze(-1)  # (N, 1)
     log_p_y = log_p.gather(-1, y).squeeze(-1).clamp_min(LOG_ZERO)  # (N,)
     log_q_y = log_q.gather(-1, y).squeeze(-1).clamp_min(LOG_ZERO)  # (N,)
@@ -76,6 +81,7 @@ def sampled_token(log_p, log_q, y):
 
 def full_vocab(log_p, log_q):
     """Eq. 4, KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,), nats."""
+    check(log_p, log_q)
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -87,6 +93,7 @@ def top_k(log_p, log_q, k=16, support="student"):
     It is 0 where the support has fewer than two tokens. So at k = 1 it is always 0 with the
     student's support. ValueError for an unknown support, or a k outside 1..V.
     """
+    check(log_p, log_q)
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_p_S = renormalised(log_p, S, counts)  # (N, m)
     log_q_S = renormalised(log_q.detach(), S, counts)  # (N, m)
@@ -104,6 +111,7 @@ def top_k_released(log_p, log_q, k=16, support="student"):
     With the support "difference" w is p itself, as in the authors' Non-Overlap arm. That alone
     makes its signal much smaller. ValueError for an unknown support, or a k outside 1..V.
     """
+    check(log_p, log_q)
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_w = log_p.gather(-1, S) if support == "difference" else renormalised(log_p, S, counts)
     log_p_S = log_p.gather(-1, S).clamp_min(LOG_ZERO)  # (N, m)
@@ -117,6 +125,26 @@ def ratio(log_p):
     return (log_p - log_p.detach()).exp()
 
 
+def check(log_p, log_q, y=None):
+    """ValueError unless log_p and log_q are of one shape, in float32 or finer, with one y a state.
+
+    If the models pad their vocabularies to different sizes, gather and topk raise no error, and the
+    loss is wrong. Nor do they in bfloat16, whose rounding is larger than a small KL.
+    """
+    if log_p.shape != log_q.shape:
+        raise ValueError(
+            f"log_p is {tuple(log_p.shape)}, log_q {tuple(log_q.shape)}: take the same states, and "
+            "cut both logits to the shared tokens before the softmax"
+        )
+    for log_probs in (log_p, log_q):
+        if torch.finfo(log_probs.dtype).bits < 32:
+            raise ValueError(
+                f"{log_probs.dtype} is too coarse: take logits.float().log_softmax(-1)"
+            )
+    if y is not None and y.shape != log_p.shape[:-1]:
+        raise ValueError(f"y is {tuple(y.shape)}, log_p {tuple(log_p.shape)}: one token a state")
+
+
 # --- a control, not the paper's -----------------------------------------------------------------
 
 
@@ -126,6 +154,7 @@ def forward_kl(log_p, log_q):
     arXiv 2609.35259 asks which matters more: the direction of the KL, or who wrote the prefix.
     experiments/own_loop.py asks the same. No --objective names this loss.
     """
+    check(log_p, log_q)
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
@@ -194,7 +223,8 @@ def in_chunks(per_position, h_p, h_q, log_p_of, log_q_of, y, chunk=128):
     y (N,): the drawn tokens. log_p_of, log_q_of: hidden states (c, H) -> log-probabilities
     (c, V), for example lambda h: head(h).float().log_softmax(-1).
     per_position(log_p (c, V), log_q (c, V), y (c,)) -> {name: (c, ...)}. Without a teacher h_q is
-    None, and so is log_q.
+    None, and so is log_q. What else a token needs, such as an advantage of your own, multiplies
+    these values afterwards.
 
     -> {name: (N, ...)}, differentiable in h_p and in the parameters of log_p_of. The backward pass
     computes the logits of a chunk again, as far as the gradient needs them. What per_position

@@ -7,9 +7,19 @@
 
 `opd.py --cold-start`, `--template` and `--aligned-prompts` call these.
 
-To copy: with loss.py, rollout.py and teacher.py. Not here: a filter by correctness (the paper has
-none), and embeddings that find similar prompts (the paper compares texts, then embeddings; we
-compare texts alone).
+Not here: a filter by correctness (the paper has none), and embeddings that find similar prompts
+(the paper compares texts, then embeddings; we compare texts alone).
+
+To copy: with loss.py, rollout.py and teacher.py. With a pair of teacher.make_pair, and rows of
+{"prompt": text, "ids": its token ids}:
+
+    examples = []
+    for answers in teacher_rollouts(pair, rows, max_new_tokens=512):
+        examples += [(a["prompt_ids"], a["response_ids"]) for a in answers if a["why"] == "kept"]
+    optimizer = torch.optim.AdamW(pair.student.parameters())
+    for row in cold_start(pair, optimizer, examples, steps=100):
+        print(f"{row['step']} {row['loss']:.4f} nats a token")
+    optimizer = torch.optim.AdamW(pair.student.parameters(), lr=1e-6)  # a new one for OPD
 """
 
 import json
@@ -260,10 +270,12 @@ def cold_start(
 ):
     """Fine-tune the student on [(prompt ids, response ids)], response tokens only (5.1, C.1).
 
-    Yields a dict per step: {"step" from 1, "loss": (), nats per token, "grad_norm", "lr",
-    "tokens"}. The loss is the mean negative log-likelihood over all response tokens of the step.
-    lr rises over the share `warmup` of the steps and falls to 0 as a cosine, as in the paper. If
-    the gradient is not finite, there is no update, and the dict has the reason as "skipped".
+    A generator: without a loop over it nothing happens. It yields a dict per step: {"step" from 1,
+    "loss": (), nats per token, "grad_norm", "lr", "tokens"}. The loss is the mean negative
+    log-likelihood over all response tokens of the step. lr rises over the share `warmup` of the
+    steps and falls to 0 as a cosine, as in the paper. So the optimizer's own lr does not matter,
+    and it ends near 0: make a new one for what follows. If the gradient is not finite, there is no
+    update, and the dict has the reason as "skipped".
 
     Batch and lr of a step follow from (seed, step). So with the optimizer of a run that was cut,
     `start` goes on from there. share: (rank, processes); each of several processes takes its part

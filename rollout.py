@@ -1,4 +1,4 @@
-"""rollout.py: the student writes y ~ pi_student(.|x), from exactly the softmax that is scored (2.2).
+"""rollout.py: the student writes y ~ pi_student(.|x), by exactly the softmax that is scored (2.2).
 
 Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
 evaluate. The `generate` of transformers has such defaults. With them the student would be trained
@@ -48,7 +48,7 @@ class Rollout:
     @property
     def response_mask(self):
         """(B, T) bool: is_response without the columns of the prompts."""
-        return self.is_response[:, -self.log_p.size(1) :]
+        return self.is_response[:, self.ids.size(1) - self.log_p.size(1) :]
 
     def response_ids(self, row):
         """The tokens of one response, its end included: list of int."""
@@ -161,15 +161,18 @@ def as_rollout(prompt_ids, prompt_mask, tokens, log_p, lengths, ended):
 def from_texts(prompts, responses, pad_id=0, device=None):
     """Given responses as if a model had written them, one to each prompt: -> Rollout.
 
-    prompts, responses: lists of token ids. log_p is 0, and no response is truncated. ValueError if
-    a prompt has no token: then nothing would predict the first of its response.
+    prompts, responses: lists of token ids; cut off what `generate` has padded behind the first end.
+    log_p, which nobody drew, is 0; no response is truncated. ValueError if a prompt has no token:
+    then nothing would predict the first of its response.
     """
+    if len(prompts) != len(responses) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses: give one to each")
     if not all(len(prompt) > 0 for prompt in prompts):
         raise ValueError("every prompt needs at least one token")
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (B, P), (B, P)
     T = max(len(response) for response in responses)
     filled = [list(response) + [pad_id] * (T - len(response)) for response in responses]
-    tokens = torch.tensor(filled, device=device)  # (B, T)
+    tokens = torch.tensor(filled, dtype=torch.long, device=device)  # (B, T)
     lengths = torch.tensor([len(response) for response in responses], device=device)
     log_p = torch.zeros(tokens.shape, device=device)
     ended = torch.ones(len(tokens), dtype=torch.bool, device=device)
@@ -224,7 +227,8 @@ def merge_ends(log_p, ends):
     """All end tokens as one: the first of `ends` gets the probability of them all, the others 0.
 
     log-probabilities (..., V), token ids (e,), each once -> (..., V), still a distribution. With
-    fewer than two ends nothing changes.
+    fewer than two ends nothing changes. A given text that ends with another of them than the first
+    must end with the first instead, which stands for them all.
 
     Student and teacher of a family often end with different tokens (Qwen3-1.7B-Base
     <|endoftext|>, Qwen3-4B <|im_end|>: a pair of the paper's 3.1 and 5.1). Compared token by

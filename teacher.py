@@ -51,7 +51,7 @@ def log_probs(
         position_ids=position_ids(attention_mask),
         use_cache=False,
     ).logits  # (B, L, V)
-    logits = logits[:, :-1][is_response[:, 1:]]  # (N, V): the state at t-1 predicts token t
+    logits = logits[:, :-1][is_response[:, 1:].bool()]  # (N, V): the state at t-1 predicts token t
     log_p = log_softmax(logits[:, :vocab_size], temperature)
     return merge_ends(log_p, ends)
 
@@ -64,7 +64,7 @@ class Pair:
     """Student and teacher over the tokens that they share.
 
     make_pair makes one, checks that the two fit, and freezes the teacher. Without tokenizers:
-    Pair(student, teacher, None, V, ends).
+    Pair(student, teacher, None, V, ends), which is enough to write, to grade and to train.
     """
 
     student: torch.nn.Module
@@ -107,10 +107,14 @@ class Pair:
 
 
 def make_pair(student, teacher, student_tokenizer, teacher_tokenizer, **settings):
-    """Two models in eval mode and their tokenizers -> Pair.
+    """Two models and their tokenizers -> Pair.
 
-    settings: fields of Pair. Freezes the teacher. UserError if the two do not fit, see check_pair.
+    settings: fields of Pair. Sets both models to eval mode: with dropout, what is drawn is not what
+    is scored. Freezes the teacher, so a student that is to learn has to be another object.
+    UserError if the two do not fit, see check_pair.
     """
+    student.eval()
+    teacher.eval()
     vocab_size = check_pair(student, teacher, student_tokenizer, teacher_tokenizer)
     for model in (student, teacher):
         if not has_linear_head(model):

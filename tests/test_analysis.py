@@ -389,6 +389,11 @@ def test_auroc_knows_the_order_of_the_scores_alone(rows, rising):
         assert auroc(-scores, labels) == pytest.approx(1 - found)
 
 
+def test_labels_may_be_0_and_1():
+    """As integers they would index the scores."""
+    assert auroc(torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0, 1, 1])) == 1
+
+
 # --- means and their errors ---------------------------------------------------------------------
 
 number_or_nan = st.one_of(st.just(math.nan), st.floats(-5, 5))

@@ -357,6 +357,27 @@ def test_every_support_against_python_sets(top_k_loss, support, pair, k):
         assert sorted(S[t, counts[t]].tolist()) == set_of(z[t], log_q[t], k, support)
 
 
+@each_objective
+def test_what_cannot_be_compared_is_refused(objective):
+    """A teacher of more padded tokens, fewer states, or bfloat16 would give a wrong number."""
+    log_p, log_q = seeded(2, 4, 9).log_softmax(-1)
+    padded = seeded(4, 12).log_softmax(-1)
+    with pytest.raises(ValueError, match=r"log_p is \(4, 9\), log_q \(4, 12\): take the same"):
+        objective(log_p, padded, Y)
+    with pytest.raises(ValueError, match=r"log_q \(1, 9\)"):
+        objective(log_p, log_q[:1], Y)
+    for coarse in ((log_p.bfloat16(), log_q), (log_p, log_q.half())):
+        with pytest.raises(ValueError, match=r"torch\.b?float16 is too coarse"):
+            objective(*coarse, Y)
+
+
+def test_there_is_one_token_a_state():
+    """`gather` takes fewer, and would return fewer."""
+    log_p, log_q = seeded(2, 4, 9).log_softmax(-1)
+    with pytest.raises(ValueError, match=r"y is \(3,\), log_p \(4, 9\): one token a state"):
+        sampled_token(log_p, log_q, Y[:3])
+
+
 @each_top_k
 def test_an_impossible_support_or_k_is_refused(top_k_loss):
     """The message names the value. The default is the student's sixteen likeliest tokens."""

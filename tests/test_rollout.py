@@ -493,6 +493,11 @@ def test_padding_by_hand():
     assert responses(r) == [[3], [4, 2]]
     with pytest.raises(ValueError, match="every prompt needs at least one token"):
         from_texts([[5, 6], []], [[3], [4]])
+    with pytest.raises(ValueError, match="2 prompts, 1 responses: give one to each"):
+        from_texts([[5, 6], [7]], [[3]])
+    nothing_said = from_texts([[5, 6], [7]], [[], []])
+    assert nothing_said.response_mask.shape == (2, 0)
+    assert nothing_said.ids.dtype == torch.long
 
 
 def test_uniform_numbers_follow_from_the_seed_of_their_prompt():

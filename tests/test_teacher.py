@@ -190,6 +190,21 @@ def test_states_and_head_are_the_models_own_log_probabilities(model):
     close(log_p, torch.cat(expected).log_softmax(-1))
 
 
+def test_masks_of_0_and_1_are_masks():
+    """Those of transformers are integers, which would index the states."""
+    model = tiny("llama")
+    r = from_texts(PROMPTS, RESPONSES)
+    expected = log_probs(model, r.ids, r.attention_mask, r.is_response)
+    close(log_probs(model, r.ids, r.attention_mask.long(), r.is_response.long()), expected)
+
+
+def test_a_pair_has_no_dropout():
+    """A model that is made from a config alone is in train mode."""
+    student, teacher = (tiny("llama", vocab_size=len(WORDS)).train() for _ in range(2))
+    pair = make_pair(**fitting(student=student, teacher=teacher))
+    assert not pair.student.training and not pair.teacher.training
+
+
 def test_a_bias_of_the_head_is_part_of_it():
     """If a head has a bias, it is cut as the weight is."""
     model = tiny("llama")
