@@ -8,18 +8,18 @@ For a prompt x, over whole responses y:
 At a state s_t = (x, y_<t) that the student visited, p = pi_student(.|s_t) and q =
 pi_teacher(.|s_t):
 
-    Eq. 3  sampled token     log p(y_t) - log q(y_t),  descended as a policy gradient
+    Eq. 3  sampled token     log p(y_t) - log q(y_t),  minimised as a policy gradient
     Eq. 4  full vocabulary   KL(p || q)
     Eq. 5  top-k             KL(p' || q'), both renormalised on S_t = the k likeliest tokens of p
     code   top-k, released   sum over S_t of w(v) (log p(v) - log q(v)); w is p renormalised on S_t.
-                             The authors' code descends this in place of Eq. 5, as a policy
+                             The authors' code minimises this in place of Eq. 5, as a policy
                              gradient: w and the log-ratio are held constant
 
 The last four are here. Each takes log-probabilities (N, V) in float32 at N states and returns one
-number per state, (N,), in nats. ValueError if the two are not of one shape, or coarser: see check.
+number per state, (N,), in nats. ValueError if the two differ in shape, or are coarser: see check.
 The paper's equations sum over t; its settings (A.2) and we take the mean over the response tokens.
 The gradient flows into log_p alone. At k = V all four have the same expected gradient, that of Eq.
-4. The support "difference" is the exception: it is then empty.
+4. The exception is the support "difference" (4.2, see support_of): it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
 score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
@@ -102,7 +102,7 @@ def top_k(log_p, log_q, k=16, support="student"):
 
 
 def top_k_released(log_p, log_q, k=16, support="student"):
-    """What the authors' code descends in place of Eq. 5: (N, V), (N, V) -> (N,), nats.
+    """What the authors' code minimises in place of Eq. 5: (N, V), (N, V) -> (N,), nats.
 
     The value is sum_S w (log p - log q). The gradient is sum_S w (log p - log q) grad log p, with
     w and the log-ratio held constant. Differs from the paper: w is p renormalised on S, but the

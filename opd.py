@@ -15,10 +15,10 @@
 
 `update` is a step, `distil` is a run.
 
-Not in the loop, as in the paper: a critic, a baseline, a discount, a KL to a reference, an entropy
-bonus. The prompts of a step and its random numbers follow from
-(seed, step) alone, so on a CPU a run that was cut goes on bit for bit. A step whose gradient is
-not finite leaves the student as it is and is counted. The third in a row ends the run.
+As in the paper there is no critic, no baseline, no discount, no KL to a reference and no entropy
+bonus. The prompts of a step and its random numbers follow from (seed, step) alone. So on a CPU a
+run that was cut goes on bit for bit. A step whose gradient is not finite leaves the student as it
+is and is counted. The third in a row ends the run.
 
 The flags, each with the reason for its default: plumbing/flags.py. The folder of a run, its
 checkpoint and Ctrl-C: plumbing/run.py.

@@ -10,9 +10,10 @@
 Not here: a filter by correctness (the paper has none), and embeddings that find similar prompts
 (the paper compares texts, then embeddings; we compare texts alone).
 
-To copy: with loss.py, rollout.py and teacher.py. With a pair of teacher.make_pair, and rows of
+To copy: with loss.py, rollout.py and teacher.py. With two models, their tokenizers, and rows of
 {"prompt": text, "ids": its token ids}:
 
+    pair = make_pair(student, teacher, student_tokenizer, teacher_tokenizer)
     examples = []
     for answers in teacher_rollouts(pair, rows, max_new_tokens=512):
         examples += [(a["prompt_ids"], a["response_ids"]) for a in answers if a["why"] == "kept"]

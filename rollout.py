@@ -1,9 +1,9 @@
 """rollout.py: the student writes y ~ pi_student(.|x), by exactly the softmax that is scored (2.2).
 
-Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to
-evaluate. The `generate` of transformers has such defaults. With them the student would be trained
-on text that its softmax did not write. Score a rollout as it was drawn: with the same temperature,
-vocab_size and merged ends, and never call model.train().
+Nothing stands between softmax and draw: no top-k, no repetition penalty, and top-p only to evaluate
+and for the teacher's answers in a cold start. The `generate` of transformers has such defaults.
+With them the student would be trained on text that its softmax did not write. Score a rollout as it
+was drawn: with the same temperature, vocab_size and merged ends, and never call model.train().
 
 `rollout` is one plain loop. The commands of this project use plumbing/slots.py, which replaces the
 whole function by a faster one with the same result.
