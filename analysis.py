@@ -120,7 +120,7 @@ def diagnose(log_p, log_q, y, k, ends=()):
         log_p          log p(y), nats, to compare with what the rollout recorded
         end_mass_*     the probability that the response ends here, with any token of `ends`
 
-    ValueError for a k outside 1..V.
+    ValueError for a k outside 1..V, and as loss.check raises it.
     """
     check(log_p, log_q, y)
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
