@@ -11,9 +11,9 @@ Q = TopK(q, k), I = P & Q:
     4.1        largest gap              |p(v) - q(v)| at the v of P with the largest
                                         p(v) |log q(v) - log p(v)|
 
-First come these: log-probabilities (N, V) at N states -> one number a state, (N,). The paper's E_t
-is their mean over all response tokens. Then means over prompts and by output position. Then a pair
-is measured before training.
+The first part has these: log-probabilities (N, V) at N states -> one number a state, (N,). The
+paper's E_t is their mean over all response tokens. The second part has means over prompts and by
+output position, the third measures a pair before training.
 
     python analysis.py --student S --teacher T --prompts F   before: will this pair work?
     python analysis.py ... --tokens out.html                 and every token tinted by its reward
@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from loss import LOG_ZERO, among, check, renormalised
+from loss import LOG_ZERO, among, check_inputs, renormalised
 from rollout import rollout as plain_rollout
 from rollout import seed_of
 from teacher import grade, read_by_teacher
@@ -120,9 +120,9 @@ def diagnose(log_p, log_q, y, k, ends=()):
         log_p          log p(y), nats, to compare with what the rollout recorded
         end_mass_*     the probability that the response ends here, with any token of `ends`
 
-    ValueError for a k outside 1..V, and as loss.check raises it.
+    ValueError for a k outside 1..V, and as loss.check_inputs raises it.
     """
-    check(log_p, log_q, y)
+    check_inputs(log_p, log_q, y)
     ends = torch.as_tensor(ends, dtype=torch.long, device=log_p.device)
     P, in_I = shared_tokens(log_p, log_q, k)
     H_p = entropy(log_p)
@@ -139,8 +139,8 @@ def diagnose(log_p, log_q, y, k, ends=()):
         "largest_gap": largest_gap(log_p, log_q, P),
         "entropy_student": H_p,
         "entropy_teacher": H_q,
-        "end_mass_student": log_p[..., ends].exp().sum(-1),
-        "end_mass_teacher": log_q[..., ends].exp().sum(-1),
+        "end_mass_student": log_p[:, ends].exp().sum(-1),
+        "end_mass_teacher": log_q[:, ends].exp().sum(-1),
         "reward": log_q_y - log_p_y,
         "distance_left": (log_q_y - log_p_y).abs(),
         "log_p": log_p_y,

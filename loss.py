@@ -16,10 +16,10 @@ pi_teacher(.|s_t):
                              gradient: w and the log-ratio are held constant
 
 The last four are here. Each takes log-probabilities (N, V) in float32 at N states and returns one
-number per state, (N,), in nats. ValueError if the two differ in shape, or are coarser: see check.
-The paper's equations sum over t; its settings (A.2) and we take the mean over the response tokens.
-The gradient flows into log_p alone. At k = V all four have the same expected gradient, that of Eq.
-4. The exception is the support "difference" (4.2, see support_of): it is then empty.
+number per state, (N,), in nats. ValueError if the two differ in shape, or are coarser (see
+check_inputs). The paper's equations sum over t; its settings (A.2) and we take the mean over the
+response tokens. The gradient flows into log_p alone. At k = V all four have the same expected
+gradient, that of Eq. 4. The exception is the support "difference" (4.2): it is then empty.
 
 All four hold the visited prefixes fixed. The gradient of Eq. 1 and 2 has a second part, the
 score-function term of the earlier choices: y_t decides at which states the later KLs are taken.
@@ -71,7 +71,7 @@ def sampled_token(log_p, log_q, y):
     zero mean gradient. For one update on what was just drawn: a second one on the same tokens would
     need importance weights.
     """
-    check(log_p, log_q, y)
+    check_inputs(log_p, log_q, y)
     y = y.unsqueeze(-1)  # (N, 1)
     log_p_y = log_p.gather(-1, y).squeeze(-1).clamp_min(LOG_ZERO)  # (N,)
     log_q_y = log_q.gather(-1, y).squeeze(-1).clamp_min(LOG_ZERO)  # (N,)
@@ -81,7 +81,7 @@ def sampled_token(log_p, log_q, y):
 
 def full_vocab(log_p, log_q):
     """Eq. 4, KL(p || q) over the whole vocabulary: (N, V), (N, V) -> (N,), nats."""
-    check(log_p, log_q)
+    check_inputs(log_p, log_q)
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -93,7 +93,7 @@ def top_k(log_p, log_q, k=16, support="student"):
     It is 0 where the support has fewer than two tokens. So at k = 1 it is always 0 with the
     student's support. ValueError for an unknown support, or a k outside 1..V.
     """
-    check(log_p, log_q)
+    check_inputs(log_p, log_q)
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_p_S = renormalised(log_p, S, counts)  # (N, m)
     log_q_S = renormalised(log_q.detach(), S, counts)  # (N, m)
@@ -111,7 +111,7 @@ def top_k_released(log_p, log_q, k=16, support="student"):
     With the support "difference" w is p itself, as in the authors' Non-Overlap arm. That alone
     makes its signal much smaller. ValueError for an unknown support, or a k outside 1..V.
     """
-    check(log_p, log_q)
+    check_inputs(log_p, log_q)
     S, counts = support_of(log_p.detach(), log_q.detach(), k, support)  # (N, m), (N, m)
     log_w = log_p.gather(-1, S) if support == "difference" else renormalised(log_p, S, counts)
     log_p_S = log_p.gather(-1, S).clamp_min(LOG_ZERO)  # (N, m)
@@ -125,7 +125,7 @@ def ratio(log_p):
     return (log_p - log_p.detach()).exp()
 
 
-def check(log_p, log_q, y=None):
+def check_inputs(log_p, log_q, y=None):
     """ValueError unless log_p and log_q are of one shape, in float32 or finer, with one y a state.
 
     If the models pad their vocabularies to different sizes, gather and topk raise no error, and the
@@ -154,7 +154,7 @@ def forward_kl(log_p, log_q):
     arXiv 2609.35259 asks which matters more: the direction of the KL, or who wrote the prefix.
     experiments/own_loop.py asks the same. No --objective names this loss.
     """
-    check(log_p, log_q)
+    check_inputs(log_p, log_q)
     log_p = log_p.clamp_min(LOG_ZERO)
     log_q = log_q.detach().clamp_min(LOG_ZERO)
     return (log_q.exp() * (log_q - log_p)).sum(-1)

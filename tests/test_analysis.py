@@ -324,6 +324,17 @@ def test_a_k_outside_of_the_vocabulary_is_refused(k):
     diagnose(p.log(), q.log(), torch.tensor([0]), 5)
 
 
+def test_diagnose_refuses_what_the_losses_refuse():
+    """A teacher of more padded tokens, or a token too few, would give wrong numbers."""
+    log_p = torch.zeros(3, 5).log_softmax(-1)
+    padded = torch.zeros(3, 8).log_softmax(-1)
+    y = torch.tensor([0, 1, 2])
+    with pytest.raises(ValueError, match=r"log_p is \(3, 5\), log_q \(3, 8\)"):
+        diagnose(log_p, padded, y, 2)
+    with pytest.raises(ValueError, match=r"y is \(2,\), log_p \(3, 5\)"):
+        diagnose(log_p, log_p, y[:2], 2)
+
+
 def test_diagnose_takes_no_gradient_and_changes_no_argument():
     """Diagnostics are measurements: nothing of them reaches the student."""
     log_p = p.log().requires_grad_()

@@ -15,6 +15,7 @@ from conftest import config, ready
 
 import loss
 import opd
+import recipes
 import rollout
 import teacher
 
@@ -197,6 +198,22 @@ def test_the_examples_in_the_headers_run_and_agree_with_the_pair():
     torch.testing.assert_close(mine["loss"], loss.top_k(log_p, log_q).mean())
     weight = mine["student"].get_input_embeddings().weight
     assert weight.grad.abs().sum() > 0
+
+
+def test_the_example_of_a_cold_start_runs(capsys):
+    """The header of recipes.py: the teacher's finished answers, then two updates on them."""
+    mine = {}
+    exec(MODELS + TOKENIZER, mine)
+    mine["student_tokenizer"] = mine["teacher_tokenizer"] = mine["tokenizer"]
+    mine["rows"] = [{"prompt": "3 + 7 =", "ids": mine["tokenizer"]("3 + 7 =").input_ids}] * 4
+    lines = example(recipes).replace("max_new_tokens=512", "max_new_tokens=64")
+    exec(
+        "from recipes import cold_start, teacher_rollouts\nfrom teacher import make_pair\n"
+        + lines.replace("steps=100", "steps=2"),
+        mine,
+    )
+    assert len(mine["examples"]) > 0
+    assert re.fullmatch(r"(\d \d\.\d{4} nats a token\n){2}", capsys.readouterr().out)
 
 
 def test_the_loop_of_the_front_page_takes_the_steps_of_opd(world, tmp_path, capsys):
