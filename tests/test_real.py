@@ -384,7 +384,7 @@ def test_a_claim_is_asked_of_the_seeds_that_have_its_arms():
     found["copy"] = found["copy"][1:]
     judged = words_of(found)
     assert "its earlier self takes back what expert iteration gave" not in judged
-    (small,) = (x for x in real.judge(found) if x.claim.startswith("where nothing new is taught"))
+    (small,) = (x for x in real.judge(found) if x.claim.startswith("with copy, trained on"))
     assert small.found == "loss 0.25, 0.25 of success's, gradient norm 0.25, 0.25"
     assert small.word == "holds, 2 of 3 seeds so far"
     assert list(real.judge({name: [] for name in found})) == []
@@ -400,7 +400,7 @@ def test_the_dtypes_are_compared_where_there_are_two():
 
 def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_words():
     """This is asked on seeds 3 and above. Each seed has its own round, or none."""
-    claim = "a weaker teacher that thinks alike makes the better student"
+    claim = "on later seeds, a weaker teacher that thinks alike makes the better student"
     assert claim not in words_of(results())
     assert words_of(results(range(6))) == words_of(results()) | {claim: lab.HOLDS}
     (found,) = real.judge(results((3, 4, 5)))
@@ -408,7 +408,9 @@ def test_the_weaker_teacher_is_the_expert_after_the_last_round_below_the_one_in_
     assert found.found.startswith("teachers -0.094 ± 0.0")  # round 1: 110 against 125 right
     assert found.found.endswith("seeds 3, 4, 5")
     assert found.word == lab.HOLDS
-    assert words_of(results((3, 4, 5), words=(80, 80, 100))) == {claim: lab.NOT_ASKABLE}
+    (found,) = real.judge(results((3, 4, 5), words=(80, 80, 100)))
+    assert found.found == "on seeds 3, 4, 5 no expert scores surely less than words"
+    assert found.word == lab.NOT_ASKABLE
 
 
 def test_a_seed_without_a_weaker_expert_does_not_count():
