@@ -474,7 +474,10 @@ def judged(pair, rows, responses, answered):
 
 
 def greedy(pair, rows, answered, max_new_tokens):
-    """The accuracy of both with the likeliest token each time: {"student", "teacher", "gain"}."""
+    """The accuracy of both with the likeliest token each time.
+
+    -> {"student", "teacher", "gain": the difference, "prompts": how many were asked}.
+    """
     nothing_written = [[] for _ in rows]
     found = continuation(
         pair,
@@ -486,7 +489,7 @@ def greedy(pair, rows, answered, max_new_tokens):
         max_new_tokens=max_new_tokens,
         temperature=0.0,
     )
-    return compared(found)
+    return {**compared(found), "prompts": len(rows)}
 
 
 def compared(found):
@@ -589,8 +592,8 @@ def verdict(report):
         reasons.append("the teacher is surely ahead, greedily and at the student's states (3.2)")
         return SHOULD_WORK, reasons
     reasons.append(
-        f"{report['prompts']} prompts do not say for sure that the two are alike, and that the "
-        "teacher is ahead, greedily and at the student's states: take more (--count)"
+        "the prompts with answers do not say for sure that the two are alike, and that the teacher "
+        "is ahead, greedily and at the student's states: take more (--count)"
     )
     return UNDECIDED, reasons
 

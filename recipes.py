@@ -71,11 +71,26 @@ def apply_template(question, template):
 
 def is_in_template(question, template):
     """Does a text begin and end as the template does? Not with "none", which adds nothing: bool."""
-    form = TEMPLATES.get(template, template)
-    before, _, after = form.partition("{question}")
-    adds = bool(before.strip() or after.strip())
-    has_room = len(question) >= len(before) + len(after)  # they do not overlap
-    return adds and has_room and question.startswith(before) and question.endswith(after)
+    return bare_question(question, template) is not None
+
+
+def bare_question(text, template):
+    """The question of a text that is in the template, or None: str.
+
+    Spaces and line ends outside of the template do not count.
+    """
+    before, _, after = TEMPLATES.get(template, template).partition("{question}")
+    before = before.lstrip()
+    after = after.rstrip()
+    if before:
+        text = text.lstrip()
+    if after:
+        text = text.rstrip()
+    adds = bool(before or after)
+    has_room = len(text) >= len(before) + len(after)  # they do not overlap
+    if adds and has_room and text.startswith(before) and text.endswith(after):
+        return text[len(before) : len(text) - len(after)]
+    return None
 
 
 def in_template(rows, template):

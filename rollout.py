@@ -165,9 +165,11 @@ def from_texts(prompts, responses, pad_id=0, device=None):
     log_p, which nobody drew, is 0; no response is truncated. ValueError if a prompt has no token:
     then nothing would predict the first of its response.
     """
+    check_lists(prompts)
+    check_lists(responses)
     if len(prompts) != len(responses) or not prompts:
         raise ValueError(f"{len(prompts)} prompts, {len(responses)} responses: give one to each")
-    if not all(len(prompt) > 0 for prompt in prompts):
+    if not all(prompts):
         raise ValueError("every prompt needs at least one token")
     prompt_ids, prompt_mask = left_pad(prompts, pad_id, device)  # (B, P), (B, P)
     T = max(len(response) for response in responses)
@@ -185,12 +187,11 @@ def check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p):
         raise ValueError(
             "call model.eval() before rollout: with dropout, what is drawn is not what is scored"
         )
-    if isinstance(prompts, torch.Tensor):
-        raise ValueError("prompts must be lists of token ids, one list a prompt: use ids.tolist()")
-    if not prompts or not all(len(prompt) > 0 for prompt in prompts):
+    check_lists(prompts)
+    if not prompts or not all(prompts):
         raise ValueError("there must be a prompt, and every prompt needs at least one token")
-    if isinstance(eos_ids, int):
-        raise ValueError(f"eos_ids must be a list of token ids: [{eos_ids}], not {eos_ids}")
+    if not isinstance(eos_ids, (list, tuple)):
+        raise ValueError(f"eos_ids must be a list of token ids, not {eos_ids!r}")
     if len(set(eos_ids)) < len(eos_ids):
         # merged, it would count double
         raise ValueError(f"eos_ids={eos_ids} names a token twice: name each once")
@@ -198,10 +199,16 @@ def check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p):
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if n < 1:
         raise ValueError(f"n={n}: must be at least 1")
-    if temperature < 0:
+    if not temperature >= 0:  # nor NaN
         raise ValueError(f"temperature={temperature}: must be at least 0")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be above 0 and at most 1")
+
+
+def check_lists(texts):
+    """ValueError unless texts are a list of lists of token ids."""
+    if not isinstance(texts, list) or not all(isinstance(ids, list) for ids in texts):
+        raise ValueError("texts must be lists of token ids, one list each: use ids.tolist()")
 
 
 def has_keys(cache):

@@ -245,7 +245,7 @@ def claims(results):
     yield finding(
         "4.1",
         "the shared tokens hold nearly all of both models' mass from the first step on",
-        ".97 to .99 throughout",
+        ".97 to .99 throughout, in failure too, so it tells nothing by itself",
         f"the smaller of the two {each(masses, '.3f')}",
         every_seed(x >= 0.95 for x in masses),
     )

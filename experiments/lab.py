@@ -280,7 +280,7 @@ def once(path, names, asked, make):
 
 def without_folders(command):
     """A command without --out and --worlds: they say nothing of the result."""
-    return re.sub(r" --(out|worlds) \S+", "", command)
+    return re.sub(r" --(out|worlds) ('[^']*'|\S+)", "", command)
 
 
 def slug(name):

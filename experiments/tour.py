@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import inspect
 import io
+import shlex
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Tour:
 
         config: the file that names the models of the result. UserError if they are others.
         """
-        command = "python " + " ".join([f"{main.__module__}.py", *words])
+        command = shlex.join(["python", f"{main.__module__}.py", *words])
         if command not in self.commands:
             self.commands.append(command)
             print(f"   {command}", flush=True)

@@ -88,7 +88,9 @@ SPELLINGS = (
 # \left \right \displaystyle \( \) \[ \] \! \, \$ $, but not what follows the end of a row, \\
 INVISIBLE = re.compile(r"\\(?:left|right|displaystyle)(?![A-Za-z])|(?<!\\)\\[()\[\]!,]|\\?\$")
 WIDE_SPACE = re.compile(r"\\q?quad(?![A-Za-z])|(?<!\\)\\[;: ]|~")
-FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox)\{([^{}]*)\}")
+FONT = re.compile(
+    r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|boldsymbol|mathit|mbox)\{([^{}]*)\}"
+)
 SPACE = re.compile(r"(?<![\d,]) | (?!\d)")  # any but those of "1 1/4" and "10, 100"
 FRACTION = re.compile(r"\\frac(?:\{([+-]?\d+)\}|(\d))(?:\{(\d+)\}|(\d))")  # \frac{-1}{2}, \frac12
 SHORT_BRACES = re.compile(r"\{(\w)\}")  # x^{2}, \sqrt{3}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -204,7 +205,7 @@ def provenance():
     """
     changed = git("status", "--porcelain", "--untracked-files=no")
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "dirty": None if changed is None else bool(changed),
         "python": sys.version.split()[0],

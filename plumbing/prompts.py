@@ -18,6 +18,7 @@ import torch
 from plumbing.files import json_lines
 from recipes import (
     TEMPLATES,
+    bare_question,
     distinct,
     in_template,
     is_in_template,
@@ -147,7 +148,7 @@ def read_conversations(path):
     for number, row in json_lines(path):
         where = f"{path}:{number}"
         row = row if isinstance(row, dict) else {}
-        if row.get("why", "kept") != "kept":
+        if row.get("why") in ("unfinished", "degenerate"):
             continue
         messages = row.get("messages")
         if not is_conversation(messages):
@@ -298,6 +299,10 @@ def put_in_template(cfg, rows, flag):
     for row in rows:
         already += is_in_template(question_text(row["prompt"]), cfg.template)
     tell(flag, already, rows, "are in the template already and stay as they are")
+    for other in TEMPLATES:
+        if cfg.template not in ("none", other):
+            both = [row for row in rows if is_in_template(question_text(row["prompt"]), other)]
+            tell(flag, len(both), rows, f"are in the template {other!r}, too, and have both now")
     if cfg.teacher_template:
         rows = in_teacher_template(rows, cfg.template, cfg.teacher_template)
     return in_template(rows, cfg.template)
@@ -330,13 +335,12 @@ def out_of_eval_template(cfg, rows):
 
 def out_of_template(rows, template):
     """Take the questions out of a template; rows that are not in it stay as they are: -> rows."""
-    before, _, after = TEMPLATES.get(template, template).partition("{question}")
     done = []
     for row in rows:
         prompt = row["prompt"]
-        text = question_text(prompt)
-        if is_in_template(text, template):
-            prompt = with_question(prompt, text[len(before) : len(text) - len(after)])
+        bare = bare_question(question_text(prompt), template)
+        if bare is not None:
+            prompt = with_question(prompt, bare)
         done.append({**row, "prompt": prompt})
     return done
 
@@ -513,8 +517,8 @@ def check_known(tokenizer, prompts, what="prompts"):
     if unknown > len(ids) / 2:
         raise UserError(
             f"{unknown} of {len(ids)} tokens of the {what} are {tokenizer.unk_token}: the "
-            "tokenizer does not know their words; give --prompts in words that it knows, and no "
-            "template in others"
+            "tokenizer does not know their words; give --prompts, and conversations, in words that "
+            "it knows, and no template in others"
         )
 
 
@@ -583,7 +587,8 @@ def load_conversations(path, pair, thinking="default"):
             *prompt, answer = row["messages"]
             text = text_of(pair.tokenizer, prompt, thinking, row["where"])
             prompt_ids = tokens_of(pair.tokenizer, text)
-            response_ids = continuation(pair.tokenizer, text, prompt_ids, answer["content"])
+            content = without_second_mark(text, answer["content"])
+            response_ids = continuation(pair.tokenizer, text, prompt_ids, content)
             response_ids = response_ids + pair.eos_ids[:1]
         if not prompt_ids:
             raise UserError(f"{row['where']}: there is no token before the answer; write a prompt")
@@ -592,7 +597,20 @@ def load_conversations(path, pair, thinking="default"):
         both = (pair.student, pair.teacher)
         check_fits(pair, both, prompt_ids + response_ids, 0, row["where"])
         examples.append((prompt_ids, response_ids))
+    texts = [ids for example in examples for ids in example]
+    check_known(pair.tokenizer, texts, f"conversations in {path}")
     return examples
+
+
+def without_second_mark(text, answer):
+    """An answer without its <think> if the prompt, `text`, ends with one: str.
+
+    The chat template of R1-Distill writes the mark into the prompt.
+    """
+    if text.rstrip().endswith("<think>"):
+        mark = text[text.rindex("<think>") :]  # with the line end behind it, if there is one
+        return answer.removeprefix(mark).removeprefix("<think>")
+    return answer
 
 
 def with_merged_end(response_ids, ends, where):

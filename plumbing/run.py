@@ -117,11 +117,11 @@ class Run:
         with contextlib.ExitStack() as stack:
             with can_write(self.out):
                 self.out.mkdir(parents=True, exist_ok=True)
-            stack.callback(self.remove_if_empty)
             if self.is_first:
                 folder = os.open(self.out, os.O_RDONLY)  # the lock ends with its holder
                 stack.callback(os.close, folder)
                 alone(folder, self.out)
+                stack.callback(self.remove_if_empty)  # not if it is another run's
             gathered([None])  # the others wait until the first process has the lock
             self.look()
             for signum in SIGNALS:

@@ -272,7 +272,8 @@ def metric_lines(report):
 def accuracy_lines(report):
     """How often each model is right: on its own, and finishing what the student began (6.1)."""
     sampled = f"T {report['eval_temperature']:g}, top-p {report['eval_top_p']:g}"
-    title = f"right answers, greedily or at {sampled}"
+    asked = counted(report["greedy"]["prompts"], "prompt")
+    title = f"right answers, {asked}; greedily or at {sampled}"
     rows = [("greedy, from the start", report["greedy"])]
     for cut in report["continuation"]:
         name = from_depth(cut)
@@ -281,11 +282,11 @@ def accuracy_lines(report):
         if cut["depth"]:
             name += " of a student's answer"
         rows.append((f"sampled, {name}", cut))
-    lines = ["", f"{title:58} student   teacher"]
+    lines = ["", f"{title:61} student   teacher"]
     for name, found in rows:
         student = found["student"]["mean"]
         teacher = found["teacher"]["mean"]
-        lines.append(f"  {name:54} {student:9.3f} {teacher:9.3f}")
+        lines.append(f"  {name:57} {student:9.3f} {teacher:9.3f}")
     if any(cut["left_out"] for cut in report["continuation"]):
         kept = counted(cut["responses"], "response")
         lines.append(

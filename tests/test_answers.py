@@ -116,8 +116,11 @@ def test_what_is_no_mark_is_part_of_the_text(text, answer):
     "want, spellings",
     [
         ("7", r"7.0|+7|007|$7$|\(7\)|\[7\]|7 .|7\%|7^\circ|7^{\circ}|\$7|\frac{7}{1}"),
-        ("7", r"x = 7|{7}|\mathbf{7}|\displaystyle 7|`7`|$x=7$.|\boxed{7}|Answer: 7|so #### 7"),
-        ("7", r"f(x) = 7|7,|7;"),
+        (
+            "7",
+            r"x = 7|{7}|\mathbf{7}|\displaystyle 7|`7`|$x=7$.|\boxed{7}|Answer: 7|so #### 7",
+        ),
+        ("7", r"f(x) = 7|7,|7;|\boldsymbol{7}"),
         ("-3", "\u20133|\u22123|$-3$|- 3|-3.00|\\frac{-3}{1}|-\\frac62"),
         ("1200", r"1,200|1{,}200|1,\!200|1\,200|1,200.0"),
         ("5/4", r"1 1/4|1\frac{1}{4}|1 \frac14|1\dfrac{1}{4}|1.25|1 2/8|\frac54|\tfrac{5}{4}"),

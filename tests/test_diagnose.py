@@ -307,7 +307,7 @@ def report(
         first = {"student": of(student), "teacher": of(student + alone[0]), "gain": of(*alone)}
         made["continuation"] = [{"depth": 0.0, "tokens": 0.0, **first}]
         at_0 = {"student": of(student), "teacher": of(student + greedy[0])}
-        made["greedy"] = {**at_0, "gain": of(*greedy)}
+        made["greedy"] = {**at_0, "gain": of(*greedy), "prompts": 24}
         made["predicted_gain"] = of(*gain)
     return made
 
@@ -739,7 +739,8 @@ def test_the_report_tells_student_from_teacher_and_errors_are_over_prompts(stude
     depths and prompts, and its error is that over prompts."""
     pair = different()
     judge = Judge(pair, student=student, teacher=teacher)
-    found = diagnosed(pair, answered=judge, depths=(0.0, 0.25, 0.5))
+    six = rows([*ANSWERS[:6], None, None])
+    found = diagnosed(pair, six, answered=judge, depths=(0.0, 0.25, 0.5))
     gains = []
     for i, at in enumerate([found["greedy"], *found["continuation"]]):
         of_student = judge.shares[2 * i]
@@ -749,6 +750,8 @@ def test_the_report_tells_student_from_teacher_and_errors_are_over_prompts(stude
         assert at["teacher"] == estimate(of_teacher, SHARE)
         assert at["gain"] == estimate(gains[-1], GAIN)
     assert len(gains) == 1 + 3
+    assert len(gains[0]) == found["greedy"]["prompts"] == 6
+    assert "\nright answers, 6 prompts; greedily" in show.diagnosis(found)
     assert found["predicted_gain"] == estimate(torch.stack(gains[1:]).mean(0), GAIN)
 
 
@@ -883,15 +886,17 @@ def command(files, tmp_path):
 
 
 def test_the_command_writes_the_report_with_its_origin_and_prints_the_table(
-    command, files, capsys, tmp_path
+    command, files, capsys, tmp_path, monkeypatch
 ):
     """The file holds the numbers of the table and what made them; its folder is made."""
+    monkeypatch.setattr("sys.argv", ["analysis.py", "--template", "add {question}"])
     report = command(count=5)
     said = capsys.readouterr().out
     assert show.diagnosis(report) in said
     assert said.endswith(f"\nreport: {tmp_path / 'made' / 'd.json'}\n")  # and no page
     assert [path.name for path in tmp_path.rglob("*")] == ["made", "d.json"]
-    assert {"command", "commit", "python", "transformers", "threads"} <= report.keys()
+    assert {"commit", "python", "transformers", "threads"} <= report.keys()
+    assert report["command"] == "analysis.py --template 'add {question}'"  # can be typed
     assert report["student"] == f"{files}/student" and report["teacher"] == f"{files}/teacher"
     assert report["torch"] == torch.__version__
 

@@ -55,7 +55,8 @@ def a_lab(tmp_path):
 
 def test_a_result_is_made_once_and_kept_with_what_made_it(a_lab, monkeypatch):
     """There is a file for each name and seed, and NaN is null in it."""
-    origin = {"commit": "abc", "dirty": False, "command": "x.py --out /here --seeds 3"}
+    command = "x.py --out /here --worlds '/over there' --seeds 3"
+    origin = {"commit": "abc", "dirty": False, "command": command}
     monkeypatch.setattr(files, "provenance", lambda: dict(origin))
     asked = {"steps": 3, "part": (1, 2)}
     made = a_lab.once("sft, opd", asked, lambda: {"found": [0.5, math.nan]})

@@ -432,6 +432,22 @@ def test_two_processes_do_not_write_one_run(world, out, monkeypatch):
     assert told == [True] and [row["step"] for row in rows(out)] == [1, 2]
 
 
+def test_a_second_run_that_is_refused_leaves_the_folder(world, out, monkeypatch):
+    """It is still empty while the models of the first are being loaded."""
+    load_pair = run.load_pair
+
+    def meanwhile(*words, **how):
+        with monkeypatch.context() as patch:
+            patch.setattr(run, "load_pair", load_pair)
+            with pytest.raises(UserError, match="another process is using it"):
+                opd.distil(config(world, out))
+        return load_pair(*words, **how)
+
+    monkeypatch.setattr(run, "load_pair", meanwhile)
+    opd.distil(config(world, out, steps=1))
+    assert len(rows(out)) == 1
+
+
 def test_a_resume_that_is_late_leaves_the_result_of_the_first(world, cut, resumed, monkeypatch):
     """The folder is read under the lock, so a run that ended meanwhile is seen as complete."""
     at_call(monkeypatch, [run], "alone", 1, lambda *_: resumed())

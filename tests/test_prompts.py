@@ -26,6 +26,7 @@ from plumbing.prompts import (
     for_accuracy,
     load_conversations,
     load_prompts,
+    out_of_template,
     positions,
     questions,
     read_conversations,
@@ -200,6 +201,25 @@ def test_a_prompt_that_is_in_the_template_is_put_once_and_that_is_said(tmp_path,
         assert prompt in prompts
     with says():
         some_questions(dataclasses.replace(cfg, template="none"))
+
+
+@pytest.mark.parametrize("space", ["\n", " ", "\r\n"])
+def test_spaces_around_a_template_are_not_another_prompt(tmp_path, space):
+    """In Online-DPO-R1#10 the instruction stands in the prompt twice."""
+    put = space + apply_template("add 3", "answer") + space
+    cfg = Diagnosis(prompts=lines(tmp_path / "p.jsonl", {"prompt": put}), template="answer")
+    with says("--prompts: 1 of 1 prompts are in the template already and stay as they are"):
+        [row] = some_questions(cfg)
+    assert row["prompt"] == put
+    assert out_of_template([row], "answer")[0]["prompt"] == "add 3"
+
+
+def test_prompts_in_two_templates_are_counted(tmp_path):
+    """5.2 compares templates, and DAPO's prompts come in theirs."""
+    put = apply_template("add 3", "answer")
+    path = lines(tmp_path / "p.jsonl", {"prompt": put}, {"prompt": "add"})
+    with says("--prompts: 1 of 2 prompts are in the template 'answer', too, and have both now"):
+        some_questions(Diagnosis(prompts=path, template="boxed"))
 
 
 # --- questions -----------------------------------------------------------------------------------
@@ -575,6 +595,33 @@ def test_an_answer_is_encoded_within_its_conversation(tmp_path):
     assert tokenizer.convert_ids_to_tokens(response) == ["s", "o", "▁", "7", "</s>"]
     alone = tokenizer("so 7", add_special_tokens=False).input_ids
     assert tokenizer.convert_ids_to_tokens(alone)[0] == "▁"
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_mark_of_thinking_that_the_prompt_ends_with_is_not_learnt_twice(tmp_path, end):
+    """The template of R1-Distill writes the first <think> itself."""
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>"]})
+    tokenizer.chat_template += "<think>" + end.replace("\n", r"{{ '\n' }}")
+    path = lines(tmp_path / "c.jsonl", {"messages": [user("add 3"), said(f"<think>{end}so 7")]})
+    [(prompt, response)] = load_conversations(path, pair_of(tokenizer))
+    assert prompt == encode(tokenizer, "add 3")
+    whole = tokenizer.decode(prompt + response)
+    assert whole.count("<think>") == 1 and whole.endswith(f"<think>{end}so 7</s>")
+
+
+def test_conversations_of_unknown_words_are_refused(tmp_path):
+    """As prompts of such words are."""
+    path = lines(tmp_path / "c.jsonl", {"messages": [user("who knows"), said("nobody at all")]})
+    with pytest.raises(UserError, match=r"of the conversations in .*c.jsonl are \[UNK\]"):
+        load_conversations(path, pair_of(word_tokenizer()))
+
+
+def test_a_reason_of_the_users_own_leaves_no_conversation_out(tmp_path):
+    """Only the two words that a cold start writes do."""
+    row = {"messages": [user("add 3"), said("so 7")]}
+    rows = [{**row, "why": why} for why in ("carries", "kept", "unfinished", "degenerate")]
+    assert len(load_conversations(lines(tmp_path / "c.jsonl", *rows), pair_of(letters()))) == 2
 
 
 @pytest.mark.parametrize("prompt", ["add", "add xyz", "so 3 +"])

@@ -70,6 +70,8 @@ def test_a_question_is_put_into_a_template_once(question, template):
     assert in_template(in_template([{"prompt": question}], template), template)[0]["prompt"] == put
     assert is_in_template(put, template) == (template != "none")
     assert question in put
+    if template not in ("none", "so {question}"):  # here a space at the end is the question's
+        assert is_in_template(put + " \r\n", template)
 
 
 OWN = "so {question} so"
@@ -355,6 +357,7 @@ class Lossy:
     """A tokenizer whose texts do not tell all of its tokens apart, as bytes that are no UTF-8."""
 
     eos_token_id = EOS
+    unk_token_id = None
 
     def decode(self, ids):
         return "".join("xyz\ufffd"[i % 4] for i in ids)

@@ -6,6 +6,7 @@ test_slots.py holds plumbing/slots.py, which the commands use, to the same resul
 import collections
 import copy
 import itertools
+import math
 import warnings
 
 import pytest
@@ -308,14 +309,18 @@ def test_the_model_is_left_as_it_was_and_its_generation_defaults_are_not_read(mo
         ({"training": True}, "eval"),
         ({"prompts": []}, "at least one token"),
         ({"prompts": [[5], []]}, "at least one token"),
-        ({"prompts": torch.tensor([[5, 6]])}, "one list a prompt: use ids.tolist()"),
-        ({"eos_ids": 2}, r"eos_ids must be a list of token ids: \[2\], not 2"),
+        ({"prompts": torch.tensor([[5, 6]])}, "one list each: use ids.tolist()"),
+        ({"prompts": [5, 6]}, "one list each"),
+        ({"prompts": [torch.tensor([5, 6])]}, "one list each"),
+        ({"eos_ids": 2}, "eos_ids must be a list of token ids, not 2"),
+        ({"eos_ids": torch.tensor([2, 2])}, "eos_ids must be a list of token ids, not tensor"),
         ({"eos_ids": [2, 5, 2]}, "names a token twice"),
         ({"seeds": 3}, "seeds=3: there must be one for each of the 1 prompts"),
         ({"seeds": [3, 4]}, "there must be one for each"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"n": 0}, "n=0: must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
+        ({"temperature": math.nan}, "temperature=nan: must be at least 0"),
         ({"top_p": 0}, "top_p=0: must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p=1.1: must be above 0 and at most 1"),
     ],
