@@ -206,8 +206,8 @@ def check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p):
 
 
 def check_lists(texts):
-    """ValueError unless texts are a list of lists of token ids."""
-    if not isinstance(texts, list) or not all(isinstance(ids, list) for ids in texts):
+    """ValueError unless texts are lists of token ids."""
+    if not all(isinstance(x, (list, tuple)) for x in [texts, *texts]):
         raise ValueError("texts must be lists of token ids, one list each: use ids.tolist()")
 
 
