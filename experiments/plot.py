@@ -82,7 +82,7 @@ REAL = {  # arm of real.py -> its colour, and its name
     "success": (COLOURS["success"], "expert: three rounds of RL"),
     "round 2": (COLOURS["early"], "after two rounds"),
     "round 1": (COLOURS["early"], "after one round"),
-    "copy": (COLOURS["bigger"], "copy: its own unchecked answers"),
+    "copy": (COLOURS["bigger"], "copy: unchecked answers"),
     "sharper": (COLOURS["self"], "itself at temperature .4"),
     "no teacher": ("#000000", "no teacher"),
     "backwards": (COLOURS["sharp"], "works from the right"),
