@@ -253,7 +253,7 @@ def gap_recovery(before, after, teacher):
     """(after - before) / (teacher - before) of three accuracies, as in the paper: float.
 
     Each is a result of plumbing.measure.accuracy on the same prompts. None if teacher - before is
-    within two standard errors of 0: the ratio then says nothing.
+    within two standard errors of 0, or if there is one prompt: the ratio then says nothing.
     """
     gap = ahead(teacher, before)
     if not sure(gap):
@@ -325,6 +325,9 @@ def continuation(pair, rows, responses, depth, *, answered, n, **how):
     answered(pair, rows, model=, starts=, n=, **how) -> (is right, is cut off), (rows, n) bool each,
     where starts are the token ids that are written already: plumbing.answers.answered, or your own.
     -> {"student", "teacher"}: shares of right answers (rows,), and "tokens": kept, on average.
+
+    Differs from the paper, which compares the teacher's ending with the one that the student had
+    written: here the student, too, writes a new one.
     """
     cuts = []
     for response in responses:
@@ -543,8 +546,8 @@ def verdict(report):
         nothing new   its greedy lead is surely below LEAD
         should work   it is surely ahead, greedily and at the student's states, and the overlap
                       ratio of the first tokens is surely above ALIKE
-        undecided     all else; so is a pair of which neither solved a prompt; so is one, from
-                      "incompatible" on, that was measured with another k than 16
+        undecided     all else; after the first "harmful", a pair that was measured with another
+                      k than 16; after "incompatible", one of which neither solved a prompt
 
     At the student's states: when it finishes what the student began, mean over depths (6.1).
     report: see diagnose_pair.

@@ -37,7 +37,8 @@ mode and the student in float32, that share a vocabulary:
 
     # ids, attention_mask, is_response: (B, L), of prompt and response. is_response marks the
     # response and its first end token, not the padding behind it. If you write by `generate`, then
-    # with do_sample=True, top_k=0, top_p=1.0, temperature=1.0: it has other defaults
+    # with do_sample=True, top_k=0, top_p=1.0, temperature=1.0, repetition_penalty=1.0: it, and a
+    # model's generation_config.json, have other defaults
     positions = (attention_mask.long().cumsum(1) - 1).clamp_min(0)  # from the first real token
 
     def at_response_tokens(model):

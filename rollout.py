@@ -310,7 +310,7 @@ def seed_of(*what):
     seed_of(0, "rollout", 7, 2): for prompt 2 of the rollout of step 7, in the run with seed 0.
     """
     digest = hashlib.sha256(repr(what).encode()).digest()
-    return int.from_bytes(digest[:7], "big")  # torch takes seeds of up to 63 bits
+    return int.from_bytes(digest[:7], "big")  # torch takes 64 bits
 
 
 def uniform(seeds, prompts, n, max_new_tokens):

@@ -23,7 +23,7 @@ import pytest
 import torch
 import transformers
 from conftest import PROMPTS, TEMPLATE, Killed, config, ready, rows, tiny, write_lines
-from hypothesis import Phase, example, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -214,8 +214,21 @@ def a_half_line(path, lines):
     raise Killed
 
 
-@settings(max_examples=9, phases=[Phase.explicit, Phase.generate])  # to shrink takes minutes
-@example(kills=[("a line of a log", 4, "torn")])  # after the checkpoint within the cold start
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [("a line of a log", 4, "torn")],  # after the checkpoint within the cold start
+        [("a rename", 3, "before"), ("an update", 2, "after")],
+        [("a line of a log", 7, "after"), ("an evaluation", 2, "before")],
+    ],
+)
+def test_killed_and_resumed_a_run_ends_the_same(world, whole_cold, tmp_path, kills):
+    """Three of the places of the next test."""
+    assert killed(world, tmp_path / "run", kills) == whole_cold
+
+
+@pytest.mark.slow
+@settings(max_examples=20, phases=[Phase.generate])  # to shrink takes minutes
 @given(kills=st.lists(st.one_of(a_line, anywhere), min_size=1, max_size=3))
 def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
     world, whole_cold, tmp_path_factory, kills
@@ -223,7 +236,11 @@ def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
     """It may be killed after any line of the answers, the cold start, the metrics or the texts,
     within a line, and before or after a rename, an update or an evaluation.
     """
-    out = tmp_path_factory.mktemp("killed") / "run"
+    assert killed(world, tmp_path_factory.mktemp("killed") / "run", kills) == whole_cold
+
+
+def killed(world, out, kills):
+    """The outcome of a run that is killed at these places, and resumed each time."""
     for place, number, when in kills:
         act = a_half_line if when == "torn" else die
         with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
@@ -233,7 +250,7 @@ def test_killed_after_any_line_of_a_log_and_resumed_a_run_ends_the_same(
             break  # so many lines were never written
     else:
         opd.distil(config(world, out, resume=(out / "config.json").exists(), **COLD))
-    assert outcome(out) == whole_cold
+    return outcome(out)
 
 
 @pytest.mark.slow

@@ -200,6 +200,8 @@ def test_back_propagating_an_estimator_descends_another_divergence(pair):
     exact(mean_gradient(lambda d: d), torch.zeros_like(z))
     exact(mean_gradient(lambda d: d**2 / 2), reverse)
     exact(mean_gradient(lambda d: (-d).exp() - 1 + d), forward)
+    ours = over_samples(lambda log_p, y: sampled_token(log_p, log_q, y), z)[1]
+    exact(ours, reverse)
 
 
 @given(pairs(), st.integers(1, 5))
@@ -277,6 +279,9 @@ def test_naive_truncation_pays_for_shrinking_the_mass(pair, k):
     log_p = z.log_softmax(-1)
     at_the_teacher = with_grad(lambda log_p: truncated_kl(log_p, z.log_softmax(-1), S), z)[1]
     exact(at_the_teacher, of_mass)
+    for loss in (top_k, top_k_released):
+        ours = functools.partial(loss, log_q=z.log_softmax(-1), k=k)
+        exact(with_grad(ours, z)[1], 0 * of_mass)
     assert (mass((z - 1e-3 * of_mass).log_softmax(-1), S) < mass(log_p, S)).all()
     for f in (generalised_kl, bucketed):
         rest = functools.partial(f, log_q=log_p, S=S)

@@ -24,12 +24,13 @@ from transformers import AutoModelForCausalLM
 
 import analysis
 import opd
-from loss import full_vocab, sampled_token, top_k, top_k_released
+from loss import SUPPORTS, full_vocab, sampled_token, top_k, top_k_released
 from plumbing import flags, measure, prompts, show
 from plumbing.answers import answered
 from plumbing.flags import OBJECTIVES, PRESETS, Config, parse_opd
+from recipes import teacher_rollouts
 from rollout import batch, from_texts, rollout
-from teacher import UserError, log_probs, micro_batches
+from teacher import Pair, UserError, log_probs, micro_batches
 
 METRICS = """loss reverse_kl overlap_ratio overlap_mass_student overlap_mass_teacher
     overlap_token_advantage entropy_gap largest_gap entropy_student entropy_teacher reward
@@ -80,6 +81,11 @@ def test_the_update_descends_the_mean_over_all_tokens_of_the_step(world, tmp_pat
     loss = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     loss.backward()
     assert row["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    y = r.ids[r.is_response]
+    for name, values in analysis.diagnose(log_p, log_q, y, cfg.k, pair.eos_ids).items():
+        if name != "log_p":
+            assert row[name] == pytest.approx(values.nanmean().item(), rel=1e-4), name
+    assert row["end_mass_student"] > 0
     plain = {k: p.grad for k, p in pair.student.named_parameters()}
     norm = math.sqrt(sum(g.square().sum().item() for g in plain.values()))
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
@@ -142,6 +148,84 @@ def test_temperatures_are_those_of_writing_and_of_scoring(world, tmp_path):
     assert warm["entropy_teacher"] < warm_teacher["entropy_teacher"]
 
 
+def test_the_distance_is_measured_at_the_temperature_of_the_run(world, tmp_path):
+    """What is sampled at .5 is scored at .5 there, too, and the seed decides what is written."""
+    cfg = config(world, tmp_path, temperature=0.5)
+    pair, _, held_out = ready(cfg)
+    per_position = opd.loss_and_metrics(cfg, pair.eos_ids)
+    found = measure.distance(cfg, pair, held_out, per_position)
+    assert found["sampling_mismatch"] < 1e-4
+    other_seed = dataclasses.replace(cfg, seed=1)
+    assert measure.distance(other_seed, pair, held_out, per_position)["loss"] != found["loss"]
+
+
+def calls_of_heads(pair):
+    """What the two output heads give from now on: a list of tensors, filled as they are called."""
+    seen = []
+    for model in (pair.student, pair.teacher):
+        head = model.get_output_embeddings()
+        head.register_forward_hook(lambda _, args, out: seen.append(out))
+    return seen
+
+
+def everything(cfg, pair, train, held_out):
+    """All that computes with a pair, one thing after the other: yields their names."""
+    step_of(cfg, pair, train)
+    yield "a step"
+    measure.distance(cfg, pair, held_out, opd.loss_and_metrics(cfg, pair.eos_ids))
+    yield "the distance"
+    list(teacher_rollouts(pair, train[:2], max_new_tokens=6))
+    yield "the teacher's answers"
+    analysis.diagnose_pair(pair, train[:2], answered=answered, k=4, max_new_tokens=6)
+    yield "a diagnosis"
+
+
+def test_all_is_computed_in_the_dtype_of_the_run(world, tmp_path):
+    """What is sampled in bfloat16 and scored in float32 is not on-policy."""
+    cfg = config(world, tmp_path, dtype="bfloat16")
+    pair, train, held_out = ready(cfg)
+    pair.teacher.float()  # its weights alone would make bfloat16
+    seen = calls_of_heads(pair)
+    for what in everything(cfg, pair, train, held_out):
+        assert {out.dtype for out in seen} == {torch.bfloat16}, what
+        seen.clear()
+
+
+def test_the_logits_of_a_chunk_are_all_that_exist_at_a_time(world, tmp_path, monkeypatch):
+    """DistillKit#4, ms-swift#7295, verl#6593: in a step and in all that is measured."""
+    monkeypatch.setattr(Pair, "chunk", 3)
+    cfg = config(world, tmp_path)
+    pair, train, held_out = ready(cfg)
+    seen = calls_of_heads(pair)
+    for what in everything(cfg, pair, train, held_out):
+        scored = [len(out) for out in seen if out.dim() == 2]  # (c, V); when sampled (b, 1, V)
+        assert what == "the teacher's answers" or max(scored) == 3, what
+        seen.clear()
+
+
+def test_gap_recovery_is_of_the_sampled_accuracies(world, tmp_path, monkeypatch):
+    """(after - before) / (teacher - before), and not greedily."""
+    share = {"before": (0.2, 0.1), "after": (0.6, 0.9), "teacher": (1.0, 0.8)}
+
+    def accuracy(mean):
+        right = torch.arange(100).unsqueeze(1) < 100 * mean
+        return measure.counted(right, torch.zeros_like(right))
+
+    def accuracies(cfg, pair, rows, model, when):
+        sampled, greedy = share[when]
+        return {f"accuracy_{when}": accuracy(sampled), f"greedy_{when}": accuracy(greedy)}
+
+    monkeypatch.setattr(measure, "accuracies", accuracies)
+    result = opd.distil(config(world, tmp_path, steps=1))
+    assert result["gap_recovery"] == pytest.approx(0.5)
+
+
+def test_the_optimizer_is_that_of_the_authors_code():
+    """AdamW with a weight decay of .01, but for the learning rate."""
+    [group] = opd.adamw(Config(lr=0.3), torch.nn.Linear(1, 1)).param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.9, 0.999), 0.01)
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_says_so(world, tmp_path):
     """There is no update, and the row has the reason."""
     cfg = config(world, tmp_path)
@@ -183,19 +267,21 @@ def test_responses_that_are_one_token_over_and_over_are_counted(world, tmp_path)
     assert after["response_length"] == 20
 
 
+@pytest.mark.parametrize("support", SUPPORTS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_objective_is_the_one_that_is_named(name):
+def test_the_objective_is_the_one_that_is_named(name, support):
     """prime-rl#1458: a name without a loss of its own does not train another one in silence."""
     generator = torch.Generator().manual_seed(0)
     log_p, log_q = torch.randn(2, 7, 20, generator=generator).log_softmax(-1)
     y = torch.arange(7)
     expected = {
-        "top-k": top_k(log_p, log_q, 4),
+        "top-k": top_k(log_p, log_q, 4, support),
         "full": full_vocab(log_p, log_q),
         "sampled": sampled_token(log_p, log_q, y),
-        "top-k-released": top_k_released(log_p, log_q, 4),
+        "top-k-released": top_k_released(log_p, log_q, 4, support),
     }
-    assert torch.equal(opd.objective(Config(objective=name, k=4), log_p, log_q, y), expected[name])
+    cfg = Config(objective=name, k=4, support=support)
+    assert torch.equal(opd.objective(cfg, log_p, log_q, y), expected[name])
     with pytest.raises(ValueError, match="has no loss"):
         opd.objective(Config(objective="mse"), log_p, log_q, y)
 
@@ -205,7 +291,7 @@ def test_a_step_counts_each_token_once_whatever_the_parts():
     and counts in the rest."""
     means = measure.Means(max_new_tokens=8, device=torch.device("cpu"))
     names = [name for name in METRICS[:11] if name != "loss"]
-    for advantages, off in (([-1.0, math.nan], 0.5), ([-3.0], 0.1)):
+    for advantages, off in (([-1.0, math.nan], -0.5), ([-3.0], 0.1)):
         count = len(advantages)
         values = {name: torch.ones(count) for name in ("loss", *names)}
         values["overlap_token_advantage"] = torch.tensor(advantages)

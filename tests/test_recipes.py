@@ -89,6 +89,18 @@ def test_a_part_of_a_template_is_not_the_template(question, template):
     assert apply_template(question, template) == form.replace("{question}", question)
 
 
+def test_the_templates_are_those_of_the_paper():
+    """DAPO's, and that of JustRL."""
+    assert apply_template("1 + 1?", "answer") == (
+        "Solve the following math problem step by step. The last line of your response should be "
+        "of the form Answer: $Answer (without quotes) where $Answer is the answer to the problem."
+        '\n\n1 + 1?\n\nRemember to put your answer on its own line after "Answer:".'
+    )
+    assert apply_template("1 + 1?", "boxed") == (
+        "1 + 1? Please reason step by step, and put your final answer within \\boxed{}."
+    )
+
+
 def test_a_template_that_is_none_is_refused():
     """A template is a name that we know, or a text with {question} in it."""
     with pytest.raises(UserError, match="no template 'latex': take one of none, answer, boxed, or"):
@@ -729,21 +741,42 @@ def test_a_run_with_a_cold_start_leaves_what_it_promises(world, tmp_path):
     assert any(not torch.equal(saved[name], first[name]) for name in saved)
 
 
+def test_opd_after_a_cold_start_has_a_new_optimizer(world, tmp_path, monkeypatch):
+    """5.1: without the running means of the cold start."""
+    had_state = []
+    update = opd.update
+
+    def watched(cfg, pair, optimizer, rows, step):
+        had_state.append(len(optimizer.state) > 0)
+        return update(cfg, pair, optimizer, rows, step)
+
+    monkeypatch.setattr(opd, "update", watched)
+    opd.distil(config(world, tmp_path / "run", steps=2, **COLD))
+    assert had_state == [False, True]
+
+
 def test_the_flags_of_a_cold_start_reach_it(world, tmp_path, monkeypatch):
     """The teacher answers at --cold-start-temperature and -top-p. The defaults are the paper's .7
-    and .95."""
+    and .95. The seed decides its answers and their order."""
     calls = []
+    seeds = []
+
+    def note_seed(*args, **how):
+        seeds.append(how["seed"])
+        return cold_start(*args, **how)
 
     def note(*args, **how):
         calls.append(how)
         return teacher_rollouts(*args, **how)
 
     monkeypatch.setattr(opd, "teacher_rollouts", note)
-    other = {"cold_start_temperature": 1.0, "cold_start_top_p": 0.9}
+    monkeypatch.setattr(opd, "cold_start", note_seed)
+    other = {"cold_start_temperature": 1.0, "cold_start_top_p": 0.9, "seed": 3}
     for name, change in (("paper", {}), ("other", other)):
         opd.distil(config(world, tmp_path / name, steps=0, **COLD, **change))
     found = [(how["temperature"], how["top_p"], how["max_new_tokens"]) for how in calls]
     assert found == [(0.7, 0.95, 24), (1.0, 0.9, 24)]
+    assert [how["seed"] for how in calls] == seeds == [0, 3]
 
 
 def conversations(path, count):
