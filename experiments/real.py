@@ -65,8 +65,8 @@ If nothing else is said, they are asked greedily and at T .7, of seeds 0, 1, 2.
                      or less, and expert, going on from there, is right less than .1 of the time, in
                      every seed (2606.09471)
 
-    python experiments/real.py --base DIR_OR_HUB     results/real.{txt,svg}; a day of one thread,
-                                                     by estimate
+    python experiments/real.py --base DIR_OR_HUB     results/real.{txt,svg}; more than 30 hours of
+                                                     one thread
     python experiments/real.py --base DIR_OR_HUB --only words success --seeds 1
 """
 
