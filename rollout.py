@@ -208,7 +208,9 @@ def check(model, prompts, n, max_new_tokens, eos_ids, temperature, top_p):
 def check_lists(texts):
     """ValueError unless texts are lists of token ids."""
     if not all(isinstance(x, (list, tuple)) for x in [texts, *texts]):
-        raise ValueError("texts must be lists of token ids, one list each: use ids.tolist()")
+        raise ValueError(
+            "prompts and responses must be lists of token ids, one list each: use ids.tolist()"
+        )
 
 
 def has_keys(cache):
